@@ -1,0 +1,3 @@
+"""Masked-autoencoder foundation models for ultrasound, in JAX."""
+
+__version__ = "0.1.0"

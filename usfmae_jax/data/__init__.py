@@ -1,0 +1,1 @@
+"""Data: records in, batches out; nothing here knows of models."""

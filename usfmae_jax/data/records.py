@@ -1,0 +1,309 @@
+"""The record contract, and random access to the shards that hold records.
+
+A record is one frame as a `tf.train.Example`, the same in ArrayRecord and TFRecord files and readable with
+TensorFlow Datasets. Only `image` is required, so that shards made by others with TensorFlow Datasets work too;
+the rest has the defaults of `FIELDS`.
+"""
+
+import bisect
+import collections
+import concurrent.futures
+import dataclasses
+import glob
+import hashlib
+import itertools
+import json
+import os
+import re
+import struct
+from typing import Any
+
+import cv2
+import google_crc32c
+import grain
+import numpy as np
+from etils import epath
+from tensorflow_datasets.proto import tf_example_pb2
+
+from usfmae_jax.errors import InputError
+
+Record = dict[str, Any]
+
+#: Every field and the value of one that is absent. Ids are strings and the builders never leave them empty:
+#: a still's video is its own, and so is an unknown patient.
+FIELDS: Record = {
+    "image": b"",  # encoded JPEG, PNG or BMP; one channel for grey, three where colour carries meaning
+    "height": 0,  # of `image`, pixels
+    "width": 0,
+    "dataset": "",
+    "anatomy": "",
+    "patient": "",
+    "video": "",
+    "frame": "",
+    "label": -1,  # -1 = none
+    "mask": b"",  # PNG, one channel, as large as `image`; or empty
+    "source": "",  # path inside the dataset, never absolute
+    "sha256": "",  # `pixel_hash` of the frame as it was decoded from its source
+}
+
+_SHARD = re.compile(
+    r"(?:-(?P<split>[^-./]+))?\.(?P<format>array_record|tfrecord)(?:-(?P<index>\d+)-of-(?P<count>\d+))?$"
+)
+
+
+class DamagedRecord(Exception):
+    """A record or image that cannot be read; the input pipeline counts, names and skips it."""
+
+
+def encode_record(record: Record) -> bytes:
+    """Serialises a record as a `tf.train.Example`.
+
+    Args:
+      record: values for all of `FIELDS`.
+
+    Raises:
+      ValueError: a field is missing or unknown.
+    """
+    if record.keys() != FIELDS.keys():
+        raise ValueError(f"a record has the fields {list(FIELDS)}, not {list(record)}")
+    example = tf_example_pb2.Example()
+    for name, value in record.items():
+        feature = example.features.feature[name]
+        if isinstance(FIELDS[name], int):
+            feature.int64_list.value.append(int(value))
+        else:
+            feature.bytes_list.value.append(value.encode() if isinstance(value, str) else value)
+    return example.SerializeToString(deterministic=True)
+
+
+def decode_record(data: bytes) -> Record:
+    """The inverse of `encode_record`; absent fields get their default, unknown ones are left out.
+
+    Raises:
+      DamagedRecord: the bytes are no `tf.train.Example`.
+      InputError: the example has no encoded `image`: the shards follow another schema.
+    """
+    try:
+        features = tf_example_pb2.Example.FromString(data).features.feature
+    except Exception as error:  # protobuf's DecodeError has a different home in each implementation
+        raise DamagedRecord(f"not a tf.train.Example: {error}") from error
+    if "image" not in features or not features["image"].bytes_list.value:
+        raise InputError(
+            f"the shards follow another schema: expected an encoded 'image', found {sorted(features) or 'no fields'}; "
+            "build them with python -m data_prep.build"
+        )
+    record = dict(FIELDS)
+    for name, default in FIELDS.items():
+        if name not in features:
+            continue
+        if isinstance(default, int):
+            values = features[name].int64_list.value
+            record[name] = int(values[0]) if values else default
+        else:
+            values = features[name].bytes_list.value
+            value = values[0] if values else b""
+            record[name] = value.decode("utf-8", "replace") if isinstance(default, str) else value
+    return record
+
+
+def decode_image(data: bytes, channels: int = 1) -> np.ndarray:
+    """Decodes a JPEG, PNG or BMP to uint8 `[H, W, channels]`, RGB for three channels, grey for one.
+
+    Raises:
+      DamagedRecord: the image cannot be decoded.
+    """
+    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error as error:
+        raise DamagedRecord(f"image cannot be decoded: {error.err}") from error
+    if pixels is None:
+        raise DamagedRecord("image cannot be decoded")
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def pixel_hash(pixels: np.ndarray) -> str:
+    """SHA-256 of decoded pixels and their shape: equal for equal pictures, whatever the file format."""
+    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.hexdigest()
+
+
+class TFRecordShard:
+    """Random access to one TFRecord file without TensorFlow.
+
+    The format frames every record as length (uint64), masked CRC-32C of the length, data, masked CRC-32C of the
+    data. The offsets are found once, by hopping from length to length; a truncated last record counts as a
+    (damaged) record, so that nothing is lost without being counted.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self._offsets = self._index()
+
+    def _index(self) -> np.ndarray:
+        size = epath.Path(self.path).stat().length
+        offsets, position = [], 0
+        with epath.Path(self.path).open("rb") as file:
+            while position < size:
+                offsets.append(position)
+                file.seek(position)
+                header = file.read(12)
+                if len(header) < 12 or _masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
+                    break  # what follows a damaged length cannot be found
+                position += 16 + struct.unpack("<Q", header[:8])[0]
+        return np.asarray(offsets, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> bytes:
+        with epath.Path(self.path).open("rb") as file:
+            file.seek(int(self._offsets[index]))
+            header = file.read(12)
+            if len(header) < 12 or _masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
+                raise DamagedRecord("record header is damaged")
+            length = struct.unpack("<Q", header[:8])[0]
+            data, checksum = file.read(length), file.read(4)
+        if len(data) < length or len(checksum) < 4 or _masked_crc(data) != struct.unpack("<I", checksum)[0]:
+            raise DamagedRecord("record is truncated or its checksum is wrong")
+        return data
+
+
+def frame_tfrecord(data: bytes) -> bytes:
+    """One record as it stands in a TFRecord file."""
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", _masked_crc(length)) + data + struct.pack("<I", _masked_crc(data))
+
+
+def _masked_crc(data: bytes) -> int:
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@dataclasses.dataclass
+class Shards:
+    """All records of some shard files, in file order: `shards[i]` is the bytes of record i."""
+
+    paths: list[str]
+
+    def __post_init__(self) -> None:
+        # Opening reads a footer or an index each: worth doing side by side when the files are remote.
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            self._files = list(pool.map(_open_shard, self.paths))
+        self._ends = list(itertools.accumulate(len(file) for file in self._files))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """The shard's path and the record's number in it."""
+        shard, start = self._find(index)
+        return self.paths[shard], index - start
+
+    def __getitem__(self, index: int) -> bytes:
+        shard, start = self._find(index)
+        try:
+            return self._files[shard][index - start]
+        except (RuntimeError, OSError, IndexError, ValueError) as error:
+            raise DamagedRecord(f"record cannot be read: {error}") from error
+
+    def label_names(self) -> list[str]:
+        """Class names as TensorFlow Datasets wrote them beside the shards; empty when there are none."""
+        for path in self.paths:
+            names = epath.Path(path).parent / "label.labels.txt"
+            if names.exists():
+                return names.read_text().split("\n")
+        return []
+
+    def fingerprint(self) -> str:
+        """Identifies the content by shard names and record counts: 12 hex digits, the same wherever the files lie."""
+        content = [(os.path.basename(path), len(file)) for path, file in zip(self.paths, self._files, strict=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+    def _find(self, index: int) -> tuple[int, int]:
+        shard = bisect.bisect_right(self._ends, index)
+        return shard, self._ends[shard - 1] if shard else 0
+
+
+def _open_shard(path: str) -> Any:
+    try:
+        if ".tfrecord" in os.path.basename(path):
+            return TFRecordShard(path)
+        # One record at a time is asked for: read-ahead would fetch what nobody wants.
+        return grain.sources.ArrayRecordDataSource([path])
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"shard {path} cannot be opened: {str(error).splitlines()[0]}; rebuild or remove it"
+        ) from error
+
+
+def open_shards(path: str, split: str | None = None) -> Shards:
+    """Opens the shards of `path`.
+
+    Args:
+      path: a shard, a glob of shards or folders, or a folder with shards up to three levels below it; local or `gs://`.
+      split: only shards named for this TFDS split (`NAME-split.array_record-00000-of-00004`); None takes all.
+
+    Raises:
+      InputError: nothing matches, the split does not exist, or a shard is missing, unreadable or of another schema.
+    """
+    found = [file for file in _expand(path) if _SHARD.search(file)]
+    if not found:
+        raise InputError(f"no shards match {path!r}")
+    splits: dict[str | None, list[str]] = collections.defaultdict(list)
+    for file in found:
+        splits[_SHARD.search(file)["split"]].append(file)  # type: ignore[index]
+    chosen = found if split is None else splits.get(None, []) + splits.get(split, [])
+    if not chosen:
+        raise InputError(f"{path!r} has no split {split!r}, only {sorted(filter(None, splits))}")
+    _check_complete(path, chosen)
+    shards = Shards(sorted(chosen))
+    if not len(shards):
+        raise InputError(f"the shards of {path!r} hold no records")
+    for index in range(min(len(shards), 8)):
+        try:
+            decode_record(shards[index])
+            break
+        except DamagedRecord:
+            continue
+    return shards
+
+
+def _expand(path: str) -> list[str]:
+    """All files that `path` names: itself, what its wildcards match, and what lies below folders."""
+    if not path:
+        return []
+    roots = [path]
+    if glob.has_magic(path):
+        if "://" in path:
+            head = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+            roots = [os.fspath(match) for match in epath.Path(head).glob(path[len(head) + 1 :])]
+        else:
+            roots = glob.glob(path, recursive=True)
+    files: list[str] = []
+    for root in sorted(roots):
+        if epath.Path(root).is_dir():
+            # Three levels reach NAME/VERSION/SHARD, and spare a bucket from being listed whole.
+            below = [os.fspath(file) for level in ("*", "*/*", "*/*/*") for file in epath.Path(root).glob(level)]
+            # A builder that is still at work, or was killed, leaves '.incomplete' in the folder's name.
+            files += [file for file in below if "incomplete" not in file[len(root) :]]
+        elif epath.Path(root).exists():
+            files.append(root)
+    return sorted(files)
+
+
+def _check_complete(path: str, files: list[str]) -> None:
+    if glob.has_magic(path) or not epath.Path(path).is_dir():
+        return  # the person chose single files
+    counts: dict[tuple[str, int], set[int]] = collections.defaultdict(set)
+    for file in files:
+        match = _SHARD.search(file)
+        if match and match["index"]:
+            counts[file[: match.end("format")], int(match["count"])].add(int(match["index"]))
+    for (stem, count), present in counts.items():
+        missing = sorted(set(range(count)) - present)
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {count} shards of {stem} are missing, first number {missing[0]}; build it again"
+            )

@@ -1,0 +1,1 @@
+"""Evaluation: numbers from predictions or features; nothing here knows of training."""

@@ -1,0 +1,1 @@
+"""Models: arrays in, arrays out; nothing here knows of data, training or files."""
