@@ -106,20 +106,40 @@ def decode_record(data: bytes) -> Record:
     return record
 
 
-def decode_image(data: bytes, channels: int = 1) -> np.ndarray:
+#: Flags that decode at a fraction of the size; JPEG does it while decoding.
+_DECODE = {
+    (1, 1): cv2.IMREAD_GRAYSCALE,
+    (1, 2): cv2.IMREAD_REDUCED_GRAYSCALE_2,
+    (1, 4): cv2.IMREAD_REDUCED_GRAYSCALE_4,
+    (1, 8): cv2.IMREAD_REDUCED_GRAYSCALE_8,
+    (3, 1): cv2.IMREAD_COLOR,
+    (3, 2): cv2.IMREAD_REDUCED_COLOR_2,
+    (3, 4): cv2.IMREAD_REDUCED_COLOR_4,
+    (3, 8): cv2.IMREAD_REDUCED_COLOR_8,
+}
+
+
+def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarray:
     """Decodes a JPEG, PNG or BMP to uint8 `[H, W, channels]`, RGB for three channels, grey for one.
+
+    Args:
+      data: the encoded image.
+      channels: 1 or 3.
+      reduction: 1, 2, 4 or 8: decode at this fraction of the size.
 
     Raises:
       DamagedRecord: the image cannot be decoded.
     """
-    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+        flag = _DECODE[channels, reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
     except cv2.error as error:
         raise DamagedRecord(f"image cannot be decoded: {error.err}") from error
     if pixels is None:
         raise DamagedRecord("image cannot be decoded")
-    return pixels.reshape(*pixels.shape[:2], channels)
+    if channels == 3:
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return pixels[:, :, None]
 
 
 def pixel_hash(pixels: np.ndarray) -> str:

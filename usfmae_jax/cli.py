@@ -1,0 +1,153 @@
+"""What every door with a config shares: flags, help, errors that talk to a person, exit codes.
+
+Imports nothing heavy, so that `--help` and a mistyped flag answer at once.
+"""
+
+import difflib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from usfmae_jax.errors import InputError
+
+#: Exit codes: done, bad input or config, stopped by preemption after a saved checkpoint.
+DONE, BAD_INPUT, PREEMPTED = 0, 2, 75
+
+
+def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDict, str, Any], int]) -> None:
+    """Parses the command line, calls `action(config, workdir, flags)` and exits with the code that it returns.
+
+    Args:
+      doc: the door's docstring, shown by `--help`.
+      default_config: FILE.py to show by `--help` when none is given.
+      action: imports what is heavy itself.
+    """
+    try:
+        parsed = parse(sys.argv, doc, default_config)
+        code = action(parsed.config, parsed.workdir or default_workdir(sys.argv), parsed)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = BAD_INPUT
+    sys.exit(code)
+
+
+def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
+    """Checks and parses the flags `--config`, `--config.field`, `--workdir` and those of a distributed job.
+
+    Returns:
+      the parsed absl flags.
+
+    Raises:
+      InputError: an unknown flag, variant or field (with the nearest names), or a value of the wrong type.
+      SystemExit: after `--help`.
+    """
+    named = [value for value in map(_config_value, argv[1:], [*argv[2:], ""]) if value is not None]
+    if any(argument in ("--help", "-h", "-help", "--helpfull", "--helpshort") for argument in argv[1:]):
+        print(_help(doc, named[0] if named else default_config))
+        raise SystemExit(DONE)
+    if not named:
+        raise InputError(f"--config is missing; try --config={default_config}")
+    config = load_config(named[0])
+    fields = dict(_fields(config))
+    for argument in argv[1:]:
+        name = argument.lstrip("-").split("=")[0]
+        if argument.startswith("-") and name.startswith("config.") and name[7:] not in fields:
+            raise InputError(f"{name} is no field of {named[0]}{_nearest(name[7:], fields, 'config.')}")
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("num_processes", 0, "processes in the job", flag_values=values)
+    flags.DEFINE_integer("process_id", -1, "number of this process", flag_values=values)
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise InputError(str(error).replace("flag --", "")) from error
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error).strip().splitlines()[-1]) from error
+    if len(rest) > 1:
+        raise InputError(f"{rest[1]!r} is not understood; every option is --name=value, see --help")
+    flags.FLAGS.mark_as_parsed()  # grain's worker processes want to know
+    return values
+
+
+def default_workdir(argv: Sequence[str]) -> str:
+    """`runs/<config>-<variant>`."""
+    value = next(v for v in map(_config_value, argv[1:], [*argv[2:], ""]) if v is not None)
+    file, _, variant = value.partition(":")
+    return f"runs/{os.path.splitext(os.path.basename(file))[0]}-{variant or 'base'}"
+
+
+def load_config(value: str) -> ml_collections.ConfigDict:
+    """Calls `get_config` of `FILE.py[:variant]`.
+
+    Raises:
+      InputError: no such file, or no such variant (with the nearest names).
+    """
+    file, _, variant = value.partition(":")
+    module = _load_module(file)
+    variants = list(getattr(module, "VARIANTS", ()))
+    if variant and variant not in variants:
+        raise InputError(f"{file} has no variant {variant!r}{_nearest(variant, variants)}")
+    return module.get_config(variant) if variant else module.get_config()
+
+
+def _load_module(file: str) -> ModuleType:
+    if not os.path.isfile(file):
+        raise InputError(f"config file {file!r} does not exist; run from the project's folder or give its path")
+    spec = importlib.util.spec_from_file_location("usfmae_config", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _config_value(argument: str, following: str) -> str | None:
+    if argument in ("--config", "-config"):
+        return following
+    return argument.split("=", 1)[1] if argument.startswith(("--config=", "-config=")) else None
+
+
+def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in config.items():
+        if isinstance(value, ml_collections.ConfigDict):
+            found += _fields(value, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, value))
+    return found
+
+
+def _nearest(name: str, valid: Any, prefix: str = "") -> str:
+    names = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4)
+    # A right name in the wrong group is as common a slip as a misspelt one.
+    names += [v for v in valid if v.rpartition(".")[2] == name.rpartition(".")[2] and v not in names]
+    if not names:
+        return "; valid are " + ", ".join(prefix + v for v in valid)
+    return "; nearest are " + ", ".join(prefix + v for v in names)
+
+
+def _help(doc: str, value: str) -> str:
+    lines = [doc.strip(), "", "Flags:"]
+    lines += [
+        f"  --config=FILE.py[:variant]     e.g. {value}",
+        "  --config.FIELD=VALUE           overrides a field, see below",
+        "  --workdir=DIR                  default runs/<config>-<variant>; an interrupted run in it is continued",
+        "  --coordinator=HOST:PORT --num_processes=N --process_id=I",
+        "                                 a job of several processes; found automatically on Cloud TPU, Slurm, GKE",
+        "",
+    ]
+    file = value.partition(":")[0]
+    module = _load_module(file)
+    lines += [f"{file}:", *("  " + line for line in (module.__doc__ or "").strip().splitlines()), ""]
+    lines += [f"Fields of {value}:"]
+    lines += [f"  --config.{name}={value!r}" for name, value in _fields(load_config(value))]
+    return "\n".join(lines)

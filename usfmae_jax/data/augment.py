@@ -1,0 +1,103 @@
+"""Views of an image: crop, rotation, flip and resize as one affine warp, on uint8."""
+
+import dataclasses
+import math
+
+import cv2
+import numpy as np
+
+INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How training views are drawn.
+
+    Attributes:
+      crop_scale: area of the crop as a share of the image, drawn uniformly; a crop that does not fit is drawn again.
+      crop_ratio: width over height of the crop, drawn log-uniformly.
+      rotation: degrees, (lowest, highest), drawn uniformly.
+      hflip, vflip: probability of a mirrored view. Up-down swaps near field and shadow: off unless asked for.
+      interpolation: 'nearest', 'linear' or 'cubic'.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    rotation: tuple[float, float] = (0.0, 0.0)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    interpolation: str = "linear"
+
+
+def random_crop(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """Draws a crop as Inception did (Szegedy et al. 2015): ten tries, then the largest central crop of allowed shape.
+
+    Returns:
+      (left, top, width, height), in pixels, inside the image.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = math.sqrt(area * shape), math.sqrt(area / shape)
+        if w <= width and h <= height:
+            return rng.uniform(0, width - w), rng.uniform(0, height - h), w, h
+    shape = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, height * shape), min(height, width / shape)
+    return (width - w) / 2, (height - h) / 2, w, h
+
+
+def random_view(
+    rng: np.random.Generator, height: int, width: int, size: tuple[int, int], how: Augmentation
+) -> np.ndarray:
+    """Draws one view as the float64 `[2, 3]` matrix that takes its pixels to pixels of the image.
+
+    Args:
+      rng: where the randomness comes from; a fixed number of draws is not promised.
+      height: of the image.
+      width: of the image.
+      size: (height, width) of the view.
+      how: what to draw from.
+    """
+    left, top, w, h = random_crop(rng, height, width, how.crop_scale, how.crop_ratio)
+    flip_x = -1.0 if rng.random() < how.hflip else 1.0
+    flip_y = -1.0 if rng.random() < how.vflip else 1.0
+    angle = math.radians(rng.uniform(*how.rotation))
+    cos, sin = math.cos(angle), math.sin(angle)
+    scale_x, scale_y = flip_x * w / size[1], flip_y * h / size[0]
+    matrix = np.array([[cos * scale_x, -sin * scale_y, 0.0], [sin * scale_x, cos * scale_y, 0.0]])
+    # The centre of the view looks at the centre of the crop; the centre of pixel i lies at i.
+    matrix[:, 2] = np.array([left + (w - 1) / 2, top + (h - 1) / 2]) - matrix[:, :2] @ (
+        (size[1] - 1) / 2,
+        (size[0] - 1) / 2,
+    )
+    return matrix
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Looks at a uint8 image `[H, W, C]` through a view's matrix; uint8 `[*size, C]`, black outside the image."""
+    flags = INTERPOLATION[interpolation] | cv2.WARP_INVERSE_MAP
+    view = cv2.warpAffine(image, matrix, (size[1], size[0]), flags=flags, borderMode=cv2.BORDER_CONSTANT)
+    return view.reshape(*size, image.shape[2])
+
+
+def reduction(matrix: np.ndarray) -> int:
+    """The largest of 1, 2, 4, 8 by which an image may be shrunk before the view would have to enlarge it.
+
+    JPEG decodes at such fractions directly, faster and without the aliasing of a warp that skips pixels.
+    """
+    pixels = np.linalg.norm(matrix[:, :2], axis=0).min()  # of the image, per pixel of the view
+    return next(factor for factor in (8, 4, 2, 1) if pixels >= factor or factor == 1)
+
+
+def shrink_view(matrix: np.ndarray, factor: float) -> np.ndarray:
+    """The matrix of the same view on an image shrunk by `factor`."""
+    shrunk = matrix / factor
+    shrunk[:, 2] += (1 / factor - 1) / 2
+    return shrunk
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The whole uint8 image `[H, W, C]` in `size` (height, width), averaging areas; the aspect is not kept."""
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA).reshape(*size, image.shape[2])

@@ -1,0 +1,80 @@
+"""The encoder directory: what a finished run leaves for others to use.
+
+encoder/
+  model.safetensors     float32 parameters of the ViT; blocks stacked along their first axis
+  architecture.json     arguments of `models.vit.ViT`
+  preprocessing.json    how pixels become the model's input
+"""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+from etils import epath
+
+from usfmae_jax.errors import InputError
+
+#: Changes when an older reader could no longer use what is written.
+FORMAT = 1
+
+
+def save_encoder(
+    directory: str, params: Any, architecture: dict[str, Any], preprocessing: dict[str, Any], provenance: dict[str, str]
+) -> None:
+    """Writes an encoder directory; `model.safetensors` is renamed into place last, so that nobody reads half of one.
+
+    Args:
+      directory: local or `gs://`; created if absent.
+      params: nested dict of arrays of a `ViT`.
+      architecture: arguments that build it.
+      preprocessing: image size, channels, mean and std.
+      provenance: what it came from, as strings; stored in the safetensors metadata.
+    """
+    root = epath.Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    flat = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
+    (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **architecture}, indent=2) + "\n")
+    (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+    partial = root / "model.safetensors.incomplete"
+    partial.write_bytes(safetensors.numpy.save(flat, metadata=provenance))
+    partial.rename(root / "model.safetensors")
+
+
+def read_encoder(directory: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Reads what `save_encoder` wrote.
+
+    Returns:
+      parameters, architecture and preprocessing.
+
+    Raises:
+      InputError: no encoder there, a damaged file, or a newer format.
+    """
+    root = epath.Path(directory)
+    try:
+        architecture = json.loads((root / "architecture.json").read_text())
+        preprocessing = json.loads((root / "preprocessing.json").read_text())
+        flat = safetensors.numpy.load((root / "model.safetensors").read_bytes())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{directory} is not an encoder directory: {error}") from error
+    if architecture.pop("format", None) != FORMAT:
+        raise InputError(f"{directory} has another encoder format than {FORMAT}; update usfmae_jax")
+    return unflatten(flat), architecture, preprocessing
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Nested dict to `{"a.b.c": leaf}`."""
+    return {".".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    params: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return params

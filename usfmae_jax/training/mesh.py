@@ -1,0 +1,114 @@
+"""Devices: start the processes, lay out the mesh, say where each array lives.
+
+One mesh with two axes. `data` replicates parameters and splits the batch; `fsdp` splits both. With `fsdp=1` this is
+plain data parallelism, with `data=1` every parameter is split over all devices (ZeRO-3); XLA inserts the collectives.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from usfmae_jax.errors import InputError
+
+#: Arrays with fewer elements than this are replicated: splitting them costs more messages than it saves memory.
+MIN_SHARDED_SIZE = 2**14
+
+
+def initialize_distributed(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+    """Joins the processes of a job into one JAX runtime; does nothing for a single process.
+
+    With a coordinator (`host:port`) the three arguments are used. Without one, Cloud TPU pods, Slurm, GKE and Open MPI
+    are recognised by their environment and JAX finds the rest by itself. Must run before any other JAX call.
+
+    Raises:
+      InputError: a coordinator is given without the other two arguments.
+    """
+    if coordinator:
+        if num_processes < 1 or process_id < 0:
+            raise InputError("--coordinator needs --num_processes and --process_id too")
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    elif _is_multiprocess_job(os.environ):
+        jax.distributed.initialize()
+
+
+def _is_multiprocess_job(env: Mapping[str, str]) -> bool:
+    """Whether the environment is that of one process among several."""
+    return (
+        # A Slurm step: srun sets the step's variables, a bare salloc shell does not.
+        ("SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1)
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+        # Cloud TPU and GKE name all workers of a slice; a multislice job has one coordinator for them.
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        # A GKE job with GPUs: an indexed Job or JobSet.
+        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env and "JOBSET_NAME" in env)
+    )
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """Lays all devices out as `(data, fsdp)`; one of the two may be -1, "whatever is left".
+
+    Raises:
+      InputError: the product is not the number of devices.
+    """
+    devices = jax.device_count()
+    shape = np.asarray([data, fsdp])
+    if (shape == -1).sum() == 1 and (shape != 0).all():
+        shape[shape == -1] = devices // -shape.prod()
+    if (shape < 1).any() or shape.prod() != devices:
+        raise InputError(
+            f"config.mesh data={data}, fsdp={fsdp} does not lay out {devices} devices; "
+            "their product must be that number (-1 = the rest)"
+        )
+    return jax.make_mesh(tuple(shape.tolist()), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_sharding(mesh: Mesh, state: Any) -> Any:
+    """Where each array of a train state lives: one rule for parameters and the optimiser's moments alike.
+
+    An array is split over `fsdp` along its longest axis that `fsdp` divides; small arrays, and those with no such axis,
+    are replicated. A stacked layer axis is never the longest one of a large array, so layers stay whole.
+
+    Args:
+      mesh: from `make_mesh`.
+      state: pytree of arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      the same tree of `NamedSharding`.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def place(leaf: Any) -> NamedSharding:
+        shape = leaf.shape
+        axes = [axis for axis in range(len(shape)) if shape[axis] % fsdp == 0]
+        if fsdp == 1 or not axes or np.prod(shape) < MIN_SHARDED_SIZE:
+            return replicated(mesh)
+        longest = max(axes, key=lambda axis: shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+
+    return jax.tree.map(place, state)
+
+
+def global_batch(mesh: Mesh, local: Any) -> Any:
+    """Host arrays of this process to arrays over the mesh, starting the transfer and not waiting for it.
+
+    Args:
+      mesh: from `make_mesh`.
+      local: pytree of numpy arrays, this process's consecutive rows of the global batch.
+    """
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)

@@ -1,0 +1,237 @@
+"""What a person sees of a run: progress bar, throughput, logs; and the wish to stop that reaches it from outside."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+#: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A6000": 155e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "TPU7x": 2307e12,
+    "TPU v6": 918e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v4": 275e12,
+    "TPU v3": 61.5e12,
+    "TPU v2": 22.5e12,
+}
+
+
+class DivergedError(RuntimeError):
+    """Loss or gradient stopped being a number."""
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """bf16 peak of a device in FLOP/s; None where it is not known (any CPU)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind), None)
+
+
+class Monitor:
+    """Follows a loop and writes `metrics.jsonl`, TensorBoard event files and one progress bar.
+
+    Numbers are those of the step before the one just dispatched, so that the device never waits for the log. Rates
+    leave out pauses (saving, probing, drawing), which the loop marks with `pause`.
+
+    Args:
+      workdir: receives the logs; what a killed run wrote beyond `first_step` is cut off.
+      total_steps: of the whole run.
+      first_step: finished before this start.
+      batch_size: global.
+      every: steps between two lines of the log.
+      flops_per_image: training arithmetic; with a known peak it gives MFU.
+    """
+
+    def __init__(
+        self, workdir: str, *, total_steps: int, first_step: int, batch_size: int, every: int, flops_per_image: float
+    ):
+        self._batch_size, self._every, self._flops = batch_size, every, flops_per_image
+        self._peak = peak_flops(jax.devices()[0])
+        self._pending: tuple[int, Any] | None = None
+        self._main = jax.process_index() == 0
+        self._log = _JsonLines(epath.Path(workdir) / "metrics.jsonl", first_step) if self._main else None
+        self._events: Any = None
+        if self._main:
+            from tensorboardX import SummaryWriter  # keeps `--help` quick
+
+            self._events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
+        interactive = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            desc="pretrain",
+            dynamic_ncols=interactive,
+            # A log file wants a line now and then, not one per step.
+            mininterval=0.2 if interactive else 30,
+            disable=not self._main,
+        )
+        self._losses: list[float] = []
+        self._restart_window()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+        if self._events:
+            self._events.close()
+
+    def _restart_window(self) -> None:
+        self._start, self._steps, self._waited, self._paused = time.perf_counter(), 0, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_input(self) -> Iterator[None]:
+        """Marks the time in which the loop waits for the next batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Marks time that is not training."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def update(self, step: int, metrics: Any) -> None:
+        """Takes the metrics that step `step` will have, and reports those of the step before.
+
+        Raises:
+          DivergedError: the step before had a loss or gradient norm that is not finite.
+        """
+        previous, self._pending = self._pending, (step, metrics)
+        if previous:
+            self._report(*previous)
+
+    def flush(self) -> dict[str, float]:
+        """Waits for the newest step, reports it and returns its metrics; {} if there is nothing to report.
+
+        Raises:
+          DivergedError: see `update`.
+        """
+        previous, self._pending = self._pending, None
+        return self._report(*previous) if previous else {}
+
+    def _report(self, step: int, metrics: Any) -> dict[str, float]:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._steps += 1
+        self._bar.update(1)
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise DivergedError(f"{name} is {values[name]} at step {step}")
+        self._losses.append(values["loss"])
+        if step % self._every == 0 or step in (1, self._bar.total):
+            self.write(step, values | self._rates())
+            shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{self.images_per_second:.0f}"}
+            self._bar.set_postfix(shown | {"wait": f"{self.input_wait:.0%}"}, refresh=False)
+            self._restart_window()
+        return values
+
+    def _rates(self) -> dict[str, float]:
+        elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        self.images_per_second = self._steps * self._batch_size / elapsed
+        self.input_wait = min(self._waited / elapsed, 1.0)
+        per_device = self.images_per_second / jax.device_count()
+        rates = {
+            "images_per_second": self.images_per_second,
+            "images_per_second_per_device": per_device,
+            "input_wait": self.input_wait,
+        }
+        if self._peak:
+            rates["mfu"] = per_device * self._flops / self._peak
+        return rates
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds numbers to both logs."""
+        if self._log:
+            self._log.append({"step": step, **values})
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def write_image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Adds a uint8 `[H, W, 3]` picture to the event file."""
+        if self._events:
+            self._events.add_image(name, image, step, dataformats="HWC")
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar, on the main process."""
+        if self._main:
+            self._bar.write(text, file=sys.stderr)
+
+    def mean_loss_since_save(self) -> float:
+        """Mean loss since this was last asked, or since the start: less noisy than one step's, to rank checkpoints."""
+        mean = sum(self._losses) / max(len(self._losses), 1)
+        self._losses.clear()
+        return mean
+
+
+class _JsonLines:
+    """A file of JSON lines that a resumed run continues at its step; whole rewrites where a bucket cannot append."""
+
+    def __init__(self, path: epath.Path, first_step: int):
+        self._path, self._lines = path, []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):  # a killed run may leave half a line
+                    if json.loads(line)["step"] <= first_step:
+                        self._lines.append(line)
+        self._path.write_text("".join(line + "\n" for line in self._lines))
+
+    def append(self, values: dict[str, Any]) -> None:
+        line = json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})
+        self._lines.append(line)
+        if "://" in os.fspath(self._path):
+            self._path.write_text("".join(line + "\n" for line in self._lines))
+        else:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+
+
+class Preemption:
+    """Notices SIGTERM (the scheduler wants the machine) and the first Ctrl-C; the loop asks at every step."""
+
+    def __init__(self) -> None:
+        self._noticed = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Preemption":
+        # With several processes JAX's own service notices SIGTERM and has all of them stop after the same step.
+        numbers = [] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
+        for number in numbers:
+            self._previous[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self._noticed = True
+        signal.signal(number, self._previous[number])  # a second signal does what it always did
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop after this step; every process of a job gets the same answer."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noticed

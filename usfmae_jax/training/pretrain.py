@@ -1,0 +1,183 @@
+"""The pretraining loop: set up, restore, then for every step: batch, update, report, save."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh
+
+from usfmae_jax import __version__
+from usfmae_jax.data import pipeline
+from usfmae_jax.data.records import Shards
+from usfmae_jax.interop.encoder import save_encoder
+from usfmae_jax.training import checkpoints, setup
+from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
+from usfmae_jax.training.monitor import Monitor, Preemption
+from usfmae_jax.training.state import State, abstract_state, init_state, model_graph
+from usfmae_jax.training.step import make_train_step
+
+
+def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
+    """Pretrains a masked autoencoder and leaves `<workdir>/encoder/`.
+
+    Args:
+      config: see `configs/pretrain.py`.
+      workdir: receives checkpoints, logs, pictures and the encoder; an interrupted run in it is continued.
+
+    Returns:
+      True when the run is complete, False when it was preempted after saving.
+
+    Raises:
+      InputError: something given cannot be used; raised before anything is compiled.
+      DivergedError: loss or gradient norm is not finite; the last good checkpoint stays.
+    """
+    make_model = setup.model_maker(config)
+    mesh = make_mesh(**config.mesh)
+    setup.check_batch(config, mesh)
+    sources, dataset = setup.open_data(config)
+    total_steps = config.train.steps or config.train.epochs * sum(map(len, sources)) // config.train.batch_size
+    schedule, optimizer = setup.make_optimizer(config, total_steps)
+    settings = json.loads(config.to_json_best_effort()) | {"data_fingerprint": [s.fingerprint() for s in sources]}
+    saver = checkpoints.open_checkpoints(setup.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
+
+    found = checkpoints.latest_metadata(saver)
+    if found:
+        first_step, position, stored = found
+        checkpoints.check_resumable(stored, settings, workdir)
+        graph = model_graph(make_model)
+        state = checkpoints.restore(saver, abstract_state(make_model, optimizer, mesh, config.seed), first_step)
+    else:
+        first_step, position = 0, {"next_batch": 0, "damaged": []}
+        graph, state = init_state(make_model, optimizer, mesh, config.seed)
+        if config.init:
+            state = setup.with_encoder(state, config.init)
+    inspector = setup.make_inspector(config, graph, mesh, dataset, workdir)
+    damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
+    batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
+    report = Monitor(
+        workdir,
+        total_steps=total_steps,
+        first_step=first_step,
+        batch_size=config.train.batch_size,
+        every=config.log.every,
+        flops_per_image=setup.count_flops(config),
+    )
+    train_step = None
+
+    with Preemption() as preemption, report, contextlib.closing(saver):
+        describe(report, config, settings, mesh, sources, state, first_step, total_steps, workdir)
+        if first_step == 0:
+            inspector.run(report, state, 0)
+        for step in range(first_step + 1, total_steps + 1):
+            with report.waiting_for_input():
+                batch = next(batches)
+                for line in damage.update(batch["damaged"]):
+                    report.say(line)
+                images = global_batch(mesh, batch["image"])
+            if train_step is None:
+                with report.pause():
+                    train_step = compile_step(report, config, graph, optimizer, schedule, mesh, state, images)
+            state, metrics = train_step(state, images)
+            report.update(step, metrics)
+            stop = preemption.requested(step)
+            if stop or step == total_steps or step % config.checkpoint.every == 0:
+                report.flush()  # a state is saved only after its loss is known to be finite
+                with report.pause():
+                    position = {"next_batch": step, "damaged": sorted(damage.found)}
+                    checkpoints.save(
+                        saver, state, step, position=position, config=settings, loss=report.mean_loss_since_save()
+                    )
+            inspector.run(report, state, step, last=step == total_steps)
+            if stop and step < total_steps:
+                report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
+                return False
+    export(config, state["params"]["encoder"], workdir, total_steps)
+    return True
+
+
+def compile_step(
+    report: Monitor,
+    config: ml_collections.ConfigDict,
+    graph: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    state: State,
+    images: jax.Array,
+) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
+    """Compiles the update for the shapes and shardings at hand, and says how long that took."""
+    step = make_train_step(
+        graph,
+        optimizer,
+        schedule,
+        mesh,
+        patch_size=config.model.patch_size,
+        mask_ratio=config.mask.ratio,
+        fan_aware=config.mask.fan_aware,
+        normalize_targets=config.loss.normalize_targets,
+        mean=tuple(config.model.mean),
+        std=tuple(config.model.std),
+        accumulate=config.train.accumulate,
+    )
+    report.say("compiling the training step ...")
+    start = time.perf_counter()
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    compiled = (
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))).lower(state, images).compile()
+    )
+    report.say(f"compiling the training step took {time.perf_counter() - start:.1f} s")
+    return compiled
+
+
+def describe(
+    report: Monitor,
+    config: ml_collections.ConfigDict,
+    settings: dict[str, Any],
+    mesh: Mesh,
+    sources: list[Shards],
+    state: State,
+    first_step: int,
+    total_steps: int,
+    workdir: str,
+) -> None:
+    """Says what is about to run, and writes it to `<workdir>/config.json`."""
+    if jax.process_index() == 0:
+        epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    report.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
+    device = jax.devices()[0]
+    frames = sum(map(len, sources))
+    report.say(
+        f"{device.device_kind}: {mesh.size} devices as data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}, "
+        f"{jax.process_count()} processes\n"
+        f"data: {frames} frames from {len(sources)} sources; {total_steps} steps of {config.train.batch_size} "
+        f"= {total_steps * config.train.batch_size / frames:.1f} epochs\n"
+        f"workdir: {workdir}"
+    )
+    if first_step:
+        report.say("already finished" if first_step == total_steps else f"resuming after step {first_step}")
+
+
+def export(config: ml_collections.ConfigDict, params: Any, workdir: str, step: int) -> None:
+    """Writes the encoder directory, from process 0."""
+    if jax.process_count() > 1:
+        params = jax.tree.map(lambda x: jax.jit(lambda y: y, out_shardings=replicated(x.sharding.mesh))(x), params)
+    if jax.process_index():
+        return
+    model = config.model
+    preprocessing = {
+        "image_size": setup.image_size(config),
+        "channels": config.data.channels,
+        "resize": "area, aspect not kept",
+        "scale": 1 / 255,
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
+    provenance = {"code": f"usfmae_jax {__version__}", "step": str(step)}
+    save_encoder(f"{workdir}/encoder", jax.device_get(params), setup.architecture(config), preprocessing, provenance)

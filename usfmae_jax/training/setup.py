@@ -1,0 +1,235 @@
+"""From a config to the parts of a pretraining run, refusing what cannot work before anything is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from usfmae_jax.data import augment, pipeline
+from usfmae_jax.data.records import Shards
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.encoder import flatten, read_encoder
+from usfmae_jax.models.mae import MAE, num_visible, training_flops
+from usfmae_jax.models.vit import check_patches
+from usfmae_jax.training import optimizers
+from usfmae_jax.training.inspection import Inspector
+from usfmae_jax.training.state import State
+from usfmae_jax.training.step import make_features, make_reconstruct
+
+
+def model_maker(config: ml_collections.ConfigDict) -> Callable[[nnx.Rngs], MAE]:
+    """Checks the model part of a config and returns what builds the model.
+
+    Raises:
+      InputError: names the field that cannot be.
+    """
+    model = config.model
+    if model.channels not in (1, 3) or len(model.mean) != model.channels or len(model.std) != model.channels:
+        raise InputError(
+            f"config.model.channels={model.channels} must be 1 or 3 and have as many entries in config.model.mean "
+            f"({len(model.mean)}) and config.model.std ({len(model.std)})"
+        )
+    if config.data.channels not in (1, model.channels):
+        raise InputError(
+            f"config.data.channels={config.data.channels} must be 1 or config.model.channels={model.channels}"
+        )
+    for width, heads in (("width", "num_heads"), ("decoder_width", "decoder_num_heads")):
+        if model[width] % model[heads] or model[width] % 4:
+            raise InputError(
+                f"config.model.{width}={model[width]} must be divisible by 4 and by config.model.{heads}={model[heads]}"
+            )
+    try:
+        check_patches(image_size(config), model.patch_size)
+    except ValueError as error:
+        raise InputError(f"{error}: change config.model.image_size or config.model.patch_size") from error
+    try:
+        num_visible(num_patches(config), config.mask.ratio)
+    except ValueError as error:
+        raise InputError(f"config.mask.ratio: {error}") from error
+    if model.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"config.model.dtype={model.dtype!r} must be 'float32' or 'bfloat16'")
+    if model.attention not in ("", "xla", "cudnn"):
+        raise InputError(f"config.model.attention={model.attention!r} must be 'xla', 'cudnn' or '' for JAX's choice")
+    return lambda rngs: MAE(
+        **architecture(config),
+        decoder_width=model.decoder_width,
+        decoder_depth=model.decoder_depth,
+        decoder_num_heads=model.decoder_num_heads,
+        dtype=jnp.dtype(model.dtype),
+        attention=model.attention or None,
+        scan=model.scan,
+        remat=model.remat,
+        rngs=rngs,
+    )
+
+
+def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `vit.ViT` that fix the encoder's parameters."""
+    names = ("patch_size", "channels", "width", "depth", "num_heads", "mlp_ratio")
+    return {"image_size": image_size(config)} | {name: config.model[name] for name in names}
+
+
+def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """(height, width) of the views."""
+    size = config.model.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def num_patches(config: ml_collections.ConfigDict) -> int:
+    """Patches of one view."""
+    height, width = image_size(config)
+    return (height // config.model.patch_size) * (width // config.model.patch_size)
+
+
+def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises InputError unless devices and micro-batches divide the batch."""
+    parts = mesh.size * config.train.accumulate
+    if config.train.batch_size < 1 or config.train.batch_size % parts:
+        raise InputError(
+            f"config.train.batch_size={config.train.batch_size} cannot be divided among {mesh.size} devices times "
+            f"{config.train.accumulate} micro-batches; make it a multiple of {parts}"
+        )
+
+
+def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
+    """Opens the shards and describes this process's batches.
+
+    Raises:
+      InputError: there are none, with how to make some, or they cannot be used.
+    """
+    how_to = (
+        "\n  Prepare some:  python -m data_prep.build --dataset=folder --input=DIR --output=data/mine"
+        "\n                 then add --config.data.path=data/mine"
+        "\n  Or try:        make pretrain    (simulated frames, --config=configs/pretrain.py:demo)"
+    )
+    if not config.data.path:
+        raise InputError("config.data.path names no shards to train on." + how_to)
+    try:
+        sources = pipeline.open_sources(config.data.path, config.data.split)
+    except InputError as error:
+        raise InputError(f"config.data.path: {error}." + how_to) from error
+    if config.augment.interpolation not in augment.INTERPOLATION:
+        raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
+    dataset = pipeline.training_dataset(
+        sources,
+        size=image_size(config),
+        channels=config.data.channels,
+        batch_size=config.train.batch_size,
+        how=augment.Augmentation(**config.augment),
+        seed=config.seed,
+        weights=config.data.weights,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+    return sources, dataset
+
+
+def make_workdir(workdir: str) -> str:
+    """Creates the working directory and returns its absolute path.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = epath.Path(workdir)
+    try:
+        path = path if "://" in workdir else path.resolve()
+        path.mkdir(parents=True, exist_ok=True)
+        trial = path / f".writable-{jax.process_index()}"
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+    return str(path)
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, total_steps: int
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """Learning-rate schedule and AdamW; the rate in the config is per 256 images.
+
+    Raises:
+      InputError: the run would have no steps.
+    """
+    if total_steps < 1:
+        raise InputError(
+            f"the run has {total_steps} steps: config.train.epochs={config.train.epochs} of the data is less than one "
+            f"batch of {config.train.batch_size}; raise the epochs, set config.train.steps or lower the batch size"
+        )
+    optimizer = config.optimizer
+    rate = optimizer.learning_rate * config.train.batch_size / 256
+    schedule = optimizers.warmup_cosine(rate, optimizer.floor, round(optimizer.warmup * total_steps), total_steps)
+    names = ("weight_decay", "b1", "b2", "clip_norm", "layer_decay", "decay_all")
+    return schedule, optimizers.adamw(schedule, **{name: optimizer[name] for name in names})
+
+
+def with_encoder(state: State, directory: str) -> State:
+    """Puts the weights of an encoder directory into a fresh state; the decoder stays as initialised.
+
+    Raises:
+      InputError: the shapes differ; names the first that does.
+    """
+    params = read_encoder(directory)[0]
+    own = state["params"]["encoder"]
+    if flatten(params).keys() != flatten(own).keys():
+        raise InputError(f"config.init={directory} has other parameters than this model's encoder")
+    for (path, new), old in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(own), strict=True):
+        if new.shape != old.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise InputError(f"config.init={directory}: {name} is {new.shape} there and {old.shape} in this config")
+    loaded = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, own)
+    return state | {"params": state["params"] | {"encoder": loaded}}
+
+
+def make_inspector(config: ml_collections.ConfigDict, graph: Any, mesh: Mesh, dataset: Any, workdir: str) -> Inspector:
+    """Loads what the run looks at while it trains."""
+    labelled = None
+    if config.probe.data.path:
+        try:
+            shards = pipeline.open_shards(config.probe.data.path, config.probe.data.split or None)
+        except InputError as error:
+            raise InputError(f"config.probe.data.path: {error}") from error
+        labelled = pipeline.load_labelled(
+            shards, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
+        )
+    model = config.model
+    look = {"mean": tuple(model.mean), "std": tuple(model.std)}
+    return Inspector(
+        mesh,
+        workdir,
+        reconstruct=make_reconstruct(
+            graph,
+            patch_size=model.patch_size,
+            mask_ratio=config.mask.ratio,
+            fan_aware=config.mask.fan_aware,
+            normalize_targets=config.loss.normalize_targets,
+            **look,
+        ),
+        images=dataset[0]["image"],
+        pictures_every=config.log.pictures_every,
+        features=make_features(graph, **look),
+        labelled=labelled,
+        probe_every=config.probe.every,
+        batch_size=-(-128 // mesh.size) * mesh.size,
+        seed=config.seed,
+    )
+
+
+def count_flops(config: ml_collections.ConfigDict) -> float:
+    """Training arithmetic of one image."""
+    model = config.model
+    return training_flops(
+        num_patches=num_patches(config),
+        patch_dim=model.patch_size**2 * model.channels,
+        mask_ratio=config.mask.ratio,
+        width=model.width,
+        depth=model.depth,
+        decoder_width=model.decoder_width,
+        decoder_depth=model.decoder_depth,
+        mlp_ratio=model.mlp_ratio,
+    )
