@@ -4,25 +4,25 @@
 
 A frame is made the way a scanner makes it, on a grid of depth samples by beams:
 
-1. Scatterers are circular complex Gaussian: the baseband view of many unresolved reflectors, whose places below
-   a wavelength are what makes the phase uniform (Wagner et al. 1983; Goodman, Speckle Phenomena in Optics, 2007).
-2. An echogenicity map in dB (skin, fat, gland or liver, muscle, vessels, lesion) scales them, and interfaces add
-   a coherent, speckle-free part. What lies above attenuates: solid irregular lesions shadow, cysts enhance
-   (Stavros et al., Radiology 196, 1995), rims of smooth lesions refract.
-3. The point-spread function, a pulse along depth times a lateral Gaussian that is narrowest at the focus, turns
-   scatterers into echoes by convolution (Bamber and Dickinson 1980; Meunier and Bertrand 1995; the linear theory
-   behind Field II, Jensen 1996). Receiver noise, amplified with depth, is added.
-4. Envelope, log compression to 50 to 65 dB, gain, and scan conversion to the image, black outside the sector.
+1. Scatterers are circular complex Gaussian: the baseband view of many unresolved reflectors, whose places below a
+   wavelength make their phase uniform [1].
+2. An echogenicity map in dB (skin, fat, gland or liver, muscle, vessels, lesion) scales them; interfaces add a
+   coherent part without speckle. What lies above attenuates: solid irregular lesions shadow, cysts enhance, the
+   sides of smooth lesions refract [2].
+3. Convolution with the point-spread function, a pulse along depth times a lateral Gaussian that is narrowest at the
+   focus, turns scatterers into echoes [3, 4, 5]. Receiver noise, amplified with depth, and haze are added.
+4. Envelope, gain, log compression to 50 to 65 dB, and scan conversion to the image, black outside the sector.
 
-It is a cartoon of tissue with correct speckle: the envelope in homogeneous tissue is Rayleigh, mean / std = 1.91.
-No multiple scattering, no refraction, no side lobes, two-dimensional. Not for anything clinical.
+The tissue is a cartoon, the speckle is not: the envelope of uniform tissue is Rayleigh, mean / std = 1.91. There are
+no multiple paths, no elevation and no steering. Demos and tests only; nothing clinical follows from it.
 
-References: R. F. Wagner et al., Statistics of speckle in ultrasound B-scans, IEEE Trans. Sonics Ultrason. 30, 1983.
-J. C. Bamber, R. J. Dickinson, Ultrasonic B-scanning: a computer simulation, Phys. Med. Biol. 25, 1980.
-J. Meunier, M. Bertrand, Echographic image mean gray level changes with tissue dynamics, IEEE Trans. Biomed. Eng. 42,
-1995. J. A. Jensen, Field: a program for simulating ultrasound systems, Med. Biol. Eng. Comput. 34, 1996.
-A. T. Stavros et al., Solid breast nodules: use of sonography to distinguish between benign and malignant lesions,
-Radiology 196, 1995.
+[1] Wagner, Smith, Sandrik, Lopez. Statistics of speckle in ultrasound B-scans. IEEE Trans. Sonics Ultrason. 30, 1983.
+[2] Stavros et al. Solid breast nodules: use of sonography to distinguish between benign and malignant lesions.
+    Radiology 196, 1995.
+[3] Bamber, Dickinson. Ultrasonic B-scanning: a computer simulation. Phys. Med. Biol. 25, 1980.
+[4] Meunier, Bertrand. Echographic image mean gray level changes with tissue dynamics: a system-based model study.
+    IEEE Trans. Biomed. Eng. 42, 1995.
+[5] Jensen. Field: a program for simulating ultrasound systems. Med. Biol. Eng. Comput. 34, 1996.
 """
 
 import argparse
@@ -102,7 +102,7 @@ LAYERS = {
         Layer((0.28, 0.42), 2, 3.5, 2.5, -6, 1.0),
         Layer((0.04, 0.10), -7, 2.0, 1.5, 7, 0.8),
         Layer((0.12, 0.20), -6, 5.0, 1.0, 0, 1.6),
-        Layer((1.00, 1.00), -11, 2.5, 3.0, 0, 2.2),
+        Layer((1.00, 1.00), -10, 2.5, 3.0, 0, 2.2),
     ),
     "convex": (  # upper abdomen: skin, fat, muscle, liver, and what lies behind the diaphragm
         Layer((0.02, 0.03), 4, 1.0, 0.5, 0, 1.5),
@@ -127,7 +127,7 @@ class Scan:
 
 
 def _to_scan(probe, x, z):
-    """Position in mm, x across and z down from the centre of the probe face -> depth v in [0, 1], beam u in [-1, 1]."""
+    """Position in mm, x across, z down from the middle of the probe face -> depth v in [0, 1], beam u in [-1, 1]."""
     if probe.geometry == "linear":
         return z / probe.depth, x / (probe.span / 2)
     behind = z + probe.radius
@@ -179,8 +179,9 @@ def _point_spread(probe, samples, beams):
     wavelength = _SPEED_OF_SOUND / probe.frequency
     # Below 0.7 samples the grid could not hold the speckle (small images): neighbours would be independent.
     sigma = max(0.7, 0.6 * wavelength * samples / probe.depth)
-    t = np.arange(-math.ceil(3 * sigma), math.ceil(4 * sigma) + 1)
-    pulse = np.exp(-0.5 * (t / np.where(t < 0, 0.85 * sigma, 1.15 * sigma)) ** 2)  # it rings down slower than up
+    t = np.arange(-math.ceil(4 * sigma), math.ceil(4 * sigma) + 1)
+    # It rings down slower than it rises; OpenCV correlates, so time runs backwards here.
+    pulse = np.exp(-0.5 * (t / np.where(t > 0, 0.85 * sigma, 1.15 * sigma)) ** 2)
 
     z = np.linspace(0, probe.depth, samples)
     width = 1.3 * wavelength * np.sqrt(1 + ((z - probe.focus) / (0.55 * probe.focus)) ** 2)
@@ -297,6 +298,26 @@ def _vessels(rng, probe, x, z, tissue):
         tissue -= np.float32(depth) * np.clip(blob * 3 + 0.5, 0, 1)
 
 
+def _lesion(rng, kind, probe, x, z, tissue, reflections):
+    """Draws a lesion -> its outline (0 on it, positive inside) and its inside (dB), float32 [D, L] each.
+
+    Adds its wall to `reflections`, in place of the interfaces it displaces.
+    """
+    at_x, at_z = _to_space(probe, rng.uniform(0.3, 0.52), rng.uniform(-0.4, 0.4))
+    size, aspect = probe.depth * rng.uniform(0.08, 0.15), rng.uniform(*kind.aspect)
+    outline = _blob(rng, x - at_x, z - at_z, size=size, aspect=aspect, outline=kind.outline, ragged=kind.ragged)
+    outline += np.float32(0.06 * kind.ragged) * _smooth(rng, tissue.shape, (40, 40))
+    around = tissue[(outline < 0) & (outline > -0.6)].mean()
+    inside = around + np.float32(rng.uniform(*kind.level)) + kind.texture * _smooth(rng, tissue.shape, (45, 30))
+
+    down, across = np.gradient(outline)
+    facing = np.abs(down) / (np.hypot(down, across) + 1e-6)  # a wall reflects where it faces the beam
+    patchy = np.clip(0.5 + 0.5 * _smooth(rng, tissue.shape, (15, 15)), 0.05, 1.2)
+    reflections *= outline < 0
+    reflections += kind.wall * patchy * facing**4 * np.exp(-((outline / 0.05) ** 2))
+    return outline, inside
+
+
 @dataclasses.dataclass(frozen=True)
 class _Patient:
     """What the frames of a patient share."""
@@ -305,10 +326,9 @@ class _Patient:
     scan: Scan
     tissue: np.ndarray  # float32 [D', L', 4]: echogenicity (dB), reflections, lesion outline, lesion inside (dB)
     speckle: np.ndarray  # float32 [D', L', 2]
-    edge: float  # of the lesion, see Lesion
-    shadow: float
-    rim: float
-    streaks: np.ndarray  # float32 [1, L]: dB lost per depth, beam by beam
+    kind: Lesion | None
+    shadow: float  # dB
+    streaks: np.ndarray  # float32 [1, L]: dB lost over the depth, beam by beam
     tilt: float  # dB over the depth that the time-gain compensation leaves
     gain: float  # dB
     dynamic_range: float  # dB
@@ -316,42 +336,26 @@ class _Patient:
 
 def _patient(rng, label, image_size):
     """Draws a patient: probe, tissue, lesion and presets."""
-    geometry = ("linear", "convex")[rng.integers(2)]
-    probe = PROBES[geometry][rng.integers(len(PROBES[geometry]))]
+    presets = PROBES[("linear", "convex")[rng.integers(2)]]
+    probe = presets[rng.integers(len(presets))]
     scan = _scan(probe, image_size)
     rows, columns = (round(side * (1 + 2 * _MARGIN)) for side in scan.shape)
     v = np.linspace(-_MARGIN, 1 + _MARGIN, rows, dtype=np.float32)[:, None]
     u = np.linspace(-1 - 2 * _MARGIN, 1 + 2 * _MARGIN, columns, dtype=np.float32)[None, :]
-    x, z = _to_space(probe, v, u)
-    x, z = np.broadcast_arrays(x, z)
+    x, z = np.broadcast_arrays(*_to_space(probe, v, u))
     tissue, reflections = _layers(rng, probe, v, u)
     _vessels(rng, probe, x, z, tissue)
-
     kind = LESIONS.get(CLASSES[label])
-    outline, inside, shadow = np.full_like(tissue, -9), np.zeros_like(tissue), 0.0
+    outline, inside = np.full_like(tissue, -9), np.zeros_like(tissue)
     if kind:
-        at_v, at_u = rng.uniform(0.3, 0.52), rng.uniform(-0.4, 0.4)
-        at_x, at_z = _to_space(probe, at_v, at_u)
-        size = probe.depth * rng.uniform(0.08, 0.15)
-        aspect = rng.uniform(*kind.aspect)
-        outline = _blob(rng, x - at_x, z - at_z, size=size, aspect=aspect, outline=kind.outline, ragged=kind.ragged)
-        outline += np.float32(0.06 * kind.ragged) * _smooth(rng, tissue.shape, (40, 40))
-        around = tissue[(outline < 0) & (outline > -0.6)].mean()
-        level, shadow = rng.uniform(*kind.level), rng.uniform(*kind.shadow)
-        inside = around + np.float32(level) + kind.texture * _smooth(rng, tissue.shape, (45, 30))
-        # The wall reflects where it faces the beam.
-        facing = np.abs(np.gradient(outline, axis=0)) / (np.hypot(*np.gradient(outline)) + 1e-6)
-        reflections *= outline < 0
-        patchy = np.clip(0.5 + 0.5 * _smooth(rng, tissue.shape, (15, 15)), 0.05, 1.2)
-        reflections += kind.wall * patchy * facing**4 * np.exp(-((outline / 0.05) ** 2))
+        outline, inside = _lesion(rng, kind, probe, x, z, tissue, reflections)
     return _Patient(
         probe=probe,
         scan=scan,
-        tissue=cv2.merge([tissue, reflections, outline, np.asarray(inside, np.float32)]),
+        tissue=cv2.merge([tissue, reflections, outline, inside]),
         speckle=_normal(rng, rows, columns),
-        edge=kind.edge if kind else 1.0,
-        shadow=shadow,
-        rim=kind.rim if kind else 0.0,
+        kind=kind,
+        shadow=rng.uniform(*kind.shadow) if kind else 0.0,
         streaks=np.maximum(_smooth(rng, (1, scan.shape[1]), (1, 14)) - 0.6, 0) * np.float32(rng.uniform(2, 9)),
         tilt=rng.uniform(-12, 1),
         gain=rng.uniform(-4, 4),
@@ -388,23 +392,28 @@ def _move(rng, patient):
     return tissue, scatterers
 
 
+def _below(weight, loss):
+    """Total of `weight` above each sample, scaled so that the largest is `loss` dB -> float32 [D, L]."""
+    total = np.cumsum(weight, axis=0)
+    return total * np.float32(loss / max(total[-1].max(), 1))
+
+
 def _frame(rng, patient):
     """One frame of a patient -> image and mask, uint8 [H, W]."""
-    scan, probe = patient.scan, patient.probe
+    scan, probe, kind = patient.scan, patient.probe, patient.kind
     tissue, scatterers = _move(rng, patient)
     level, reflections, outline, inside = cv2.split(tissue)
     v = np.linspace(0, 1, scan.shape[0], dtype=np.float32)[:, None]
 
-    lesion = np.clip(outline / np.float32(patient.edge) + 0.5, 0, 1)
-    path = np.cumsum(lesion, axis=0)
-    rim = np.cumsum(np.abs(cv2.Sobel(lesion, cv2.CV_32F, 1, 0)), axis=0)
-    loss = path * np.float32(patient.shadow / max(path[-1].max(), 1)) + rim * np.float32(
-        patient.rim / max(rim[-1].max(), 1)
-    )
-    loss = cv2.blur(loss, (scan.shape[1] // 40 + 1, 1)) + v * patient.streaks
+    loss = v * patient.streaks
+    if kind:
+        lesion = np.clip(outline / np.float32(kind.edge) + 0.5, 0, 1)
+        sides = np.abs(cv2.Sobel(lesion, cv2.CV_32F, 1, 0))
+        level += lesion * (inside - level)
+        loss += cv2.blur(_below(lesion, patient.shadow) + _below(sides, kind.rim), (scan.shape[1] // 40 + 1, 1))
     focus = 2 * np.exp(-(((v - probe.focus / probe.depth) / 0.25) ** 2))
     gain = np.exp(_NEPER * (focus + patient.tilt * v - loss))
-    amplitude = gain * np.exp(np.float32(_NEPER) * (level + lesion * (inside - level)))
+    amplitude = gain * np.exp(np.float32(_NEPER) * level)
     scatterers *= (amplitude * (1 + 2 * reflections))[..., None]
     scatterers[..., 0] += gain * reflections * np.float32(0.7)
 
@@ -412,8 +421,8 @@ def _frame(rng, patient):
     # Receiver noise, which the time-gain compensation amplifies too, and the haze of side lobes and reverberation.
     noise = cv2.sepFilter2D(_normal(rng, *scan.shape), -1, _ACROSS, scan.pulse)
     haze = cv2.blur(amplitude, (scan.shape[1] // 5, scan.shape[0] // 12))
-    echoes += noise * (np.exp(_NEPER * (22 * v - 50)) + np.float32(0.04) * haze)[..., None]
-    envelope = cv2.GaussianBlur(cv2.magnitude(echoes[..., 0], echoes[..., 1]), (3, 3), 0.7)
+    echoes += noise * (np.exp(_NEPER * (22 * v - 49)) + np.float32(0.04) * haze)[..., None]
+    envelope = cv2.GaussianBlur(cv2.magnitude(echoes[..., 0], echoes[..., 1]), (3, 3), 0.7)  # the video filter
 
     decibel = cv2.log(envelope + 1e-6) * np.float32(1 / _NEPER)
     brightness = patient.gain + rng.normal(0, 1) + 0.42 * patient.dynamic_range
@@ -438,15 +447,15 @@ def simulate_patient(patient: int, *, seed: int = 0, image_size: int = 256, fram
     Returns:
         A list of `Phantom`.
     """
-    label = int(np.random.default_rng([seed, _LABELS, patient // 4, 0]).permutation(4)[patient % 4])
+    if patient < 0 or image_size < 32:
+        raise ValueError(f"patient is {patient} and image_size {image_size}; they start at 0 and 32.")
+    label = int(np.random.default_rng([seed, _LABELS, patient // 4, 0]).permutation(len(CLASSES))[patient % 4])
     drawn = _patient(np.random.default_rng([seed, _TISSUE, patient, 0]), label, image_size)
-    name = f"p{patient:05d}"
+    geometry, sector, name = drawn.probe.geometry, drawn.scan.sector, f"p{patient:05d}"
     phantoms = []
     for k in range(frames):
         image, mask = _frame(np.random.default_rng([seed, _FRAME, patient, k]), drawn)
-        phantoms.append(
-            Phantom(image, mask, drawn.scan.sector, label, name, name, f"{name}_{k:02d}", drawn.probe.geometry)
-        )
+        phantoms.append(Phantom(image, mask, sector.copy(), label, name, name, f"{name}_{k:02d}", geometry))
     return phantoms
 
 

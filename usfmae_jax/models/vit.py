@@ -111,7 +111,7 @@ class Blocks(nnx.Module):
 
     def __init__(self, depth: int, make: Callable[[nnx.Rngs], Block], *, scan: bool, remat: bool, rngs: nnx.Rngs):
         self.depth, self.scan, self.remat = depth, scan, remat
-        self.stack = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=depth))
+        self.stack = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """All blocks, one after the other."""

@@ -94,7 +94,7 @@ def make_train_step(
         metrics = {
             "loss": error / count,
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
         }
         params = optax.apply_updates(params, updates)
         return state | {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics

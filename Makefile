@@ -1,0 +1,49 @@
+# Everything starts here: `make help`.
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := data/demo
+
+.PHONY: help install install-dev demo-data pretrain test lint format clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed; name one with make PYTHON=/path/to/python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.core: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@ $(VENV)/.core
+
+install: $(VENV)/.core  ## create .venv with what a run needs
+install-dev: $(VENV)/.dev  ## ... and with what the tests need
+
+demo-data: $(VENV)/.core  ## simulate labelled ultrasound frames into data/demo (once)
+	$(BIN)/python -m data_prep.build --dataset=phantom --output=$(DEMO)
+
+pretrain: demo-data  ## pretrain a small model on simulated frames, minutes on a laptop
+	$(BIN)/python -m usfmae_jax.main --config=configs/pretrain.py:demo
+
+test: $(VENV)/.dev  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev  ## check style and types
+	$(BIN)/ruff check --output-format=concise .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## put the code into house style
+	$(BIN)/ruff check --fix --output-format=concise .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches; keeps data/ and runs/
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,258 @@
+"""A folder of images and its labels: which files there are, and what is known about each without opening it.
+
+Every dataset becomes a `Collection`; the plain folder is the one that knows least. Standard library only, so that
+finding out that there is nothing to do takes no time.
+"""
+
+import collections
+import csv
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import stat
+from collections.abc import Iterable
+
+from usfmae_jax.errors import InputError
+
+COLUMNS = ("file", "label", "patient", "video", "split", "mask")
+SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One source file of a dataset; paths are relative to the dataset and spelled as the file system does."""
+
+    path: str
+    mask: str = ""
+    split: str = "train"
+    label: int = -1  # -1 = none
+    patient: str = ""  # empty = unknown
+    video: str = ""  # empty = its own
+
+    @property
+    def source(self) -> str:
+        """The path as it is shown and stored."""
+        return printable(self.path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A file that cannot be used, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass
+class Collection:
+    """What a build starts from."""
+
+    items: list[Item]
+    label_names: list[str]
+    rejected: list[Rejected]
+    left_out: dict[str, int]  # kinds of files that were passed over, and how many
+    fingerprint: str  # changes when a file that takes part does
+
+
+@dataclasses.dataclass
+class _Scan:
+    images: dict[str, tuple[int, int]]  # relative path: (size, mtime_ns)
+    rejected: list[Rejected]
+    left_out: collections.Counter[str]
+
+
+def printable(path: str) -> str:
+    """A path with forward slashes, and escapes for bytes that are not UTF-8."""
+    return os.fsencode(path.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
+
+
+def collect(root: pathlib.Path, labels: str, suffixes: Iterable[str]) -> Collection:
+    """Lists a folder.
+
+    Args:
+      root: the folder, searched with everything below it; hidden files and linked folders are passed over.
+      labels: "" for none, "parent" for the name of the directory that holds the file, or the path of a CSV file that
+        has the column `file` and may have the others of `COLUMNS`; files it does not list are then left out.
+      suffixes: of image files, in lower case.
+
+    Raises:
+      InputError: no folder, no images, or a labels file that does not fit them.
+    """
+    if not root.is_dir():
+        raise InputError(f"--input={root} is not a folder")
+    scan = _scan(root, frozenset(suffixes))
+    if labels in ("", "parent"):
+        paths = sorted(scan.images, key=printable)
+        holders = [_holder(path) if labels else "" for path in paths]
+        names = label_names(holders)
+        items = [Item(path, label=_number(holder, names)) for path, holder in zip(paths, holders, strict=True)]
+        stats = scan.images
+        if not items:
+            raise InputError(
+                f"--input={root} holds no images: expected files that end in {', '.join(sorted(suffixes))}"
+            )
+    else:
+        items, names, stats, rejected = _read_labels(root, labels)
+        listed = {item.path for item in items} | {item.mask for item in items}
+        scan.left_out["images not in the labels file"] = len(scan.images.keys() - listed)
+        scan.rejected = rejected
+    digest = hashlib.sha256()
+    for path in sorted(stats, key=printable):
+        digest.update(f"{printable(path)}\0{stats[path][0]}\0{stats[path][1]}\0".encode())
+    return Collection(items, names, scan.rejected, dict(+scan.left_out), digest.hexdigest())
+
+
+def label_names(labels: Iterable[str]) -> list[str]:
+    """Class names in the order of their numbers, by value if all are integers; "" and -1 are none."""
+    names = sorted(set(labels) - {"", "-1"})
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return names
+
+
+def _number(label: str, names: list[str]) -> int:
+    return names.index(label) if label in names else -1
+
+
+def _holder(path: str) -> str:
+    # A file at the top has no class: the name of the input folder says nothing about it.
+    return _one_line(os.path.basename(os.path.dirname(path)))
+
+
+def _one_line(label: str) -> str:
+    return " ".join(printable(label).split())  # the list of class names has one a line
+
+
+def _scan(root: pathlib.Path, suffixes: frozenset[str]) -> _Scan:
+    scan = _Scan({}, [], collections.Counter())
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"--input: folder {error.filename!r} cannot be read: {error.strerror}")
+
+    for folder, folders, files in os.walk(root, onerror=fail):
+        scan.left_out["hidden files and folders"] += sum(name.startswith(".") for name in (*folders, *files))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):
+                path = os.path.relpath(os.path.join(folder, name), root)
+                scan.rejected.append(Rejected(printable(path), "link to a folder, not followed"))
+        for name in sorted(files):
+            if name.startswith("."):
+                continue
+            if os.path.splitext(name)[1].lower() not in suffixes:
+                scan.left_out["other files"] += 1
+                continue
+            path = os.path.relpath(os.path.join(folder, name), root)
+            found = _stat(root, path)
+            if isinstance(found, str):
+                scan.rejected.append(Rejected(printable(path), found))
+            else:
+                scan.images[path] = found
+    return scan
+
+
+def _stat(root: pathlib.Path, path: str) -> tuple[int, int] | str:
+    """(size, mtime_ns) of a file below `root`, or why it cannot be used."""
+    full = os.path.join(root, path)
+    real = os.path.realpath(full) if os.path.islink(full) else _real_folder(os.path.dirname(full))
+    # What a link points at outside the input would end up in the shards without having been asked for.
+    if os.path.commonpath([real, _real_folder(str(root))]) != _real_folder(str(root)):
+        return "link that leaves the input folder"
+    try:
+        status = os.stat(full)
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a regular file"
+    return status.st_size, status.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=4096)  # one file after the other lies in the same folder
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _read_labels(
+    root: pathlib.Path, labels: str
+) -> tuple[list[Item], list[str], dict[str, tuple[int, int]], list[Rejected]]:
+    rows = _rows(labels)
+    names = label_names(row["label"] for row in rows)
+    items: list[Item] = []
+    rejected: list[Rejected] = []
+    stats: dict[str, tuple[int, int]] = {}
+    missing: list[str] = []
+    seen: set[str] = set()
+    for row in rows:
+        if row["split"] not in SPLITS:
+            raise InputError(
+                f"--labels={labels}: split {row['split']!r} of {printable(row['file'])!r} is none of train, val, test"
+            )
+        item = Item(
+            path=_relative(labels, row["file"]),
+            mask=_relative(labels, row["mask"]) if row["mask"] else "",
+            split=SPLITS[row["split"]],
+            label=_number(row["label"], names),
+            patient=printable(row["patient"]),
+            video=printable(row["video"]),
+        )
+        if item.path in seen:
+            raise InputError(f"--labels={labels} lists {item.source!r} more than once")
+        seen.add(item.path)
+        problem = ""
+        for path in filter(None, (item.path, item.mask)):
+            if not os.path.lexists(root / path):
+                missing.append(printable(path))
+                continue
+            found = _stat(root, path)
+            stats[path] = (0, 0) if isinstance(found, str) else found
+            problem = found if isinstance(found, str) else problem
+        if problem:
+            rejected.append(Rejected(item.source, problem))
+        else:
+            items.append(item)
+    if missing:
+        raise InputError(
+            f"--labels={labels} names {len(missing)} files that are not below --input={root}, first {missing[0]!r}"
+        )
+    _check_splits(items)
+    return items, names, stats, rejected
+
+
+def _rows(labels: str) -> list[dict[str, str]]:
+    try:
+        with pathlib.Path(labels).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            reader = csv.DictReader(file, restval="")
+            found = [(name or "").strip() for name in reader.fieldnames or []]
+            reader.fieldnames = found
+            if "file" not in found:
+                raise InputError(f"--labels={labels} has no column 'file', only {found}; it may have {list(COLUMNS)}")
+            rows = [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in reader]
+    except OSError as error:
+        raise InputError(f"--labels={labels} is neither 'parent' nor a file: {error.strerror}") from error
+    except csv.Error as error:
+        raise InputError(f"--labels={labels} is no CSV file: {error}") from error
+    if not rows:
+        raise InputError(f"--labels={labels} lists no files")
+    for row in rows:
+        row["label"] = _one_line(row["label"])
+    return rows
+
+
+def _relative(labels: str, path: str) -> str:
+    normal = os.path.normpath(path) if path else ""
+    if not normal or os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
+        raise InputError(f"--labels={labels}: {printable(path)!r} is not a path below --input")
+    return normal
+
+
+def _check_splits(items: list[Item]) -> None:
+    splits: dict[str, str] = {}
+    for item in items:
+        if item.patient and splits.setdefault(item.patient, item.split) != item.split:
+            raise InputError(
+                f"patient {item.patient!r} is in the splits {splits[item.patient]} and {item.split}, and a test on "
+                "patients seen in training says nothing; give all frames of a patient the same split"
+            )

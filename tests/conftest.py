@@ -1,0 +1,38 @@
+"""Eight fake devices, a compilation cache, and the smallest shards and config that train."""
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import ml_collections  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from absl import flags  # noqa: E402
+
+from tests.helpers import tiny_config, write_shards  # noqa: E402
+
+flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with 48 labelled frames of 24 patients in two ArrayRecord shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder, count=48)
+    return str(folder)
+
+
+@pytest.fixture
+def config(shards: str) -> ml_collections.ConfigDict:
+    """A model of two small blocks on `shards`."""
+    return tiny_config(shards)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

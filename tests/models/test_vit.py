@@ -1,0 +1,112 @@
+"""The encoder's pieces against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import erf
+
+from usfmae_jax.models import position, vit
+
+
+def test_gelu_is_exact_and_so_is_its_derivative(rng):
+    x = rng.normal(size=200).astype(np.float32) * 3
+    np.testing.assert_allclose(vit.gelu(x), x * 0.5 * (1 + erf(x / np.sqrt(2))), atol=1e-6)
+    derivative = jax.vmap(jax.grad(vit.gelu))(x)
+    reference = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
+    np.testing.assert_allclose(derivative, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((2, 32, 48, 3), 8), ((1, 28, 14, 1), 14)])
+def test_unpatchify_inverts_patchify(rng, shape, patch):
+    images = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    patches = vit.patchify(images, patch)
+    assert patches.shape == (shape[0], shape[1] * shape[2] // patch**2, patch**2 * shape[3])
+    np.testing.assert_array_equal(vit.unpatchify(patches, (shape[1] // patch, shape[2] // patch), patch), images)
+
+
+def test_patches_run_row_by_row_and_hold_row_column_channel():
+    images = jnp.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    patches = vit.patchify(images, 2)
+    np.testing.assert_array_equal(patches[1, 1], images[1, :2, 2:].reshape(-1))
+
+
+def test_image_size_must_be_divisible_by_the_patch():
+    with pytest.raises(ValueError, match="30x32 is not divisible by patch size 8"):
+        vit.patchify(jnp.zeros((1, 30, 32, 1)), 8)
+
+
+def test_position_table_follows_its_formula():
+    table = position.sincos_table((3, 5), 16)
+    assert table.shape == (15, 16)
+    row, column = 2, 4
+    w = 10000.0 ** (-2 * np.arange(4) / 8)
+    expected = np.concatenate([np.sin(column * w), np.cos(column * w), np.sin(row * w), np.cos(row * w)])
+    np.testing.assert_allclose(table[row * 5 + column], expected, atol=1e-6)
+
+
+def test_position_table_is_resized_smoothly_and_kept_on_its_own_grid():
+    table = position.sincos_table((8, 8), 16)
+    np.testing.assert_array_equal(position.resize_table(table, (8, 8), (8, 8)), table)
+    larger = np.asarray(position.resize_table(table, (8, 8), (16, 16))).reshape(16, 16, 16)
+    original = table.reshape(8, 8, 16)
+    # Low frequencies survive interpolation: half-way between two old positions lies their mean.
+    between = (larger[4:12:2, 4:12:2, 6] + larger[5:13:2, 5:13:2, 6]) / 2
+    np.testing.assert_allclose(between, original[2:6, 2:6, 6], atol=0.01)
+
+
+def test_position_is_no_parameter():
+    model = vit.ViT(image_size=(16, 16), patch_size=8, channels=1, width=8, depth=1, num_heads=2, rngs=nnx.Rngs(0))
+    assert set(nnx.to_pure_dict(nnx.state(model))) == {"patch_embed", "cls_token", "blocks", "norm"}
+
+
+def test_linear_layers_start_xavier_uniform_as_if_flattened():
+    model = vit.ViT(image_size=(32, 32), patch_size=8, channels=3, width=64, depth=4, num_heads=2, rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(model))
+    kernels = {
+        "patch": (params["patch_embed"]["kernel"], 192 + 64),
+        "qkv": (params["blocks"]["stack"]["attn"]["qkv"]["kernel"], 64 + 192),  # as one matrix
+        "fc1": (params["blocks"]["stack"]["fc1"]["kernel"], 64 + 256),
+    }
+    for name, (kernel, fans) in kernels.items():
+        bound = np.sqrt(6 / fans)
+        assert 0.98 * bound < np.abs(kernel).max() <= bound, name
+        np.testing.assert_allclose(kernel.std(), bound / np.sqrt(3), rtol=0.05)
+    stacked = params["blocks"]["stack"]["fc1"]["kernel"]
+    assert not np.array_equal(stacked[0], stacked[1])  # each layer its own numbers
+    assert not params["blocks"]["stack"]["fc1"]["bias"].any()
+
+
+def test_visible_patches_alone_are_what_masking_the_sequence_would_give(rng):
+    model = vit.ViT(image_size=(32, 32), patch_size=8, channels=1, width=32, depth=2, num_heads=2, rngs=nnx.Rngs(0))
+    images = jnp.asarray(rng.normal(size=(2, 32, 32, 1)), jnp.float32)
+    everything = jnp.broadcast_to(jnp.arange(16), (2, 16))
+    np.testing.assert_allclose(model(images, everything), model(images), atol=1e-5)
+    few = jnp.asarray([[3, 1, 7], [0, 15, 2]])
+    changed = images.at[:, 24:, :8].set(9.0)  # patch 12, which nobody sees
+    np.testing.assert_array_equal(model(images, few), model(changed, few))
+
+
+def test_softmax_and_norm_are_float32_under_bfloat16():
+    model = vit.ViT(
+        image_size=(16, 16),
+        patch_size=8,
+        channels=1,
+        width=8,
+        depth=1,
+        num_heads=2,
+        dtype=jnp.bfloat16,
+        rngs=nnx.Rngs(0),
+    )
+    lines = str(jax.make_jaxpr(lambda x: model(x))(jnp.zeros((1, 16, 16, 1)))).splitlines()
+    exponentials = [line for line in lines if "= exp " in line]
+    assert exponentials
+    assert all(":f32" in line for line in exponentials)
+    assert all(":f32" in line for line in lines if "= rsqrt " in line)
+
+
+def test_grey_pixels_are_repeated_to_the_models_channels():
+    images = jnp.asarray([[[[0]], [[255]]]], jnp.uint8)
+    x = vit.normalize_images(images, (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    np.testing.assert_allclose(x[0, :, 0], [[-1, -1, 0], [1, 3, 1]])

@@ -1,0 +1,124 @@
+"""The update is the same however many devices, shards or micro-batches compute it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import frame, tiny_config
+from usfmae_jax.training import mesh as meshes
+from usfmae_jax.training import optimizers, setup
+from usfmae_jax.training.state import abstract_state, init_state
+from usfmae_jax.training.step import make_reconstruct, make_train_step
+
+
+def _mesh(devices, fsdp=1):
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=axes, devices=jax.devices()[:devices])
+
+
+@functools.cache
+def _images():
+    return np.stack([frame(i, i % 2, (32, 32)) for i in range(16)])[..., None]
+
+
+@pytest.fixture(autouse=True)
+def _split_small_arrays(monkeypatch):
+    monkeypatch.setattr(meshes, "MIN_SHARDED_SIZE", 64)  # so that even the tiny model is really split
+
+
+@functools.cache
+def train(devices=1, fsdp=1, steps=3, accumulate=1, fan_aware=False, learning_rate=1e-2):
+    """Updates on the same 16 images: losses, gradient norms and the last state."""
+    mesh = _mesh(devices, fsdp)
+    schedule = optimizers.warmup_cosine(learning_rate, 0.0, 0, 10**6)
+    optimizer = optimizers.adamw(schedule, clip_norm=1.0)
+    graph, state = init_state(setup.model_maker(tiny_config("")), optimizer, mesh, seed=0)
+    step = make_train_step(
+        graph,
+        optimizer,
+        schedule,
+        mesh,
+        patch_size=8,
+        mask_ratio=0.75,
+        fan_aware=fan_aware,
+        normalize_targets=True,
+        mean=(0.5,),
+        std=(0.25,),
+        accumulate=accumulate,
+    )
+    step = jax.jit(step, out_shardings=(meshes.state_sharding(mesh, state), meshes.replicated(mesh)))
+    images = meshes.global_batch(mesh, _images())
+    metrics = []
+    for _ in range(steps):
+        state, values = step(state, images)
+        metrics.append(jax.device_get(values))
+    return [m["loss"] for m in metrics], [m["grad_norm"] for m in metrics], state
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+def test_eight_devices_compute_what_one_does(fsdp):
+    single = train()
+    losses, norms, state = train(8, fsdp)
+    np.testing.assert_allclose(losses, single[0], rtol=2e-5)
+    np.testing.assert_allclose(norms, single[1], rtol=2e-4)
+    kernel = state["params"]["encoder"]["blocks"]["stack"]["fc1"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * fsdp == kernel.size  # it was really split
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+@pytest.mark.parametrize("fan_aware", [False, True])
+def test_accumulated_micro_batches_give_the_update_of_the_large_batch(accumulate, fan_aware):
+    whole = train(fan_aware=fan_aware)
+    parts = train(fan_aware=fan_aware, accumulate=accumulate)
+    np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
+    np.testing.assert_allclose(parts[1], whole[1], rtol=1e-4)
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(parts[2]["opt_state"]), jax.tree.leaves(whole[2]["opt_state"]), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-3, err_msg=str(path))
+
+
+def test_accumulation_on_eight_devices():
+    losses, _, _ = train(8, 2, accumulate=2)
+    np.testing.assert_allclose(losses, train()[0], rtol=2e-5)
+
+
+def test_overfits_one_batch():
+    losses, _, _ = train(steps=300, learning_rate=3e-3)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_every_step_draws_new_masks():
+    frozen = train(learning_rate=0.0)[0]
+    assert len(set(np.asarray(frozen).tolist())) == 3
+
+
+def test_state_is_born_in_its_shards(config, monkeypatch):
+    monkeypatch.setattr(meshes, "MIN_SHARDED_SIZE", 64)
+    optimizer = optimizers.adamw(lambda step: 1e-3)
+    mesh = _mesh(8, 8)
+    make = setup.model_maker(config)
+    _, state = init_state(make, optimizer, mesh, seed=0)
+    abstract = abstract_state(make, optimizer, mesh, seed=0)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), abstract
+    )
+    assert set(state) == {"step", "params", "opt_state", "rng"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
+
+
+def test_reconstruction_shows_visible_pixels_where_nothing_is_hidden(config):
+    _, state = init_state(setup.model_maker(config), optimizers.adamw(lambda s: 0.0), _mesh(1), seed=0)
+    graph, _ = init_state(setup.model_maker(config), optimizers.adamw(lambda s: 0.0), _mesh(1), seed=0)
+    reconstruct = make_reconstruct(
+        graph, patch_size=8, mask_ratio=0.75, fan_aware=False, normalize_targets=True, mean=(0.2,), std=(0.2,)
+    )
+    predicted, hidden = jax.jit(reconstruct)(state["params"], jnp.asarray(_images()), jax.random.key(0))
+    assert predicted.dtype == jnp.uint8
+    assert predicted.shape == (16, 32, 32, 1)
+    assert hidden.mean() == 0.75
+    patches = np.asarray(hidden).reshape(16, 4, 8, 4, 8)
+    assert (patches.all(axis=(2, 4)) | ~patches.any(axis=(2, 4))).all()  # whole patches are hidden
