@@ -259,11 +259,20 @@ def test_more_than_half_rejected_is_refused_and_leaves_nothing(tmp_path, capsys)
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_is_one_sentence(tree, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file where a folder should be")
+    assert "error: nothing was built: " in refused(capsys, output=tmp_path / "out", source=tree)
+
+
 def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
     write(tmp_path / "in/x.png", picture(0))
     os.rename(tmp_path / "in/x.png", os.fsencode(tmp_path / "in") + b"/caf\xe9.png")
     assert run(output=tmp_path / "out", source=tmp_path / "in") == 0
     assert [record["source"] for record in read(tmp_path / "out")] == ["caf\\xe9.png"]
+    labels = tmp_path / "l.csv"
+    labels.write_bytes(b"file,mask,label\ncaf\xe9.png,caf\xe9.png,\xe9\n")
+    assert run(f"--labels={labels}", "--overwrite", output=tmp_path / "out", source=tmp_path / "in") == 0
+    assert (tmp_path / "out/in/1.0.0/label.labels.txt").read_text() == "\\xe9\n"
 
 
 def test_shards_are_the_same_bytes_for_any_number_of_workers(tree, tmp_path, monkeypatch):
@@ -400,12 +409,15 @@ def test_tensorflow_datasets_opens_it_without_tensorflow(tree, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_no_output_byte_names_this_machine(tree, tmp_path):
+def test_no_output_byte_names_this_machine(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "peculiar-host")
+    for variable in ("USER", "LOGNAME"):
+        monkeypatch.setenv(variable, "peculiar-user")
     (tree / "a/bad.png").write_text("text")
     # TFRecord files are not compressed: what is in them can be searched.
     assert run("--labels=parent", "--format=tfrecord", output=tmp_path / "out", source=tree) == 0
     for data in content(tmp_path / "out").values():
-        for secret in (str(tmp_path), str(ROOT), os.path.expanduser("~") + "/", socket.gethostname()):
+        for secret in (str(tmp_path), str(ROOT), os.path.expanduser("~") + "/", "peculiar"):
             assert secret.encode() not in data
 
 

@@ -39,7 +39,7 @@ def save_encoder(
     (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
     partial = root / "model.safetensors.incomplete"
     partial.write_bytes(safetensors.numpy.save(flat, metadata=provenance))
-    partial.rename(root / "model.safetensors")
+    partial.replace(root / "model.safetensors")
 
 
 def read_encoder(directory: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -1,0 +1,84 @@
+"""One affine warp does what crop, rotation, flip and resize would."""
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+
+from usfmae_jax.data import augment
+
+IDENTITY = augment.Augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0)
+
+
+def _image(size=(64, 64)):
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    return (2 * rows + columns).astype(np.uint8)[..., None]
+
+
+def _view(image, size, how, seed=0):
+    matrix = augment.random_view(np.random.default_rng(seed), *image.shape[:2], size, how)
+    return augment.warp(image, matrix, size, how.interpolation)
+
+
+def test_the_whole_square_image_is_the_identity():
+    np.testing.assert_array_equal(_view(_image(), (64, 64), IDENTITY), _image())
+
+
+def test_flips_mirror():
+    how = augment.Augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=1.0, vflip=1.0)
+    np.testing.assert_array_equal(_view(_image(), (64, 64), how), _image()[::-1, ::-1])
+
+
+def test_a_quarter_turn_rotates():
+    how = augment.Augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), rotation=(90.0, 90.0), hflip=0.0)
+    turned = _view(_image(), (64, 64), how)[..., 0].astype(int)
+    expected = [np.rot90(_image()[..., 0], k).astype(int) for k in (1, 3)]
+    assert min(np.abs(turned - e)[1:-1, 1:-1].max() for e in expected) <= 1
+
+
+def test_resize_agrees_with_a_plain_resize():
+    view = _view(_image(), (32, 32), IDENTITY)[..., 0].astype(int)
+    plain = cv2.resize(_image(), (32, 32), interpolation=cv2.INTER_LINEAR).astype(int)
+    assert np.abs(view - plain).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(100, 300), (300, 100), (50, 50)])
+def test_crops_stay_inside_and_keep_their_area_and_shape(rng, shape):
+    for _ in range(200):
+        left, top, width, height = augment.random_crop(rng, *shape, (0.2, 0.5), (0.75, 4 / 3))
+        assert left >= 0
+        assert top >= 0
+        assert left + width <= shape[1] + 1e-6
+        assert top + height <= shape[0] + 1e-6
+        assert 0.2 <= width * height / (shape[0] * shape[1]) + 1e-6 <= 0.5 + 2e-6 or math.isclose(width / height, 4 / 3)
+        assert 0.75 - 1e-6 <= width / height <= 4 / 3 + 1e-6
+
+
+def test_a_scale_above_one_falls_back_to_the_whole_image(rng):
+    assert augment.random_crop(rng, 80, 100, (1.5, 2.0), (0.75, 4 / 3)) == (0, 0, 100, 80)
+
+
+def test_outside_the_image_is_black():
+    how = augment.Augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), rotation=(45.0, 45.0), hflip=0.0)
+    view = _view(np.full((64, 64, 1), 200, np.uint8), (64, 64), how)
+    assert view[0, 0, 0] == view[-1, -1, 0] == 0
+    assert view[32, 32, 0] == 200
+
+
+def test_a_reduced_image_gives_the_same_view(rng):
+    image = cv2.GaussianBlur(rng.integers(0, 255, (256, 320), np.uint8), (0, 0), 6)[..., None]
+    how = augment.Augmentation(crop_scale=(0.9, 1.0), rotation=(10.0, 10.0))
+    matrix = augment.random_view(np.random.default_rng(3), 256, 320, (48, 48), how)
+    assert augment.reduction(matrix) == 4
+    small = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)[..., None]
+    reduced = augment.warp(small, augment.shrink_view(matrix, 4), (48, 48), "linear").astype(int)
+    full = augment.warp(image, matrix, (48, 48), "linear").astype(int)
+    assert np.abs(reduced - full).mean() < 2
+
+
+def test_colour_keeps_its_channels():
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[..., 2] = 90
+    assert _view(image, (16, 16), IDENTITY)[8, 8].tolist() == [0, 0, 90]
+    assert augment.resize(image, (8, 16)).shape == (8, 16, 3)

@@ -1,0 +1,157 @@
+"""The record contract and random access to shards of both formats."""
+
+import os
+import pathlib
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.helpers import frame, record, write_shards
+from usfmae_jax.data import records
+from usfmae_jax.errors import InputError
+
+
+def test_a_record_survives_encoding():
+    original = record(3, mask=b"\x89PNG", anatomy="breast", frame="7")
+    assert records.decode_record(records.encode_record(original)) == original
+
+
+@pytest.mark.parametrize("change", [{"extra": 1}, {"image": None}])
+def test_a_record_has_exactly_its_fields(change):
+    broken = {k: v for k, v in (record(0) | change).items() if v is not None}
+    with pytest.raises(ValueError, match="a record has the fields"):
+        records.encode_record(broken)
+
+
+def test_absent_fields_get_defaults_as_in_shards_made_by_others():
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(b"x")
+    example.features.feature["coarse_label"].int64_list.value.append(3)
+    assert records.decode_record(example.SerializeToString()) == records.FIELDS | {"image": b"x"}
+
+
+@pytest.mark.parametrize("data", [b"not a proto", b"\x0a\xff\xff\xff\xff\x7f"])
+def test_garbage_is_a_damaged_record(data):
+    with pytest.raises(records.DamagedRecord):
+        records.decode_record(data)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".jpg"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_decode_to_grey_or_rgb(suffix, channels):
+    rgb = np.zeros((16, 24, 3), np.uint8)
+    rgb[..., 0] = 200  # red
+    encoded = cv2.imencode(suffix, rgb[..., ::-1])[1].tobytes()
+    pixels = records.decode_image(encoded, channels)
+    assert pixels.shape == (16, 24, channels)
+    assert pixels.dtype == np.uint8
+    expected = [200, 0, 0] if channels == 3 else [round(0.299 * 200)]
+    np.testing.assert_allclose(pixels[8, 12], expected, atol=3)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"hello"])
+def test_an_undecodable_image_is_a_damaged_record(data):
+    with pytest.raises(records.DamagedRecord):
+        records.decode_image(data)
+
+
+def test_pixel_hash_tells_pictures_not_files():
+    pixels = frame(0, 1)
+    again = cv2.imdecode(cv2.imencode(".bmp", pixels)[1], cv2.IMREAD_GRAYSCALE)
+    assert records.pixel_hash(pixels) == records.pixel_hash(again)
+    assert records.pixel_hash(pixels) != records.pixel_hash(pixels.reshape(pixels.shape[::-1]))
+    assert records.pixel_hash(pixels) != records.pixel_hash(frame(1, 1))
+
+
+@pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
+def test_shards_are_read_at_random_after_pickling(tmp_path, kind):
+    paths = write_shards(tmp_path, 10, kind=kind)
+    shards = pickle.loads(pickle.dumps(records.open_shards(str(tmp_path), "train")))
+    assert len(shards) == 10
+    patients = [records.decode_record(shards[i])["source"] for i in (9, 0, 5, 4)]
+    assert patients == ["9.png", "0.png", "1.png", "8.png"]
+    assert shards.locate(5) == (paths[1], 0)
+
+
+def test_truncated_tfrecord_keeps_what_is_whole_and_counts_the_rest(tmp_path):
+    path = write_shards(tmp_path, 10, kind="tfrecord", pieces=1)[0]
+    data = pathlib.Path(path).read_bytes()
+    pathlib.Path(path).write_bytes(data[:-7])
+    shards = records.open_shards(path)
+    assert len(shards) == 10
+    assert records.decode_record(shards[8])["source"] == "8.png"
+    with pytest.raises(records.DamagedRecord, match="truncated"):
+        shards[9]
+
+
+def test_a_flipped_bit_in_a_tfrecord_is_damage(tmp_path):
+    path = write_shards(tmp_path, 4, kind="tfrecord", pieces=1)[0]
+    data = bytearray(pathlib.Path(path).read_bytes())
+    data[len(data) // 2 + 40] ^= 1
+    pathlib.Path(path).write_bytes(data)
+    shards = records.open_shards(path)
+    damaged = 0
+    for i in range(len(shards)):
+        try:
+            records.decode_record(shards[i])
+        except records.DamagedRecord:
+            damaged += 1
+    assert damaged == 1
+
+
+def test_a_damaged_array_record_is_a_damaged_record(tmp_path):
+    path = write_shards(tmp_path, 4, pieces=1)[0]
+    data = bytearray(pathlib.Path(path).read_bytes())
+    position = data.find(b"1.png")
+    data[position - 200 : position] = os.urandom(200)
+    pathlib.Path(path).write_bytes(data)
+    shards = records.open_shards(path)
+    with pytest.raises(records.DamagedRecord):
+        records.decode_record(shards[1])
+    assert records.decode_record(shards[3])["source"] == "3.png"
+
+
+def test_a_split_is_chosen_by_name_and_folders_are_searched(tmp_path):
+    (tmp_path / "made" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "made" / "1.0.0.incompleteABC").mkdir()
+    write_shards(tmp_path / "made" / "1.0.0", 6, split="train")
+    write_shards(tmp_path / "made" / "1.0.0", 4, split="test")
+    write_shards(tmp_path / "made" / "1.0.0.incompleteABC", 8, split="train")
+    for path in (str(tmp_path), str(tmp_path / "made"), str(tmp_path / "*"), str(tmp_path / "made" / "1.0.0" / "*")):
+        assert len(records.open_shards(path, "train")) == 6, path
+        assert len(records.open_shards(path, "test")) == 4, path
+    assert len(records.open_shards(str(tmp_path))) == 10
+
+
+def test_fingerprint_is_of_content_not_of_place(tmp_path):
+    for folder, count in (("a", 6), ("b", 6), ("c", 8)):
+        (tmp_path / folder).mkdir()
+        write_shards(tmp_path / folder, count)
+    a, b, c = (records.open_shards(str(tmp_path / folder)).fingerprint() for folder in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda path: None, "no shards match"),
+        (lambda path: write_shards(path, 4, split="test"), "has no split 'train', only \\['test'\\]"),
+        (lambda path: os.remove(write_shards(path, 4)[0]), "1 of 2 shards of .* are missing"),
+        (lambda path: pathlib.Path(write_shards(path, 4)[0]).write_bytes(b"junk"), "cannot be opened"),
+        (lambda path: write_shards(path, 0, kind="tfrecord"), "hold no records"),
+    ],
+)
+def test_what_cannot_be_read_is_one_sentence(tmp_path, prepare, message):
+    prepare(tmp_path)
+    with pytest.raises(InputError, match=message):
+        records.open_shards(str(tmp_path), "train")
+
+
+def test_label_names_lie_beside_the_shards(tmp_path):
+    write_shards(tmp_path, 4)
+    (tmp_path / "label.labels.txt").write_text("benign\nmalignant")
+    assert records.open_shards(str(tmp_path)).label_names() == ["benign", "malignant"]
