@@ -1,11 +1,21 @@
-"""ViT-B/16 masked autoencoder on ultrasound frames (USF-MAE, with our corrections).
+"""ViT-B/16 masked autoencoder on ultrasound frames: the USF-MAE job, with our corrections.
 
-python -m usfmae_jax.main --config=configs/pretrain.py --config.data.path='data/openus46/*'
+    python -m usfmae_jax.main --config=configs/pretrain.py --config.data.path='data/openus46/*'
+
+Hardware: any GPU or TPU with 40 GB (config.train.accumulate halves memory per doubling). 360,000 frames x 100 epochs
+are 2.1e18 FLOP: about 2 hours of one H200 at 30% of its bf16 peak (arithmetic, not yet measured). From random weights
+give it more epochs (400 to 800, as MAE took on ImageNet).
+
+Variants
+  :paper   the settings published with USF-MAE, faults included
+  :demo    simulated frames, minutes on two CPU cores (`make pretrain`)
+  :tiny    a small model for small data: under an hour on a CPU for 2,000 frames
+  :small   ViT-S/16    22 M parameters, 0.4 times the arithmetic of B
+  :large   ViT-L/16   303 M parameters, 2.1 times
+  :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
 """
 
 import ml_collections
-
-VARIANTS = ("base", "paper", "demo", "tiny", "small", "large", "huge")
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
@@ -14,7 +24,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.seed = 0
     config.init = ""  # an encoder directory to start from; "" starts from random weights
     config.model = dict(
-        image_size=224,
+        image_size=224,  # or (height, width)
         patch_size=16,
         channels=3,
         mean=(0.485, 0.456, 0.406),  # ImageNet's, which the published MAE weights expect
@@ -31,7 +41,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         scan=True,  # compile one block and loop over it
         remat=False,  # recompute activations: a third more arithmetic for far less memory
     )
-    config.mask = dict(ratio=0.75, fan_aware=False)
+    config.mask = dict(ratio=0.75, fan_aware=False)  # fan_aware: hide and predict only inside the imaged sector
     config.loss = dict(normalize_targets=True)
     config.data = dict(
         path="",  # shards: a folder, a glob, gs://...; several separated by commas
@@ -43,47 +53,96 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         threads=2,
     )
     config.augment = dict(
-        crop_scale=(0.2, 1.0),
+        crop_scale=(0.2, 1.0),  # share of the area
         crop_ratio=(3 / 4, 4 / 3),
-        rotation=(0.0, 0.0),
+        rotation=(0.0, 0.0),  # degrees
         hflip=0.5,
-        vflip=0.0,
+        vflip=0.0,  # depth is not symmetric
         interpolation="linear",
     )
     config.optimizer = dict(
         learning_rate=1.5e-4,  # per 256 images
-        floor=0.0,
+        floor=0.0,  # learning rate at the end
         warmup=0.05,  # share of all steps
         weight_decay=0.05,
-        decay_all=False,
+        decay_all=False,  # biases, norms and tokens too
         b1=0.9,
         b2=0.95,
-        clip_norm=0.0,
+        clip_norm=0.0,  # 0 = off
         layer_decay=1.0,
     )
     config.train = dict(batch_size=1024, accumulate=1, epochs=100, steps=0)  # steps > 0 overrules epochs
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
     config.checkpoint = dict(every=1000, keep=dict(keep_latest=2, keep_every=0, keep_best=1))
     config.log = dict(every=50, pictures_every=1000)
-    config.probe = dict(data=dict(path="", split=""), every=1000, limit=4000)
-    if variant == "demo":
-        config.model.update(
-            image_size=96,
-            patch_size=8,
-            channels=1,
-            mean=(0.2,),
-            std=(0.2,),
-            width=192,
-            depth=6,
-            num_heads=3,
-            decoder_width=128,
-            decoder_depth=2,
-            decoder_num_heads=4,
-            dtype="float32",
-        )
-        config.data.update(path="data/demo", workers=0)
-        config.train.update(batch_size=64, steps=300)
-        config.checkpoint.every = 100
-        config.log.update(every=10, pictures_every=100)
-        config.probe.every = 100
+    config.probe = dict(data=dict(path="", split=""), every=1000, limit=4000)  # labelled shards: is it learning?
+    VARIANTS[variant](config)
     return config
+
+
+def base(config: ml_collections.ConfigDict) -> None:
+    """ViT-B/16: nothing to change."""
+
+
+def paper(config: ml_collections.ConfigDict) -> None:
+    """USF-MAE as published. Start it from ImageNet MAE weights with --config.init to repeat it."""
+    config.train.update(batch_size=64, epochs=100)
+    config.optimizer.update(
+        learning_rate=6e-4,  # 1.5e-4 at batch 64; the other arm of its grid is 5e-4, here 2e-3
+        floor=1e-5,
+        warmup=0.1,
+        weight_decay=0.01,  # the other arm is 0.05
+        decay_all=True,  # a fault: shrinks norms and biases
+        b2=0.999,
+        clip_norm=1.0,
+    )
+    config.loss.normalize_targets = False  # a fault: its starting weights were trained with normalised targets
+    config.augment.update(
+        crop_scale=(0.5, 2.0),  # a fault: above 1 no crop fits, and the whole image is used
+        rotation=(0.0, 90.0),
+        vflip=0.5,
+        interpolation="nearest",  # a fault: breaks up speckle
+    )
+    # Its text is not settled on the mask ratio: a secondary source says --config.mask.ratio=0.25.
+
+
+def tiny(config: ml_collections.ConfigDict) -> None:
+    """A small model on small grey images, for a CPU."""
+    config.model.update(image_size=96, patch_size=8, channels=1, mean=(0.25,), std=(0.2,), dtype="float32")
+    config.model.update(width=192, depth=6, num_heads=3, decoder_width=128, decoder_depth=2, decoder_num_heads=4)
+    config.optimizer.learning_rate = 3e-3  # 7.5e-4 at batch 64
+    config.train.update(batch_size=64, steps=3000)
+    config.data.workers = 0
+    config.checkpoint.every = 250
+    config.log.update(every=25, pictures_every=500)
+    config.probe.update(every=250, limit=2000)
+
+
+def demo(config: ml_collections.ConfigDict) -> None:
+    """Smaller still, on simulated frames."""
+    tiny(config)
+    config.model.update(width=128, depth=4, num_heads=2, decoder_width=96, decoder_depth=1, decoder_num_heads=2)
+    config.data.path = "data/demo"
+    config.train.steps = 600
+    config.checkpoint.every = 150
+    config.log.update(every=10, pictures_every=150)
+    config.probe.update(data=dict(path="data/demo", split="test"), every=150, limit=400)
+
+
+def small(config: ml_collections.ConfigDict) -> None:
+    """ViT-S/16."""
+    config.model.update(width=384, num_heads=6, decoder_width=256, decoder_depth=4, decoder_num_heads=8)
+
+
+def large(config: ml_collections.ConfigDict) -> None:
+    """ViT-L/16."""
+    config.model.update(width=1024, depth=24, num_heads=16)
+
+
+def huge(config: ml_collections.ConfigDict) -> None:
+    """ViT-H/14."""
+    config.model.update(patch_size=14, width=1280, depth=32, num_heads=16, remat=True)
+    config.mesh.fsdp = 8
+
+
+VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge)}

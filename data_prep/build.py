@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: nothing was built: {error.strerror or error}", file=sys.stderr)
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: nothing was built: {error.strerror or error}{where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was built", file=sys.stderr)
@@ -116,8 +117,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--encoding",
         default="jpeg",
         choices=("jpeg", "png", "raw"),
-        help="of the images; default: jpeg, which is half as large as png, decodes three times as fast and changes a "
-        "grey level by less than one on average; png and raw (uncompressed BMP) are exact",
+        help="of the images; default: jpeg, which takes 60%% of the space of png, decodes more than twice as fast and "
+        "changes grey levels by less than one on average; png and raw (uncompressed BMP) are exact",
     )
     add("--quality", type=_at_least(1, 100), help="of JPEG; default: 95")
     add("--image_size", type=_at_least(0), default=256, help="of the short side; 0 keeps, default: %(default)s")

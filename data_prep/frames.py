@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from data_prep import phantom
-from data_prep.items import Item, Rejected
+from data_prep.items import Item, Rejected, printable
 from data_prep.readers import UnreadableError, read_frames, read_mask
 from usfmae_jax.data.records import Record, pixel_hash
 
@@ -52,7 +52,7 @@ def process(item: Item, root: str, how: Storage) -> list[Stored] | Rejected:
     try:
         mask = read_mask(os.path.join(root, item.mask)) if item.mask else None
     except UnreadableError as error:
-        return Rejected(item.source, f"mask {item.mask!r}: {error}")
+        return Rejected(item.source, f"mask {printable(item.mask)}: {error}")
     ids = {"patient": item.patient or item.source, "video": item.video or item.source, "source": item.source}
     stored = []
     try:

@@ -65,7 +65,8 @@ class _Scan:
 
 def printable(path: str) -> str:
     """A path with forward slashes, and escapes for bytes that are not UTF-8."""
-    return os.fsencode(path.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
+    path = path.replace(os.sep, "/")
+    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def collect(root: pathlib.Path, labels: str, suffixes: Iterable[str]) -> Collection:
@@ -82,6 +83,7 @@ def collect(root: pathlib.Path, labels: str, suffixes: Iterable[str]) -> Collect
     """
     if not root.is_dir():
         raise InputError(f"--input={root} is not a folder")
+    root = root.resolve()
     scan = _scan(root, frozenset(suffixes))
     if labels in ("", "parent"):
         paths = sorted(scan.images, key=printable)
@@ -133,19 +135,21 @@ def _scan(root: pathlib.Path, suffixes: frozenset[str]) -> _Scan:
         raise InputError(f"--input: folder {error.filename!r} cannot be read: {error.strerror}")
 
     for folder, folders, files in os.walk(root, onerror=fail):
+        below = os.path.relpath(folder, root)
+        below = "" if below == os.curdir else below
         scan.left_out["hidden files and folders"] += sum(name.startswith(".") for name in (*folders, *files))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):
-                path = os.path.relpath(os.path.join(folder, name), root)
+                path = os.path.join(below, name)
                 scan.rejected.append(Rejected(printable(path), "link to a folder, not followed"))
-        for name in sorted(files):
+        for name in files:
             if name.startswith("."):
                 continue
             if os.path.splitext(name)[1].lower() not in suffixes:
                 scan.left_out["other files"] += 1
                 continue
-            path = os.path.relpath(os.path.join(folder, name), root)
+            path = os.path.join(below, name)
             found = _stat(root, path)
             if isinstance(found, str):
                 scan.rejected.append(Rejected(printable(path), found))
@@ -155,11 +159,10 @@ def _scan(root: pathlib.Path, suffixes: frozenset[str]) -> _Scan:
 
 
 def _stat(root: pathlib.Path, path: str) -> tuple[int, int] | str:
-    """(size, mtime_ns) of a file below `root`, or why it cannot be used."""
+    """(size, mtime_ns) of a file below `root`, which is absolute and no link; or why it cannot be used."""
     full = os.path.join(root, path)
-    real = os.path.realpath(full) if os.path.islink(full) else _real_folder(os.path.dirname(full))
     # What a link points at outside the input would end up in the shards without having been asked for.
-    if os.path.commonpath([real, _real_folder(str(root))]) != _real_folder(str(root)):
+    if not _is_below(full if os.path.islink(full) else os.path.dirname(full), str(root)):
         return "link that leaves the input folder"
     try:
         status = os.stat(full)
@@ -171,8 +174,8 @@ def _stat(root: pathlib.Path, path: str) -> tuple[int, int] | str:
 
 
 @functools.lru_cache(maxsize=4096)  # one file after the other lies in the same folder
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+def _is_below(path: str, root: str) -> bool:
+    return os.path.commonpath([os.path.realpath(path), root]) == root
 
 
 def _read_labels(

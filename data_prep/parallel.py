@@ -78,4 +78,6 @@ def _one_thread() -> None:
     import cv2  # late: asking for help should not wait for it
 
     cv2.setNumThreads(1)  # the parallelism is over files
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # damaged files are named in the summary
+    # Silence: damaged files are named in the summary. OpenCV 5 has moved the function.
+    logging = getattr(cv2.utils, "logging", cv2)
+    logging.setLogLevel(0)

@@ -233,7 +233,7 @@ class Shards:
         for path in self.paths:
             names = epath.Path(path).parent / "label.labels.txt"
             if names.exists():
-                return names.read_text().split("\n")
+                return names.read_text().split()
         return []
 
     def fingerprint(self) -> str:
