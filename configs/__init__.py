@@ -1,0 +1,1 @@
+"""Configurations: `FILE.py[:variant]`."""

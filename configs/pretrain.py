@@ -10,7 +10,7 @@ Variants
   :paper   the settings published with USF-MAE, faults included
   :demo    simulated frames, minutes on two CPU cores (`make pretrain`)
   :tiny    a small model for small data: under an hour on a CPU for 2,000 frames
-  :small   ViT-S/16    22 M parameters, 0.4 times the arithmetic of B
+  :small   ViT-S/16    22 M parameters, 0.2 times the arithmetic of B
   :large   ViT-L/16   303 M parameters, 2.1 times
   :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
 """

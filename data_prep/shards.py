@@ -19,7 +19,8 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import dataset_info, naming
 
-from usfmae_jax.data.records import Record, encode_record, frame_tfrecord
+from usfmae_jax.data.records import Record, encode_record
+from usfmae_jax.data.tfrecord import frame_tfrecord
 from usfmae_jax.errors import InputError
 
 FORMATS = ("array_record", "tfrecord")

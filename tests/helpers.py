@@ -9,6 +9,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from configs.pretrain import get_config
 from usfmae_jax.data import records
+from usfmae_jax.data.tfrecord import frame_tfrecord
 
 
 def frame(index: int, label: int, size: tuple[int, int] = (40, 48)) -> np.ndarray:
@@ -53,7 +54,7 @@ def write_shards(
                 writer.write(item)
             writer.close()
         else:
-            path.write_bytes(b"".join(map(records.frame_tfrecord, data)))
+            path.write_bytes(b"".join(map(frame_tfrecord, data)))
         paths.append(str(path))
     return paths
 
@@ -75,5 +76,5 @@ def tiny_config(shards: str) -> ml_collections.ConfigDict:
     config.train.update(batch_size=8, steps=8)
     config.checkpoint.every = 4
     config.log.update(every=1, pictures_every=0)
-    config.probe.data.path = ""
+    config.probe.data.update(path="", split="")
     return config

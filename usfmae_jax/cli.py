@@ -60,14 +60,16 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
         name = argument.lstrip("-").split("=")[0]
         if argument.startswith("-") and name.startswith("config.") and name[7:] not in fields:
             raise InputError(f"{name} is no field of {named[0]}{_nearest(name[7:], fields, 'config.')}")
+    # The file is loaded; what is left of it for absl are the overrides.
+    argv = _without_config(argv)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
     flags.DEFINE_string("coordinator", "", "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", 0, "processes in the job", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "number of this process", flag_values=values)
     try:
-        rest = values(list(argv))
+        rest = values(argv)
     except flags.Error as error:
         raise InputError(str(error).replace("flag --", "")) from error
     except (ValueError, TypeError) as error:
@@ -108,6 +110,15 @@ def _load_module(file: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _without_config(argv: Sequence[str]) -> list[str]:
+    kept, skip = [], False
+    for argument in argv:
+        if not skip and _config_value(argument, "") is None:
+            kept.append(argument)
+        skip = argument in ("--config", "-config")  # its value is the next one
+    return kept
 
 
 def _config_value(argument: str, following: str) -> str | None:

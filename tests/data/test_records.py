@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import frame, record, write_shards
 from usfmae_jax.data import records
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import DamagedRecord, InputError
 
 
 def test_a_record_survives_encoding():
@@ -36,7 +36,7 @@ def test_absent_fields_get_defaults_as_in_shards_made_by_others():
 
 @pytest.mark.parametrize("data", [b"not a proto", b"\x0a\xff\xff\xff\xff\x7f"])
 def test_garbage_is_a_damaged_record(data):
-    with pytest.raises(records.DamagedRecord):
+    with pytest.raises(DamagedRecord):
         records.decode_record(data)
 
 
@@ -55,7 +55,7 @@ def test_images_decode_to_grey_or_rgb(suffix, channels):
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"hello"])
 def test_an_undecodable_image_is_a_damaged_record(data):
-    with pytest.raises(records.DamagedRecord):
+    with pytest.raises(DamagedRecord):
         records.decode_image(data)
 
 
@@ -84,7 +84,7 @@ def test_truncated_tfrecord_keeps_what_is_whole_and_counts_the_rest(tmp_path):
     shards = records.open_shards(path)
     assert len(shards) == 10
     assert records.decode_record(shards[8])["source"] == "8.png"
-    with pytest.raises(records.DamagedRecord, match="truncated"):
+    with pytest.raises(DamagedRecord, match="truncated"):
         shards[9]
 
 
@@ -98,7 +98,7 @@ def test_a_flipped_bit_in_a_tfrecord_is_damage(tmp_path):
     for i in range(len(shards)):
         try:
             records.decode_record(shards[i])
-        except records.DamagedRecord:
+        except DamagedRecord:
             damaged += 1
     assert damaged == 1
 
@@ -110,7 +110,7 @@ def test_a_damaged_array_record_is_a_damaged_record(tmp_path):
     data[position - 200 : position] = os.urandom(200)
     pathlib.Path(path).write_bytes(data)
     shards = records.open_shards(path)
-    with pytest.raises(records.DamagedRecord):
+    with pytest.raises(DamagedRecord):
         records.decode_record(shards[1])
     assert records.decode_record(shards[3])["source"] == "3.png"
 
@@ -149,9 +149,3 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, prepare, message):
     prepare(tmp_path)
     with pytest.raises(InputError, match=message):
         records.open_shards(str(tmp_path), "train")
-
-
-def test_label_names_lie_beside_the_shards(tmp_path):
-    write_shards(tmp_path, 4)
-    (tmp_path / "label.labels.txt").write_text("benign\nmalignant")
-    assert records.open_shards(str(tmp_path)).label_names() == ["benign", "malignant"]

@@ -16,8 +16,8 @@ import grain
 import numpy as np
 
 from usfmae_jax.data import augment
-from usfmae_jax.data.records import DamagedRecord, Record, Shards, decode_image, decode_record, open_shards
-from usfmae_jax.errors import InputError
+from usfmae_jax.data.records import Record, Shards, decode_image, decode_record, open_shards
+from usfmae_jax.errors import DamagedRecord, InputError
 
 #: How many records may be tried for one place in a batch before the data counts as unreadable.
 MAX_TRIES = 8

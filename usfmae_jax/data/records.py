@@ -15,17 +15,16 @@ import itertools
 import json
 import os
 import re
-import struct
 from typing import Any
 
 import cv2
-import google_crc32c
 import grain
 import numpy as np
 from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
-from usfmae_jax.errors import InputError
+from usfmae_jax.data.tfrecord import TFRecordShard
+from usfmae_jax.errors import DamagedRecord, InputError
 
 Record = dict[str, Any]
 
@@ -49,10 +48,6 @@ FIELDS: Record = {
 _SHARD = re.compile(
     r"(?:-(?P<split>[^-./]+))?\.(?P<format>array_record|tfrecord)(?:-(?P<index>\d+)-of-(?P<count>\d+))?$"
 )
-
-
-class DamagedRecord(Exception):
-    """A record or image that cannot be read; the input pipeline counts, names and skips it."""
 
 
 def encode_record(record: Record) -> bytes:
@@ -149,58 +144,6 @@ def pixel_hash(pixels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-class TFRecordShard:
-    """Random access to one TFRecord file without TensorFlow.
-
-    The format frames every record as length (uint64), masked CRC-32C of the length, data, masked CRC-32C of the
-    data. The offsets are found once, by hopping from length to length; a truncated last record counts as a
-    (damaged) record, so that nothing is lost without being counted.
-    """
-
-    def __init__(self, path: str):
-        self.path = path
-        self._offsets = self._index()
-
-    def _index(self) -> np.ndarray:
-        size = epath.Path(self.path).stat().length
-        offsets, position = [], 0
-        with epath.Path(self.path).open("rb") as file:
-            while position < size:
-                offsets.append(position)
-                file.seek(position)
-                header = file.read(12)
-                if len(header) < 12 or _masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
-                    break  # what follows a damaged length cannot be found
-                position += 16 + struct.unpack("<Q", header[:8])[0]
-        return np.asarray(offsets, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._offsets)
-
-    def __getitem__(self, index: int) -> bytes:
-        with epath.Path(self.path).open("rb") as file:
-            file.seek(int(self._offsets[index]))
-            header = file.read(12)
-            if len(header) < 12 or _masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
-                raise DamagedRecord("record header is damaged")
-            length = struct.unpack("<Q", header[:8])[0]
-            data, checksum = file.read(length), file.read(4)
-        if len(data) < length or len(checksum) < 4 or _masked_crc(data) != struct.unpack("<I", checksum)[0]:
-            raise DamagedRecord("record is truncated or its checksum is wrong")
-        return data
-
-
-def frame_tfrecord(data: bytes) -> bytes:
-    """One record as it stands in a TFRecord file."""
-    length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", _masked_crc(length)) + data + struct.pack("<I", _masked_crc(data))
-
-
-def _masked_crc(data: bytes) -> int:
-    crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
 @dataclasses.dataclass
 class Shards:
     """All records of some shard files, in file order: `shards[i]` is the bytes of record i."""
@@ -228,18 +171,13 @@ class Shards:
         except (RuntimeError, OSError, IndexError, ValueError) as error:
             raise DamagedRecord(f"record cannot be read: {error}") from error
 
-    def label_names(self) -> list[str]:
-        """Class names as TensorFlow Datasets wrote them beside the shards; empty when there are none."""
-        for path in self.paths:
-            names = epath.Path(path).parent / "label.labels.txt"
-            if names.exists():
-                return names.read_text().split()
-        return []
+    def contents(self) -> list[tuple[str, int]]:
+        """Name and record count of every shard: tells data apart wherever the files lie."""
+        return [(os.path.basename(path), len(file)) for path, file in zip(self.paths, self._files, strict=True)]
 
     def fingerprint(self) -> str:
-        """Identifies the content by shard names and record counts: 12 hex digits, the same wherever the files lie."""
-        content = [(os.path.basename(path), len(file)) for path, file in zip(self.paths, self._files, strict=True)]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+        """Hash of `contents`, 12 hex digits."""
+        return hashlib.sha256(json.dumps(self.contents()).encode()).hexdigest()[:12]
 
     def _find(self, index: int) -> tuple[int, int]:
         shard = bisect.bisect_right(self._ends, index)

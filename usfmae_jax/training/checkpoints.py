@@ -27,7 +27,7 @@ RESUMABLE = (
 
 
 def open_checkpoints(
-    directory: str, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 1
+    directory: str, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 1, read_only: bool = False
 ) -> orbax.training.Checkpointer:
     """Opens the checkpoints below a folder; a half-written one, left by a killed run, is removed.
 
@@ -36,6 +36,7 @@ def open_checkpoints(
       keep_latest: how many of the newest to keep.
       keep_every: keep those at multiples of this step for good; 0 = none.
       keep_best: how many of those with the lowest loss to keep.
+      read_only: leave everything as it is: a run may be writing there.
     """
     keep = orbax.training.preservation_policies
     policies: list[Any] = [keep.LatestN(max(keep_latest, 1))]
@@ -47,8 +48,8 @@ def open_checkpoints(
         epath.Path(directory),
         # The loop decides when; asking again here would refuse the save on preemption.
         save_decision_policy=orbax.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=keep.AnyPreservationPolicy(policies),
-        cleanup_tmp_directories=True,
+        preservation_policy=keep.PreserveAll() if read_only else keep.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=not read_only,
     )
 
 

@@ -25,6 +25,7 @@ class Inspector:
       pictures_every: steps; 0 = never.
       features: from `step.make_features`.
       labelled: from `pipeline.load_labelled`; None = no probe.
+      note: said with the first probe.
       probe_every: steps; 0 = never.
       batch_size: of feature extraction; the devices must divide it.
       seed: of masks and folds.
@@ -40,6 +41,7 @@ class Inspector:
         pictures_every: int,
         features: Any,
         labelled: dict[str, Any] | None,
+        note: str,
         probe_every: int,
         batch_size: int,
         seed: int,
@@ -47,6 +49,7 @@ class Inspector:
         self._mesh, self._directory, self._seed = mesh, epath.Path(workdir) / "reconstructions", seed
         self._images, self._pictures_every = images, pictures_every
         self._labelled, self._probe_every, self._batch_size = labelled, probe_every, batch_size
+        self._note = note
         self._reconstruct = jax.jit(reconstruct, out_shardings=replicated(mesh))
         self._features = jax.jit(features, out_shardings=replicated(mesh))
         if labelled:  # a bad split is found now, not after hours
@@ -86,6 +89,9 @@ class Inspector:
             self._labelled["patient"],
             seed=self._seed,
         )
+        if self._note:
+            report.say(self._note)
+            self._note = ""
         report.write(step, {f"probe/{name}": value for name, value in scores.items()})
         report.say(f"step {step}: probe " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
 

@@ -81,6 +81,7 @@ class Monitor:
             initial=first_step,
             unit="step",
             desc="pretrain",
+            smoothing=0.1,
             dynamic_ncols=interactive,
             # A log file wants a line now and then, not one per step.
             mininterval=0.2 if interactive else 30,
@@ -113,6 +114,7 @@ class Monitor:
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
+        self._bar.unpause()  # the ETA leaves it out as well
 
     def update(self, step: int, metrics: Any) -> None:
         """Takes the metrics that step `step` will have, and reports those of the step before.
@@ -144,7 +146,8 @@ class Monitor:
         if step % self._every == 0 or step in (1, self._bar.total):
             self.write(step, values | self._rates())
             shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{self.images_per_second:.0f}"}
-            self._bar.set_postfix(shown | {"wait": f"{self.input_wait:.0%}"}, refresh=False)
+            mfu = {"mfu": f"{self.mfu:.0%}"} if self.mfu else {}
+            self._bar.set_postfix(shown | {"wait": f"{self.input_wait:.0%}"} | mfu, refresh=False)
             self._restart_window()
         return values
 
@@ -158,9 +161,8 @@ class Monitor:
             "images_per_second_per_device": per_device,
             "input_wait": self.input_wait,
         }
-        if self._peak:
-            rates["mfu"] = per_device * self._flops / self._peak
-        return rates
+        self.mfu = per_device * self._flops / self._peak if self._peak else None
+        return rates | ({"mfu": self.mfu} if self.mfu else {})
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds numbers to both logs."""

@@ -58,7 +58,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         graph, state = init_state(make_model, optimizer, mesh, config.seed)
         if config.init:
             state = setup.with_encoder(state, config.init)
-    inspector = setup.make_inspector(config, graph, mesh, dataset, workdir)
+    inspector = setup.make_inspector(config, graph, mesh, sources, dataset, workdir)
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
     report = Monitor(
@@ -98,7 +98,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             if stop and step < total_steps:
                 report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
                 return False
-    export(config, state["params"]["encoder"], workdir, total_steps)
+    export(config, state["params"]["encoder"], f"{workdir}/encoder", total_steps)
     return True
 
 
@@ -164,8 +164,8 @@ def describe(
         report.say("already finished" if first_step == total_steps else f"resuming after step {first_step}")
 
 
-def export(config: ml_collections.ConfigDict, params: Any, workdir: str, step: int) -> None:
-    """Writes the encoder directory, from process 0."""
+def export(config: ml_collections.ConfigDict, params: Any, directory: str, step: int) -> None:
+    """Writes the encoder's parameters to an encoder directory, from process 0."""
     if jax.process_count() > 1:
         params = jax.tree.map(lambda x: jax.jit(lambda y: y, out_shardings=replicated(x.sharding.mesh))(x), params)
     if jax.process_index():
@@ -180,4 +180,4 @@ def export(config: ml_collections.ConfigDict, params: Any, workdir: str, step: i
         "std": list(model.std),
     }
     provenance = {"code": f"usfmae_jax {__version__}", "step": str(step)}
-    save_encoder(f"{workdir}/encoder", jax.device_get(params), setup.architecture(config), preprocessing, provenance)
+    save_encoder(directory, jax.device_get(params), setup.architecture(config), preprocessing, provenance)

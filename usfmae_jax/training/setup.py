@@ -186,14 +186,19 @@ def with_encoder(state: State, directory: str) -> State:
     return state | {"params": state["params"] | {"encoder": loaded}}
 
 
-def make_inspector(config: ml_collections.ConfigDict, graph: Any, mesh: Mesh, dataset: Any, workdir: str) -> Inspector:
+def make_inspector(
+    config: ml_collections.ConfigDict, graph: Any, mesh: Mesh, sources: list[Shards], dataset: Any, workdir: str
+) -> Inspector:
     """Loads what the run looks at while it trains."""
-    labelled = None
+    labelled, note = None, ""
     if config.probe.data.path:
         try:
             shards = pipeline.open_shards(config.probe.data.path, config.probe.data.split or None)
         except InputError as error:
             raise InputError(f"config.probe.data.path: {error}") from error
+        trained_on = {shard for source in sources for shard in source.contents()}
+        if trained_on.intersection(shards.contents()):
+            note = "warning: the probe's frames are also trained on, if without labels: no held-out result"
         labelled = pipeline.load_labelled(
             shards, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
         )
@@ -214,6 +219,7 @@ def make_inspector(config: ml_collections.ConfigDict, graph: Any, mesh: Mesh, da
         pictures_every=config.log.pictures_every,
         features=make_features(graph, **look),
         labelled=labelled,
+        note=note,
         probe_every=config.probe.every,
         batch_size=-(-128 // mesh.size) * mesh.size,
         seed=config.seed,

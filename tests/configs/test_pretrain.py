@@ -1,0 +1,67 @@
+"""Every shipped configuration builds, and its documented figures are those of its model."""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pretrain
+from usfmae_jax.training import mesh as meshes
+from usfmae_jax.training import setup
+from usfmae_jax.training.state import abstract_state, model_graph
+from usfmae_jax.training.step import make_train_step
+
+
+@pytest.mark.parametrize("variant", pretrain.VARIANTS)
+def test_every_variant_builds_and_steps_under_eval_shape(variant):
+    config = pretrain.get_config(variant)
+    mesh = meshes.make_mesh(**config.mesh)
+    setup.check_batch(config, mesh)
+    make = setup.model_maker(config)
+    schedule, optimizer = setup.make_optimizer(config, total_steps=1000)
+    state = abstract_state(make, optimizer, mesh, config.seed)
+    step = make_train_step(
+        model_graph(make),
+        optimizer,
+        schedule,
+        mesh,
+        patch_size=config.model.patch_size,
+        mask_ratio=config.mask.ratio,
+        fan_aware=config.mask.fan_aware,
+        normalize_targets=config.loss.normalize_targets,
+        mean=tuple(config.model.mean),
+        std=tuple(config.model.std),
+        accumulate=config.train.accumulate,
+    )
+    shape = (config.train.batch_size, *setup.image_size(config), config.data.channels)
+    new_state, metrics = jax.eval_shape(step, state, jax.ShapeDtypeStruct(shape, "uint8"))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+def _parameters(variant):
+    config = pretrain.get_config(variant)
+    mesh = meshes.make_mesh(-1, 1)
+    state = abstract_state(setup.model_maker(config), setup.make_optimizer(config, 10)[1], mesh, 0)
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state["params"]["encoder"]))
+
+
+@pytest.mark.parametrize(("variant", "millions"), [("base", 86), ("small", 22), ("large", 303), ("huge", 631)])
+def test_models_have_the_published_sizes(variant, millions):
+    assert round(_parameters(variant) / 1e6) == pytest.approx(millions, rel=0.01)
+
+
+def test_the_relative_arithmetic_in_the_docstring_is_true():
+    flops = {variant: setup.count_flops(pretrain.get_config(variant)) for variant in ("base", "small", "large", "huge")}
+    ratios = {variant: round(value / flops["base"], 1) for variant, value in flops.items()}
+    assert ratios == {"base": 1.0, "small": 0.2, "large": 2.1, "huge": 5.0}
+    assert f"{flops['base'] * 360_000 * 100:.1e}" == "2.1e+18"
+
+
+def test_the_published_recipe_is_the_published_recipe():
+    config = pretrain.get_config("paper")
+    schedule, _ = setup.make_optimizer(config, total_steps=1000)
+    assert schedule(100) == pytest.approx(1.5e-4)  # 3e-4 x 128 / 256, after 10% of the steps
+    assert schedule(1000) == pytest.approx(1e-5)
+    assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
+    assert not config.loss.normalize_targets
+    assert config.train.batch_size == 64

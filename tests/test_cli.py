@@ -1,0 +1,72 @@
+"""The command line: quick help, and errors that name the nearest right thing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from usfmae_jax import cli
+from usfmae_jax.errors import InputError
+
+CONFIG = "--config=configs/pretrain.py"
+
+
+def _parse(*argv):
+    return cli.parse(["main", *argv], "doc", "configs/pretrain.py")
+
+
+def test_overrides_reach_the_config():
+    values = _parse(
+        f"{CONFIG}:tiny", "--config.train.batch_size=32", "--config.augment.crop_scale=(0.5,1.0)", "--workdir=w"
+    )
+    assert values.config.train.batch_size == 32
+    assert tuple(values.config.augment.crop_scale) == (0.5, 1.0)
+    assert values.config.model.width == 192
+    assert values.workdir == "w"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--config is missing; try --config=configs/pretrain.py"),
+        (["--config=nowhere.py"], "'nowhere.py' does not exist"),
+        ([f"{CONFIG}:dmeo"], "no variant 'dmeo'; nearest are demo"),
+        ([f"{CONFIG}:zzz"], "no variant 'zzz'; valid are base, paper, demo, tiny, small, large, huge"),
+        ([CONFIG, "--config.optimizer.learning_rat=1"], "nearest are config.optimizer.learning_rate"),
+        ([CONFIG, "--config.batch_size=1"], "config.train.batch_size"),
+        ([CONFIG, "--config.train.batch_size=many"], "config.train.batch_size=many"),
+        ([CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
+        ([CONFIG, "stray"], "'stray' is not understood"),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_type(argv, message):
+    with pytest.raises(InputError) as error:
+        _parse(*argv)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("configs/pretrain.py:tiny", "runs/pretrain-tiny"), ("configs/pretrain.py", "runs/pretrain-base")],
+)
+def test_the_workdir_is_named_after_the_config(value, expected):
+    assert cli.default_workdir(["main", f"--config={value}"]) == expected
+    assert cli.default_workdir(["main", "--config", value]) == expected
+
+
+def test_help_shows_the_config_and_its_fields_without_importing_jax():
+    script = (
+        "import sys; sys.argv[1:] = ['--help']; import runpy; runpy.run_module('usfmae_jax.main', run_name='__main__')"
+    )
+    code = f"try:\n  {script}\nexcept SystemExit as e:\n  assert e.code == 0 and 'jax' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for text in ("--workdir", "--config.mask.ratio=0.75", ":demo", "continue an interrupted run"):
+        assert text in shown.stdout
+
+
+def test_a_mistake_exits_2_without_a_traceback():
+    done = subprocess.run([sys.executable, "-m", "usfmae_jax.main", f"{CONFIG}:dmeo"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1

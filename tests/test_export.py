@@ -1,0 +1,31 @@
+"""An encoder on request, from any checkpoint of a run."""
+
+import numpy as np
+
+from usfmae_jax import export
+from usfmae_jax.interop.encoder import flatten, read_encoder
+from usfmae_jax.training.pretrain import pretrain
+
+
+def test_the_export_of_a_checkpoint_is_the_encoder_of_that_step(config, tmp_path, capsys):
+    config.train.steps = 4
+    config.checkpoint.update(every=2)
+    workdir = tmp_path / "run"
+    assert pretrain(config, str(workdir))
+    assert export.main([f"--checkpoint={workdir}", f"--output={tmp_path / 'again'}"]) == 0
+    assert "after step 4" in capsys.readouterr().out
+    final, again = (flatten(read_encoder(str(path))[0]) for path in (workdir / "encoder", tmp_path / "again"))
+    assert export.main([f"--checkpoint={workdir}", "--step=2", f"--output={tmp_path / 'early'}"]) == 0
+    early = flatten(read_encoder(str(tmp_path / "early"))[0])
+    for name, value in final.items():
+        np.testing.assert_array_equal(again[name], value)
+    assert not np.array_equal(early["patch_embed.kernel"], final["patch_embed.kernel"])
+
+
+def test_what_is_no_run_is_refused(config, tmp_path, capsys):
+    assert export.main([f"--checkpoint={tmp_path}"]) == 2
+    assert "is not the workdir of a run" in capsys.readouterr().err
+    config.train.steps = 1
+    pretrain(config, str(tmp_path / "run"))
+    assert export.main([f"--checkpoint={tmp_path / 'run'}", "--step=7"]) == 2
+    assert "has the checkpoints [1], not 7" in capsys.readouterr().err

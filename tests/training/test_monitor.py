@@ -1,0 +1,145 @@
+"""Logs survive restarts, rates leave out pauses, and a bad number stops the run."""
+
+import json
+import signal
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from usfmae_jax.training import monitor as monitors
+from usfmae_jax.training.pictures import encode_png, reconstruction_grid
+
+
+def _monitor(path, first_step=0, **options):
+    defaults = {"total_steps": 10, "batch_size": 4, "every": 1, "flops_per_image": 1e6}
+    return monitors.Monitor(str(path), first_step=first_step, **(defaults | options))
+
+
+def _metrics(loss=1.0, norm=1.0):
+    return {"loss": jnp.float32(loss), "grad_norm": jnp.float32(norm), "learning_rate": jnp.float32(0.1)}
+
+
+def _lines(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_step_is_logged_once_the_next_is_dispatched(tmp_path):
+    with _monitor(tmp_path) as report:
+        report.update(1, _metrics(3.0))
+        assert _lines(tmp_path) == []
+        report.update(2, _metrics(2.0))
+        assert [(line["step"], line["loss"]) for line in _lines(tmp_path)] == [(1, 3.0)]
+        assert report.flush()["loss"] == 2.0
+        assert report.flush() == {}
+    assert [line["step"] for line in _lines(tmp_path)] == [1, 2]
+
+
+def test_a_resumed_log_drops_what_the_checkpoint_does_not_know(tmp_path):
+    with _monitor(tmp_path) as report:
+        for step in range(1, 6):
+            report.update(step, _metrics(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # killed while writing
+    with _monitor(tmp_path, first_step=3) as report:
+        assert [line["step"] for line in _lines(tmp_path)] == [1, 2, 3]
+        report.update(4, _metrics(9.0))
+        report.flush()
+    assert _lines(tmp_path)[-1]["loss"] == 9.0
+
+
+@pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"loss": float("inf")}, {"norm": float("nan")}])
+def test_a_number_that_is_none_stops_and_names_the_step(tmp_path, bad):
+    with _monitor(tmp_path) as report:
+        report.update(1, _metrics())
+        report.update(2, _metrics(**bad))
+        with pytest.raises(monitors.DivergedError, match="at step 2"):
+            report.update(3, _metrics())
+
+
+def test_rates_leave_out_pauses_and_count_waiting(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(monitors.time, "perf_counter", lambda: clock[0])
+    with _monitor(tmp_path, every=2) as report:
+        report.update(1, _metrics())
+        report.flush()  # step 1 is always logged, and starts the window anew
+        with report.waiting_for_input():
+            clock[0] += 1.0
+        clock[0] += 3.0
+        with report.pause():
+            clock[0] += 100.0
+        report.update(2, _metrics())
+        report.flush()
+    line = _lines(tmp_path)[-1]
+    assert line["images_per_second"] == pytest.approx(1.0)  # 4 images in 4 seconds
+    assert line["images_per_second_per_device"] == pytest.approx(1 / 8)
+    assert line["input_wait"] == pytest.approx(0.25)
+    assert "mfu" not in line  # a CPU's peak is not known
+
+
+def test_mfu_is_achieved_over_peak(tmp_path, monkeypatch):
+    monkeypatch.setattr(monitors, "peak_flops", lambda device: 1e6)
+    clock = [0.0]
+    monkeypatch.setattr(monitors.time, "perf_counter", lambda: clock[0])
+    with _monitor(tmp_path, flops_per_image=2e5) as report:
+        clock[0] += 1.0
+        report.update(1, _metrics())
+        report.flush()
+    assert _lines(tmp_path)[-1]["mfu"] == pytest.approx(4 / 8 * 2e5 / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_of_known_devices(kind, peak):
+    class Device:
+        device_kind = kind
+
+    assert monitors.peak_flops(Device()) == peak
+
+
+def test_the_mean_loss_restarts_with_every_save(tmp_path):
+    with _monitor(tmp_path) as report:
+        for step, loss in ((1, 4.0), (2, 2.0)):
+            report.update(step, _metrics(loss))
+        report.flush()
+        assert report.mean_loss_since_save() == 3.0
+        report.update(3, _metrics(7.0))
+        report.flush()
+        assert report.mean_loss_since_save() == 7.0
+
+
+def test_sigterm_is_noticed_once_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with monitors.Preemption() as preemption:
+        assert not preemption.requested(1)
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.01)
+        assert preemption.requested(2)
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one does what it always did
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_grid_shows_four_columns(rng):
+    images = rng.integers(0, 255, (2, 32, 48, 1), np.uint8)
+    predicted = np.full_like(images, 7)
+    hidden = np.zeros((2, 32, 48), bool)
+    hidden[:, :16] = True
+    grid = reconstruction_grid(images, predicted, hidden, side=48)
+    tile = grid[22 + 2 : 22 + 2 + 32]
+    columns = [tile[:, i * 52 + 2 : i * 52 + 50, 0] for i in range(4)]
+    np.testing.assert_array_equal(columns[0], images[0, ..., 0])
+    assert (columns[1][:16] == 128).all()
+    np.testing.assert_array_equal(columns[1][16:], images[0, 16:, :, 0])
+    assert (columns[2] == 7).all()
+    np.testing.assert_array_equal(columns[3][16:], images[0, 16:, :, 0])
+    assert (columns[3][:16] == 7).all()
+    assert encode_png(grid).startswith(b"\x89PNG")
