@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep import phantom
-from data_prep.phantom import CLASSES, PROBES, homogeneous_envelope, simulate_patient
+from data_prep.phantom import CLASSES, simulate_patient
+from data_prep.scan import PROBES, homogeneous_envelope
 
 ALL_PROBES = list(itertools.chain(*PROBES.values()))
 
@@ -53,6 +54,31 @@ def lateral_sigma(probe, at):
     if probe.geometry == "convex":
         pitch *= probe.radius + at * probe.depth
     return pitch * lag / math.sqrt(-2 * math.log(np.mean(estimates)))
+
+
+def motion(first, other):
+    """Shift of the probe (fraction of the height), its rotation (radians) and log scale between two lesion masks.
+
+    From the affine map that fits best; masks have no speckle in the way.
+    """
+    before, after = (cv2.GaussianBlur(frame.mask, (0, 0), 4).astype(np.float32) for frame in (first, other))
+    stop = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 60, 1e-6)
+    _, affine = cv2.findTransformECC(before, after, np.eye(2, 3, dtype=np.float32), cv2.MOTION_AFFINE, stop)
+    face = np.array([first.image.shape[1] / 2, 0])  # what the probe turns about
+    shift = np.linalg.norm(affine @ [*face, 1] - face) / len(first.image)
+    turn = math.atan2(affine[1, 0] - affine[0, 1], affine[0, 0] + affine[1, 1])
+    return shift, turn, math.log(np.linalg.det(affine[:, :2]))
+
+
+def speckle_correlation(first, other, reach=24):
+    """Correlation of the fine texture of two frames at the best shift."""
+
+    def texture(frame):
+        detail = frame.image - cv2.GaussianBlur(frame.image.astype(np.float32), (0, 0), 4)
+        return detail / np.sqrt(cv2.GaussianBlur(detail**2, (0, 0), 8) + 1)
+
+    inner = texture(other)[reach:-reach, reach:-reach]
+    return cv2.matchTemplate(texture(first), inner, cv2.TM_CCOEFF_NORMED).max()
 
 
 @pytest.mark.parametrize("probe", ALL_PROBES, ids=lambda probe: f"{probe.geometry}-{probe.depth}mm")
@@ -151,6 +177,35 @@ def test_frames_of_a_patient_show_the_same_lesion_moved():
                 before, after = first.mask > 0, other.mask > 0
                 assert 0.2 < (before & after).sum() / (before | after).sum() < 1
                 assert 0.75 < after.sum() / before.sum() < 1.33
+
+
+def test_between_frames_the_probe_shifts_turns_and_presses():
+    moves = []
+    for patient in range(40):
+        first, *others = simulate_patient(patient, image_size=160)
+        if CLASSES[first.label] == "solid_irregular":  # an outline that a rotation does not map onto itself
+            moves += [motion(first, other) for other in others]
+    shift, turn, scale = np.array(moves).T
+    assert 0.01 < np.mean(shift) < 0.06
+    assert 0.015 < np.std(turn) < 0.05  # 0.02 per frame
+    assert 0.009 < np.std(scale) < 0.04  # 0.015 per frame
+
+
+def test_speckle_of_a_patient_is_partly_kept_from_frame_to_frame(monkeypatch):
+    def uniform(rng, probe, v, u):
+        return np.zeros((v.size, u.size), np.float32), np.zeros((v.size, u.size), np.float32)
+
+    # Without anatomy, which frames share too.
+    monkeypatch.setattr(phantom, "draw_layers", uniform)
+    monkeypatch.setattr(phantom, "draw_vessels", lambda *_: None)
+    monkeypatch.setattr(phantom, "LESIONS", {})
+    patients = [simulate_patient(patient, image_size=160, frames=3) for patient in range(24)]
+    patients = [frames for frames in patients if frames[0].geometry == "linear"]  # where a shift is one of the image
+    within = [speckle_correlation(*pair) for frames in patients for pair in itertools.combinations(frames, 2)]
+    pairs = itertools.combinations([frames[0] for frames in patients], 2)
+    between = [speckle_correlation(a, b) for a, b in pairs if a.image.shape == b.image.shape]
+    assert 2 * np.mean(between) < np.mean(within) < 0.5
+    assert max(within) < 0.9
 
 
 def test_every_four_patients_have_one_of_each_class_in_an_order_that_varies():

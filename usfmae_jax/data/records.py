@@ -206,7 +206,10 @@ def open_shards(path: str, split: str | None = None) -> Shards:
     Raises:
       InputError: nothing matches, the split does not exist, or a shard is missing, unreadable or of another schema.
     """
-    found = [file for file in _expand(path) if _SHARD.search(file)]
+    try:
+        found = [file for file in _expand(path) if _SHARD.search(file)]
+    except ImportError as error:
+        raise InputError(f"{path!r} needs another package: {error} (pip install gcsfs for gs://)") from error
     if not found:
         raise InputError(f"no shards match {path!r}")
     splits: dict[str | None, list[str]] = collections.defaultdict(list)

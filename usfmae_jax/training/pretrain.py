@@ -44,7 +44,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     sources, dataset = setup.open_data(config)
     total_steps = config.train.steps or config.train.epochs * sum(map(len, sources)) // config.train.batch_size
     schedule, optimizer = setup.make_optimizer(config, total_steps)
-    settings = json.loads(config.to_json_best_effort()) | {"data_fingerprint": [s.fingerprint() for s in sources]}
+    settings = setup.settings(config, sources)
     saver = checkpoints.open_checkpoints(setup.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     found = checkpoints.latest_metadata(saver)
@@ -94,10 +94,10 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                     checkpoints.save(
                         saver, state, step, position=position, config=settings, loss=report.mean_loss_since_save()
                     )
-            inspector.run(report, state, step, last=step == total_steps)
             if stop and step < total_steps:
                 report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
                 return False
+            inspector.run(report, state, step, last=step == total_steps)
     export(config, state["params"]["encoder"], f"{workdir}/encoder", total_steps)
     return True
 

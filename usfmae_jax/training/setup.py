@@ -1,5 +1,7 @@
 """From a config to the parts of a pretraining run, refusing what cannot work before anything is compiled."""
 
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +132,17 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
     return sources, dataset
 
 
+def settings(config: ml_collections.ConfigDict, sources: list[Shards]) -> dict[str, Any]:
+    """The config as JSON and what tells the data apart, for checkpoints and `config.json`.
+
+    Of absolute paths only the last part is kept: they tell who ran where, and the fingerprint tells the data better.
+    """
+    public = config.copy_and_resolve_references()
+    for group, field in ((public, "init"), (public.data, "path"), (public.probe.data, "path")):
+        group[field] = ",".join(os.path.basename(p) if os.path.isabs(p) else p for p in group[field].split(","))
+    return json.loads(public.to_json_best_effort()) | {"data_fingerprint": [s.fingerprint() for s in sources]}
+
+
 def make_workdir(workdir: str) -> str:
     """Creates the working directory and returns its absolute path.
 
@@ -203,6 +216,8 @@ def make_inspector(
             shards, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
         )
     model = config.model
+    # Some pictures are drawn; every device needs as many.
+    rows = -(-8 // mesh.size) * len(mesh.local_devices)
     look = {"mean": tuple(model.mean), "std": tuple(model.std)}
     return Inspector(
         mesh,
@@ -215,7 +230,7 @@ def make_inspector(
             normalize_targets=config.loss.normalize_targets,
             **look,
         ),
-        images=dataset[0]["image"],
+        images=dataset[0]["image"][:rows],
         pictures_every=config.log.pictures_every,
         features=make_features(graph, **look),
         labelled=labelled,
