@@ -1,8 +1,10 @@
 """The record contract and random access to shards of both formats."""
 
+import importlib.util
 import os
 import pathlib
 import pickle
+import types
 
 import cv2
 import numpy as np
@@ -149,3 +151,49 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, prepare, message):
     prepare(tmp_path)
     with pytest.raises(InputError, match=message):
         records.open_shards(str(tmp_path), "train")
+
+
+class _Bucket:
+    """Stands for `epath.Path` of a bucket whose files lie in a local folder."""
+
+    root = pathlib.Path()
+
+    def __init__(self, path):
+        self._path = str(path)
+        self._local = self.root / self._path.removeprefix("gs://bucket").lstrip("/")
+
+    def __fspath__(self):
+        return self._path
+
+    def is_dir(self):
+        return self._local.is_dir()
+
+    def exists(self):
+        return self._local.exists()
+
+    def glob(self, pattern):
+        return [_Bucket(f"gs://bucket/{path.relative_to(self.root)}") for path in self._local.glob(pattern)]
+
+    def stat(self):
+        return types.SimpleNamespace(length=self._local.stat().st_size)
+
+    def open(self, mode):
+        return self._local.open(mode)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/data", "gs://bucket/d*/made/*", "gs://bucket/data/made/1.0.0/*train*"])
+def test_buckets_are_searched_and_read_like_folders(tmp_path, monkeypatch, path):
+    (tmp_path / "data" / "made" / "1.0.0").mkdir(parents=True)
+    write_shards(tmp_path / "data" / "made" / "1.0.0", 6, kind="tfrecord")
+    monkeypatch.setattr(_Bucket, "root", tmp_path)
+    monkeypatch.setattr(records.epath, "Path", _Bucket)
+    shards = records.open_shards(path, "train")
+    assert shards.paths[0].startswith("gs://bucket/data/made/1.0.0/")
+    assert [records.decode_record(shards[i])["source"] for i in range(6)] == [f"{i}.png" for i in (0, 2, 4, 1, 3, 5)]
+
+
+def test_a_bucket_without_its_package_is_one_sentence():
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(InputError, match="pip install gcsfs"):
+        records.open_shards("gs://bucket/data")

@@ -113,8 +113,11 @@ class Monitor:
         """Marks time that is not training."""
         start = time.perf_counter()
         yield
-        self._paused += time.perf_counter() - start
-        self._bar.unpause()  # the ETA leaves it out as well
+        paused = time.perf_counter() - start
+        self._paused += paused
+        if not self._bar.disable:  # the bar's clock: the ETA leaves pauses out as well
+            self._bar.start_t += paused
+            self._bar.last_print_t += paused
 
     def update(self, step: int, metrics: Any) -> None:
         """Takes the metrics that step `step` will have, and reports those of the step before.
