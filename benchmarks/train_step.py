@@ -50,18 +50,7 @@ def _compile(config: Any, batch: int) -> tuple[Any, Any, jax.Array]:
     mesh = make_mesh()
     schedule, optimizer = setup.make_optimizer(config, 1000)
     graph, state = init_state(setup.model_maker(config), optimizer, mesh, 0)
-    step = make_train_step(
-        graph,
-        optimizer,
-        schedule,
-        mesh,
-        patch_size=config.model.patch_size,
-        mask_ratio=config.mask.ratio,
-        fan_aware=False,
-        normalize_targets=True,
-        mean=tuple(config.model.mean),
-        std=tuple(config.model.std),
-    )
+    step = make_train_step(graph, optimizer, schedule, mesh, setup.objective(config))
     size = (batch, *setup.image_size(config), config.data.channels)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 255, size, np.uint8))
     return jax.jit(step).lower(state, images).compile(), state, images

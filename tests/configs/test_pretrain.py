@@ -20,17 +20,7 @@ def test_every_variant_builds_and_steps_under_eval_shape(variant):
     schedule, optimizer = setup.make_optimizer(config, total_steps=1000)
     state = abstract_state(make, optimizer, mesh, config.seed)
     step = make_train_step(
-        model_graph(make),
-        optimizer,
-        schedule,
-        mesh,
-        patch_size=config.model.patch_size,
-        mask_ratio=config.mask.ratio,
-        fan_aware=config.mask.fan_aware,
-        normalize_targets=config.loss.normalize_targets,
-        mean=tuple(config.model.mean),
-        std=tuple(config.model.std),
-        accumulate=config.train.accumulate,
+        model_graph(make), optimizer, schedule, mesh, setup.objective(config), config.train.accumulate
     )
     shape = (config.train.batch_size, *setup.image_size(config), config.data.channels)
     new_state, metrics = jax.eval_shape(step, state, jax.ShapeDtypeStruct(shape, "uint8"))

@@ -11,7 +11,7 @@ from tests.helpers import frame, tiny_config
 from usfmae_jax.training import mesh as meshes
 from usfmae_jax.training import optimizers, setup
 from usfmae_jax.training.state import abstract_state, init_state
-from usfmae_jax.training.step import make_reconstruct, make_train_step
+from usfmae_jax.training.step import Objective, make_reconstruct, make_train_step
 
 
 def _mesh(devices, fsdp=1):
@@ -36,19 +36,8 @@ def train(devices=1, fsdp=1, steps=3, accumulate=1, fan_aware=False, learning_ra
     schedule = optimizers.warmup_cosine(learning_rate, 0.0, 0, 10**6)
     optimizer = optimizers.adamw(schedule, clip_norm=1.0)
     graph, state = init_state(setup.model_maker(tiny_config("")), optimizer, mesh, seed=0)
-    step = make_train_step(
-        graph,
-        optimizer,
-        schedule,
-        mesh,
-        patch_size=8,
-        mask_ratio=0.75,
-        fan_aware=fan_aware,
-        normalize_targets=True,
-        mean=(0.5,),
-        std=(0.25,),
-        accumulate=accumulate,
-    )
+    objective = Objective(8, 0.75, fan_aware, normalize_targets=True, mean=(0.5,), std=(0.25,))
+    step = make_train_step(graph, optimizer, schedule, mesh, objective, accumulate)
     step = jax.jit(step, out_shardings=(meshes.state_sharding(mesh, state), meshes.replicated(mesh)))
     images = meshes.global_batch(mesh, _images())
     metrics = []
@@ -111,11 +100,8 @@ def test_state_is_born_in_its_shards(config, monkeypatch):
 
 
 def test_reconstruction_shows_visible_pixels_where_nothing_is_hidden(config):
-    _, state = init_state(setup.model_maker(config), optimizers.adamw(lambda s: 0.0), _mesh(1), seed=0)
-    graph, _ = init_state(setup.model_maker(config), optimizers.adamw(lambda s: 0.0), _mesh(1), seed=0)
-    reconstruct = make_reconstruct(
-        graph, patch_size=8, mask_ratio=0.75, fan_aware=False, normalize_targets=True, mean=(0.2,), std=(0.2,)
-    )
+    graph, state = init_state(setup.model_maker(config), optimizers.adamw(lambda s: 0.0), _mesh(1), seed=0)
+    reconstruct = make_reconstruct(graph, Objective(8, 0.75, False, True, (0.2,), (0.2,)))
     predicted, hidden = jax.jit(reconstruct)(state["params"], jnp.asarray(_images()), jax.random.key(0))
     assert predicted.dtype == jnp.uint8
     assert predicted.shape == (16, 32, 32, 1)

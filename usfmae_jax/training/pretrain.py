@@ -113,19 +113,7 @@ def compile_step(
     images: jax.Array,
 ) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
     """Compiles the update for the shapes and shardings at hand, and says how long that took."""
-    step = make_train_step(
-        graph,
-        optimizer,
-        schedule,
-        mesh,
-        patch_size=config.model.patch_size,
-        mask_ratio=config.mask.ratio,
-        fan_aware=config.mask.fan_aware,
-        normalize_targets=config.loss.normalize_targets,
-        mean=tuple(config.model.mean),
-        std=tuple(config.model.std),
-        accumulate=config.train.accumulate,
-    )
+    step = make_train_step(graph, optimizer, schedule, mesh, setup.objective(config), config.train.accumulate)
     report.say("compiling the training step ...")
     start = time.perf_counter()
     shardings = jax.tree.map(lambda x: x.sharding, state)

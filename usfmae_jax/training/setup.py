@@ -22,7 +22,7 @@ from usfmae_jax.models.vit import check_patches
 from usfmae_jax.training import optimizers
 from usfmae_jax.training.inspection import Inspector
 from usfmae_jax.training.state import State
-from usfmae_jax.training.step import make_features, make_reconstruct
+from usfmae_jax.training.step import Objective, make_features, make_reconstruct
 
 
 def model_maker(config: ml_collections.ConfigDict) -> Callable[[nnx.Rngs], MAE]:
@@ -68,6 +68,18 @@ def model_maker(config: ml_collections.ConfigDict) -> Callable[[nnx.Rngs], MAE]:
         scan=model.scan,
         remat=model.remat,
         rngs=rngs,
+    )
+
+
+def objective(config: ml_collections.ConfigDict) -> Objective:
+    """What the model is trained to do."""
+    return Objective(
+        patch_size=config.model.patch_size,
+        mask_ratio=config.mask.ratio,
+        fan_aware=config.mask.fan_aware,
+        normalize_targets=config.loss.normalize_targets,
+        mean=tuple(config.model.mean),
+        std=tuple(config.model.std),
     )
 
 
@@ -215,24 +227,15 @@ def make_inspector(
         labelled = pipeline.load_labelled(
             shards, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
         )
-    model = config.model
     # Some pictures are drawn; every device needs as many.
     rows = -(-8 // mesh.size) * len(mesh.local_devices)
-    look = {"mean": tuple(model.mean), "std": tuple(model.std)}
     return Inspector(
         mesh,
         workdir,
-        reconstruct=make_reconstruct(
-            graph,
-            patch_size=model.patch_size,
-            mask_ratio=config.mask.ratio,
-            fan_aware=config.mask.fan_aware,
-            normalize_targets=config.loss.normalize_targets,
-            **look,
-        ),
+        reconstruct=make_reconstruct(graph, objective(config)),
         images=dataset[0]["image"][:rows],
         pictures_every=config.log.pictures_every,
-        features=make_features(graph, **look),
+        features=make_features(graph, objective(config)),
         labelled=labelled,
         note=note,
         probe_every=config.probe.every,

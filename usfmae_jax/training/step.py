@@ -1,5 +1,6 @@
 """One update of a masked autoencoder, and the forward passes that look at one."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,34 @@ from usfmae_jax.training.state import State
 Masks = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def draw_masks(rng: jax.Array, images: jax.Array, patch_size: int, mask_ratio: float, fan_aware: bool) -> Masks:
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a masked autoencoder has to do, and how it sees pixels.
+
+    Attributes:
+      patch_size: of the model.
+      mask_ratio: share of patches to hide.
+      fan_aware: hide and predict only patches in the imaged sector.
+      normalize_targets: predict standardised patches.
+      mean: per channel of the model's input.
+      std: per channel.
+    """
+
+    patch_size: int
+    mask_ratio: float
+    fan_aware: bool
+    normalize_targets: bool
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def draw_masks(rng: jax.Array, images: jax.Array, objective: Objective) -> Masks:
     """Masks for uint8 images `[B, H, W, C]`; see `mae.mask_from_noise`."""
     b, height, width, _ = images.shape
-    noise = jax.random.uniform(rng, (b, (height // patch_size) * (width // patch_size)))
-    inside = sector_patches(images, patch_size) if fan_aware else None
-    return mask_from_noise(noise, mask_ratio, inside)
+    p = objective.patch_size
+    noise = jax.random.uniform(rng, (b, (height // p) * (width // p)))
+    inside = sector_patches(images, p) if objective.fan_aware else None
+    return mask_from_noise(noise, objective.mask_ratio, inside)
 
 
 def make_train_step(
@@ -36,13 +59,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
-    *,
-    patch_size: int,
-    mask_ratio: float,
-    fan_aware: bool,
-    normalize_targets: bool,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    objective: Objective,
     accumulate: int = 1,
 ) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
     """Builds the update `(state, images uint8 [B, H, W, C]) -> (state, metrics)`.
@@ -52,21 +69,16 @@ def make_train_step(
       optimizer: what `state["opt_state"]` belongs to.
       schedule: learning rate per step, for the log.
       mesh: the batch is spread over it.
-      patch_size: of the model.
-      mask_ratio: share of patches to hide.
-      fan_aware: hide and predict only patches in the imaged sector.
-      normalize_targets: predict standardised patches.
-      mean: per channel of the model's input.
-      std: per channel.
+      objective: see there.
       accumulate: micro-batches per update; the update is that of the whole batch.
     """
     sharding = batch_sharding(mesh)
 
     def summed_error(params: Any, images: jax.Array, masks: Masks) -> tuple[jax.Array, jax.Array]:
         keep, restore, mask = masks
-        inputs = normalize_images(images, mean, std)
+        inputs = normalize_images(images, objective.mean, objective.std)
         predicted = nnx.merge(graph, params)(inputs, keep, restore)
-        return masked_error(predicted, patch_targets(inputs, patch_size, normalize_targets), mask)
+        return masked_error(predicted, patch_targets(inputs, objective.patch_size, objective.normalize_targets), mask)
 
     gradient = jax.value_and_grad(summed_error, has_aux=True)
 
@@ -76,7 +88,7 @@ def make_train_step(
 
     def train_step(state: State, images: jax.Array) -> tuple[State, dict[str, jax.Array]]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
-        masks = draw_masks(rng, images, patch_size, mask_ratio, fan_aware)
+        masks = draw_masks(rng, images, objective)
         masks = jax.lax.with_sharding_constraint(masks, sharding)
         params = state["params"]
         if accumulate == 1:
@@ -103,43 +115,36 @@ def make_train_step(
 
 
 def make_reconstruct(
-    graph: Any,
-    *,
-    patch_size: int,
-    mask_ratio: float,
-    fan_aware: bool,
-    normalize_targets: bool,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    graph: Any, objective: Objective
 ) -> Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     """Builds `(params, images uint8 [B, H, W, C], rng) -> (predicted uint8 [B, H, W, C], hidden bool [B, H, W])`.
 
     Standardised predictions are put back with each patch's own mean and scale, as the MAE demonstration does.
     """
+    mean, std, p = objective.mean, objective.std, objective.patch_size
 
     def reconstruct(params: Any, images: jax.Array, rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        keep, restore, mask = draw_masks(rng, images, patch_size, mask_ratio, fan_aware)
+        keep, restore, mask = draw_masks(rng, images, objective)
         inputs = normalize_images(images, mean, std)
         predicted = nnx.merge(graph, params)(inputs, keep, restore)
-        if normalize_targets:
-            center, scale = patch_statistics(patchify(inputs, patch_size))
+        if objective.normalize_targets:
+            center, scale = patch_statistics(patchify(inputs, p))
             predicted = predicted * scale + center
-        grid = (images.shape[1] // patch_size, images.shape[2] // patch_size)
-        pixels = unpatchify(predicted, grid, patch_size) * jnp.asarray(std) + jnp.asarray(mean)
+        grid = (images.shape[1] // p, images.shape[2] // p)
+        pixels = unpatchify(predicted, grid, p) * jnp.asarray(std) + jnp.asarray(mean)
         if images.shape[-1] < pixels.shape[-1]:
             pixels = pixels.mean(axis=-1, keepdims=True)
-        hidden = unpatchify(jnp.repeat(mask[..., None], patch_size * patch_size, axis=-1), grid, patch_size)[..., 0]
+        hidden = unpatchify(jnp.repeat(mask[..., None], p * p, axis=-1), grid, p)[..., 0]
         return jnp.clip(jnp.round(pixels * 255), 0, 255).astype(jnp.uint8), hidden > 0
 
     return reconstruct
 
 
-def make_features(
-    graph: Any, *, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Callable[[Any, jax.Array], jax.Array]:
+def make_features(graph: Any, objective: Objective) -> Callable[[Any, jax.Array], jax.Array]:
     """Builds `(params, images uint8 [B, H, W, C]) -> float32 [B, D]`: the mean of unmasked patch tokens."""
 
     def features(params: Any, images: jax.Array) -> jax.Array:
-        return nnx.merge(graph, params).encoder(normalize_images(images, mean, std))[:, 1:].mean(axis=1)
+        inputs = normalize_images(images, objective.mean, objective.std)
+        return nnx.merge(graph, params).encoder(inputs)[:, 1:].mean(axis=1)
 
     return features
