@@ -1,4 +1,7 @@
-"""An encoder on request, from any checkpoint of a run."""
+"""An encoder on request, from any checkpoint of a run, and used as the README says."""
+
+import pathlib
+import re
 
 import numpy as np
 
@@ -29,3 +32,14 @@ def test_what_is_no_run_is_refused(config, tmp_path, capsys):
     pretrain(config, str(tmp_path / "run"))
     assert export.main([f"--checkpoint={tmp_path / 'run'}", "--step=7"]) == 2
     assert "has the checkpoints [1], not 7" in capsys.readouterr().err
+
+
+def test_the_readme_example_computes_features(config, tmp_path):
+    config.train.steps = 1
+    assert pretrain(config, str(tmp_path))
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict = {}
+    exec(example.replace("runs/pretrain-demo/encoder", str(tmp_path / "encoder")), names)
+    images = np.zeros((2, 32, 48, 1), np.uint8)  # another size than it was trained on
+    assert names["features"](images).shape == (2, config.model.width)

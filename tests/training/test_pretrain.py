@@ -36,6 +36,14 @@ def test_resuming_with_another_config_names_the_fields(config, tmp_path):
     assert "mesh" not in str(error.value)
 
 
+def test_checkpoints_are_kept_by_policy(config, tmp_path):
+    config.train.steps = 7
+    config.checkpoint.update(every=1)
+    config.checkpoint.keep.update(keep_latest=1, keep_every=3, keep_best=0)
+    assert pretrain(config, str(tmp_path))
+    assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {3, 6, 7}
+
+
 def test_a_finished_run_is_not_run_again(config, tmp_path, capfd):
     config.train.steps = 2
     assert pretrain(config, str(tmp_path))
