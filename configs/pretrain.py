@@ -121,12 +121,14 @@ def tiny(config: ml_collections.ConfigDict) -> None:
 def demo(config: ml_collections.ConfigDict) -> None:
     """Smaller still, on simulated frames."""
     tiny(config)
-    config.model.update(width=128, depth=4, num_heads=2, decoder_width=96, decoder_depth=1, decoder_num_heads=2)
+    config.model.update(image_size=64, width=128, depth=4, num_heads=2)
+    config.model.update(decoder_width=96, decoder_depth=1, decoder_num_heads=2)
+    config.optimizer.learning_rate = 4e-3
     config.data.path = "data/demo"
-    config.train.steps = 600
-    config.checkpoint.every = 150
-    config.log.update(every=10, pictures_every=150)
-    config.probe.update(data=dict(path="data/demo", split="test"), every=150, limit=400)
+    config.train.steps = 2000
+    config.checkpoint.every = 500
+    config.log.pictures_every = 500
+    config.probe.update(data=dict(path="data/demo", split="test"), every=500, limit=400)
 
 
 def small(config: ml_collections.ConfigDict) -> None:

@@ -54,6 +54,17 @@ def test_a_class_of_one_patient_is_refused():
         probes.group_folds(np.array([0, 0, 1, 1]), ["a", "b", "c", "c"])
 
 
+def test_the_interval_holds_the_score_and_counts_patients_not_frames(rng):
+    features, labels, groups = _data(rng, patients=40, frames=1)
+    features[:, 0] += labels
+    one = probes.probe(features, labels, groups)
+    assert one["logistic_auroc_low"] < one["logistic_auroc"] < one["logistic_auroc_high"]
+    copies = [np.repeat(x, 10, axis=0) for x in (features, labels, np.asarray(groups))]
+    ten = probes.probe(*copies)
+    widths = [scores["logistic_auroc_high"] - scores["logistic_auroc_low"] for scores in (one, ten)]
+    assert 0.6 < widths[1] / widths[0] < 1.6  # ten copies of each frame are no more evidence
+
+
 def test_rankme_counts_directions(rng):
     directions = np.linalg.qr(rng.normal(size=(32, 32)))[0]
     for rank in (1, 4, 32):

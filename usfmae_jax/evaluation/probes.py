@@ -38,8 +38,8 @@ def probe(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], *, se
       seed: of the folds.
 
     Returns:
-      `{knn,logistic}_{auroc,balanced_accuracy}` over the pooled held-out predictions (AUROC one-vs-rest, macro), and
-      `rankme`.
+      `{knn,logistic}_{auroc,balanced_accuracy}` over the pooled held-out predictions (AUROC one-vs-rest, macro); the
+      ends of the AUROC's 95% interval, `{knn,logistic}_auroc_{low,high}`; and `rankme`.
 
     Raises:
       InputError: a class has frames of fewer than two groups.
@@ -60,6 +60,8 @@ def probe(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], *, se
                 warnings.simplefilter("ignore", ConvergenceWarning)  # early in a run features are ill-conditioned
                 held_out[test] = classifier.fit(features[train], labels[train]).predict_proba(features[test])
         scores[f"{name}_auroc"] = _auroc(labels, held_out)
+        low, high = _bootstrap_auroc(labels, held_out, groups, seed)
+        scores |= {f"{name}_auroc_low": low, f"{name}_auroc_high": high}
         scores[f"{name}_balanced_accuracy"] = float(balanced_accuracy_score(labels, classes[held_out.argmax(axis=1)]))
     return scores | {"rankme": rankme(features)}
 
@@ -88,6 +90,22 @@ def group_folds(
 def _temperature(distances: np.ndarray) -> np.ndarray:
     # On the unit sphere a squared distance is 2 - 2 cos; the constant cancels.
     return np.exp(-(distances**2) / 2 / 0.07)
+
+
+def _bootstrap_auroc(
+    labels: np.ndarray, probabilities: np.ndarray, groups: Sequence[str], seed: int, resamples: int = 200
+) -> tuple[float, float]:
+    """Percentile interval over resampled patients: frames of one patient are no independent evidence."""
+    rng = np.random.default_rng(seed)
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    frames = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
+    values = []
+    while len(values) < resamples:
+        chosen = np.concatenate([frames[i] for i in rng.integers(len(frames), size=len(frames))])
+        if len(np.unique(labels[chosen])) == probabilities.shape[1]:  # else AUROC is not defined: draw again
+            values.append(_auroc(labels[chosen], probabilities[chosen]))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _auroc(labels: np.ndarray, probabilities: np.ndarray) -> float:

@@ -93,7 +93,11 @@ class Inspector:
             report.say(self._note)
             self._note = ""
         report.write(step, {f"probe/{name}": value for name, value in scores.items()})
-        report.say(f"step {step}: probe " + ", ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        intervals = {
+            name: [scores[f"{name}_auroc{end}"] for end in ("", "_low", "_high")] for name in ("knn", "logistic")
+        }
+        auroc = ", ".join(f"{name} {v:.3f} [{low:.3f}, {high:.3f}]" for name, (v, low, high) in intervals.items())
+        report.say(f"step {step}: probe AUROC {auroc}; effective rank {scores['rankme']:.1f}")
 
     def extract(self, params: Any, images: np.ndarray) -> np.ndarray:
         """Features float32 `[N, D]` of uint8 images `[N, H, W, C]` that every process holds."""
