@@ -99,7 +99,7 @@ def _bootstrap_auroc(
     rng = np.random.default_rng(seed)
     _, member = np.unique(np.asarray(groups), return_inverse=True)
     frames = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
-    values = []
+    values: list[float] = []
     while len(values) < resamples:
         chosen = np.concatenate([frames[i] for i in rng.integers(len(frames), size=len(frames))])
         if len(np.unique(labels[chosen])) == probabilities.shape[1]:  # else AUROC is not defined: draw again
