@@ -33,8 +33,8 @@ demo-data: $(VENV)/.core  ## simulate labelled ultrasound frames into data/demo 
 pretrain: demo-data  ## pretrain a small model on simulated frames, minutes on a laptop
 	$(BIN)/python -m usfmae_jax.main --config=configs/pretrain.py:demo
 
-test: $(VENV)/.dev  ## run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev  ## run all tests, two at a time
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check --output-format=concise .

@@ -17,11 +17,18 @@ def _parse(*argv):
 
 def test_overrides_reach_the_config():
     values = _parse(
-        f"{CONFIG}:tiny", "--config.train.batch_size=32", "--config.augment.crop_scale=(0.5,1.0)", "--workdir=w"
+        f"{CONFIG}:tiny",
+        "--config.data.weights=(0.7, 0.3)",
+        "--config.mask.fan_aware",
+        "--config.train.batch_size=32",
+        "--config.augment.crop_scale=(0.5,1.0)",
+        "--workdir=w",
     )
     assert values.config.train.batch_size == 32
     assert tuple(values.config.augment.crop_scale) == (0.5, 1.0)
     assert values.config.model.width == 192
+    assert values.config.data.weights == (0.7, 0.3)
+    assert values.config.mask.fan_aware
     assert values.workdir == "w"
 
 

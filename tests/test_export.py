@@ -16,7 +16,7 @@ def test_the_export_of_a_checkpoint_is_the_encoder_of_that_step(config, tmp_path
     workdir = tmp_path / "run"
     assert pretrain(config, str(workdir))
     assert export.main([f"--checkpoint={workdir}", f"--output={tmp_path / 'again'}"]) == 0
-    assert "after step 4" in capsys.readouterr().out
+    assert "after step 4" in capsys.readouterr().err
     final, again = (flatten(read_encoder(str(path))[0]) for path in (workdir / "encoder", tmp_path / "again"))
     assert export.main([f"--checkpoint={workdir}", "--step=2", f"--output={tmp_path / 'early'}"]) == 0
     early = flatten(read_encoder(str(tmp_path / "early"))[0])

@@ -24,16 +24,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder")
     args = parser.parse_args(argv)
     try:
-        step = export(args.checkpoint, args.output or os.path.join(args.checkpoint, "encoder"), args.step)
+        export(args.checkpoint, args.output or os.path.join(args.checkpoint, "encoder"), args.step)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.output or os.path.join(args.checkpoint, 'encoder')}: the encoder after step {step}")
     return 0
 
 
-def export(workdir: str, output: str, step: int | None) -> int:
-    """Exports one checkpoint of a run; returns its step.
+def export(workdir: str, output: str, step: int | None = None) -> None:
+    """Exports one checkpoint of a run, the newest unless a step is given.
 
     Raises:
       InputError: no run there, or no such checkpoint.
@@ -61,7 +60,6 @@ def export(workdir: str, output: str, step: int | None) -> int:
     optimizer = setup.make_optimizer(config, total_steps=1)[1]
     state = checkpoints.restore(saver, abstract_state(make_model, optimizer, make_mesh(), config.seed), step)
     write(config, state["params"]["encoder"], output, step)
-    return step
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                 report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
                 return False
             inspector.run(report, state, step, last=step == total_steps)
+        if damage.found:
+            report.say(f"{len(damage.found)} damaged records were skipped in all")
     export(config, state["params"]["encoder"], f"{workdir}/encoder", total_steps)
     return True
 
@@ -169,3 +172,4 @@ def export(config: ml_collections.ConfigDict, params: Any, directory: str, step:
     }
     provenance = {"code": f"usfmae_jax {__version__}", "step": str(step)}
     save_encoder(directory, jax.device_get(params), setup.architecture(config), preprocessing, provenance)
+    print(f"encoder after step {step}: {directory}", file=sys.stderr)
