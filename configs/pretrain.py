@@ -25,7 +25,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.seed = 0
     config.init = ""  # an encoder directory to start from; "" starts from random weights
     config.model = dict(
-        image_size=224,  # or (height, width)
+        image_size=(224, 224),  # height, width; one number on the command line makes a square
         patch_size=16,
         channels=3,
         mean=(0.485, 0.456, 0.406),  # ImageNet's, which the published MAE weights expect
@@ -109,7 +109,7 @@ def paper(config: ml_collections.ConfigDict) -> None:
 
 def tiny(config: ml_collections.ConfigDict) -> None:
     """A small model on small grey images, for a CPU."""
-    config.model.update(image_size=96, patch_size=8, channels=1, mean=(0.25,), std=(0.2,), dtype="float32")
+    config.model.update(image_size=(96, 96), patch_size=8, channels=1, mean=(0.25,), std=(0.2,), dtype="float32")
     config.model.update(width=192, depth=6, num_heads=3, decoder_width=128, decoder_depth=2, decoder_num_heads=4)
     config.optimizer.learning_rate = 3e-3  # 7.5e-4 at batch 64
     config.train.update(batch_size=64, steps=3000)
@@ -122,7 +122,7 @@ def tiny(config: ml_collections.ConfigDict) -> None:
 def demo(config: ml_collections.ConfigDict) -> None:
     """Smaller still, on simulated frames."""
     tiny(config)
-    config.model.update(image_size=64, width=128, depth=4, num_heads=2)
+    config.model.update(image_size=(64, 64), width=128, depth=4, num_heads=2)
     config.model.update(decoder_width=96, decoder_depth=1, decoder_num_heads=2)
     config.optimizer.learning_rate = 4e-3
     config.data.path = "data/demo"

@@ -63,7 +63,7 @@ def tiny_config(shards: str) -> ml_collections.ConfigDict:
     """Compiles in a second or two; 8 steps of 8 frames."""
     config = get_config("demo")
     config.model.update(
-        image_size=32,
+        image_size=(32, 32),
         patch_size=8,
         width=32,
         depth=2,

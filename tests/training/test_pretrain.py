@@ -79,6 +79,17 @@ def test_pictures_and_probe_appear_in_the_logs(config, tmp_path, shards):
     assert probes[4]["probe/rankme"] >= 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_models_train_on_views_that_are_not_square(config, tmp_path, channels):
+    config.model.update(image_size=(32, 48), channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    config.data.channels = channels  # 1: grey frames, repeated on the device
+    config.train.steps = 2
+    config.log.pictures_every = 2
+    assert pretrain(config, str(tmp_path))
+    assert read_encoder(str(tmp_path / "encoder"))[0]["patch_embed"]["kernel"].shape == (8 * 8 * 3, 32)
+    assert cv2.imread(str(tmp_path / "reconstructions" / "step_0000002.png")) is not None
+
+
 def test_pretraining_starts_from_an_encoder(config, tmp_path):
     config.train.steps = 2
     assert pretrain(config, str(tmp_path / "first"))
@@ -97,7 +108,8 @@ BAD = {
     "no path": ({"data.path": ""}, "names no shards"),
     "nothing there": ({"data.path": "/nonexistent/*"}, "no shards match"),
     "no such split": ({"data.split": "tset"}, "no split 'tset'"),
-    "patch": ({"model.image_size": 30}, "not divisible by patch size 8"),
+    "patch": ({"model.image_size": (30, 32)}, "not divisible by patch size 8"),
+    "image size": ({"model.image_size": (32, 32, 1)}, "one positive integer"),
     "batch": ({"train.batch_size": 12}, "cannot be divided among 8 devices"),
     "mesh": ({"mesh.fsdp": 3}, "does not lay out 8 devices"),
     "heads": ({"model.num_heads": 5}, "config.model.num_heads=5"),

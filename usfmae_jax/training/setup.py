@@ -90,9 +90,15 @@ def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """(height, width) of the views."""
-    size = config.model.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
+    """(height, width) of the views; a single number stands for both.
+
+    Raises:
+      InputError: it is neither one number nor two.
+    """
+    size = tuple(config.model.image_size)
+    if len(size) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f"config.model.image_size={size} must be one positive integer, or (height, width)")
+    return size * 2 if len(size) == 1 else size
 
 
 def num_patches(config: ml_collections.ConfigDict) -> int:
