@@ -94,6 +94,13 @@ def test_sigterm_saves_exits_75_and_resumes_bitwise(undisturbed, shards, tmp_pat
     _assert_bitwise_equal(tmp_path, undisturbed[0])
 
 
+def test_worker_processes_change_nothing_and_leave_nothing(undisturbed, shards, tmp_path):
+    done = run(shards, tmp_path, data__workers=2)
+    assert done.returncode == 0, done.stderr
+    assert "leaked" not in done.stderr
+    _assert_bitwise_equal(tmp_path, undisturbed[0])
+
+
 def test_a_checkpoint_opens_on_another_number_of_devices(undisturbed, shards, tmp_path):
     shutil.copytree(undisturbed[0], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "12")

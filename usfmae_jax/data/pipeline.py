@@ -8,7 +8,7 @@ each batch.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -147,8 +147,8 @@ class _Pair(grain.transforms.Map):
         return self.source, int(element)
 
 
-def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> Iterator[Batch]:
-    """Batches from number `start` on, prepared ahead.
+def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> grain.DatasetIterator[Batch]:
+    """Batches from number `start` on, prepared ahead; to be closed, which ends the workers.
 
     Args:
       dataset: from `training_dataset`.

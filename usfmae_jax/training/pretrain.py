@@ -70,9 +70,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         every=config.log.every,
         flops_per_image=setup.count_flops(config),
     )
-    train_step = None
+    train_step, step = None, first_step
 
-    with Preemption() as preemption, report, contextlib.closing(saver):
+    with Preemption() as preemption, report, contextlib.closing(saver), contextlib.closing(batches):
         describe(report, config, settings, mesh, sources, state, first_step, total_steps, workdir)
         if first_step == 0:
             inspector.run(report, state, 0)
@@ -97,10 +97,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                     )
             if stop and step < total_steps:
                 report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
-                return False
+                break
             inspector.run(report, state, step, last=step == total_steps)
+        batch = images = None  # a worker's shared memory goes back before the worker does
         if damage.found:
             report.say(f"{len(damage.found)} damaged records were skipped in all")
+    if step < total_steps:
+        return False
     export(config, state["params"]["encoder"], f"{workdir}/encoder", total_steps)
     return True
 
