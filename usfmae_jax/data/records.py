@@ -201,7 +201,7 @@ def open_shards(path: str, split: str | None = None) -> Shards:
 
     Args:
       path: a shard, a glob of shards or folders, or a folder with shards up to three levels below it; local or `gs://`.
-      split: only shards named for this TFDS split (`NAME-split.array_record-00000-of-00004`); None takes all.
+      split: only shards named for this TFDS split (`NAME-split.array_record-00000-of-00004`); none takes all.
 
     Raises:
       InputError: nothing matches, the split does not exist, or a shard is missing, unreadable or of another schema.
@@ -215,7 +215,7 @@ def open_shards(path: str, split: str | None = None) -> Shards:
     splits: dict[str | None, list[str]] = collections.defaultdict(list)
     for file in found:
         splits[_SHARD.search(file)["split"]].append(file)  # type: ignore[index]
-    chosen = found if split is None else splits.get(None, []) + splits.get(split, [])
+    chosen = found if not split else splits.get(None, []) + splits.get(split, [])
     if not chosen:
         raise InputError(f"{path!r} has no split {split!r}, only {sorted(filter(None, splits))}")
     _check_complete(path, chosen)

@@ -35,10 +35,10 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 
 
 def random_masking(
-    rng: jax.Array, batch: int, num_patches: int, mask_ratio: float
+    rng: jax.Array, batch: int, num_patches: int, mask_ratio: float, inside: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An independent random subset for every sample; see `mask_from_noise` for what it returns."""
-    return mask_from_noise(jax.random.uniform(rng, (batch, num_patches)), mask_ratio)
+    """An independent random subset for every sample; see `mask_from_noise` for `inside` and what it returns."""
+    return mask_from_noise(jax.random.uniform(rng, (batch, num_patches)), mask_ratio, inside)
 
 
 def mask_from_noise(

@@ -147,25 +147,28 @@ class Monitor:
                 raise DivergedError(f"{name} is {values[name]} at step {step}")
         self._losses.append(values["loss"])
         if step % self._every == 0 or step in (1, self._bar.total):
-            self.write(step, values | self._rates())
-            shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{self.images_per_second:.0f}"}
-            mfu = {"mfu": f"{self.mfu:.0%}"} if self.mfu else {}
-            self._bar.set_postfix(shown | {"wait": f"{self.input_wait:.0%}"} | mfu, refresh=False)
+            rates = self._rates()
+            self.write(step, values | rates)
+            shown = {"loss": f"{values['loss']:.4f}", "img/s": f"{rates['images_per_second']:.0f}"}
+            shown["wait"] = f"{rates['input_wait']:.0%}"
+            if "mfu" in rates:
+                shown["mfu"] = f"{rates['mfu']:.0%}"
+            self._bar.set_postfix(shown, refresh=False)
             self._restart_window()
         return values
 
     def _rates(self) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
-        self.images_per_second = self._steps * self._batch_size / elapsed
-        self.input_wait = min(self._waited / elapsed, 1.0)
-        per_device = self.images_per_second / jax.device_count()
+        images_per_second = self._steps * self._batch_size / elapsed
+        per_device = images_per_second / jax.device_count()
         rates = {
-            "images_per_second": self.images_per_second,
+            "images_per_second": images_per_second,
             "images_per_second_per_device": per_device,
-            "input_wait": self.input_wait,
+            "input_wait": min(self._waited / elapsed, 1.0),
         }
-        self.mfu = per_device * self._flops / self._peak if self._peak else None
-        return rates | ({"mfu": self.mfu} if self.mfu else {})
+        if self._peak:
+            rates["mfu"] = per_device * self._flops / self._peak
+        return rates
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds numbers to both logs."""

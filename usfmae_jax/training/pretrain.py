@@ -161,7 +161,8 @@ def describe(
 def export(config: ml_collections.ConfigDict, params: Any, directory: str, step: int) -> None:
     """Writes the encoder's parameters to an encoder directory, from process 0."""
     if jax.process_count() > 1:
-        params = jax.tree.map(lambda x: jax.jit(lambda y: y, out_shardings=replicated(x.sharding.mesh))(x), params)
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        params = jax.jit(lambda p: p, out_shardings=replicated(mesh))(params)  # other hosts' shards come here
     if jax.process_index():
         return
     model = config.model

@@ -108,9 +108,12 @@ def num_patches(config: ml_collections.ConfigDict) -> int:
 
 
 def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises InputError unless devices and micro-batches divide the batch."""
+    """Raises InputError unless counts are positive, and devices and micro-batches divide the batch."""
+    for group, field in (("train", "batch_size"), ("train", "accumulate"), ("checkpoint", "every"), ("log", "every")):
+        if config[group][field] < 1:
+            raise InputError(f"config.{group}.{field}={config[group][field]} must be 1 or more")
     parts = mesh.size * config.train.accumulate
-    if config.train.batch_size < 1 or config.train.batch_size % parts:
+    if config.train.batch_size % parts:
         raise InputError(
             f"config.train.batch_size={config.train.batch_size} cannot be divided among {mesh.size} devices times "
             f"{config.train.accumulate} micro-batches; make it a multiple of {parts}"
@@ -224,7 +227,7 @@ def make_inspector(
     labelled, note = None, ""
     if config.probe.data.path:
         try:
-            shards = pipeline.open_shards(config.probe.data.path, config.probe.data.split or None)
+            shards = pipeline.open_shards(config.probe.data.path, config.probe.data.split)
         except InputError as error:
             raise InputError(f"config.probe.data.path: {error}") from error
         trained_on = {shard for source in sources for shard in source.contents()}

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from usfmae_jax.models.mae import (
-    mask_from_noise,
     masked_error,
     patch_statistics,
     patch_targets,
+    random_masking,
     sector_patches,
 )
 from usfmae_jax.models.vit import normalize_images, patchify, unpatchify
@@ -49,9 +49,8 @@ def draw_masks(rng: jax.Array, images: jax.Array, objective: Objective) -> Masks
     """Masks for uint8 images `[B, H, W, C]`; see `mae.mask_from_noise`."""
     b, height, width, _ = images.shape
     p = objective.patch_size
-    noise = jax.random.uniform(rng, (b, (height // p) * (width // p)))
     inside = sector_patches(images, p) if objective.fan_aware else None
-    return mask_from_noise(noise, objective.mask_ratio, inside)
+    return random_masking(rng, b, (height // p) * (width // p), objective.mask_ratio, inside)
 
 
 def make_train_step(
