@@ -56,7 +56,8 @@ def process(item: Item, root: str, how: Storage) -> list[Stored] | Rejected:
     ids = {"patient": item.patient or item.source, "video": item.video or item.source, "source": item.source}
     stored = []
     try:
-        for number, pixels in enumerate(read_frames(os.path.join(root, item.path))):
+        for frame in read_frames(os.path.join(root, item.path)):
+            pixels, number = frame.pixels, frame.number
             if mask is not None and mask.shape[:2] != pixels.shape[:2]:
                 return Rejected(item.source, f"mask is {_extent(mask)} pixels, the image {_extent(pixels)}")
             ids["frame"] = f"{item.source}#{number}" if number else item.source

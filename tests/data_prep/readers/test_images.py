@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import frames, readers
+from data_prep import frames
+from data_prep.readers import images as readers
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 32), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (24, 32, 3), dtype=np.uint8)  # RGB

@@ -1,8 +1,7 @@
 """Image files to frames: PNG, JPEG, TIFF and BMP with 8 or 16 bits, told apart by their content, not by their suffix.
 
 The header is read by hand before anything is decoded: it is where a file says that it is too large, a stack or CMYK,
-and OpenCV would allocate, take the first page or convert without a word. Readers of other kinds of files (DICOM,
-video, volumes) belong here too: a generator of frames each, chosen in `read_frames`.
+and OpenCV would allocate, take the first page or convert without a word.
 """
 
 import os
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 
 import cv2
 import numpy as np
+
+from data_prep.readers.base import Frame, Options, UnreadableError
 
 #: What a folder is searched for, in lower case.
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
@@ -31,13 +32,10 @@ _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_PHOTOMETRIC = 256, 257, 262
 _TIFF_CMYK = 5
 
 
-class UnreadableError(Exception):
-    """Why a file is no usable image, in a few words that name no path."""
-
-
-def read_frames(path: str | os.PathLike[str]) -> Iterator[np.ndarray]:
-    """Yields the frames of a file, one for a still; see `read_image`."""
-    yield read_image(path)
+def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
+    """Yields the one frame of an image file; see `read_image`."""
+    del options  # for files with more than one frame
+    yield Frame(read_image(path))
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:

@@ -1,0 +1,53 @@
+"""What every reader gives and takes."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+
+class UnreadableError(Exception):
+    """Why a file gives no usable frames, in a few words that name no path and no person."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How files with more than one frame are read.
+
+    Attributes:
+      stride: every n-th frame of a clip or slice of a volume.
+      max_frames: at most so many frames of a file, evenly spread; 0 takes all.
+      axis: of a volume, along which it is sliced: 0, 1 or 2 of the array (z, y, x).
+      flip: of the slices of a volume: "", "vertical", "horizontal" or "both".
+      key: name of the array in HDF5, MATLAB and npz files; "" takes the only one that can be frames.
+    """
+
+    stride: int = 1
+    max_frames: int = 0
+    axis: int = 0
+    flip: str = ""
+    key: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One frame as read, before it is cleaned, shrunk and stored.
+
+    Attributes:
+      pixels: uint8 or uint16 `[H, W, 1]` (grey) or `[H, W, 3]` (RGB).
+      number: of the frame or slice in its file, from 0, counted before the stride.
+      boxes: imaged regions that the file itself declares, as (left, top, right, bottom) in pixels, right and bottom
+        exclusive; empty when it says nothing.
+      patient: as the file names it; an identifier, hashed before anything is written. Empty when unknown.
+      video: likewise: study, series and instance, whatever tells clips apart.
+      facts: technical values that may be written, from a whitelist; the same in every frame of a file.
+      removed: kinds of information in the file that were not taken over, and how many; the same in every frame.
+    """
+
+    pixels: np.ndarray
+    number: int = 0
+    boxes: tuple[tuple[int, int, int, int], ...] = ()
+    patient: str = ""
+    video: str = ""
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
