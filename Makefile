@@ -20,11 +20,15 @@ $(VENV)/.core: requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements.txt requirements-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+$(VENV)/.prep: requirements.txt requirements-prep.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements-prep.txt
 	@touch $@ $(VENV)/.core
 
-install: $(VENV)/.core  ## create .venv with what a run needs
+$(VENV)/.dev: requirements.txt requirements-prep.txt requirements-beam.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	@touch $@ $(VENV)/.core $(VENV)/.prep
+
+install: $(VENV)/.prep  ## create .venv with what runs need, DICOM and video readers included
 install-dev: $(VENV)/.dev  ## ... and with what the tests need
 
 demo-data: $(VENV)/.core  ## simulate labelled ultrasound frames into data/demo (once)

@@ -47,6 +47,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.data = dict(
         path="",  # shards: a folder, a glob, gs://...; several separated by commas
         split="train",
+        # Evaluation sets: their shards are passed over, also where `path` matches them.
+        exclude=("bus_bra", "gist514_db", "mmotu_2d"),
         weights=(),  # of several sources; () = by size
         channels=1,  # decoded as grey and repeated on the device; 3 for Doppler
         max_damaged=0.01,  # share of records that may be unreadable

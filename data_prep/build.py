@@ -1,22 +1,26 @@
-"""Turns a tree of images, or simulated patients, into shards that training reads and TensorFlow Datasets opens.
+"""Turns ultrasound files into shards that training reads and TensorFlow Datasets opens.
 
-    python -m data_prep.build --dataset=phantom --output=data
+    python -m data_prep.build --list
+    python -m data_prep.build --dataset=folder --input=DIR --output=data --name=mine
     python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=parent
-    python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=labels.csv --image_size=512
+    python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=labels.csv
+    python -m data_prep.build --dataset=bus_bra --input=DIR --output=data [--download]
+    python -m data_prep.build --dataset=aul,hc,pocus --input=DIR --output=data --exclude=leaks.csv
+    python -m data_prep.build --dataset=dicom --input=EXPORT --output=data --name=clinic
 
-Writes OUTPUT/NAME/1.0.0/: the shards, `dataset_info.json` and `features.json`, `build.json` (what it was built from)
-and, if files had to be left out, `rejected.csv` (which, and why). The same command again does nothing.
+Files are told apart by their content: PNG, JPEG, TIFF, BMP; DICOM; video; NIfTI, MetaImage and NRRD volumes; MATLAB,
+HDF5 and NumPy arrays. Writes OUTPUT/NAME/VERSION/: the shards, manifest.json (what was kept, dropped and removed, and
+why), report.html to look at, and rejected.csv, if files had to be left out. A build that is interrupted goes on where
+it was when the same command is given again; a finished one is left as it is.
+
+Of several datasets each has its folder below --input, under its name. For data of your own that names patients add
+--private: ids and paths are then written as salted hashes only, as they always are for --dataset=dicom.
 
 labels.csv has a header and the columns file,label,patient,video,split,mask, of which only `file` must be there:
 paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient is unknown.
 """
 
 import argparse
-import collections
-import contextlib
-import dataclasses
-import functools
-import hashlib
 import os
 import pathlib
 import re
@@ -26,71 +30,87 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # OpenCV, grain and TensorFlow Datasets are imported where they are needed: help and "up to date" should be quick.
-from data_prep import items, report
-from data_prep.items import Rejected
+from data_prep import catalog, plans, report
+from data_prep.catalog import Entry
 from usfmae_jax.errors import InputError
-
-VERSION = "1.0.0"  # of the datasets
-SPLITS = ("train", "validation", "test")
-PHANTOM = {"patients": 500, "frames": 4, "seed": 0}
-_WORKER = "data_prep.frames"  # what the worker processes run
-
-
-@dataclasses.dataclass
-class Plan:
-    """All that is known before the first file is opened.
-
-    Attributes:
-      name: of the dataset.
-      inputs: `items.Item` for a folder, patient numbers for phantoms.
-      label_names: class names in the order of their numbers.
-      arguments: all that decides about the content of the shards, nothing about this machine.
-      fingerprint: of the input files; empty for phantoms.
-      rejected: files that cannot be used, found so far.
-      left_out: kinds of files that were passed over, and how many.
-    """
-
-    name: str
-    inputs: list[Any]
-    label_names: list[str]
-    arguments: dict[str, Any]
-    fingerprint: str = ""
-    rejected: list[Rejected] = dataclasses.field(default_factory=list)
-    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     try:
-        run(_parse(argv))
+        args = _parse(argv)
+        if args.list:
+            print(catalog.listing())
+            return 0
+        return _run(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: nothing was built: {error.strerror or error}{where}", file=sys.stderr)
+        print(f"error: {error.strerror or error}{where}; the same command goes on from here", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was built", file=sys.stderr)
+        print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """Builds what the arguments ask for, unless it is there already."""
-    plan = _plan_phantoms(args) if args.dataset == "phantom" else _plan_folder(args)
-    target = pathlib.Path(args.output) / plan.name / VERSION
+def _run(args: argparse.Namespace) -> int:
+    """Builds one dataset after the other; one that fails does not keep the others from being built."""
+    names = args.dataset.split(",")
+    entries = [
+        catalog.load_file(pathlib.Path(name)) if name.endswith(".toml") else catalog.load(name) for name in names
+    ]
+    if len(names) == 1:
+        _build(entries[0], args.input, args)
+        return 0
+    status, built = 0, []
+    for name, entry in zip(names, entries, strict=True):
+        source = os.path.join(args.input, name if os.path.isdir(os.path.join(args.input, name)) else entry.name)
+        try:
+            built.append(_build(entry, source if args.input else "", args))
+        except InputError as error:
+            print(f"error: {entry.name}: {error}", file=sys.stderr)
+            status = 2
+    if built:
+        from data_prep import page
+
+        print(f"\nAll together: {page.write_index(built, pathlib.Path(args.output) / 'index.html')}")
+    return status
+
+
+def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
+    """Builds what the arguments ask for, unless it is there already; returns where it is."""
+    downloaded = _download(entry, source, args) if args.download else []
+    if entry.name != "phantom" and not os.path.isdir(source):
+        missing = f"--input={source} is not a folder" if source else f"--dataset={entry.name} needs --input=DIR"
+        raise InputError(f"{missing}\n{catalog.describe(entry)}")
+    plan = plans.phantoms(entry, args) if entry.name == "phantom" else plans.files(entry, source, args)
+    if downloaded:
+        from data_prep import download
+
+        plan.rejected += download.rejected_members(pathlib.Path(source))
+    target = pathlib.Path(args.output) / plan.name / entry.version
     if not args.overwrite and target.exists():
         report.check_same(target, plan.arguments, plan.fingerprint)
         print(f"{target} is up to date")
-        return
-    from data_prep import shards
+        return target
+    from data_prep import assembly
 
     started = time.monotonic()
-    with shards.all_or_nothing(target, args.overwrite) as folder:
-        counts = _build(plan, folder, args)
-    seconds = time.monotonic() - started
-    report.print_summary(target, counts, plan.label_names, plan.rejected, plan.left_out, seconds)
+    manifest = assembly.build(plan, target, downloaded, args)
+    report.print_summary(target, manifest, plan.warnings, time.monotonic() - started)
+    return target
+
+
+def _download(entry: Entry, source: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    from data_prep import download
+
+    if not source:
+        raise InputError("--download needs --input=DIR, the folder to download into")
+    if not entry.downloads:
+        raise InputError(f"{entry.name} cannot be downloaded from here\n{catalog.describe(entry)}")
+    return download.fetch_all(entry.downloads, pathlib.Path(source))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -101,17 +121,75 @@ class _Parser(argparse.ArgumentParser):
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
         prog="python -m data_prep.build",
+        usage="python -m data_prep.build --dataset=NAME --input=DIR --output=DIR [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--dataset", required=True, choices=("folder", "phantom"), help="a tree of images, or simulated patients")
-    add("--input", help="folder: the tree of PNG, JPEG, TIFF or BMP files with 8 or 16 bits")
-    add("--output", required=True, help="where the datasets are, for example data")
-    add("--name", help="of the dataset; by default phantom, or the name of the input folder")
+    _add_sources(parser.add_argument_group("what to build"))
+    _add_reading(parser.add_argument_group("how files are read"))
+    _add_cleaning(parser.add_argument_group("what is left out"))
+    _add_storage(parser.add_argument_group("how it is stored"))
+    args = parser.parse_args(argv)
+    if not args.list:
+        _check(args)
+    return args
+
+
+def _add_sources(group: Any) -> None:
+    add = group.add_argument
+    add("--list", action="store_true", help="show all datasets: licence, access, and how far each was verified")
+    add("--dataset", help="a name from --list, several separated by commas, or a .toml file of your own")
+    add("--input", default="", help="the folder with the files")
+    add("--output", help="where the datasets are, for example data")
+    add("--name", help="of the dataset; default: the catalogue's, for folder and the like that of the input folder")
+    add("--download", action="store_true", help="first fetch into --input what can be had without an account")
     add("--labels", default="", help="folder: 'parent' for the name of each file's folder, or a CSV file, see above")
-    add("--anatomy", default="", help="goes into every record, for example breast")
+    add("--anatomy", default="", help="goes into every record, for example breast; default: the catalogue's")
+    add("--include", default="", help="glob of files, for example '**/*.png'; several separated by semicolons")
+    add("--pattern", default="", help="regular expression over the path, with groups patient, video, frame, cls")
+    add("--optional", default="", help="parts of a dataset that are off by default, by the name that --list NAME shows")
+    add("--patients", type=_at_least(1), help=f"phantom: default: {plans.PHANTOM['patients']}")
+    add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {plans.PHANTOM['frames']}")
+    add("--seed", type=_at_least(0), help=f"phantom: default: {plans.PHANTOM['seed']}")
+
+
+def _add_reading(group: Any) -> None:
+    add = group.add_argument
+    add("--stride", type=_at_least(1), help="every n-th frame of a clip or slice of a volume; default: the catalogue's")
+    add("--max_frames", type=_at_least(0), help="of a file, evenly spread; 0 takes all; default: the catalogue's")
+    add("--axis", type=int, choices=(0, 1, 2), help="that volumes are sliced along, of (z, y, x)")
+    add("--flip", choices=("none", "vertical", "horizontal", "both"), help="slices of volumes")
+    add("--key", help="name of the array in HDF5, MATLAB and npz files")
+    add("--time_limit", type=_at_least(1), default=60, help="seconds for a frame; default: %(default)s")
+    add("--workers", type=_at_least(1), default=os.cpu_count() or 1, help="processes; default: all cores")
+    add("--runner", default="local", choices=("local", "beam"), help="default: %(default)s")
+    add(
+        "--beam_pipeline_options",
+        default="",
+        help="of Apache Beam, for example runner=FlinkRunner,flink_master=HOST:PORT; its workers must reach --input "
+        "and --output under the same names",
+    )
+
+
+def _add_cleaning(group: Any) -> None:
+    add, on_off = group.add_argument, {"choices": ("on", "off")}
+    add(
+        "--clean",
+        **on_off,
+        help="crop to the imaged sector, blank what is outside, remove burnt-in annotations; default: off for "
+        "benchmarks and with --labels, else on",
+    )
+    add("--thin", **on_off, help="drop near-identical neighbours in clips; default: as --clean")
+    add("--deduplicate", **on_off, help="drop frames that are there already; default: as --clean")
+    add("--exclude", default="", help="list of frames to leave out, as python -m data_prep.audit writes it")
+    add("--private", action="store_true", help="write ids and paths as salted hashes only")
+    add("--salt", default="", help="file with the secret of the hashes; default: ~/.config/usfmae_jax/salt")
+    add("--linkage", default="", help="private: file for the table from hashes back to ids; keep it where patients are")
+
+
+def _add_storage(group: Any) -> None:
+    add = group.add_argument
     add("--format", default="array_record", choices=("array_record", "tfrecord"), help="default: %(default)s")
     add(
         "--encoding",
@@ -122,25 +200,35 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--quality", type=_at_least(1, 100), help="of JPEG; default: 95")
     add("--image_size", type=_at_least(0), default=256, help="of the short side; 0 keeps, default: %(default)s")
-    add("--patients", type=_at_least(1), help=f"phantom: default: {PHANTOM['patients']}")
-    add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {PHANTOM['frames']}")
-    add("--seed", type=_at_least(0), help=f"phantom: default: {PHANTOM['seed']}")
-    add("--workers", type=_at_least(1), default=os.cpu_count() or 1, help="processes; default: all cores")
     add("--overwrite", action="store_true", help="replace what is there")
-    args = parser.parse_args(argv)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuses combinations of arguments that make no sense."""
+    if not args.dataset:
+        raise InputError("--dataset is missing; --list shows what there is, --dataset=folder takes any folder of files")
+    if not args.output:
+        raise InputError("--output is missing, where the datasets are, for example --output=data")
     if "://" in args.output:
         raise InputError(f"--output={args.output} is not local: build into a folder and copy it")
     if args.encoding != "jpeg" and args.quality:
         raise InputError(f"--quality is for --encoding=jpeg, not {args.encoding}")
-    foreign = [*PHANTOM] if args.dataset == "folder" else ["input", "labels"]
+    if args.beam_pipeline_options and args.runner != "beam":
+        raise InputError("--beam_pipeline_options is for --runner=beam")
+    foreign = {
+        "phantom": ("input", "labels", "download", "include", "pattern", "optional", "exclude", "private"),
+    }.get(args.dataset, tuple(plans.PHANTOM))
     for flag in foreign:
-        if getattr(args, flag) not in (None, ""):
+        if getattr(args, flag) not in (None, "", False):
             raise InputError(f"--{flag} has no meaning for --dataset={args.dataset}; leave it out")
-    if args.dataset == "folder" and not args.input:
-        raise InputError("--dataset=folder needs --input=DIR, the folder with the images")
+    for flag in ("exclude", "salt"):
+        if getattr(args, flag) and not os.path.isfile(getattr(args, flag)):
+            raise InputError(f"--{flag}={getattr(args, flag)} is not a file")
+    single = [flag for flag in ("name", "labels", "include", "pattern", "optional") if getattr(args, flag)]
+    if "," in args.dataset and single:
+        raise InputError(f"--{single[0]} is for one dataset; build them one by one")
     if args.name and not re.fullmatch("[a-zA-Z][a-zA-Z0-9_]*", args.name):
         raise InputError(f"--name={args.name} must be a letter followed by letters, digits and underscores")
-    return args
 
 
 def _at_least(low: int, high: int = 1 << 31) -> Callable[[str], int]:
@@ -152,128 +240,6 @@ def _at_least(low: int, high: int = 1 << 31) -> Callable[[str], int]:
 
     number.__name__ = "number"  # argparse says "invalid number value"
     return number
-
-
-def _plan_folder(args: argparse.Namespace) -> Plan:
-    from data_prep.readers import SUFFIXES
-
-    root = pathlib.Path(args.input)
-    found = items.collect(root, args.labels, SUFFIXES)
-    arguments = _storage_arguments(args)
-    arguments["labels"] = args.labels
-    if args.labels not in ("", "parent"):
-        arguments["labels"] = f"sha256 {hashlib.sha256(pathlib.Path(args.labels).read_bytes()).hexdigest()}"
-    return Plan(
-        name=args.name or _safe_name(root.resolve().name),
-        inputs=found.items,
-        label_names=found.label_names,
-        arguments=arguments,
-        fingerprint=found.fingerprint,
-        rejected=found.rejected,
-        left_out=found.left_out,
-    )
-
-
-def _plan_phantoms(args: argparse.Namespace) -> Plan:
-    from data_prep.phantom import CLASSES
-
-    if not args.image_size:
-        raise InputError("--image_size=0 keeps the size of files; give a size to simulate phantoms")
-    if args.image_size < 32:
-        raise InputError(f"--image_size={args.image_size} is too small to simulate phantoms; give 32 or more")
-    chosen = {
-        flag: default if getattr(args, flag) is None else getattr(args, flag) for flag, default in PHANTOM.items()
-    }
-    return Plan(
-        name=args.name or "phantom",
-        inputs=list(range(chosen["patients"])),
-        label_names=list(CLASSES),
-        arguments=_storage_arguments(args) | chosen,
-    )
-
-
-def _storage_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    chosen = {flag: getattr(args, flag) for flag in ("dataset", "anatomy", "format", "encoding", "image_size")}
-    return chosen | ({"quality": args.quality or 95} if args.encoding == "jpeg" else {})
-
-
-def _safe_name(name: str) -> str:
-    """A folder's name as TensorFlow Datasets accepts it: BUS-BRA becomes bus_bra."""
-    safe = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_") or "images"
-    return safe if safe[0].isalpha() else f"d_{safe}"
-
-
-def _job(plan: Plan, args: argparse.Namespace) -> Callable[[Any], Any]:
-    """What turns one input into its records; runs in the workers."""
-    from data_prep import frames
-
-    how = frames.Storage(plan.name, args.anatomy, args.image_size, args.encoding, args.quality or 95)
-    if args.dataset == "folder":
-        return functools.partial(frames.process, root=args.input, how=how)
-    patients = plan.arguments["patients"]
-    return functools.partial(
-        frames.simulate,
-        how=how,
-        seed=plan.arguments["seed"],
-        frames=plan.arguments["frames"],
-        first_test=patients - patients // 5,
-    )
-
-
-def _build(plan: Plan, folder: pathlib.Path, args: argparse.Namespace) -> dict[str, report.Count]:
-    """Writes everything into `folder`."""
-    import tqdm
-
-    from data_prep import parallel, shards
-
-    writers: dict[str, shards.SplitWriter] = {}
-    counts: dict[str, report.Count] = collections.defaultdict(report.Count)
-    channels = 1
-    total = len(plan.inputs) + len(plan.rejected)
-    with (
-        contextlib.closing(parallel.ordered_map(_job(plan, args), plan.inputs, args.workers, _WORKER)) as results,
-        tqdm.tqdm(
-            total=len(plan.inputs), desc=plan.name, unit="patient" if args.dataset == "phantom" else "file"
-        ) as bar,
-    ):
-        for result in results:
-            bar.update()
-            if isinstance(result, Rejected):
-                plan.rejected.append(result)
-                _check_usable(plan.rejected, total)
-                continue
-            for stored in result:
-                if stored.split not in writers:
-                    writers[stored.split] = shards.SplitWriter(folder, plan.name, stored.split, args.format)
-                writers[stored.split].write(stored.record)
-                counts[stored.split].add(stored.record, stored.patient_known)
-                channels = max(channels, stored.channels)
-    _check_usable(plan.rejected, total)
-    writers = {split: writers[split] for split in SPLITS if split in writers}
-    for split, writer in writers.items():
-        writer.close()
-        counts[split].bytes = writer.size
-    counts = {split: counts[split] for split in writers}
-    shards.write_metadata(
-        folder,
-        writers,
-        name=plan.name,
-        version=VERSION,
-        description="Ultrasound frames, prepared with python -m data_prep.build.",
-        label_names=plan.label_names,
-        channels=channels,
-    )
-    report.write_reports(folder, counts, plan.rejected, plan.arguments, plan.fingerprint)
-    return counts
-
-
-def _check_usable(rejected: list[Rejected], total: int) -> None:
-    if 2 * len(rejected) > total:
-        first = rejected[0]
-        raise InputError(
-            f"more than half of the {total} files cannot be used, for example {first.source!r} ({first.reason}); "
-            "is --input the right folder?"
-        )
 
 
 if __name__ == "__main__":

@@ -1,26 +1,35 @@
-"""Frames to records: eight bits, the stored size, the stored encoding, and the ids.
+"""Frames to records: cleaned, eight bits, the stored size, the stored encoding, and the ids.
 
 The functions here run in worker processes, one source at a time; they get plain values and give plain values back.
 """
 
 import dataclasses
+import itertools
 import os
+from collections.abc import Iterator, Mapping
 
 import cv2
 import numpy as np
 
-from data_prep import phantom
-from data_prep.items import Item, Rejected, printable
-from data_prep.readers import UnreadableError, read_frames, read_mask
+from data_prep import fingerprints, identity, masks, phantom
+from data_prep.deannotate import clean_frame
+from data_prep.items import Item, printable
+from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
+from data_prep.sector import Sector, find_sector
 from usfmae_jax.data.records import Record, pixel_hash
 
 _WINDOW = 0.1, 99.9  # percentiles
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "raw": ".bmp"}
+_HEAD = 8  # frames of a clip that its sector is found on
+
+Original = tuple[str, str, str]  # pseudonym, kind, and what it stands for
+
+THINNED = "near-identical to the frame before it"
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """How frames are stored.
+    """How frames are read and stored.
 
     Attributes:
       dataset: name that goes into every record.
@@ -28,6 +37,11 @@ class Storage:
       image_size: of the short side in pixels; smaller frames stay as they are, 0 keeps all.
       encoding: "jpeg", "png" or "raw", which is an uncompressed BMP.
       quality: of JPEG, 1 to 100.
+      clean: crop to the imaged sector, blank what is outside, remove burnt-in annotations.
+      thin: drop a frame of a clip that is near-identical to the last one kept.
+      mask_kind: of mask files, see `masks.read_mask_as`.
+      options: of readers.
+      salt: secret that ids and paths are hashed with; empty writes them as they are.
     """
 
     dataset: str
@@ -35,61 +49,138 @@ class Storage:
     image_size: int = 256
     encoding: str = "jpeg"
     quality: int = 95
+    clean: bool = False
+    thin: bool = False
+    mask_kind: str = "image"
+    options: Options = DEFAULTS
+    salt: bytes = b""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A finished record and what the summary wants to know about it."""
+    """A finished record and what the build wants to know about it.
+
+    Attributes:
+      record: as it is written.
+      split: of the dataset.
+      channels: 1 or 3.
+      patient_known: false for a patient that is only known to be one.
+      hash: `fingerprints.perceptual_hash` of the stored pixels.
+      cleaned: pixels removed by kind.
+      facts: technical values of the source.
+      removed: kinds of information in the source that were not taken over.
+      originals: pseudonym, kind and what stands behind it, for the person who holds the linkage table.
+    """
 
     record: Record
     split: str
     channels: int
     patient_known: bool = True
+    hash: np.ndarray | None = None
+    cleaned: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    originals: tuple[Original, ...] = ()
 
 
-def process(item: Item, root: str, how: Storage) -> list[Stored] | Rejected:
-    """The records of one source file, or why there are none."""
+def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
+    """Yields the records of one source file, and for every frame that is dropped the reason.
+
+    Raises:
+      UnreadableError: the file, or its mask, cannot be used.
+    """
+    frames = read_frames(os.path.join(root, item.path), how.options)
+    head = list(itertools.islice(frames, _HEAD))
+    sectors: dict[
+        tuple[int, int], Sector
+    ] = {}  # the frames of a clip share one; those of other files may differ in size
+    last, video = None, ""
+    for frame in itertools.chain(head, frames):
+        pixels, cleaned = to_uint8(frame.pixels), None
+        shape = pixels.shape[:2]
+        mask = _mask(item, root, how, shape) if item.mask else None
+        if how.clean:
+            if shape not in sectors:
+                alike = [to_uint8(one.pixels) for one in head if one.pixels.shape[:2] == shape]
+                sectors[shape] = find_sector(alike or [pixels], frame.boxes)
+            cleaned = clean_frame(pixels, sectors[shape])
+            pixels = cleaned.pixels
+            if mask is not None:
+                left, top, right, bottom = cleaned.box
+                mask = mask[top:bottom, left:right]
+        thumbnail = fingerprints.thumbnail(pixels)
+        if how.thin and last is not None and frame.video == video and fingerprints.near_identical(last, thumbnail):
+            yield THINNED
+            continue
+        last, video = thumbnail, frame.video
+        ids, known, originals = _ids(item, frame, how)
+        yield Stored(
+            record=make_record(pixels, mask, how, label=item.label, sha256=pixel_hash(frame.pixels), **ids),
+            split=item.split,
+            channels=pixels.shape[2],
+            patient_known=known,
+            hash=fingerprints.perceptual_hash(shrink(pixels, how.image_size, cv2.INTER_AREA)),
+            cleaned=cleaned.removed if cleaned else {},
+            facts=frame.facts,
+            removed=frame.removed,
+            originals=originals,
+        )
+
+
+def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> np.ndarray:
     try:
-        mask = read_mask(os.path.join(root, item.mask)) if item.mask else None
+        return masks.read_mask_as(how.mask_kind, os.path.join(root, item.mask), shape)
     except UnreadableError as error:
-        return Rejected(item.source, f"mask {printable(item.mask)}: {error}")
-    ids = {"patient": item.patient or item.source, "video": item.video or item.source, "source": item.source}
-    stored = []
-    try:
-        for frame in read_frames(os.path.join(root, item.path)):
-            pixels, number = frame.pixels, frame.number
-            if mask is not None and mask.shape[:2] != pixels.shape[:2]:
-                return Rejected(item.source, f"mask is {_extent(mask)} pixels, the image {_extent(pixels)}")
-            ids["frame"] = f"{item.source}#{number}" if number else item.source
-            record = make_record(pixels, mask, how, label=item.label, **ids)
-            stored.append(Stored(record, item.split, pixels.shape[2], bool(item.patient)))
-    except UnreadableError as error:
-        return Rejected(item.source, str(error))
-    return stored
+        # A path may be an identifier.
+        raise UnreadableError(f"mask{'' if how.salt else ' ' + printable(item.mask)}: {error}") from error
 
 
-def simulate(patient: int, how: Storage, seed: int, frames: int, first_test: int) -> list[Stored]:
-    """The records of one simulated patient; from patient number `first_test` on they belong to the test split."""
+def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, tuple[Original, ...]]:
+    """Ids as they are stored, whether the patient is known, and what pseudonyms stand for."""
+    patient, video, source = item.patient or frame.patient, item.video or frame.video, item.source
+    originals: list[Original] = []
+
+    def stored(kind: str, value: str) -> str:
+        if not how.salt or not value:
+            return value
+        originals.append((identity.pseudonym(how.salt, kind, value), kind, value))
+        return originals[-1][0]
+
+    known, source = bool(patient), stored("frame", source)
+    video = stored("video", video) or source
+    # The frames of a clip are of one patient, whoever that is.
+    patient = stored("patient", patient) or video
+    name = item.frame if item.frame and not how.salt else source
+    ids = {
+        "patient": patient,
+        "video": video,
+        "source": source,
+        "frame": f"{name}#{frame.number}" if frame.number else name,
+    }
+    return ids, known, tuple(originals)
+
+
+def simulate(patient: int, how: Storage, seed: int, frames: int, first_test: int) -> Iterator[Stored]:
+    """Yields the records of one simulated patient; from number `first_test` on they belong to the test split."""
     split = "test" if patient >= first_test else "train"
-    stored = []
     for one in phantom.simulate_patient(patient, seed=seed, image_size=how.image_size, frames=frames):
         ids = {"patient": one.patient, "video": one.video, "frame": one.frame, "source": f"{one.patient}/{one.frame}"}
-        record = make_record(one.image[:, :, None], one.mask, how, label=one.label, **ids)
-        stored.append(Stored(record, split, channels=1))
-    return stored
+        pixels = one.image[:, :, None]
+        record = make_record(pixels, one.mask, how, label=one.label, sha256=pixel_hash(pixels), **ids)
+        yield Stored(record, split, channels=1)
 
 
 def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, label: int, **ids: str) -> Record:
     """A frame as it is stored.
 
     Args:
-      pixels: uint8 or uint16 `[H, W, C]` as read, C = 1 or 3 (RGB).
+      pixels: uint8 `[H, W, C]`, C = 1 or 3 (RGB).
       mask: uint8 `[H, W]`, or None.
       how: size and encoding.
       label: class number, -1 for none.
-      **ids: `patient`, `video`, `frame` and `source`.
+      **ids: `patient`, `video`, `frame`, `source`, and `sha256` of the pixels as read.
     """
-    image = shrink(to_uint8(pixels), how.image_size, cv2.INTER_AREA)
+    image = shrink(pixels, how.image_size, cv2.INTER_AREA)
     if mask is not None:
         mask = shrink(mask, how.image_size, cv2.INTER_NEAREST_EXACT)
     return {
@@ -100,7 +191,6 @@ def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, la
         "anatomy": how.anatomy,
         "label": label,
         "mask": b"" if mask is None else encode(mask, "png"),
-        "sha256": pixel_hash(pixels),
         **ids,
     }
 
@@ -144,7 +234,3 @@ def encode(pixels: np.ndarray, encoding: str, quality: int = 95) -> bytes:
     if pixels.ndim == 3 and pixels.shape[2] == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
     return cv2.imencode(_SUFFIXES[encoding], pixels, options)[1].tobytes()
-
-
-def _extent(pixels: np.ndarray) -> str:
-    return f"{pixels.shape[1]} x {pixels.shape[0]}"

@@ -12,12 +12,15 @@ import hashlib
 import os
 import pathlib
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from usfmae_jax.errors import InputError
 
 COLUMNS = ("file", "label", "patient", "video", "split", "mask")
 SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
+FOLDER_LINK = "link to a folder, not followed"
+_LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # of archives and file managers: as good as hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +31,9 @@ class Item:
     mask: str = ""
     split: str = "train"
     label: int = -1  # -1 = none
-    patient: str = ""  # empty = unknown
+    patient: str = ""  # empty = unknown: the video is then all that is known to belong together
     video: str = ""  # empty = its own
+    frame: str = ""  # empty = the path
 
     @property
     def source(self) -> str:
@@ -47,18 +51,36 @@ class Rejected:
 
 @dataclasses.dataclass
 class Collection:
-    """What a build starts from."""
+    """What a build starts from.
+
+    Attributes:
+      items: in order.
+      label_names: class names in the order of their numbers.
+      rejected: files that cannot be used, found so far.
+      left_out: kinds of files that were passed over, and how many.
+      fingerprint: changes when a file that takes part does.
+      options: of the readers, `readers.Options`.
+      mask_kind: how the masks are read, see `masks.read_mask_as`.
+      splits: official tables of folds by name: rows of (frame, fold, part), part being train, validation or test.
+      warnings: sentences for the person.
+    """
 
     items: list[Item]
     label_names: list[str]
     rejected: list[Rejected]
-    left_out: dict[str, int]  # kinds of files that were passed over, and how many
-    fingerprint: str  # changes when a file that takes part does
+    left_out: dict[str, int]
+    fingerprint: str
+    options: Any = None
+    mask_kind: str = "image"
+    splits: dict[str, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
-class _Scan:
-    images: dict[str, tuple[int, int]]  # relative path: (size, mtime_ns)
+class Scan:
+    """What a folder holds."""
+
+    files: dict[str, tuple[int, int]]  # that take part: path below it, (size, mtime_ns)
     rejected: list[Rejected]
     left_out: collections.Counter[str]
 
@@ -84,13 +106,14 @@ def collect(root: pathlib.Path, labels: str, suffixes: Iterable[str]) -> Collect
     if not root.is_dir():
         raise InputError(f"--input={root} is not a folder")
     root = root.resolve()
-    scan = _scan(root, frozenset(suffixes))
+    known = tuple(suffixes)
+    scan = scan_folder(root, lambda path: path.lower().endswith(known))
     if labels in ("", "parent"):
-        paths = sorted(scan.images, key=printable)
-        holders = [_holder(path) if labels else "" for path in paths]
+        paths = sorted(scan.files, key=printable)
+        holders = [holder(path) if labels else "" for path in paths]
         names = label_names(holders)
-        items = [Item(path, label=_number(holder, names)) for path, holder in zip(paths, holders, strict=True)]
-        stats = scan.images
+        items = [Item(path, label=_number(label, names)) for path, label in zip(paths, holders, strict=True)]
+        stats = scan.files
         if not items:
             raise InputError(
                 f"--input={root} holds no images: expected files that end in {', '.join(sorted(suffixes))}"
@@ -98,12 +121,17 @@ def collect(root: pathlib.Path, labels: str, suffixes: Iterable[str]) -> Collect
     else:
         items, names, stats, rejected = _read_labels(root, labels)
         listed = {item.path for item in items} | {item.mask for item in items}
-        scan.left_out["images not in the labels file"] = len(scan.images.keys() - listed)
+        scan.left_out["images not in the labels file"] = len(scan.files.keys() - listed)
         scan.rejected = rejected
+    return Collection(items, names, scan.rejected, dict(+scan.left_out), fingerprint(stats))
+
+
+def fingerprint(stats: dict[str, tuple[int, int]]) -> str:
+    """SHA-256 over paths, sizes and times of change of files, hex."""
     digest = hashlib.sha256()
     for path in sorted(stats, key=printable):
         digest.update(f"{printable(path)}\0{stats[path][0]}\0{stats[path][1]}\0".encode())
-    return Collection(items, names, scan.rejected, dict(+scan.left_out), digest.hexdigest())
+    return digest.hexdigest()
 
 
 def label_names(labels: Iterable[str]) -> list[str]:
@@ -119,8 +147,8 @@ def _number(label: str, names: list[str]) -> int:
     return names.index(label) if label in names else -1
 
 
-def _holder(path: str) -> str:
-    # A file at the top has no class: the name of the input folder says nothing about it.
+def holder(path: str) -> str:
+    """Name of the folder that holds a file; empty at the top, where that of the input folder says nothing."""
     return _one_line(os.path.basename(os.path.dirname(path)))
 
 
@@ -128,8 +156,15 @@ def _one_line(label: str) -> str:
     return " ".join(printable(label).split())  # the list of class names has one a line
 
 
-def _scan(root: pathlib.Path, suffixes: frozenset[str]) -> _Scan:
-    scan = _Scan({}, [], collections.Counter())
+def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
+    """Walks a folder, an absolute path that is no link; `wanted` tells by the path below it which files take part.
+
+    Hidden files and litter are passed over, links to folders or out of this one are rejected.
+
+    Raises:
+      InputError: a folder cannot be read.
+    """
+    scan = Scan({}, [], collections.Counter())
 
     def fail(error: OSError) -> None:
         raise InputError(f"--input: folder {error.filename!r} cannot be read: {error.strerror}")
@@ -137,25 +172,28 @@ def _scan(root: pathlib.Path, suffixes: frozenset[str]) -> _Scan:
     for folder, folders, files in os.walk(root, onerror=fail):
         below = os.path.relpath(folder, root)
         below = "" if below == os.curdir else below
-        scan.left_out["hidden files and folders"] += sum(name.startswith(".") for name in (*folders, *files))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        scan.left_out["hidden files and folders"] += sum(_is_hidden(name) for name in (*folders, *files))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):
-                path = os.path.join(below, name)
-                scan.rejected.append(Rejected(printable(path), "link to a folder, not followed"))
+                scan.rejected.append(Rejected(printable(os.path.join(below, name)), FOLDER_LINK))
         for name in files:
-            if name.startswith("."):
-                continue
-            if os.path.splitext(name)[1].lower() not in suffixes:
-                scan.left_out["other files"] += 1
+            if _is_hidden(name):
                 continue
             path = os.path.join(below, name)
+            if not wanted(path):
+                scan.left_out["other files"] += 1
+                continue
             found = _stat(root, path)
             if isinstance(found, str):
                 scan.rejected.append(Rejected(printable(path), found))
             else:
-                scan.images[path] = found
+                scan.files[path] = found
     return scan
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _LITTER
 
 
 def _stat(root: pathlib.Path, path: str) -> tuple[int, int] | str:
@@ -220,7 +258,7 @@ def _read_labels(
         raise InputError(
             f"--labels={labels} names {len(missing)} files that are not below --input={root}, first {missing[0]!r}"
         )
-    _check_splits(items)
+    check_splits(items, "give all frames of a patient the same split")
     return items, names, stats, rejected
 
 
@@ -251,11 +289,12 @@ def _relative(labels: str, path: str) -> str:
     return normal
 
 
-def _check_splits(items: list[Item]) -> None:
+def check_splits(items: Iterable[Item], remedy: str) -> None:
+    """Raises InputError if a patient is in two splits; `remedy` says what to do about it."""
     splits: dict[str, str] = {}
     for item in items:
         if item.patient and splits.setdefault(item.patient, item.split) != item.split:
             raise InputError(
                 f"patient {item.patient!r} is in the splits {splits[item.patient]} and {item.split}, and a test on "
-                "patients seen in training says nothing; give all frames of a patient the same split"
+                f"patients seen in training says nothing; {remedy}"
             )

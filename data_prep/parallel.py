@@ -1,83 +1,207 @@
-"""A map over processes: results in the order of the inputs, and only a few of them in memory at a time."""
+"""A pool of processes that survives what it reads: a file that crashes or stalls its reader is set aside, not fatal.
+
+Decoders of images, video and volumes are native code, and the files come from strangers. A worker that dies, or says
+nothing for too long, is replaced; the input that it was at is tried once more and then given up, by name.
+"""
 
 import collections
-import concurrent.futures
-import itertools
+import contextlib
+import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
+import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 from usfmae_jax.errors import InputError
 
-_CHUNK = 4  # inputs per message: enough to hide its cost, few enough for large frames
-_AHEAD = 3  # chunks per worker that are under way
+_TRIES = 2  # a crash may have been another program's hunger for memory; a second one at the same place is not
+_MEMORY = 8 << 30  # bytes that a worker may take: a file that asks for more fails alone, not the machine
+_DEATHS = 3  # of workers that had not even begun
+
+#: `function(task, given_up, begin)`: `given_up` maps numbers of inputs to leave out to reasons, and `begin(number)`
+#: announces an input before it is touched, again and again while it is read.
+Work = Callable[[Any, Mapping[int, str], Callable[[int], None]], Any]
 
 
-def ordered_map(
-    function: Callable[[Any], Any], inputs: Iterable[Any], workers: int, preload: str
-) -> Generator[Any, None, None]:
-    """Yields `function(input)` for every input, in order, whatever the number of workers.
+@dataclasses.dataclass
+class _Job:
+    number: int
+    task: Any
+    given_up: dict[int, str] = dataclasses.field(default_factory=dict)
+    crashes: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    at: int | None = None  # the input that the worker announced last
+
+
+@dataclasses.dataclass
+class _Worker:
+    process: Any
+    pipe: multiprocessing.connection.Connection
+    job: _Job | None = None
+    heard: float = 0.0
+
+
+def isolated_map(
+    function: Work, tasks: Iterable[Any], workers: int, *, limit: float, preload: str
+) -> Generator[tuple[int, Any], None, None]:
+    """Yields `(number, function(task, given_up, begin))` for every task, in the order in which they are finished.
 
     Args:
       function: at the top of a module (or a partial of one), so that it can be pickled.
-      inputs: likewise.
-      workers: processes; 1 stays in this one.
+      tasks: likewise.
+      workers: processes; also a single one is not this one.
+      limit: seconds that a worker may be silent before it is taken for stuck.
       preload: module that the processes import once, before they are forked off.
 
     Raises:
-      InputError: a worker was killed.
+      InputError: workers die before they begin.
+      Exception: whatever `function` raises.
     """
-    if workers == 1:
-        _one_thread()
-        yield from map(function, inputs)
-        return
     # Not fork: this process has threads. The fork server has none and pays for the imports once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    remaining = iter(inputs)
-    chunks = iter(lambda: list(itertools.islice(remaining, _CHUNK)), [])
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    waiting = collections.deque(_Job(number, task) for number, task in enumerate(tasks))
+    pool: list[_Worker] = []
+    deaths = 0
     try:
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        for chunk in itertools.islice(chunks, workers * _AHEAD):
-            pending.append(pool.submit(_map_chunk, function, chunk))
-        while pending:
-            results = pending.popleft().result()
-            for chunk in itertools.islice(chunks, 1):
-                pending.append(pool.submit(_map_chunk, function, chunk))
-            yield from results
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise InputError("a worker process was killed, most likely for memory; use fewer --workers") from error
+        for _ in range(min(workers, len(waiting))):
+            pool.append(_start(context, function))
+        while waiting or any(worker.job for worker in pool):
+            for worker in pool:
+                if not worker.job and waiting:
+                    _give(worker, waiting.popleft())
+            for worker in _ready(pool, limit):
+                answer = _hear(worker)
+                if answer is not None:
+                    number, kind, value = answer
+                    if kind == "failed":
+                        raise value
+                    yield number, value
+                    continue
+                lost = _lost(worker, limit)
+                if lost is None:
+                    continue
+                job, reason = lost
+                deaths += job.at is None
+                if deaths >= _DEATHS:
+                    raise InputError(f"worker processes end before they begin ({reason}); use fewer --workers")
+                _blame(job, reason)
+                waiting.appendleft(job)
+                pool[pool.index(worker)] = _start(context, function)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for worker in pool:
+            worker.process.kill()
+        for worker in pool:
+            worker.process.join()
+            worker.pipe.close()
 
 
-def _map_chunk(function: Callable[[Any], Any], inputs: list[Any]) -> list[Any]:
-    return [function(one) for one in inputs]
+def _start(context: Any, function: Work) -> _Worker:
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, function), daemon=True)
+    process.start()
+    there.close()
+    return _Worker(process, here)
 
 
-def _start_worker() -> None:
-    _one_thread()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _give(worker: _Worker, job: _Job) -> None:
+    job.at, worker.job, worker.heard = None, job, time.monotonic()
+    with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel
+        worker.pipe.send((job.task, job.given_up))
 
 
-def _end_with_parent() -> None:
-    # A killed parent does not take its pool along: the workers would wait for it for ever.
-    parent = multiprocessing.parent_process()
-    if parent:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
+def _ready(pool: list[_Worker], limit: float) -> list[_Worker]:
+    """Workers that have said something, died, or been silent for too long."""
+    busy = [worker for worker in pool if worker.job]
+    left = min(worker.heard for worker in busy) + limit - time.monotonic()
+    sources = {handle: worker for worker in busy for handle in (worker.pipe, worker.process.sentinel)}
+    said = multiprocessing.connection.wait(list(sources), max(left, 0))
+    late = [worker for worker in busy if time.monotonic() - worker.heard > limit]
+    return list({id(worker): worker for worker in [*(sources[handle] for handle in said), *late]}.values())  # type: ignore[index]
 
 
-def _one_thread() -> None:
+def _hear(worker: _Worker) -> tuple[int, str, Any] | None:
+    """Takes what a worker has said; its answer if it has finished, else None."""
+    assert worker.job
+    with contextlib.suppress(EOFError, OSError):
+        while worker.pipe.poll():
+            kind, value = worker.pipe.recv()
+            worker.heard = time.monotonic()
+            if kind == "at":
+                worker.job.at = value
+                continue
+            number, worker.job = worker.job.number, None
+            return number, kind, value
+    return None
+
+
+def _lost(worker: _Worker, limit: float) -> tuple[_Job, str] | None:
+    """The job of a worker that is dead or stuck, and why; None for one that is at work."""
+    reason = ""
+    if not worker.process.is_alive():
+        code = worker.process.exitcode or 0
+        reason = f"crashed its reader ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
+    elif time.monotonic() - worker.heard > limit:
+        reason = f"took longer than {limit:g} s"
+    if not reason:
+        return None
+    worker.process.kill()
+    worker.process.join()
+    worker.pipe.close()
+    assert worker.job
+    job, worker.job = worker.job, None
+    return job, reason
+
+
+def _blame(job: _Job, reason: str) -> None:
+    if job.at is None:
+        return
+    job.crashes[job.at] += 1
+    # Time is not given twice: a large build with many such files would not end.
+    if job.crashes[job.at] >= _TRIES or reason.startswith("took"):
+        job.given_up[job.at] = reason
+
+
+def _serve(pipe: multiprocessing.connection.Connection, function: Work) -> None:
+    """What a worker does all its life."""
+    _prepare()
+    while True:
+        try:
+            task, given_up = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(task, given_up, lambda number: pipe.send(("at", number)))
+            pipe.send(("done", result))
+        except Exception as error:
+            pipe.send(("failed", error))
+
+
+def _prepare() -> None:
     import cv2  # late: asking for help should not wait for it
 
+    resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)  # the parallelism is over files
     # Silence: damaged files are named in the summary. OpenCV 5 has moved the function.
     logging = getattr(cv2.utils, "logging", cv2)
     logging.setLogLevel(0)
+    # Native decoders write to the descriptor itself, in the middle of the progress bar.
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+
+
+def _end_with_parent() -> None:
+    # A killed parent does not take its workers along: they would wait for it for ever.
+    parent = multiprocessing.parent_process()
+    if parent:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

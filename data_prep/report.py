@@ -1,69 +1,135 @@
-"""What a build tells: `build.json` and `rejected.csv` beside the shards, and the table on the screen."""
+"""What a build tells: `manifest.json` and `rejected.csv` beside the shards, and the table on the screen."""
+
+from __future__ import annotations
 
 import collections
 import csv
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from data_prep.items import Rejected
 from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
 
+if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
+    from data_prep.parts import Index, Row
+    from data_prep.plans import Plan
+
+MANIFEST = "manifest.json"
+_SCHEMA = 1
 _SHOWN = 20  # rejected files in the table; the rest is in rejected.csv
+_NONE = "(none)"
 
 
 @dataclasses.dataclass
-class Count:
-    """What one split holds."""
-
+class _Count:
     frames: int = 0
+    bytes: int = 0
     patients: set[str] = dataclasses.field(default_factory=set)
     unknown: set[str] = dataclasses.field(default_factory=set)  # patients that are only known to be one
+    videos: set[str] = dataclasses.field(default_factory=set)
     labels: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
-    bytes: int = 0
-
-    def add(self, record: dict[str, Any], patient_known: bool) -> None:
-        """Counts one record."""
-        self.frames += 1
-        self.labels[record["label"]] += 1
-        (self.patients if patient_known else self.unknown).add(record["patient"])
 
 
-def write_reports(
-    folder: pathlib.Path,
-    counts: dict[str, Count],
-    rejected: list[Rejected],
-    arguments: dict[str, Any],
-    fingerprint: str,
-) -> None:
-    """Writes `rejected.csv`, if any were, and `build.json`, which `check_same` reads."""
-    if rejected:
-        with (folder / "rejected.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["file", "reason"])
-            writer.writerows(sorted((one.source, one.reason) for one in rejected))
-    manifest = {
-        "tool": f"usfmae_jax {__version__}",
-        "arguments": arguments,
-        "input": fingerprint,
-        "splits": {
-            split: {"frames": count.frames, "patients": len(count.patients), "unknown_patients": len(count.unknown)}
-            for split, count in counts.items()
-        },
-        "rejected": len(rejected),
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
+def count(rows: Iterable[Row], reasons: Iterable[str], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Frames, patients, videos, bytes and labels of the records that are kept, by split."""
+    counts: dict[str, _Count] = collections.defaultdict(_Count)
+    for row, reason in zip(rows, reasons, strict=True):
+        if reason:
+            continue
+        one = counts[row.split]
+        one.frames += 1
+        one.bytes += row.size
+        (one.patients if row.patient_known else one.unknown).add(row.patient)
+        one.videos.add(row.video)
+        one.labels[row.label] += 1
+    names = {-1: _NONE} | dict(enumerate(label_names))
+    return {
+        split: {
+            "frames": one.frames,
+            "patients": len(one.patients),
+            "unknown_patients": len(one.unknown),
+            "videos": len(one.videos),
+            "bytes": one.bytes,
+            "labels": {names[label]: number for label, number in sorted(one.labels.items())},
+        }
+        for split, one in counts.items()
     }
-    (folder / "build.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def write_rejected(folder: pathlib.Path, rejected: Sequence[Rejected]) -> None:
+    """Writes `rejected.csv`, if there is anything to write."""
+    if not rejected:
+        return
+    with (folder / "rejected.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", "reason"])
+        writer.writerows(sorted((one.source, one.reason) for one in rejected))
+
+
+def write_manifest(
+    folder: pathlib.Path,
+    plan: Plan,
+    counts: dict[str, dict[str, Any]],
+    indices: Sequence[Index],
+    reasons: Sequence[str],
+    rejected: Sequence[Rejected],
+    downloaded: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Writes `manifest.json`, the whole story of a dataset, and returns it."""
+    dropped = collections.Counter(filter(None, reasons))
+    technical: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for index in indices:
+        dropped.update(index.dropped)
+        for name, values in index.technical.items():
+            technical[name].update(values)
+    entry = plan.entry
+    manifest = {
+        "schema": _SCHEMA,
+        "tool": f"usfmae_jax {__version__}",
+        "dataset": plan.name,
+        "title": entry.title,
+        "version": entry.version,
+        "anatomy": plan.arguments["anatomy"],
+        "licence": entry.licence,
+        "citation": entry.citation,
+        "homepage": entry.homepage,
+        "verified": entry.verified,
+        "benchmark": entry.benchmark,
+        "problems": list(entry.problems),
+        "warnings": [] if plan.salt else plan.warnings,  # they quote file names
+        "arguments": plan.arguments,
+        "input": {"fingerprint": plan.fingerprint, "files": len(plan.sources) + len(plan.rejected)},
+        "sources": list(downloaded),
+        "label_names": plan.label_names,
+        "splits": counts,
+        "kept": sum(one["frames"] for one in counts.values()),
+        "dropped": _sorted(dropped),
+        "rejected": _sorted(collections.Counter(one.reason for one in rejected)),
+        "passed_over": _sorted(plan.passed_over),
+        "removed": _sorted(sum((index.removed for index in indices), collections.Counter())),
+        "cleaned": _sorted(sum((index.cleaned for index in indices), collections.Counter())),
+        "technical": {name: _sorted(values) for name, values in sorted(technical.items())},
+        "expected": dict(entry.expected),
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _sorted(counter: Any) -> dict[str, int]:
+    return {name: int(counter[name]) for name in sorted(counter)}
 
 
 def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str) -> None:
     """Raises InputError unless `target` holds, complete, what these arguments and files would build."""
     remedy = "add --overwrite to replace it, or choose another --output or --name"
     try:
-        manifest = json.loads((target / "build.json").read_text())
-        before, files_before, written = manifest["arguments"], manifest["input"], manifest["files"]
+        manifest = json.loads((target / MANIFEST).read_text())
+        before, files_before, written = manifest["arguments"], manifest["input"]["fingerprint"], manifest["files"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{target} was not built by this tool; {remedy}") from error
     if before != arguments:
@@ -80,35 +146,38 @@ def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str
             raise InputError(f"{target / name} is missing or was changed after it was built; {remedy}")
 
 
-def print_summary(
-    target: pathlib.Path,
-    counts: dict[str, Count],
-    label_names: list[str],
-    rejected: list[Rejected],
-    left_out: dict[str, int],
-    seconds: float,
-) -> None:
+def print_summary(target: pathlib.Path, manifest: dict[str, Any], warnings: Sequence[str], seconds: float) -> None:
     """Prints what was built, what was not, and what to type next."""
-    frames = sum(count.frames for count in counts.values())
+    frames = manifest["kept"]
     print(f"{target}: {frames:,} frames in {seconds:.1f} s, {frames / seconds:,.0f} images/s\n")
     print(f"{'split':12}{'frames':>10}{'patients':>10}{'unknown':>10}{'MB':>10}  labels")
-    names = {-1: "(none)"} | dict(enumerate(label_names))
-    for split, count in counts.items():
-        labels = ", ".join(f"{names[label]} {number:,}" for label, number in sorted(count.labels.items()))
+    for split, one in manifest["splits"].items():
+        labels = ", ".join(f"{name} {number:,}" for name, number in one["labels"].items())
         print(
-            f"{split:12}{count.frames:>10,}{len(count.patients):>10,}{len(count.unknown):>10,}"
-            f"{count.bytes / 1e6:>10,.1f}  {labels}"
+            f"{split:12}{one['frames']:>10,}{one['patients']:>10,}{one['unknown_patients']:>10,}"
+            f"{one['bytes'] / 1e6:>10,.1f}  {labels}"
         )
-    unknown = sum(len(count.unknown) for count in counts.values())
+    unknown = sum(one["unknown_patients"] for one in manifest["splits"].values())
     if unknown:
         print(f"\nUnknown patients: {unknown:,}. Each such file counts as a patient of its own.")
-    if len(label_names) == 1:
-        print(f"\nAll labels are {label_names[0]!r}: is that what was meant?")
-    if left_out:
-        print("\nPassed over: " + ", ".join(f"{number:,} {kind}" for kind, number in sorted(left_out.items())))
-    if rejected:
-        print(f"\nRejected: {len(rejected):,} files, all of them in {target / 'rejected.csv'}:")
-        for one in sorted(rejected, key=lambda one: one.source)[:_SHOWN]:
-            print(f"  {one.source}: {one.reason}")
+    names = manifest["label_names"]
+    if len(names) == 1:
+        print(f"\nAll labels are {names[0]!r}: is that what was meant?")
+    for title, key in (("Passed over", "passed_over"), ("Dropped frames", "dropped"), ("Not taken over", "removed")):
+        if manifest[key]:
+            print(f"\n{title}: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest[key].items()))
+    for warning in warnings:
+        print(f"\nWarning: {warning}")
+    _print_rejected(target, sum(manifest["rejected"].values()))
+    print(f"\nLook:  {target / 'report.html'}")
     path = f"--config.data.path='{target.parent}'"
-    print(f"\nNext:  python -m usfmae_jax.main --config=configs/pretrain.py:tiny {path}")
+    print(f"Next:  python -m usfmae_jax.main --config=configs/pretrain.py:tiny {path}")
+
+
+def _print_rejected(target: pathlib.Path, number: int) -> None:
+    if not number:
+        return
+    print(f"\nRejected: {number:,} files, all of them in {target / 'rejected.csv'}:")
+    with (target / "rejected.csv").open(encoding="utf-8", newline="") as file:
+        for row, _ in zip(csv.DictReader(file), range(_SHOWN), strict=False):
+            print(f"  {row['file']}: {row['reason']}")

@@ -1,8 +1,4 @@
-"""Records to a folder that TensorFlow Datasets opens: shards, metadata, and all of it at once or not at all.
-
-TensorFlow Datasets writes the metadata (`tfds.core.DatasetInfo`) and names the files, but not the shards: its own
-writers need TensorFlow for TFRecord files and for splits above 1 GB, and keep a shard or a split in memory.
-"""
+"""Records to shards, and a folder that appears at once or not at all."""
 
 import contextlib
 import dataclasses
@@ -10,16 +6,13 @@ import fcntl
 import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
-from tensorflow_datasets.core import dataset_info, naming
+from tensorflow_datasets.core import naming
 
-from usfmae_jax.data.records import Record, encode_record
 from usfmae_jax.data.tfrecord import frame_tfrecord
 from usfmae_jax.errors import InputError
 
@@ -49,9 +42,8 @@ class SplitWriter:
     _shard: Any = None
     _shard_size: int = 0
 
-    def write(self, record: Record) -> None:
-        """Appends a record."""
-        data = encode_record(record)
+    def write(self, data: bytes) -> None:
+        """Appends an encoded record."""
         with _as_os_error():
             if self._shard is None or self._shard_size >= SHARD_BYTES:
                 self._close_shard()
@@ -114,104 +106,50 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(str(error).split(";")[0].split(": ", 1)[-1]) from error
 
 
-def write_metadata(
-    folder: pathlib.Path,
-    writers: Mapping[str, SplitWriter],
-    *,
-    name: str,
-    version: str,
-    description: str,
-    label_names: list[str],
-    channels: int,
-) -> None:
-    """Writes `dataset_info.json`, `features.json` and, if there are classes, `label.labels.txt`.
-
-    Args:
-      folder: with the shards.
-      writers: per split, closed.
-      name: of the dataset.
-      version: of the dataset, "1.0.0".
-      description: of the dataset.
-      label_names: class names in the order of their numbers.
-      channels: 1 if all images are grey, else 3, and then TensorFlow Datasets shows all in colour.
-    """
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(shape=(None, None, channels), doc="one channel when the source is grey"),
-            "height": tfds.features.Scalar(np.int64),
-            "width": tfds.features.Scalar(np.int64),
-            "dataset": tfds.features.Text(),
-            "anatomy": tfds.features.Text(),
-            "patient": tfds.features.Text(doc="an unknown patient is its own"),
-            "video": tfds.features.Text(doc="a still is its own"),
-            "frame": tfds.features.Text(),
-            "label": _label_feature(label_names),
-            # Bytes, because TensorFlow Datasets has no image that may be absent.
-            "mask": tfds.features.Tensor(shape=(), dtype=np.object_, doc="PNG as large as the image, or empty"),
-            "source": tfds.features.Text(doc="path inside the dataset"),
-            "sha256": tfds.features.Text(doc="of the pixels as decoded from the source"),
-        }
-    )
-    identity = dataset_info.DatasetIdentity(
-        name=name,
-        version=tfds.core.Version(version),
-        data_dir=os.fspath(folder),
-        module_name="data_prep.build",
-        release_notes={version: "First build."},
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        description=description,
-        features=features,
-        supervised_keys=("image", "label"),
-        disable_shuffling=True,  # the records are in the order of their sources; the input pipeline shuffles
-    )
-    info.set_file_format(next(iter(writers.values())).format)
-    info.set_splits(tfds.core.splits.SplitDict([writer.info() for writer in writers.values()]))
-    info.write_to_directory(folder)
-
-
-def _label_feature(names: list[str]) -> tfds.features.ClassLabel:
-    doc = "-1 = none"
-    # Without names no file of names is written, which is how others tell that there are no classes.
-    return tfds.features.ClassLabel(names=names, doc=doc) if names else tfds.features.ClassLabel(num_classes=0, doc=doc)
-
-
 @contextlib.contextmanager
-def all_or_nothing(target: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-    """Yields an empty folder that becomes `target` if the block succeeds, and is gone without a trace if it fails.
+def workplace(target: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
+    """Yields the hidden folder beside `target` in which it is built, with what an interrupted build left there.
 
-    A killed process leaves a hidden folder with 'incomplete' in its name: nobody opens it, the next build removes it.
+    The block ends with `publish`. If it does not get so far because it was interrupted or the disk is full, the folder
+    stays, with 'incomplete' in its name, so that nothing opens it and the next build goes on from there; if the input
+    was bad there is nothing to go on with, and no trace is left.
 
     Args:
       target: two levels of folders, NAME/VERSION, that belong to the build.
-      overwrite: replace `target` if it is there.
+      key: of what is built; work on anything else is removed.
 
     Raises:
-      InputError: another build is at work on the same dataset, or `target` appeared meanwhile.
+      InputError: another build is at work on the same dataset.
     """
     parents = [folder for folder in (target.parent.parent, target.parent) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.incomplete")
     try:
-        with _lock(target.parent) as locked:
-            if locked:
-                for leftover in target.parent.glob(".*.incomplete-*"):
-                    shutil.rmtree(leftover)
-            folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
+        with _lock(target.parent):
+            note = folder / "key"
+            if folder.exists() and not (note.exists() and note.read_text() == key):
+                shutil.rmtree(folder)
+            folder.mkdir(mode=0o700, exist_ok=True)  # what lies here may name patients
+            note.write_text(key)
             try:
-                folder.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp's is for the owner alone
                 yield folder
-                _move(folder, target, overwrite)
-            finally:
+            except InputError:
                 shutil.rmtree(folder, ignore_errors=True)
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
         for parent in reversed(parents):
-            with contextlib.suppress(OSError):  # not empty: someone else is there
+            with contextlib.suppress(OSError):  # not empty: there is work to go on with, or someone else
                 parent.rmdir()
         raise
 
 
-def _move(folder: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+def publish(folder: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
+    """Makes a finished folder appear as `target`, in place of what is there only if it may be replaced.
+
+    Raises:
+      InputError: `target` appeared meanwhile.
+    """
     old = folder.with_name(folder.name + "-old")
     if overwrite and target.exists():
         target.rename(old)

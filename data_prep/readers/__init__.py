@@ -1,24 +1,73 @@
 """Files to frames: one module per kind of file, chosen by content and not by suffix."""
 
+import importlib
 import os
+import pathlib
+import stat
 from collections.abc import Iterator
 
-from data_prep.readers import images
 from data_prep.readers.base import Frame, Options, UnreadableError
 from data_prep.readers.images import read_mask
+from data_prep.readers.kinds import ARRAYS, DICOM, HEAD_BYTES, IMAGES, VIDEOS, VOLUMES, kind_of
+from usfmae_jax.errors import InputError
 
-#: Suffixes of files that can be read, in lower case.
-SUFFIXES = images.SUFFIXES
+#: What a folder is searched for, in lower case. Without that of nothing: a licence is not DICOM.
+SUFFIXES = (IMAGES | VIDEOS | VOLUMES | ARRAYS | DICOM) - {""}
 
 DEFAULTS = Options()
 
-__all__ = ["DEFAULTS", "SUFFIXES", "Frame", "Options", "UnreadableError", "read_frames", "read_mask"]
+_LIBRARIES = {"av": "Videos", "h5py": "HDF5 and MATLAB 7.3 files"}  # that may be missing
+
+__all__ = [
+    "ARRAYS",
+    "DEFAULTS",
+    "DICOM",
+    "IMAGES",
+    "SUFFIXES",
+    "VIDEOS",
+    "VOLUMES",
+    "Frame",
+    "Options",
+    "UnreadableError",
+    "kind_of",
+    "read_frames",
+    "read_mask",
+]
 
 
 def read_frames(path: str | os.PathLike[str], options: Options = DEFAULTS) -> Iterator[Frame]:
     """Yields the frames of a file, one at a time; no more than a few are in memory.
 
+    A file that is damaged further on gives its sound frames first, and then the error.
+
     Raises:
       UnreadableError: the file is missing, empty, damaged, too large, or of no kind that is known.
+      InputError: a library that this kind of file needs is not installed.
     """
-    yield from images.read(path, options)
+    kind = kind_of(_head(path))
+    if not kind:
+        raise UnreadableError("not a kind of file that can be read")
+    try:
+        # Imported here: most of them need libraries that take long to load, or are not there.
+        reader = importlib.import_module(f"data_prep.readers.{kind}")
+        yield from reader.read(path, options)
+    except ImportError as error:
+        if error.name not in _LIBRARIES:
+            raise
+        needs = f"{_LIBRARIES[error.name]} need {error.name}"
+        raise InputError(f"{needs}: pip install -r requirements-prep.txt") from error
+    except MemoryError as error:
+        raise UnreadableError("needs more memory than there is") from error
+
+
+def _head(path: str | os.PathLike[str]) -> bytes:
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableError("not a regular file")
+        with pathlib.Path(path).open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror}") from error
+    if not head:
+        raise UnreadableError("empty file")
+    return head

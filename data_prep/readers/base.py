@@ -20,6 +20,7 @@ class Options:
       axis: of a volume, along which it is sliced: 0, 1 or 2 of the array (z, y, x).
       flip: of the slices of a volume: "", "vertical", "horizontal" or "both".
       key: name of the array in HDF5, MATLAB and npz files; "" takes the only one that can be frames.
+      patient_key: name of the HDF5 dataset that says, frame by frame, whose clip it is of.
     """
 
     stride: int = 1
@@ -27,6 +28,7 @@ class Options:
     axis: int = 0
     flip: str = ""
     key: str = ""
+    patient_key: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

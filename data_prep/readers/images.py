@@ -6,36 +6,44 @@ and OpenCV would allocate, take the first page or convert without a word.
 
 import os
 import pathlib
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
 
 from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.clips import MAX_PIXELS, as_frames, channel_spread, check_size, chosen, has_colour, silence
+from data_prep.readers.kinds import IMAGES
 
-#: What a folder is searched for, in lower case.
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
+SUFFIXES = IMAGES
 
-MAX_PIXELS = 50_000_000
 _MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)  # three channels of 16 bits, uncompressed, and a generous header
-
-# Colour carries meaning (Doppler, elastography) when more than this share of the pixels has channels that differ by
-# more than this much of the range. Tinted B-mode stays below 45 / 255, and calipers and logos below 1 pixel in 1000.
-_COLOUR_SHARE = 0.001
-_COLOUR_SPREAD = 48 / 255
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE = 3  # colour type
+_TIFF = b"II*\0", b"MM\0*"
 _TIFF_SHORT = 3
-_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_PHOTOMETRIC = 256, 257, 262
+_TIFF_KIND, _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_PHOTOMETRIC = 254, 256, 257, 262
 _TIFF_CMYK = 5
+# What libjpeg prints when it goes on without some of the data. Bytes too many, which it prints too, are harmless.
+_PAINTED_OVER = re.compile(r"Corrupt JPEG data: (?!\d+ extraneous bytes)|Premature end|Inconsistent progression")
+_PAGES = 16  # decoded at a time: OpenCV walks through the pages before them again for each call
 
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
-    """Yields the one frame of an image file; see `read_image`."""
-    del options  # for files with more than one frame
-    yield Frame(read_image(path))
+    """Yields the frame of an image file as in `read_image`, or the pages of a TIFF that has several.
+
+    Pages are frames of a clip: grey or colour is decided for all of them (`as_frames`), 16 bits stay as they are.
+    Thumbnails and transparency masks among the pages are left out and not counted.
+    """
+    data = _load(path)
+    pages = _tiff_pages(data) if data.startswith(_TIFF) else []
+    if len(pages) > 1 or any(page for page, *_ in pages):
+        yield from as_frames(_decode_pages(data, pages, options))
+    else:
+        yield Frame(_one_or_three_channels(_decode(_checked(data))))
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -50,7 +58,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       UnreadableError: the file is missing, empty, damaged, too large, or none of these.
     """
-    return _one_or_three_channels(_decode(_read_checked(path)))
+    return _one_or_three_channels(_decode(_checked(_load(path))))
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
@@ -62,7 +70,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       UnreadableError: as in `read_image`, or the mask has colours without a palette or numbers above 255.
     """
-    data = _read_checked(path)
+    data = _checked(_load(path))
     if data.startswith(_PNG) and data[25] == _PNG_PALETTE:
         return _palette_indices(data)
     mask = _one_or_three_channels(_decode(data), keep_colour=True)
@@ -73,8 +81,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     return mask[:, :, 0].astype(np.uint8)
 
 
-def _read_checked(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of an image file whose header asks for nothing unreasonable."""
+def _load(path: str | os.PathLike[str]) -> bytes:
     try:
         with pathlib.Path(path).open("rb") as file:
             data = file.read(_MAX_BYTES + 1)
@@ -84,9 +91,12 @@ def _read_checked(path: str | os.PathLike[str]) -> bytes:
         raise UnreadableError("empty file")
     if len(data) > _MAX_BYTES:
         raise UnreadableError(f"larger than {_MAX_BYTES >> 20} MiB")
-    width, height = image_size(data)
-    if width * height > MAX_PIXELS:
-        raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million")
+    return data
+
+
+def _checked(data: bytes) -> bytes:
+    """The same bytes, if their header asks for nothing unreasonable."""
+    check_size(*image_size(data))
     return data
 
 
@@ -101,7 +111,7 @@ def image_size(data: bytes) -> tuple[int, int]:
             width, height = struct.unpack_from(">II", data, 16)
         elif data.startswith(b"\xff\xd8\xff"):
             width, height = _jpeg_size(data)
-        elif data[:4] in (b"II*\0", b"MM\0*"):
+        elif data.startswith(_TIFF):
             width, height = _tiff_size(data)
         elif data.startswith(b"BM"):
             width, height = _bmp_size(data)
@@ -137,20 +147,62 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
-    order = "<" if data.startswith(b"II") else ">"
-    (directory,) = struct.unpack_from(order + "I", data, 4)
-    (count,) = struct.unpack_from(order + "H", data, directory)
-    tags = {}
-    for entry in range(count):
-        offset = directory + 2 + 12 * entry
-        tag, kind = struct.unpack_from(order + "HH", data, offset)
-        (tags[tag],) = struct.unpack_from(order + ("H" if kind == _TIFF_SHORT else "I"), data, offset + 8)
-    (following,) = struct.unpack_from(order + "I", data, directory + 2 + 12 * count)
-    if following:
+    pages = _tiff_pages(data)
+    if not pages:
+        raise UnreadableError("TIFF has no pages")
+    if len(pages) > 1 or pages[0][0]:
         raise UnreadableError("TIFF with several pages, expected one image per file")
-    if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_CMYK:
-        raise UnreadableError("CMYK TIFF, expected grey or colour")
-    return tags.get(_TIFF_WIDTH, 0), tags.get(_TIFF_HEIGHT, 0)
+    return pages[0][1:]
+
+
+def _tiff_pages(data: bytes) -> list[tuple[int, int, int]]:
+    """(position in the chain, width, height) of the pages that are pictures."""
+    order = "<" if data.startswith(b"II") else ">"
+    pages, seen = [], set()
+    try:
+        (directory,) = struct.unpack_from(order + "I", data, 4)
+        while directory:
+            if directory in seen:
+                raise UnreadableError("header is damaged or cut off")
+            seen.add(directory)
+            (count,) = struct.unpack_from(order + "H", data, directory)
+            tags = {}
+            for offset in range(directory + 2, directory + 2 + 12 * count, 12):
+                tag, kind = struct.unpack_from(order + "HH", data, offset)
+                (tags[tag],) = struct.unpack_from(order + ("H" if kind == _TIFF_SHORT else "I"), data, offset + 8)
+            if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_CMYK:
+                raise UnreadableError("CMYK TIFF, expected grey or colour")
+            width, height = tags.get(_TIFF_WIDTH, 0), tags.get(_TIFF_HEIGHT, 0)
+            check_size(width, height)  # of all pages, since several are decoded at a time
+            if not tags.get(_TIFF_KIND, 0) & 0b101:  # reduced copy of another page, or transparency mask
+                pages.append((len(seen) - 1, width, height))
+            (directory,) = struct.unpack_from(order + "I", data, directory + 2 + 12 * count)
+    except struct.error as error:
+        raise UnreadableError("header is damaged or cut off") from error
+    return pages
+
+
+def _decode_pages(data: bytes, pages: list[tuple[int, int, int]], options: Options) -> Iterator[tuple[int, np.ndarray]]:
+    wanted = chosen(len(pages), options)
+    buffer = np.frombuffer(data, np.uint8)
+    step = wanted[1] - wanted[0] if len(wanted) > 1 else 1
+    decoded: dict[int, np.ndarray] = {}
+    for number in wanted:
+        page, width, height = pages[number]
+        if page not in decoded:
+            together = min(_PAGES // step**2, MAX_PIXELS // (width * height))
+            decoded = dict(enumerate(_decode_range(buffer, page, page + max(1, together)), page))
+        if page not in decoded:
+            raise UnreadableError(f"page {number} cannot be decoded")
+        yield number, _one_or_three_channels(_checked_depth(decoded.pop(page)), keep_colour=True)
+
+
+def _decode_range(buffer: np.ndarray, first: int, end: int) -> Sequence[np.ndarray]:
+    try:
+        with silence():
+            return cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(first, end))[1]
+    except cv2.error as error:
+        raise UnreadableError("cannot be decoded") from error
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:
@@ -161,11 +213,18 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
 
 def _decode(data: bytes) -> np.ndarray:
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+        with silence() as said:
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise UnreadableError("cannot be decoded") from error
     if pixels is None:
         raise UnreadableError("cannot be decoded")
+    if _PAINTED_OVER.search(said[0]):
+        raise UnreadableError("damaged")
+    return _checked_depth(pixels)
+
+
+def _checked_depth(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype not in (np.uint8, np.uint16):
         raise UnreadableError(f"{pixels.dtype} pixels, expected 8 or 16 bits")
     return pixels
@@ -189,11 +248,8 @@ def _one_or_three_channels(pixels: np.ndarray, keep_colour: bool = False) -> np.
         return pixels[:, :, None]
     if pixels.shape[2] not in (3, 4):
         raise UnreadableError(f"{pixels.shape[2]} channels, expected grey or colour")
-    blue, green, red = cv2.split(pixels)[:3]
-    spread = cv2.subtract(cv2.max(cv2.max(blue, green), red), cv2.min(cv2.min(blue, green), red))
-    if not cv2.countNonZero(spread):
-        return green[:, :, None]
-    limit = _COLOUR_SPREAD * np.iinfo(pixels.dtype).max
-    if not keep_colour and np.count_nonzero(spread > limit) <= _COLOUR_SHARE * spread.size:
+    if not cv2.countNonZero(channel_spread(pixels)):
+        return pixels[:, :, 1:2].copy()
+    if not keep_colour and not has_colour(pixels):
         return cv2.cvtColor(pixels[:, :, :3], cv2.COLOR_BGR2GRAY)[:, :, None]
-    return cv2.merge([red, green, blue])
+    return cv2.cvtColor(pixels[:, :, :3], cv2.COLOR_BGR2RGB)

@@ -197,3 +197,15 @@ def test_a_bucket_without_its_package_is_one_sentence():
         pytest.skip("gcsfs is installed")
     with pytest.raises(InputError, match="pip install gcsfs"):
         records.open_shards("gs://bucket/data")
+
+
+def test_shards_of_excluded_datasets_are_passed_over(tmp_path):
+    for name, count in (("mine", 3), ("bus_bra", 5)):
+        (tmp_path / name).mkdir()
+        write_shards(tmp_path / name, count=count)
+        for shard in (tmp_path / name).iterdir():
+            shard.rename(shard.with_name(shard.name.replace(records.dataset_name(shard.name), name)))
+    assert len(records.open_shards(str(tmp_path))) == 8
+    assert len(records.open_shards(str(tmp_path), exclude=("bus_bra",))) == 3
+    with pytest.raises(InputError, match="nothing but what is excluded: bus_bra"):
+        records.open_shards(str(tmp_path / "bus_bra"), exclude=("bus_bra",))

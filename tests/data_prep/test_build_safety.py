@@ -1,4 +1,4 @@
-"""The preparation door interrupted, repeated, crowded and short of disk: all or nothing."""
+"""The preparation door interrupted, repeated, crowded and short of disk: a dataset appears complete or not at all."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ import time
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import build, shards
+from data_prep import assembly, build, parts, shards
 from tests.data_prep.builds import ROOT, content, picture, read, refused, run, write
 from usfmae_jax.data import records
 from usfmae_jax.errors import InputError
@@ -33,7 +33,7 @@ def test_shards_are_the_same_bytes_for_any_number_of_workers(tree, tmp_path, mon
 def test_the_same_build_again_does_nothing(tree, tmp_path, capsys, monkeypatch):
     assert run(output=tmp_path / "out", source=tree) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(build, "_build", None)  # would fail if it were called
+    monkeypatch.setattr(assembly, "build", None)  # would fail if it were called
     assert run(output=tmp_path / "out", source=tree, workers=2) == 0
     assert "up to date" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
@@ -61,50 +61,77 @@ def test_a_lost_shard_is_noticed(tree, tmp_path, capsys):
 
 def test_two_builds_at_once_do_not_mix(tmp_path):
     target = tmp_path / "out/name/1.0.0"
-    with shards.all_or_nothing(target, overwrite=False) as folder:
-        (folder / "x").touch()
-        with pytest.raises(InputError, match="another build"), shards.all_or_nothing(target, overwrite=False):
+    with shards.workplace(target, "key") as folder:
+        (folder / "stage").mkdir()
+        (folder / "stage/x").touch()
+        with pytest.raises(InputError, match="another build"), shards.workplace(target, "key"):
             pass
         assert not target.exists()
+        shards.publish(folder / "stage", target, overwrite=False)
     assert [path.name for path in target.iterdir()] == ["x"]
+    assert [path.name for path in target.parent.iterdir()] == ["1.0.0"]
 
 
 def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
     target = tmp_path / "out/name/1.0.0"
 
     def build_while_another_finishes():
-        with shards.all_or_nothing(target, overwrite=False) as folder:
-            (folder / "mine").touch()
+        with shards.workplace(target, "key") as folder:
+            (folder / "stage").mkdir()
             target.mkdir()
             (target / "theirs").touch()
+            shards.publish(folder / "stage", target, overwrite=False)
 
     with pytest.raises(InputError, match="appeared"):
         build_while_another_finishes()
     assert [path.name for path in target.parent.rglob("*")] == ["1.0.0", "theirs"]
 
 
+def test_a_replaced_dataset_is_there_until_the_new_one_is_complete(tree, tmp_path, monkeypatch):
+    assert run(output=tmp_path / "out", source=tree) == 0
+    before = content(tmp_path / "out")
+    monkeypatch.setattr(assembly.page, "write_page", interrupt)
+    assert run("--overwrite", "--image_size=16", output=tmp_path / "out", source=tree) == 130
+    assert content(tmp_path / "out/my_images_2/1.0.0") == before
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def nothing_is_done_twice(missing, *_):
+    assert not missing
+    yield from ()
+
+
 @pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(tree, tmp_path, capsys, monkeypatch, file_format):
+def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tree, tmp_path, capsys, monkeypatch, file_format):
     opened = shards._open_shard
     monkeypatch.setattr(shards, "_open_shard", lambda _, form: opened(pathlib.Path("/dev/full"), form))
     sentence = refused(capsys, f"--format={file_format}", output=tmp_path / "out", source=tree)
-    assert sentence == "error: nothing was built: No space left on device"
-    assert not (tmp_path / "out").exists()
+    assert sentence == "error: No space left on device; the same command goes on from here"
+    with pytest.raises(InputError, match="no shards match"):
+        records.open_shards(str(tmp_path / "out"))
+    monkeypatch.undo()
+    monkeypatch.setattr(parts, "run_here", nothing_is_done_twice)
+    assert run(f"--format={file_format}", output=tmp_path / "out", source=tree) == 0
+    assert len(read(tmp_path / "out")) == 6
+    assert [path.name for path in (tmp_path / "out/my_images_2").iterdir()] == ["1.0.0"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_build_leaves_nothing_that_opens_and_the_next_one_cleans_up(tmp_path, how):
+def test_a_killed_build_leaves_nothing_that_opens_and_the_next_one_goes_on(tmp_path, how):
     # TFRecord, because a part of such a file is readable.
-    flags = ["--dataset=phantom", "--frames=1", "--image_size=64", "--format=tfrecord", f"--output={tmp_path / 'out'}"]
+    flags = ["--dataset=phantom", "--frames=1", "--image_size=64", "--format=tfrecord", "--patients=400"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.build", "--patients=100000", "--workers=2", *flags],
+        [sys.executable, "-m", "data_prep.build", "--workers=2", f"--output={tmp_path / 'out'}", *flags],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
-        eventually(lambda: any(path.stat().st_size for path in tmp_path.rglob("*-of-*")))
+        eventually(lambda: len(list(tmp_path.rglob("*.json"))) > 3)
         process.send_signal(how)
         status = process.wait(20)
         eventually(lambda: not group_exists(process.pid))  # neither do its workers live on
@@ -112,13 +139,39 @@ def test_a_killed_build_leaves_nothing_that_opens_and_the_next_one_cleans_up(tmp
         if group_exists(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
     assert status == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    assert (tmp_path / "out").exists() == (how == signal.SIGKILL)
     for path in (tmp_path / "out", tmp_path / "out/phantom"):
         with pytest.raises(InputError):
             records.open_shards(str(path))
-    assert build.main(["--patients=2", "--workers=1", *flags]) == 0
-    assert len(records.open_shards(str(tmp_path / "out"))) == 2
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.part")}
+    finished = [path for path in kept if path.with_suffix(".json").exists()]
+    assert finished
+    shown = subprocess.run(
+        [sys.executable, "-m", "data_prep.build", f"--output={tmp_path / 'out'}", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "going on after" in shown.stdout
+    assert build.main([f"--output={tmp_path / 'undisturbed'}", *flags]) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
     assert not [path for path in tmp_path.rglob("*") if "incomplete" in path.name]
+
+
+def test_work_on_something_else_is_not_gone_on_with(tmp_path):
+    target = tmp_path / "out/name/1.0.0"
+    found = []
+
+    def interrupted(key):
+        with shards.workplace(target, key) as folder:
+            found.append([path.name for path in folder.iterdir() if path.name != "key"])
+            (folder / "work").touch()
+            raise KeyboardInterrupt
+
+    for key in ("one", "one", "two"):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(key)
+    assert found == [[], ["work"], []]
 
 
 def eventually(condition, seconds=30):

@@ -22,6 +22,14 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(confi
     assert all(np.isfinite(losses(tmp_path)[step]) for step in kept)
 
 
+def test_an_evaluation_set_is_not_trained_on_unless_asked_for(config, tmp_path):
+    config.data.exclude = ("made",)  # what the shards of the tests are called
+    with pytest.raises(InputError, match="nothing but what is excluded: made") as error:
+        pretrain(config, str(tmp_path))
+    assert "--config.data.exclude='()'" in str(error.value)
+    assert "data_prep.build" not in str(error.value)
+
+
 def test_resuming_with_another_config_names_the_fields(config, tmp_path):
     config.train.steps = 2
     config.checkpoint.every = 2

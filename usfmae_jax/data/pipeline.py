@@ -25,9 +25,9 @@ MAX_TRIES = 8
 Batch = dict[str, np.ndarray]
 
 
-def open_sources(paths: str, split: str | None) -> list[Shards]:
+def open_sources(paths: str, split: str | None, exclude: Sequence[str] = ()) -> list[Shards]:
     """Opens a comma-separated list of sources; see `records.open_shards`."""
-    return [open_shards(path.strip(), split) for path in paths.split(",")]
+    return [open_shards(path.strip(), split, exclude) for path in paths.split(",")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
@@ -196,12 +197,13 @@ def _open_shard(path: str) -> Any:
         ) from error
 
 
-def open_shards(path: str, split: str | None = None) -> Shards:
+def open_shards(path: str, split: str | None = None, exclude: Sequence[str] = ()) -> Shards:
     """Opens the shards of `path`.
 
     Args:
       path: a shard, a glob of shards or folders, or a folder with shards up to three levels below it; local or `gs://`.
       split: only shards named for this TFDS split (`NAME-split.array_record-00000-of-00004`); none takes all.
+      exclude: names of datasets whose shards are passed over.
 
     Raises:
       InputError: nothing matches, the split does not exist, or a shard is missing, unreadable or of another schema.
@@ -212,6 +214,9 @@ def open_shards(path: str, split: str | None = None) -> Shards:
         raise InputError(f"{path!r} needs another package: {error} (pip install gcsfs for gs://)") from error
     if not found:
         raise InputError(f"no shards match {path!r}")
+    found = [file for file in found if dataset_name(file) not in exclude]
+    if not found:
+        raise InputError(f"{path!r} holds nothing but what is excluded: {', '.join(exclude)}")
     splits: dict[str | None, list[str]] = collections.defaultdict(list)
     for file in found:
         splits[_SHARD.search(file)["split"]].append(file)  # type: ignore[index]
@@ -229,6 +234,13 @@ def open_shards(path: str, split: str | None = None) -> Shards:
         except DamagedRecord:
             continue
     return shards
+
+
+def dataset_name(shard: str) -> str:
+    """The dataset that a shard belongs to, by its name: NAME of `NAME-split.array_record-00000-of-00004`."""
+    name = os.path.basename(shard)
+    match = _SHARD.search(name)
+    return name[: match.start()] if match else name
 
 
 def _expand(path: str) -> list[str]:

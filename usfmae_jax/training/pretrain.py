@@ -152,6 +152,7 @@ def describe(
         f"{jax.process_count()} processes\n"
         f"data: {frames} frames from {len(sources)} sources; {total_steps} steps of {config.train.batch_size} "
         f"= {total_steps * config.train.batch_size / frames:.1f} epochs\n"
+        f"evaluation sets kept out of it: {', '.join(config.data.exclude) or 'none'}\n"
         f"workdir: {workdir}"
     )
     if first_step:

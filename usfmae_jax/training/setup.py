@@ -134,8 +134,10 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
     if not config.data.path:
         raise InputError("config.data.path names no shards to train on." + how_to)
     try:
-        sources = pipeline.open_sources(config.data.path, config.data.split)
+        sources = pipeline.open_sources(config.data.path, config.data.split, tuple(config.data.exclude))
     except InputError as error:
+        if "excluded" in str(error):
+            how_to = "\n  To train on it all the same, add --config.data.exclude='()'"
         raise InputError(f"config.data.path: {error}." + how_to) from error
     if config.augment.interpolation not in augment.INTERPOLATION:
         raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")

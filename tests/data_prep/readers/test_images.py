@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import frames
+from data_prep.readers import Options
 from data_prep.readers import images as readers
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 32), dtype=np.uint8)
@@ -124,7 +125,7 @@ def tiff(*tags, following=0):
         (b"BM" + bytes(12) + struct.pack("<Iii", 40, 60_000, -60_000) + bytes(100), "more than 50 million"),
         (tiff((256, 90_000), (257, 90_000)), "more than 50 million"),
         (tiff((256, 8), (257, 8), (262, 5)), "CMYK"),
-        (tiff((256, 8), (257, 8), following=8), "several pages"),
+        (tiff((256, 8), (257, 8), following=8), "header is damaged"),  # pages without end
         (jpeg(4), "4 components"),
         (jpeg(1)[:-2], "cut off"),
         (png((b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 0, 0, 0, 0))), "no pixels"),
@@ -134,6 +135,79 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, data, reason):
     (tmp_path / "x.png").write_bytes(data)
     with pytest.raises(readers.UnreadableError, match=reason):
         readers.read_image(tmp_path / "x.png")
+
+
+def test_a_jpeg_with_damage_inside_is_refused_and_nothing_is_printed(tmp_path, capfd):
+    path = write(tmp_path / "x.jpg", cv2.resize(GREY, (320, 240)))
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 300] = data[middle + 300 : middle + 600]
+    path.write_bytes(data)
+    with pytest.raises(readers.UnreadableError, match=r"^damaged$"):
+        readers.read_image(path)
+    assert capfd.readouterr() == ("", "")
+
+
+PAGES = [np.roll(GREY, number, axis=0) for number in range(40)]
+
+
+def write_pages(path, pages):
+    assert cv2.imwritemulti(str(path), pages)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({}, range(40)),
+        ({"stride": 2}, range(0, 40, 2)),
+        ({"stride": 13}, [0, 13, 26, 39]),
+        ({"max_frames": 3}, [6, 20, 33]),
+    ],
+)
+def test_the_pages_of_a_tiff_are_its_frames(tmp_path, options, numbers):
+    path = write_pages(tmp_path / "x.tif", PAGES)
+    frames = list(readers.read(path, Options(**options)))
+    assert [frame.number for frame in frames] == list(numbers)
+    for frame in frames:
+        np.testing.assert_array_equal(frame.pixels[:, :, 0], PAGES[frame.number])
+
+
+def test_pages_are_all_colour_where_one_of_the_first_is(tmp_path):
+    pages = [cv2.cvtColor(page, cv2.COLOR_GRAY2BGR) for page in PAGES[:12]]
+    pages[3] = COLOUR[:, :, ::-1]
+    frames = list(readers.read(write_pages(tmp_path / "x.tif", pages), Options()))
+    assert {frame.pixels.shape for frame in frames} == {(24, 32, 3)}
+    np.testing.assert_array_equal(frames[3].pixels, COLOUR)
+
+
+def test_thumbnails_among_the_pages_are_left_out(tmp_path):
+    path = write_pages(tmp_path / "x.tif", PAGES[:3])
+    data = bytearray(path.read_bytes())
+    mark = struct.pack("<HHII", 254, 4, 1, 2)  # NewSubfileType: one of several pages; 1 is a thumbnail
+    at = [place for place in range(len(data)) if data[place : place + 12] == mark][1]
+    data[at + 8] = 1
+    path.write_bytes(data)
+    frames = list(readers.read(path, Options()))
+    assert [frame.number for frame in frames] == [0, 1]
+    np.testing.assert_array_equal(frames[1].pixels[:, :, 0], PAGES[2])
+
+
+def test_one_page_that_is_too_large_or_damaged_ends_the_file(tmp_path):
+    data = bytearray(write_pages(tmp_path / "x.tif", PAGES[:3]).read_bytes())
+    width = struct.pack("<HHI", 256, 3, 1)
+    at = [place for place in range(len(data)) if data[place : place + 8] == width][2]
+    data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, 90_000_000)
+    (tmp_path / "x.tif").write_bytes(data)
+    with pytest.raises(readers.UnreadableError, match="more than 50 million"):
+        list(readers.read(tmp_path / "x.tif", Options()))
+
+
+def test_an_image_or_a_mask_that_should_be_one_page_is_not_the_first_of_several(tmp_path):
+    path = write_pages(tmp_path / "x.tif", PAGES[:2])
+    for read in (readers.read_image, readers.read_mask):
+        with pytest.raises(readers.UnreadableError, match="several pages"):
+            read(path)
 
 
 def test_32_bit_pixels_are_refused(tmp_path):

@@ -1,0 +1,201 @@
+"""From a plan to a finished dataset: parts, then one pass that leaves out what is there already and writes shards."""
+
+import argparse
+import contextlib
+import csv
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+from data_prep import exclusions, fingerprints, identity, page, parts, report, shards
+from data_prep.builder import Frames
+from data_prep.frames import THINNED
+from data_prep.items import Rejected
+from data_prep.plans import Plan
+from usfmae_jax import __version__
+from usfmae_jax.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+_PRELOAD = "data_prep.frames"  # what the worker processes run
+
+
+def build(
+    plan: Plan, target: pathlib.Path, downloaded: list[dict[str, Any]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Builds a dataset into `target`; returns its manifest.
+
+    Args:
+      plan: what to build.
+      target: folder NAME/VERSION that will hold it, complete.
+      downloaded: files that were fetched for it, for the manifest.
+      args: of the door.
+
+    Raises:
+      InputError: too much of the input is unusable.
+    """
+    if args.linkage:
+        identity.check_linkage(args.linkage, args.output)
+    excluded = exclusions.read(pathlib.Path(args.exclude)) if args.exclude else None
+    key = json.dumps([plan.arguments, plan.fingerprint, __version__], sort_keys=True)
+    with shards.workplace(target, hashlib.sha256(key.encode()).hexdigest()) as folder:
+        divided = parts.divide(plan.sources)
+        _make(divided, plan, str(folder), args)
+        indices = [parts.read_index(folder, number) for number in parts.finished(divided, folder)]
+        rejected = plan.rejected + [one for index in indices for one in index.rejected]
+        _check_usable(rejected, len(plan.sources) + len(plan.rejected))
+        originals = [(name, *one) for index in indices for name, one in index.originals.items()]
+        if plan.salt:
+            hidden = [(identity.pseudonym(plan.salt, "frame", one.source), "frame", one.source) for one in rejected]
+            rejected = [Rejected(name[0], one.reason) for name, one in zip(hidden, rejected, strict=True)]
+            originals += hidden
+        reasons, warnings = _choose(indices, plan, excluded)
+        plan.warnings += warnings
+        rows = [row for index in indices for row in index.rows]
+        if not any(reason == "" for reason in reasons):
+            raise InputError("no frame is left: all are excluded, duplicates or unreadable")
+        builder = Frames(
+            plan.name,
+            target.name,
+            folder / "stage",
+            write=functools.partial(_write_shards, folder, indices, reasons, plan.name, args.format),
+            label_names=plan.label_names,
+            channels=max(row.channels for row, reason in zip(rows, reasons, strict=True) if not reason),
+            description=f"{plan.entry.title}: ultrasound frames, prepared with python -m data_prep.build.",
+            citation=plan.entry.citation,
+            homepage=plan.entry.homepage,
+        )
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        builder.download_and_prepare(file_format=args.format, download_dir=folder / "downloads", download_config=config)
+        finished = pathlib.Path(builder.data_dir)
+        _write_splits(finished, plan, rows, reasons)
+        report.write_rejected(finished, rejected)
+        counts = report.count(rows, reasons, plan.label_names)
+        manifest = report.write_manifest(finished, plan, counts, indices, reasons, rejected, downloaded)
+        page.write_page(finished)
+        if args.linkage:
+            identity.write_linkage(args.linkage, originals, args.output)
+        shards.publish(finished, target, args.overwrite)
+    return manifest
+
+
+def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
+    """Makes the parts that are not there yet."""
+    complete = set(parts.finished(divided, folder))
+    missing = [part for part in divided if part.number not in complete]
+    done = len(plan.sources) - sum(len(part.sources) for part in missing)
+    if done:
+        print(f"{plan.name}: going on after {done:,} of {len(plan.sources):,} sources")
+    process = plan.make_process()
+    if args.runner == "beam":
+        parts.run_on_beam(missing, process, folder, args.time_limit, _PRELOAD, _beam_options(args))
+        return
+    total, unusable = len(plan.sources) + len(plan.rejected), len(plan.rejected)
+    made = parts.run_here(missing, process, folder, args.workers, args.time_limit, _PRELOAD)
+    unit = "patient" if plan.entry.name == "phantom" else "file"
+    with (
+        contextlib.closing(made),
+        tqdm.tqdm(total=len(plan.sources), initial=done, desc=plan.name, unit=unit) as bar,
+    ):
+        for part, usable in made:
+            bar.update(len(part.sources))
+            unusable += len(part.sources) - usable
+            if 2 * unusable > total:
+                break  # `_check_usable` says so, with an example
+
+
+def _beam_options(args: argparse.Namespace) -> Any:
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise InputError("--runner=beam needs Apache Beam: pip install -r requirements-beam.txt") from error
+    return PipelineOptions([f"--{option}" for option in args.beam_pipeline_options.split(",") if option])
+
+
+def _check_usable(rejected: list[Rejected], total: int) -> None:
+    useless = [one for one in rejected if not one.reason.endswith(parts.KEPT)]
+    if 2 * len(useless) > total:
+        first = useless[0]
+        raise InputError(
+            f"more than half of the {total} files cannot be used, for example {first.source!r} ({first.reason}); "
+            "is --input the right folder?"
+        )
+
+
+def _choose(
+    indices: list[parts.Index], plan: Plan, excluded: exclusions.Exclusions | None
+) -> tuple[list[str], list[str]]:
+    """For every record of all parts the reason why it is dropped, "" for none; and what a person should see."""
+    rows = [row for index in indices for row in index.rows]
+    reasons = ["" if excluded is None else excluded.reason(plan.name, row.frame, row.sha256) for row in rows]
+    if plan.thin:
+        for position in _repeated(rows):
+            reasons[position] = reasons[position] or THINNED
+    left = [position for position, reason in enumerate(reasons) if not reason]
+    found, warnings = exclusions.duplicates_within([rows[position] for position in left])
+    if plan.deduplicate:
+        for position, reason in found.items():
+            reasons[left[position]] = reason
+    elif found:
+        warnings.append(f"{len(found):,} frames are there more than once; --deduplicate=on would drop them")
+    return reasons, warnings
+
+
+def _repeated(rows: list[parts.Row]) -> Iterator[int]:
+    """Positions of frames like the last one that was kept, where a clip is published as a file for every frame.
+
+    Frames of one file were compared when it was read, by more than their hashes.
+    """
+    last, last_code = None, np.zeros((0, 0), np.uint64)
+    for position, row in enumerate(rows):
+        if not row.hash:
+            continue
+        code = np.frombuffer(bytes.fromhex(row.hash), "<u8")[None]
+        neighbours = last and (row.video, row.split) == (last.video, last.split) and row.source != last.source
+        if neighbours and (fingerprints.distances(last_code, code) <= fingerprints.SAME).any():
+            yield position
+        else:
+            last, last_code = row, code
+
+
+def _write_shards(
+    folder: pathlib.Path,
+    indices: list[parts.Index],
+    reasons: list[str],
+    name: str,
+    file_format: str,
+    target: pathlib.Path,
+) -> list[tfds.core.SplitInfo]:
+    """Copies the records that are kept into `target`, in the order of their sources."""
+    writers: dict[str, shards.SplitWriter] = {}
+    verdicts = iter(reasons)
+    for number, index in enumerate(indices):
+        records = parts.read_records(folder, number, index.rows)
+        for row, data, reason in zip(index.rows, records, verdicts, strict=False):
+            if reason:
+                continue
+            if row.split not in writers:
+                writers[row.split] = shards.SplitWriter(target, name, row.split, file_format)
+            writers[row.split].write(data)
+    ordered = [writers[split] for split in SPLITS if split in writers]
+    for writer in ordered:
+        writer.close()
+    return [writer.info() for writer in ordered]
+
+
+def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row], reasons: list[str]) -> None:
+    """Writes the official split tables, without the frames that are not there."""
+    kept = {row.frame for row, reason in zip(rows, reasons, strict=True) if not reason}
+    for name, table in plan.splits.items():
+        path = folder / "splits" / f"{name}.csv"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["frame", "fold", "part"])
+            writer.writerows(row for row in table if row[0] in kept)

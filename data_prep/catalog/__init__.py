@@ -1,0 +1,179 @@
+"""The datasets, one small TOML file each: what they are, where to get them, and what the paths of their files say.
+
+A file describes one dataset; `load_file` takes one of your own. Only `name`, `title`, `verified` and one layout with
+`include` have to be there. Unknown keys are refused.
+
+    name, number, title, aliases, anatomy, licence, citation, homepage; version of what is built, "1.0.0"
+    access = "open" | "account" | "request", and access_note: how
+    verified = "real files" | "layout fixture" | "documented only", and verification: what was seen
+    benchmark: kept out of pretraining, not cleaned; private: ids are hashed; generic: no dataset but a kind of files
+    classes: names in the order of their numbers; expected: counts of files, frames, patients, videos and classes
+    problems: sentences for the person who uses it
+
+    [[download]]  url, file, sha256, md5, bytes; extract = true, false or "nested", which unpacks archives inside too
+    [[layout]]    several are tried in order, the first that matches a file counts
+      include, exclude   globs on paths below --input; `**/` is any number of folders, case counts
+      optional           switch = globs that are added by --optional=SWITCH
+      suffixes           of the included files only these, whatever their case; "*" is all that can be read
+      content            "dicom": of the included files only those that begin as DICOM does
+      pattern            regular expression, searched in the path; its groups are what templates may use
+      patient, video, frame, split, label
+                         templates such as "{split}/{patient}"; by default the group of that name, `cls` for the
+                         label, `image` for the frame. A template with a group that took no part is empty: unknown
+      splits, labels     what values of split and label mean: training_set = "train", Cov = "COVID-19"
+      mask, mask_kind    template for the path of the mask, and "image", "binary", "outline" or "polygons"
+      reader             options of the readers: stride, max_frames, axis, flip, key, patient_key
+      [[layout.table]]   a CSV, XLSX, text or COCO JSON file that knows more than the path, and wins
+        file             globs; `columns` names the columns where there is no header
+        key, match       a row belongs to a file if `key`, filled from the row, is `match`, filled from the path; the
+                         suffix of a file and leading zeros of a number do not count
+        label, patient, video, split    templates over the columns
+      [[layout.folds]]   an official table of folds, written as splits/NAME.csv beside the shards
+        name, file, key, match, fold    as above; `fold` is the number of the fold
+        part, parts      template for train, val or test, and what other values mean; `pattern` is searched in the
+                         path of the table, and templates may use its groups
+        others           instead of part: the row is tested in its fold, and the column "valid_{fold}" says what it is
+                         in every other: 1 trained on, 0 validated on
+
+Templates over paths know, beside the groups: {name} of the file, {stem} and {ext}; {dir}, its folder, and {up}, the
+folder of that. Templates over rows know the columns, and {folder}, the name of the folder that holds the table.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import pathlib
+import textwrap
+import tomllib
+
+from data_prep.catalog.schema import (
+    ACCESS,
+    VERIFIED,
+    Download,
+    Entry,
+    Folds,
+    Layout,
+    Table,
+    check,
+    fill,
+    glob_matcher,
+    parse,
+)
+from usfmae_jax.errors import InputError
+
+__all__ = [
+    "SWITCHES",
+    "Download",
+    "Entry",
+    "Folds",
+    "Layout",
+    "Table",
+    "describe",
+    "fill",
+    "glob_matcher",
+    "listing",
+    "load",
+    "load_file",
+    "names",
+]
+
+#: Names that `--optional` takes for every dataset.
+SWITCHES = {"one_split": "everything in the train split", "no_masks": "masks are left out"}
+
+_FOLDER = pathlib.Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Names of all datasets, in alphabetical order."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load(name: str) -> Entry:
+    """The entry of that name or alias, in any spelling with hyphens or capitals.
+
+    Raises:
+      InputError: there is none; the message holds the nearest names.
+    """
+    wanted = name.lower().replace("-", "_")
+    known = names()
+    if wanted in known:
+        return load_file(_FOLDER / f"{wanted}.toml")
+    aliases = {alias: entry for entry in map(load, known) for alias in entry.aliases}
+    if wanted in aliases:
+        return aliases[wanted]
+    near = difflib.get_close_matches(wanted, [*known, *aliases], n=3, cutoff=0.5)
+    guess = f"did you mean {' or '.join(near)}? " if near else ""
+    raise InputError(f"--dataset={name} is not in the catalogue: {guess}--list shows all")
+
+
+def load_file(path: pathlib.Path) -> Entry:
+    """Reads and checks an entry.
+
+    Raises:
+      InputError: the file cannot be read, or a key is missing, unknown or wrong; the message names both.
+    """
+    try:
+        data = path.read_bytes()
+        values = tomllib.loads(data.decode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is no TOML file: {error}") from error
+    if "fingerprint" in values:
+        raise InputError(f"{path.name}: fingerprint is not a key, it is computed")
+    entry = dataclasses.replace(parse(values, Entry, path.name), fingerprint=hashlib.sha256(data).hexdigest())
+    check(entry, path.name)
+    if path.parent == _FOLDER and path.stem != entry.name:
+        raise InputError(f"{path.name}: name {entry.name!r} must be that of the file")
+    return entry
+
+
+def listing() -> str:
+    """The table of all datasets, at most 120 columns wide: the rows of OpenUS-46 first, then the others."""
+    entries = sorted(map(load, names()), key=lambda entry: (not entry.number, entry.generic, entry.number, entry.name))
+    lines = [f"{'':>2}  {'name':<26}{'anatomy':<23}{'licence':<39}{'access':<9}{'verified':<16}"]
+    for entry in entries:
+        licence, anatomy = textwrap.shorten(entry.licence, 38, placeholder=" ..."), entry.anatomy or "any"
+        lines.append(
+            f"{entry.number or '':>2}  {entry.name:<26}{anatomy:<23}{licence:<39}{entry.access:<9}{entry.verified:<16}"
+        )
+    rows = [entry for entry in entries if entry.number]
+    checked = ", ".join(f"{sum(one.verified == how for one in rows)} {how}" for how in VERIFIED)
+    reach = ", ".join(f"{sum(one.access == how for one in rows)} {how}" for how in ACCESS)
+    lines += [
+        "",
+        f"{len(rows)} rows of OpenUS-46: {checked}; {reach}.",
+        "real files: files of the dataset went through; layout fixture: generated ones in the documented tree did.",
+        "More about one: python -m data_prep.build --dataset=NAME --output=data",
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def describe(entry: Entry) -> str:
+    """Where to get a dataset, where to put it, what is wrong with it and how to cite it."""
+    where = "; ".join(dict.fromkeys(glob for layout in entry.layouts for glob in layout.include))
+    switches = [switch for layout in entry.layouts for switch in layout.optional]
+    facts = {
+        "Access": ". ".join(filter(None, [entry.access, entry.access_note])),
+        "Home": entry.homepage,
+        "Download": ", ".join(one.file for one in entry.downloads) + " by --download" if entry.downloads else "",
+        "Expects": where and f"below the folder that --input names: {where}",
+        "Optional": f"--optional={','.join(dict.fromkeys(switches))}" if switches else "",
+        "Verified": ": ".join(filter(None, [entry.verified, entry.verification])),
+        "Benchmark": "keep it out of pretraining" if entry.benchmark else "",
+        "Problems": " ".join(entry.problems),
+        "Licence": entry.licence,
+        "Cite": entry.citation,
+    }
+    lines = [f"{entry.title} ({entry.name})" + (f", row {entry.number} of OpenUS-46" if entry.number else "")]
+    for name, text in facts.items():
+        if text:
+            lines += textwrap.wrap(
+                text,
+                118,
+                initial_indent=f"  {name + ':':<11}",
+                subsequent_indent=" " * 13,
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)

@@ -1,0 +1,222 @@
+"""What is left out of a build: the list that an audit wrote, and frames that show what another one shows.
+
+The list is a CSV file with the columns of `COLUMNS`, one row for a frame of the corpus and the evaluation set that it
+would leak into. A frame is recognised by its dataset and id, or by the SHA-256 of its source pixels; either may be
+empty.
+"""
+
+import collections
+import csv
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep import fingerprints
+from usfmae_jax.errors import InputError
+
+COLUMNS = ("dataset", "frame", "sha256", "reason", "evaluation_dataset", "evaluation_frame")
+#: Why a frame is on the list, the most certain first; a frame has the first that applies.
+REASONS = {
+    "patient": "same patient",
+    "video": "same video",
+    "image": "same source file",
+    "pixels": "equal pixels",
+    "near": "near-duplicate",
+}
+
+#: What identifies a record.
+IDS = ("dataset", "patient", "video", "source", "frame", "sha256")
+
+_SPLITS = {"test": 0, "validation": 1}  # the copy in the smaller split is the one to keep
+
+
+@dataclasses.dataclass(frozen=True)
+class Exclusions:
+    """Frames to leave out.
+
+    Attributes:
+      frames: (dataset, frame) -> why.
+      pixels: SHA-256 of source pixels -> why.
+    """
+
+    frames: Mapping[tuple[str, str], str]
+    pixels: Mapping[str, str]
+
+    def reason(self, dataset: str, frame: str, sha256: str) -> str:
+        """Why a frame is left out; empty if it is not."""
+        return self.frames.get((dataset, frame)) or self.pixels.get(sha256, "")
+
+
+def read(path: str | os.PathLike[str]) -> Exclusions:
+    """Reads a list that `write` wrote; its header alone excludes nothing.
+
+    Raises:
+      InputError: there is no such file, or it is no such list.
+    """
+    remedy = "python -m data_prep.audit --write-exclusions=FILE writes one"
+    frames: dict[tuple[str, str], str] = {}
+    pixels: dict[str, str] = {}
+    try:
+        with pathlib.Path(path).open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            if tuple(next(reader, ())) != COLUMNS:
+                raise InputError(f"{path} is no list of exclusions, whose first line is {','.join(COLUMNS)}; {remedy}")
+            for row in reader:
+                dataset, frame, sha256, reason = _checked(row, f"{path}, line {reader.line_num}")
+                if frame:
+                    frames.setdefault((dataset, frame), reason)
+                if sha256:
+                    pixels.setdefault(sha256, reason)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; {remedy}") from error
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no CSV file in UTF-8 ({error}); {remedy}") from error
+    return Exclusions(frames, pixels)
+
+
+def _checked(row: list[str], where: str) -> tuple[str, str, str, str]:
+    if len(row) != len(COLUMNS):
+        raise InputError(f"{where} has {len(row)} values where {len(COLUMNS)} belong; write the list again")
+    dataset, frame, sha256, reason, evaluation, _ = row
+    if reason not in REASONS:
+        raise InputError(f"{where}: reason {reason!r} is none of {', '.join(REASONS)}")
+    if sha256 and not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise InputError(f"{where}: {sha256[:80]!r} is no SHA-256, which has 64 hexadecimal digits")
+    if not evaluation or not evaluation.isprintable():
+        raise InputError(f"{where}: evaluation_dataset is {evaluation!r}, which is no name of a dataset")
+    if not sha256 and not (dataset and frame):
+        raise InputError(f"{where} names neither a dataset and its frame nor a SHA-256: nothing says what to exclude")
+    return dataset, frame if dataset else "", sha256, f"excluded: {REASONS[reason]} in {evaluation}"
+
+
+def write(path: str | os.PathLike[str], rows: Iterable[Sequence[str]]) -> None:
+    """Writes rows with the values of `COLUMNS`."""
+    with pathlib.Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A frame that should not be there because of another one: of an evaluation set, or an earlier one."""
+
+    reason: str  # a key of `REASONS`
+    frame: int
+    other: int
+
+
+def keys(ids: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """What two records share if they belong together, the most certain first: values of `IDS` -> (reason, *values).
+
+    The id of a patient or video that is not known is the file's own, and says no more than the file.
+    """
+    dataset, patient, video, source, _, sha256 = ids
+    if patient not in ("", source):
+        yield "patient", dataset, patient
+    if video not in ("", source):
+        yield "video", dataset, video
+    if source:
+        yield "image", dataset, source
+    if sha256:
+        yield "pixels", sha256
+
+
+def match_ids(corpus: Sequence[tuple[str, ...]], evaluation: Sequence[tuple[str, ...]]) -> Iterator[Match]:
+    """For every record of the corpus and dataset of the evaluation that share a key: the first key, the first record.
+
+    Args:
+      corpus: values of `IDS`.
+      evaluation: likewise.
+    """
+    places: dict[tuple[str, ...], dict[str, int]] = collections.defaultdict(dict)
+    for other, ids in enumerate(evaluation):
+        for key in keys(ids):
+            places[key].setdefault(ids[0], other)
+    for frame, ids in enumerate(corpus):
+        seen: set[str] = set()
+        for key in keys(ids):
+            for dataset, other in places.get(key, {}).items():
+                if dataset not in seen:
+                    seen.add(dataset)
+                    yield Match(key[0], frame, other)
+
+
+def rows(
+    corpus: Sequence[tuple[str, ...]], evaluation: Sequence[tuple[str, ...]], matches: Iterable[Match]
+) -> Iterator[tuple[str, ...]]:
+    """What `write` writes for matches of the corpus with the evaluation."""
+    number = collections.Counter((ids[0], ids[4]) for ids in corpus)
+    for match in matches:
+        dataset, _, _, _, frame, sha256 = corpus[match.frame]
+        if sha256 and number[dataset, frame] > 1:
+            frame = ""  # names several frames: the pixels say which
+        other = evaluation[match.other]
+        yield dataset, frame, sha256, match.reason, other[0], other[4]
+
+
+def duplicates_within(rows: Sequence[Any], radius: int = fingerprints.SAME) -> tuple[dict[int, str], list[str]]:
+    """Which frames of one build to drop because another one shows the same.
+
+    Of frames with equal pixels, and of near-equal ones of different videos, one is kept: in the test split rather than
+    in training, with a label rather than without, else the first. Copies whose labels contradict each other all stay,
+    since only a person can say which is right.
+
+    Args:
+      rows: with `sha256`, `hash` (hex of `fingerprints.perceptual_hash`, or empty), `label`, `split`, `video` and
+        `frame`.
+      radius: hash distance of near-equal pictures.
+
+    Returns:
+      Position -> reason, and sentences for a person.
+    """
+    order = sorted(range(len(rows)), key=lambda k: (_SPLITS.get(rows[k].split, 2), rows[k].label < 0, k))
+    dropped: dict[int, str] = {}
+    contradictions: list[tuple[int, int]] = []
+    across_splits = 0
+    for earlier, later, reason in itertools.chain(_equal_pairs(rows, order), _near_pairs(rows, order, radius)):
+        if earlier in dropped or later in dropped:
+            continue
+        if rows[earlier].label != rows[later].label and min(rows[earlier].label, rows[later].label) >= 0:
+            contradictions.append((earlier, later))
+            continue
+        dropped[later] = reason
+        across_splits += rows[earlier].split != rows[later].split
+    warnings = []
+    if contradictions:
+        one, other = (rows[k].frame for k in contradictions[0])
+        warnings.append(
+            f"pictures with two labels, which are all kept: {len(contradictions):,}, the first {one!r} and {other!r}"
+        )
+    if across_splits:
+        warnings.append(f"frames that were dropped because another split has them: {across_splits:,}")
+    return dropped, warnings
+
+
+def _equal_pairs(rows: Sequence[Any], order: list[int]) -> Iterator[tuple[int, int, str]]:
+    """Positions with equal pixels, the later in order; of the earlier ones, the first of each label."""
+    seen: dict[str, dict[int, int]] = collections.defaultdict(dict)
+    for k in order:
+        before, label = seen[rows[k].sha256], rows[k].label
+        for other in sorted(before, key=label.__ne__):  # its own label first: a copy contradicts nobody
+            yield before[other], k, "equal pixels"
+        before.setdefault(label, k)
+
+
+def _near_pairs(rows: Sequence[Any], order: list[int], radius: int) -> Iterator[tuple[int, int, str]]:
+    """Positions of near-equal pictures of different videos, the later in order."""
+    hashed = [k for k in order if rows[k].hash]
+    codes = np.array([np.frombuffer(bytes.fromhex(rows[k].hash), "<u8") for k in hashed], np.uint64).reshape(-1, 8)
+    numbers: dict[str, int] = {}
+    videos = np.array([numbers.setdefault(rows[k].video, len(numbers)) for k in hashed], np.int64)
+    i, j, _ = fingerprints.near_pairs(codes, radius=radius, groups=(videos, videos))
+    for at in np.lexsort((i, j)):
+        earlier, later = hashed[i[at]], hashed[j[at]]
+        if rows[earlier].sha256 != rows[later].sha256:  # else it was seen already
+            yield earlier, later, "near-equal picture"

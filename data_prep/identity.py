@@ -1,0 +1,147 @@
+"""Pseudonyms instead of patients and clips: keyed hashes that nobody without the key can lead back.
+
+A plain hash would protect nothing. Patient numbers are few, six digits are a million: whoever has the shards hashes all
+of them in a second and looks up who is who. HMAC-SHA256 (RFC 2104) takes a secret with every hash, the salt, without
+which no number can be tried. The salt stays on the machine that builds and is written nowhere else. The same salt gives
+the same pseudonyms, so that two builds can be compared for patients that are in both: keep it as long as the data.
+"""
+
+import contextlib
+import csv
+import hashlib
+import hmac
+import os
+import pathlib
+import secrets
+import stat
+import tempfile
+from collections.abc import Iterable
+
+from usfmae_jax.errors import InputError
+
+#: Names a file that is used instead of the default.
+VARIABLE = "USFMAE_SALT"
+#: What can have a pseudonym, and how those begin.
+PREFIXES = {"patient": "p", "video": "v", "frame": "f"}
+
+_BYTES = 32
+_LEAST_BYTES, _MOST_BYTES = 16, 4096
+
+
+def load_salt(path: str = "") -> bytes:
+    """Reads the secret behind all pseudonyms.
+
+    Args:
+      path: of the file that holds it; by default what `USFMAE_SALT` names, or else ~/.config/usfmae_jax/salt, which is
+        made from 32 random bytes at its first use. Only that one is: a mistyped path should not quietly become a new
+        salt, with which no patient has the pseudonym of the last build.
+
+    Raises:
+      InputError: missing, readable by others than its owner, too short, or no regular file.
+    """
+    chosen = path or os.environ.get(VARIABLE, "")
+    file = pathlib.Path(chosen) if chosen else pathlib.Path.home() / ".config" / "usfmae_jax" / "salt"
+    try:
+        if not chosen and not file.exists():
+            _create(file)
+        with file.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f"the salt {file} is not a regular file; name one with {VARIABLE}")
+            if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise InputError(f"the salt {file} is open to others than its owner; close it with: chmod 600 {file}")
+            salt = opened.read(_MOST_BYTES)
+    except OSError as error:
+        raise InputError(
+            f"the salt {file} cannot be used: {error.strerror}; make one with: "
+            f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
+        ) from error
+    if len(salt) < _LEAST_BYTES:
+        raise InputError(
+            f"the salt {file} has {len(salt)} bytes, expected {_LEAST_BYTES} or more; make one with: "
+            f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
+        )
+    return salt
+
+
+def _create(file: pathlib.Path) -> None:
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # Complete under its name or not there, and the first of two builds wins.
+    with tempfile.NamedTemporaryFile(dir=file.parent) as temporary:
+        temporary.write(secrets.token_bytes(_BYTES))
+        temporary.flush()
+        os.fsync(temporary.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary.name, file)
+
+
+def pseudonym(salt: bytes, kind: str, value: str) -> str:
+    """The name under which a patient, video or frame may be written.
+
+    64 bits: among a million patients two share one with a probability of 3 in 100 million. Pseudonyms of one value and
+    different kinds cannot be told to belong together.
+
+    Args:
+      salt: as `load_salt` gives it.
+      kind: one of `PREFIXES`.
+      value: what identifies it; not empty, or all that are unknown would become one.
+
+    Returns:
+      A letter for the kind and 16 hexadecimal digits.
+    """
+    if not value:
+        raise ValueError("an unknown id has no pseudonym")
+    return PREFIXES[kind] + _hash(salt, kind, value)[:16]
+
+
+def salt_fingerprint(salt: bytes) -> str:
+    """12 hexadecimal digits that may be written, and tell builds with different salts apart."""
+    return _hash(salt, "salt", "")[:12]
+
+
+def _hash(salt: bytes, kind: str, value: str) -> str:
+    message = f"{kind}\0{value}".encode("utf-8", "surrogatepass")  # file names can hold what is no text
+    return hmac.new(salt, message, hashlib.sha256).hexdigest()
+
+
+def check_linkage(path: str, output: str) -> None:
+    """Refuses a place for the linkage table that is handed on with the data.
+
+    Args:
+      path: where the table should be.
+      output: folder that the build writes to.
+
+    Raises:
+      InputError: the table would be in that folder, or its own folder does not exist.
+    """
+    file, folder = pathlib.Path(path).resolve(), pathlib.Path(output).resolve()
+    if file.is_relative_to(folder):
+        raise InputError(f"the linkage table {path} would be handed on with {output}; write it somewhere else")
+    if not file.parent.is_dir():
+        raise InputError(f"the linkage table {path} needs a folder that exists: mkdir -p {pathlib.Path(path).parent}")
+
+
+def write_linkage(path: str, rows: Iterable[tuple[str, str, str]], output: str) -> None:
+    """Writes the table that leads pseudonyms back, readable by its owner alone; replaces one that is there.
+
+    Args:
+      path: of the CSV file.
+      rows: (pseudonym, kind, original), in any order and any number of times.
+      output: folder that the build writes to, in which the table must not be.
+
+    Raises:
+      InputError: as in `check_linkage`.
+    """
+    check_linkage(path, output)
+    target = pathlib.Path(path).resolve()
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")  # mode 0600
+    temporary = pathlib.Path(name)
+    try:
+        with os.fdopen(descriptor, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.writer(file)
+            writer.writerow(("pseudonym", "kind", "original"))
+            writer.writerows(sorted(set(rows)))
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,196 @@
+"""What a build is going to do, known before the first file is opened."""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from data_prep.catalog import Entry
+from data_prep.items import Rejected
+from usfmae_jax.errors import InputError
+
+PHANTOM = {"patients": 500, "frames": 4, "seed": 0}
+
+
+@dataclasses.dataclass
+class Plan:
+    """What a build is going to do.
+
+    Attributes:
+      entry: of the catalogue.
+      name: of the dataset.
+      sources: `items.Item` for files, patient numbers for phantoms.
+      make_process: makes what turns a source into its records, in the workers; imports what is heavy.
+      label_names: class names in the order of their numbers.
+      arguments: all that decides about the content of the shards, nothing about this machine.
+      fingerprint: of the input files; empty for phantoms.
+      rejected: files that cannot be used, found so far.
+      passed_over: kinds of files that were passed over, and how many.
+      splits: official split tables by name, rows of (frame, fold, part).
+      warnings: sentences for the person.
+      thin: whether near-identical neighbours in a clip are dropped.
+      deduplicate: whether frames that are there already are dropped.
+      salt: of pseudonyms; empty where names are written as they are.
+    """
+
+    entry: Entry
+    name: str
+    sources: list[Any]
+    make_process: Callable[[], Any]
+    label_names: list[str]
+    arguments: dict[str, Any]
+    fingerprint: str = ""
+    rejected: list[Rejected] = dataclasses.field(default_factory=list)
+    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
+    splits: dict[str, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+    thin: bool = False
+    deduplicate: bool = False
+    salt: bytes = b""
+
+
+def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
+    """The plan for a folder of files.
+
+    Raises:
+      InputError: the folder does not hold what the entry and the arguments say.
+    """
+    from data_prep import collect, identity
+
+    root = pathlib.Path(source)
+    found = collect.collect(
+        entry,
+        root,
+        labels=args.labels,
+        include=tuple(filter(None, args.include.split(";"))),
+        pattern=args.pattern,
+        switches=tuple(filter(None, args.optional.split(","))),
+    )
+    private = entry.private or args.private
+    salt = identity.load_salt(args.salt) if private else b""
+    for_pretraining = not (entry.benchmark or args.labels)
+    chosen = {flag: _chosen(getattr(args, flag), for_pretraining) for flag in ("clean", "thin", "deduplicate")}
+    options = dataclasses.replace(found.options, **_overrides(args))
+    # The folder of somebody's own data is a good name for it, unless it may be the name of a patient.
+    name = args.name or (_safe_name(root.resolve().name) if entry.generic and not private else entry.name)
+    how = dict(
+        dataset=name,
+        anatomy=args.anatomy or entry.anatomy,
+        image_size=args.image_size,
+        encoding=args.encoding,
+        quality=args.quality or 95,
+        clean=chosen["clean"],
+        thin=chosen["thin"],
+        mask_kind=found.mask_kind,
+        options=options,
+        salt=salt,
+    )
+    arguments = (
+        _stored(entry, args, args.anatomy or entry.anatomy)
+        | chosen
+        | {"options": dataclasses.asdict(options), "entry": entry.fingerprint}
+    )
+    arguments |= {flag: getattr(args, flag) for flag in ("include", "pattern", "optional")}
+    arguments["labels"] = args.labels if args.labels in ("", "parent") else _sha256(args.labels)
+    arguments["exclude"] = _sha256(args.exclude) if args.exclude else ""
+    arguments["salt"] = identity.salt_fingerprint(salt) if private else ""
+    return Plan(
+        entry=entry,
+        name=name,
+        sources=found.items,
+        make_process=functools.partial(_for_files, str(root), how),
+        label_names=found.label_names,
+        arguments=arguments,
+        fingerprint=found.fingerprint,
+        rejected=found.rejected,
+        passed_over=found.left_out,
+        splits=found.splits,
+        warnings=found.warnings,
+        thin=chosen["thin"],
+        deduplicate=chosen["deduplicate"],
+        salt=salt,
+    )
+
+
+def phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
+    """The plan for simulated patients.
+
+    Raises:
+      InputError: the size is not one to simulate at.
+    """
+    from data_prep.phantom import CLASSES
+
+    if not args.image_size:
+        raise InputError("--image_size=0 keeps the size of files; give a size to simulate phantoms")
+    if args.image_size < 32:
+        raise InputError(f"--image_size={args.image_size} is too small to simulate phantoms; give 32 or more")
+    chosen = {
+        flag: default if getattr(args, flag) is None else getattr(args, flag) for flag, default in PHANTOM.items()
+    }
+    name = args.name or "phantom"
+    how = dict(
+        dataset=name,
+        anatomy=args.anatomy,
+        image_size=args.image_size,
+        encoding=args.encoding,
+        quality=args.quality or 95,
+    )
+    return Plan(
+        entry=entry,
+        name=name,
+        sources=list(range(chosen["patients"])),
+        make_process=functools.partial(_for_phantoms, how, chosen),
+        label_names=list(CLASSES),
+        arguments=_stored(entry, args, args.anatomy) | chosen,
+    )
+
+
+def _for_files(root: str, how: dict[str, Any]) -> Any:
+    from data_prep.frames import Storage, process
+
+    return functools.partial(process, root=root, how=Storage(**how))
+
+
+def _for_phantoms(how: dict[str, Any], chosen: dict[str, int]) -> Any:
+    from data_prep.frames import Storage, simulate
+
+    return functools.partial(
+        simulate,
+        how=Storage(**how),
+        seed=chosen["seed"],
+        frames=chosen["frames"],
+        first_test=chosen["patients"] - chosen["patients"] // 5,
+    )
+
+
+def _chosen(flag: str | None, default: bool) -> bool:
+    return default if flag is None else flag == "on"
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    given = {flag: getattr(args, flag) for flag in ("stride", "max_frames", "axis", "flip", "key")}
+    given["flip"] = "" if given["flip"] == "none" else given["flip"]
+    return {flag: value for flag, value in given.items() if value is not None}
+
+
+def _stored(entry: Entry, args: argparse.Namespace, anatomy: str) -> dict[str, Any]:
+    chosen = {flag: getattr(args, flag) for flag in ("format", "encoding", "image_size")}
+    chosen |= {"dataset": entry.name, "anatomy": anatomy}
+    return chosen | ({"quality": args.quality or 95} if args.encoding == "jpeg" else {})
+
+
+def _sha256(path: str) -> str:
+    try:
+        return f"sha256 {hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()}"
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _safe_name(name: str) -> str:
+    """A folder's name as TensorFlow Datasets accepts it: BUS-BRA becomes bus_bra."""
+    safe = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_") or "images"
+    return safe if safe[0].isalpha() else f"d_{safe}"

@@ -1,0 +1,214 @@
+"""Arrays to frames: NumPy (.npy, .npz), MATLAB (.mat, version 5 and 7.3) and HDF5.
+
+Axes: frames come first in NumPy and HDF5, `[N, H, W]` or `[N, H, W, C]`, and last in MATLAB, H x W x N or
+H x W x C x N; stills are `[H, W]` or `[H, W, C]`. C is 3 (RGB), or 4 outside MATLAB; axes of length 1 are left out.
+`Options.axis` counts as if the array were `[N, H, W]`, so that 0 is the last axis of MATLAB. An array that has its
+frames elsewhere, such as `[H, W, N]` in a .npy file, is sliced along that axis.
+
+Which: an array of numbers that can be frames, at least 16 x 16 pixels. If there are several, masks among them
+perhaps, `Options.key` has to name one. Truth values, texts, objects, complex numbers and structures are never read.
+
+Intensity: see `stacks.read`. Memory stays flat; a compressed array may have up to 64 GiB.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import math
+import os
+import pathlib
+import tokenize
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from data_prep.readers import stacks
+from data_prep.readers.base import Frame, Options, UnreadableError
+
+_MATLAB5 = b"MATLAB 5.0 MAT-file"
+_MIN_SIDE = 16
+_MAX_MEMBERS = 10_000
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
+
+
+class Layout(NamedTuple):
+    """How an array becomes frames: how many, their size, and their channels."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int
+
+
+class Array(NamedTuple):
+    """One array of a file.
+
+    Attributes:
+      name: in the file; "" if it has none.
+      dims: its lengths, in the order of the program that wrote it.
+      dtype: of its numbers.
+      frames_last: whether it follows MATLAB's convention.
+      open: makes the stack, given the layout; refuses what cannot be read.
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: np.dtype
+    frames_last: bool
+    open: Callable[[Layout], stacks.Stack]
+
+
+def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
+    """Yields the frames of an array.
+
+    Raises:
+      UnreadableError: no such array, several, damaged, cut off, or not as its header says; see also `stacks.read`.
+    """
+    stack = open_array(path, options.key)
+    frames = stacks.read(stack, options)
+    if not options.patient_key:
+        yield from frames
+        return
+    from data_prep.readers import hdf5
+
+    names = hdf5.read_names(path, options.patient_key, stack.shape[options.axis])
+    for frame in frames:
+        yield dataclasses.replace(frame, patient=names[frame.number], video=names[frame.number])
+
+
+def open_array(path: str | os.PathLike[str], key: str = "") -> stacks.Stack:
+    """The array `key` of a NumPy, MATLAB or HDF5 file, or the only one that can be frames.
+
+    Raises:
+      UnreadableError: as in `read`.
+    """
+    try:
+        with pathlib.Path(path).open("rb") as file:
+            head = file.read(len(_MATLAB5))
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror}") from error
+    if head.startswith(b"\x93NUMPY"):
+        found, key = [_npy(path)], ""
+    elif head.startswith(b"PK"):
+        found = _npz(path)
+    else:  # imported here, since h5py may be missing where nobody needs it
+        kind = "matlab" if head == _MATLAB5 else "hdf5"
+        found = importlib.import_module(f"data_prep.readers.{kind}").arrays(path)
+    if key:
+        found = [array for array in found if array.name == key]
+        if not found:
+            raise UnreadableError("has no array of the name that was asked for")
+    else:
+        found = [array for array in found if _can_be_frames(array)]
+        if len(found) > 1:
+            raise UnreadableError(f"{len(found)} arrays could be frames: say which with the option key")
+    layout = _layout(found[0]) if found else None
+    if layout is None:
+        raise UnreadableError("holds no array that can be frames: numbers, 16 x 16 or more")
+    stacks.check_numbers(found[0].dtype)  # objects would have to be unpickled
+    return found[0].open(layout)
+
+
+def _can_be_frames(array: Array) -> bool:
+    layout = _layout(array)
+    # The second longest, since frames may be along any axis.
+    return layout is not None and array.dtype.kind in "iuf" and sorted(layout[:3])[1] >= _MIN_SIDE
+
+
+def _layout(array: Array) -> Layout | None:
+    if min(array.dims, default=0) < 1:
+        return None
+    match [length for length in array.dims if length > 1]:
+        case [height, width]:
+            return Layout(1, height, width, 1)
+        case [height, width, 3 | 4 as channels] if channels == 3 or not array.frames_last:
+            return Layout(1, height, width, channels)
+        case [height, width, frames] if array.frames_last:
+            return Layout(frames, height, width, 1)
+        case [frames, height, width]:
+            return Layout(frames, height, width, 1)
+        case [height, width, 3, frames] if array.frames_last:
+            return Layout(frames, height, width, 3)
+        case [frames, height, width, 3 | 4 as channels] if not array.frames_last:
+            return Layout(frames, height, width, channels)
+    return None
+
+
+def _npy(path: str | os.PathLike[str]) -> Array:
+    with stacks.unpacking(), pathlib.Path(path).open("rb") as file:
+        dims, fortran, dtype = _npy_header(file)
+        start = file.tell()
+        stored = os.fstat(file.fileno()).st_size - start
+    opened = functools.partial(stacks.unpacked, path, start, "raw")
+    return Array("", dims, dtype, False, functools.partial(_numpy_stack, opened, dtype, fortran, stored, "raw"))
+
+
+def _npz(path: str | os.PathLike[str]) -> list[Array]:
+    found = []
+    with stacks.unpacking(), zipfile.ZipFile(path) as archive:
+        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+        if len(members) > _MAX_MEMBERS:
+            raise UnreadableError(f"more than {_MAX_MEMBERS} arrays")
+        for member in members:
+            if member.flag_bits & 1:
+                raise UnreadableError("encrypted")
+            with archive.open(member) as file:
+                dims, fortran, dtype = _npy_header(file)
+                start = file.tell()
+            packing = {zipfile.ZIP_STORED: "raw", zipfile.ZIP_DEFLATED: "gzip"}.get(member.compress_type, "other")
+            stored = member.compress_size - start if packing == "raw" else member.compress_size
+            opened = functools.partial(_member, path, member.filename, start)
+            make = functools.partial(_numpy_stack, opened, dtype, fortran, stored, packing)
+            found.append(Array(member.filename.removesuffix(".npy"), dims, dtype, False, make))
+    return found
+
+
+@contextlib.contextmanager
+def _member(path: str | os.PathLike[str], name: str, start: int) -> Iterator[IO[bytes]]:
+    with stacks.unpacking(), zipfile.ZipFile(path) as archive, archive.open(name) as file:
+        stacks.skip_bytes(file, start)
+        yield file
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether the first axis is the fastest, dtype), leaving the file at the first number."""
+    parsers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in parsers:
+            raise UnreadableError("NumPy array with names in its type, expected plain numbers")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about Python 2
+            dims, fortran, dtype = parsers[version](file)
+    except _HEADER_ERRORS as error:
+        raise UnreadableError("header is damaged or cut off") from error
+    if min(dims, default=0) < 0:
+        raise UnreadableError("header is damaged or cut off")
+    return dims, fortran, dtype
+
+
+def _numpy_stack(
+    opened: Callable[[], contextlib.AbstractContextManager[IO[bytes]]],
+    dtype: np.dtype,
+    fortran: bool,
+    stored: int,
+    packing: str,
+    layout: Layout,
+) -> stacks.Stack:
+    frames, height, width, channels = layout
+    if fortran and frames > 1 and channels > 1:
+        raise UnreadableError("NumPy array of colour frames in Fortran order, which is not supported")
+    stacks.check_unpacked(math.prod(layout) * dtype.itemsize, stored, packing)
+    return stacks.in_file(
+        opened,
+        (frames, height, width),
+        dtype,
+        channels=channels,
+        slow=2 if fortran and frames > 1 else 0,
+        columns_first=fortran,
+        packed=packing != "raw",
+    )

@@ -1,0 +1,129 @@
+"""Which reader a file goes to: its content decides, and what nobody reads is named."""
+
+import gzip
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data_prep import readers
+from data_prep.readers import Options, UnreadableError, clips, kinds, read_frames
+from tests.data_prep.readers import samples
+from usfmae_jax.errors import InputError
+
+EXPECTED = {kinds.IMAGES: "images", kinds.VIDEOS: "video", kinds.VOLUMES: "volumes", kinds.ARRAYS: "arrays"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    pytest.importorskip("av")
+    pytest.importorskip("h5py")
+    return samples.write_all(tmp_path_factory.mktemp("files"))
+
+
+def test_every_kind_is_known_by_its_content_alone(files, tmp_path):
+    for path in files:
+        kind = next(kind for suffixes, kind in EXPECTED.items() if path.name.endswith(tuple(suffixes)))
+        assert readers.kind_of(path.read_bytes()[: kinds.HEAD_BYTES]) == kind, path.name
+        if path.suffix != ".mhd":  # which needs its other file beside it
+            (tmp_path / "x.png").write_bytes(path.read_bytes())
+            assert len(list(read_frames(tmp_path / "x.png"))) == len(list(read_frames(path))), path.name
+
+
+def test_dicom_goes_to_its_own_reader_with_and_without_a_preamble():
+    element = b"\x08\0\x05\0CS\n\0ISO_IR 100" + b"\x08\0\x16\0UI\x1a\x001.2.840.10008.5.1.4.1.1.6\0"
+    assert readers.kind_of(bytes(128) + b"DICM" + element) == "dicom"
+    assert readers.kind_of(element) == "dicom"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"a text\n" * 100,
+        gzip.compress(b"a text\n" * 100),
+        b"\x1f\x8b\x08 no gzip",
+        b"PK\3\4" + bytes(22) + b"\4\0\0\0x.md",
+        b"RIFF\0\0\0\0WEBPVP8 ",
+        b"#EXTM3U\n#EXTINF:10,\nclip.ts\n",
+        b"%PDF-1.7\n",
+        bytes(2000),
+        b"\0",
+    ],
+)
+def test_what_nobody_reads_is_named(tmp_path, data):
+    (tmp_path / "x.mp4").write_bytes(data)
+    with pytest.raises(UnreadableError, match=r"^not a kind of file that can be read$"):
+        list(read_frames(tmp_path / "x.mp4"))
+
+
+def test_what_is_no_file_or_empty_is_named_without_its_path(tmp_path):
+    (tmp_path / "empty.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    reasons = {"empty.png": "empty file", "pipe.png": "not a regular file", "none.png": "cannot be read: No such file"}
+    for name, reason in reasons.items():
+        with pytest.raises(UnreadableError, match=f"^{reason}") as error:
+            list(read_frames(tmp_path / name))
+        assert str(tmp_path) not in str(error.value)
+
+
+def test_names_that_are_not_utf_8_are_read(files, tmp_path):
+    for path in files:
+        if path.suffix != ".mhd":
+            strange = os.path.join(tmp_path, os.fsdecode(b"\xff\xe9" + os.fsencode(path.name)))
+            os.symlink(path, strange)
+            assert list(read_frames(strange)), path.name
+
+
+@pytest.mark.parametrize(("name", "library"), [("clip.mp4", "av"), ("a.h5", "h5py")])
+def test_a_missing_library_is_one_sentence_that_says_what_to_type(files, monkeypatch, name, library):
+    path = next(path for path in files if path.name == name)
+    monkeypatch.setitem(sys.modules, library, None)
+    for module in ("video", "hdf5"):
+        monkeypatch.delitem(sys.modules, f"data_prep.readers.{module}", raising=False)
+    with pytest.raises(InputError, match=f"need {library}: pip install -r requirements-prep.txt$"):
+        list(read_frames(path))
+
+
+def test_images_are_read_without_loading_any_other_library(tmp_path, files):
+    image = next(path for path in files if path.name == "still.png")
+    code = (
+        "import sys; from data_prep.readers import read_frames;"
+        f"list(read_frames({str(image)!r}));"
+        "print({'av', 'h5py', 'scipy', 'SimpleITK', 'nibabel', 'pydicom', 'jax'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "expected"),
+    [
+        (5, {}, [0, 1, 2, 3, 4]),
+        (5, {"stride": 2}, [0, 2, 4]),
+        (100, {"max_frames": 4}, [12, 37, 62, 87]),
+        (100, {"stride": 10, "max_frames": 2}, [20, 70]),
+        (3, {"max_frames": 3}, [0, 1, 2]),
+        (3, {"stride": 5, "max_frames": 9}, [0]),
+        (0, {"max_frames": 9}, []),
+    ],
+)
+def test_frames_are_chosen_by_the_stride_and_then_evenly(count, options, expected):
+    assert list(clips.chosen(count, Options(**options))) == expected
+
+
+def test_a_folder_is_not_searched_for_files_without_a_suffix():
+    assert "" in readers.DICOM
+    assert "" not in readers.SUFFIXES
+    assert {".png", ".mp4", ".nii.gz", ".mat", ".dcm"} < readers.SUFFIXES
+
+
+def test_colour_is_decided_by_the_first_frames_and_held(monkeypatch):
+    grey, doppler = np.full((20, 20, 3), 90, np.uint8), np.full((20, 20, 3), 90, np.uint8)
+    doppler[:5] = 200, 30, 40
+    for where, channels in ((7, 3), (8, 1)):
+        pictures = [(number, doppler if number == where else grey) for number in range(12)]
+        frames = list(clips.as_frames(pictures))
+        assert {frame.pixels.shape[2] for frame in frames} == {channels}
+        assert [frame.number for frame in frames] == list(range(12))

@@ -1,0 +1,128 @@
+"""What a patient's file says about the patient is in no byte that a private build writes."""
+
+import csv
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from data_prep import phantom
+from data_prep.overlays import screen
+from tests.data_prep.builds import content, read, refused, run
+
+pytest.importorskip("pydicom")
+
+from pydicom.dataset import Dataset
+
+from tests.data_prep.readers import dicoms
+
+SECRETS = ("ZEBEDEE", "Jane", "19560708", "1.2.826.0.1.3680043.99", "QQ-4711", "Springfield")
+
+
+@pytest.fixture
+def export(tmp_path, monkeypatch):
+    """A folder as a clinic exports it: patients in paths, tags, private tags, overlay planes and pixels."""
+    salt = tmp_path / "salt"
+    salt.write_bytes(b"0123456789abcdef")
+    salt.chmod(0o600)
+    monkeypatch.setenv("USFMAE_SALT", str(salt))
+    root = tmp_path / "ZEBEDEE_Jane"
+    for number in range(3):
+        # The name is burnt into the margin above the tissue, as scanners do.
+        one = phantom.simulate_patient(number + 1, image_size=160, frames=1)[0]
+        pixels, _ = screen(one.image, one.sector, np.random.default_rng(number))
+        cv2.putText(pixels, "ZEBEDEE JANE 08.07.1956", (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 255, 1)
+        made = dicoms.dataset(
+            pixels,
+            PatientID=f"QQ-4711-{number // 2}",  # two files of one patient, one of another
+            PatientName="ZEBEDEE^Jane",
+            PatientBirthDate="19560708",
+            InstitutionName="Springfield General",
+            StudyInstanceUID="1.2.826.0.1.3680043.99.1",
+            SOPInstanceUID=f"1.2.826.0.1.3680043.99.2.{number}",
+            StudyDescription="ZEBEDEE, follow-up",
+        )
+        made.add_new(0x60000010, "US", pixels.shape[0])
+        made.add_new(0x60000022, "LO", "ZEBEDEE Jane")
+        made.add_new(0x60003000, "OW", b"ZEBEDEE Jane" * 40)
+        block = made.private_block(0x0029, "Springfield PACS", create=True)
+        block.add_new(0x01, "LO", "ZEBEDEE Jane 19560708")
+        nested = Dataset()
+        nested.PatientName = "ZEBEDEE^Jane"
+        made.ReferencedPatientSequence = [nested]
+        path = root / "QQ-4711" / f"ZEBEDEE_{number}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dicoms.save(path, made)
+    (root / "QQ-4711/ZEBEDEE_broken.dcm").write_bytes(bytes(128) + b"DICM" + b"ZEBEDEE" * 40)
+    return root
+
+
+def test_no_output_byte_names_a_patient(export, tmp_path, capsys):
+    # TFRecord files are not compressed and raw images neither: what is in them can be searched.
+    flags = "--format=tfrecord", "--encoding=raw", "--image_size=0"
+    assert run(*flags, output=tmp_path / "out", source=export, dataset="dicom") == 0
+    printed = capsys.readouterr().out
+    written = content(tmp_path / "out")
+    assert {"manifest.json", "report.html", "rejected.csv", "dataset_info.json"} <= written.keys()
+    for secret in (*SECRETS, str(tmp_path)):
+        for name, data in written.items():
+            assert secret.encode() not in data, name
+            assert secret.encode("utf-16-le") not in data, name
+            assert secret not in name
+    assert not any(secret in printed for secret in SECRETS)
+    found = read(tmp_path / "out")
+    patients = [record["patient"] for record in found]
+    assert patients[0] == patients[1] != patients[2]
+    manifest = json.loads(written["manifest.json"])
+    for kind in ("person names", "private tags", "dates and times", "UIDs", "free text", "other identifiers"):
+        assert manifest["removed"][kind] >= 3
+
+
+def test_burnt_in_names_outside_the_sector_are_gone(export, tmp_path):
+    assert run("--encoding=raw", "--image_size=0", output=tmp_path / "out", source=export, dataset="dicom") == 0
+    for record in read(tmp_path / "out"):
+        pixels = cv2.imdecode(np.frombuffer(record["image"], np.uint8), cv2.IMREAD_GRAYSCALE)
+        # The text is pure white, the tissue below is not; what is left of a line of letters would stand out.
+        top = pixels[: max(3, pixels.shape[0] // 12)]
+        assert (top == 255).mean() < 0.002
+    manifest = json.loads((tmp_path / "out/dicom/1.0.0/manifest.json").read_text())
+    assert manifest["cleaned"]["outside"] > 1000
+
+
+def test_whoever_holds_the_table_can_lead_back(export, tmp_path, capsys):
+    table = tmp_path / "linkage.csv"
+    assert "handed on" in refused(
+        capsys, f"--linkage={tmp_path / 'out/l.csv'}", output=tmp_path / "out", source=export, dataset="dicom"
+    )
+    assert run(f"--linkage={table}", output=tmp_path / "out", source=export, dataset="dicom") == 0
+    assert table.stat().st_mode & 0o777 == 0o600
+    with table.open() as file:
+        rows = {(row["kind"], row["pseudonym"]): row["original"] for row in csv.DictReader(file)}
+    for record in read(tmp_path / "out"):
+        assert rows["patient", record["patient"]].startswith("QQ-4711")
+        assert rows["frame", record["source"]].startswith("QQ-4711/ZEBEDEE_")
+    assert any(original.endswith("ZEBEDEE_broken.dcm") for original in rows.values())
+
+
+def test_another_salt_gives_other_names_and_is_noticed(export, tmp_path, capsys):
+    assert run(output=tmp_path / "out", source=export, dataset="dicom") == 0
+    other = tmp_path / "other"
+    other.write_bytes(b"fedcba9876543210")
+    other.chmod(0o600)
+    sentence = refused(capsys, f"--salt={other}", output=tmp_path / "out", source=export, dataset="dicom")
+    assert "salt was" in sentence
+    before = {record["patient"] for record in read(tmp_path / "out")}
+    assert run(f"--salt={other}", "--overwrite", output=tmp_path / "out", source=export, dataset="dicom") == 0
+    assert not before & {record["patient"] for record in read(tmp_path / "out")}
+
+
+def test_any_folder_can_be_private(tree, tmp_path, monkeypatch):
+    salt = tmp_path / "salt"
+    salt.write_bytes(b"0123456789abcdef")
+    salt.chmod(0o600)
+    assert run("--private", f"--salt={salt}", "--format=tfrecord", output=tmp_path / "out", source=tree) == 0
+    for data in content(tmp_path / "out").values():
+        assert b"deep" not in data.replace(b"deeppink", b"")
+        assert b"My Images" not in data
+    assert len({record["source"] for record in read(tmp_path / "out")}) == 6
