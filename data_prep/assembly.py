@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import json
@@ -14,10 +15,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from data_prep import exclusions, fingerprints, identity, page, parts, report, shards
+from data_prep import exclusions, fingerprints, frames, identity, parts, report, shards
 from data_prep.builder import Frames
-from data_prep.frames import THINNED
 from data_prep.items import Rejected
+from data_prep.pages import page
 from data_prep.plans import Plan
 from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
@@ -26,13 +27,37 @@ SPLITS = ("train", "validation", "test")
 _PRELOAD = "data_prep.frames"  # what the worker processes run
 
 
+@dataclasses.dataclass
+class Gathered:
+    """What all parts hold together, and what becomes of it.
+
+    Attributes:
+      indices: of the parts.
+      rows: of all parts, one for a record.
+      reasons: why a record is dropped, "" for one that is kept.
+      rejected: files that were of no use, or not of full use.
+      originals: rows of the linkage table.
+    """
+
+    indices: list[parts.Index]
+    rows: list[parts.Row]
+    reasons: list[str]
+    rejected: list[Rejected]
+    originals: list[frames.Original]
+
+    @property
+    def kept(self) -> list[parts.Row]:
+        """Rows of the records that are kept."""
+        return [row for row, reason in zip(self.rows, self.reasons, strict=True) if not reason]
+
+
 def build(
     plan: Plan, target: pathlib.Path, downloaded: list[dict[str, Any]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """Builds a dataset into `target`; returns its manifest.
 
     Args:
-      plan: what to build.
+      plan: what to build; warnings are added to it.
       target: folder NAME/VERSION that will hold it, complete.
       downloaded: files that were fetched for it, for the manifest.
       args: of the door.
@@ -47,42 +72,60 @@ def build(
     with shards.workplace(target, hashlib.sha256(key.encode()).hexdigest()) as folder:
         divided = parts.divide(plan.sources)
         _make(divided, plan, str(folder), args)
-        indices = [parts.read_index(folder, number) for number in parts.finished(divided, folder)]
-        rejected = plan.rejected + [one for index in indices for one in index.rejected]
-        _check_usable(rejected, len(plan.sources) + len(plan.rejected))
-        originals = [(name, *one) for index in indices for name, one in index.originals.items()]
-        if plan.salt:
-            hidden = [(identity.pseudonym(plan.salt, "frame", one.source), "frame", one.source) for one in rejected]
-            rejected = [Rejected(name[0], one.reason) for name, one in zip(hidden, rejected, strict=True)]
-            originals += hidden
-        reasons, warnings = _choose(indices, plan, excluded)
-        plan.warnings += warnings
-        rows = [row for index in indices for row in index.rows]
-        if not any(reason == "" for reason in reasons):
-            raise InputError("no frame is left: all are excluded, duplicates or unreadable")
-        builder = Frames(
-            plan.name,
-            target.name,
-            folder / "stage",
-            write=functools.partial(_write_shards, folder, indices, reasons, plan.name, args.format),
-            label_names=plan.label_names,
-            channels=max(row.channels for row, reason in zip(rows, reasons, strict=True) if not reason),
-            description=f"{plan.entry.title}: ultrasound frames, prepared with python -m data_prep.build.",
-            citation=plan.entry.citation,
-            homepage=plan.entry.homepage,
-        )
-        config = tfds.download.DownloadConfig(try_download_gcs=False)
-        builder.download_and_prepare(file_format=args.format, download_dir=folder / "downloads", download_config=config)
-        finished = pathlib.Path(builder.data_dir)
-        _write_splits(finished, plan, rows, reasons)
-        report.write_rejected(finished, rejected)
-        counts = report.count(rows, reasons, plan.label_names)
-        manifest = report.write_manifest(finished, plan, counts, indices, reasons, rejected, downloaded)
+        gathered = _gather(divided, plan, folder, excluded)
+        finished = _write_dataset(gathered, plan, folder, target.name, args.format)
+        _write_splits(finished, plan, gathered.kept)
+        report.write_rejected(finished, gathered.rejected)
+        manifest = report.write_manifest(finished, plan, gathered, downloaded)
         page.write_page(finished)
         if args.linkage:
-            identity.write_linkage(args.linkage, originals, args.output)
+            identity.write_linkage(args.linkage, gathered.originals, args.output)
         shards.publish(finished, target, args.overwrite)
     return manifest
+
+
+def _gather(
+    divided: list[parts.Part], plan: Plan, folder: pathlib.Path, excluded: exclusions.Exclusions | None
+) -> Gathered:
+    """Reads the indices of all parts and decides what is kept."""
+    indices = [parts.read_index(folder, number) for number in parts.finished(divided, folder)]
+    rejected = plan.rejected + [one for index in indices for one in index.rejected]
+    _check_usable(rejected, len(plan.sources) + len(plan.rejected))
+    originals = [(name, *one) for index in indices for name, one in index.originals.items()]
+    if plan.salt:
+        hidden = [(identity.pseudonym(plan.salt, "frame", one.source), "frame", one.source) for one in rejected]
+        rejected = [Rejected(name[0], one.reason) for name, one in zip(hidden, rejected, strict=True)]
+        originals += hidden
+    rows = [row for index in indices for row in index.rows]
+    reasons, warnings = _choose(rows, plan, excluded)
+    plan.warnings += warnings
+    gathered = Gathered(indices, rows, reasons, rejected, originals)
+    if not gathered.kept:
+        raise InputError("no frame is left: all are excluded, duplicates or unreadable")
+    expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
+    if expected and found != expected:
+        plan.warnings.append(f"{found:,} frames were found, {expected:,} are in the whole dataset")
+    return gathered
+
+
+def _write_dataset(
+    gathered: Gathered, plan: Plan, folder: pathlib.Path, version: str, file_format: str
+) -> pathlib.Path:
+    """Writes shards and metadata as a TensorFlow Datasets builder does; returns the folder that holds them."""
+    builder = Frames(
+        plan.name,
+        version,
+        folder / "stage",
+        write=functools.partial(_write_shards, folder, gathered, plan.name, file_format),
+        label_names=plan.label_names,
+        channels=max(row.channels for row in gathered.kept),
+        description=f"{plan.entry.title}: ultrasound frames, prepared with python -m data_prep.build.",
+        citation=plan.entry.citation,
+        homepage=plan.entry.homepage,
+    )
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    builder.download_and_prepare(file_format=file_format, download_dir=folder / "downloads", download_config=config)
+    return pathlib.Path(builder.data_dir)
 
 
 def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
@@ -92,12 +135,12 @@ def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Nam
     done = len(plan.sources) - sum(len(part.sources) for part in missing)
     if done:
         print(f"{plan.name}: going on after {done:,} of {len(plan.sources):,} sources")
-    process = plan.make_process()
+    work = plan.make_work(folder)
     if args.runner == "beam":
-        parts.run_on_beam(missing, process, folder, args.time_limit, _PRELOAD, _beam_options(args))
+        parts.run_on_beam(missing, work, args.time_limit, _PRELOAD, _beam_options(args))
         return
     total, unusable = len(plan.sources) + len(plan.rejected), len(plan.rejected)
-    made = parts.run_here(missing, process, folder, args.workers, args.time_limit, _PRELOAD)
+    made = parts.run_here(missing, work, args.workers, args.time_limit, _PRELOAD)
     unit = "patient" if plan.entry.name == "phantom" else "file"
     with (
         contextlib.closing(made),
@@ -128,15 +171,12 @@ def _check_usable(rejected: list[Rejected], total: int) -> None:
         )
 
 
-def _choose(
-    indices: list[parts.Index], plan: Plan, excluded: exclusions.Exclusions | None
-) -> tuple[list[str], list[str]]:
-    """For every record of all parts the reason why it is dropped, "" for none; and what a person should see."""
-    rows = [row for index in indices for row in index.rows]
+def _choose(rows: list[parts.Row], plan: Plan, excluded: exclusions.Exclusions | None) -> tuple[list[str], list[str]]:
+    """For every record the reason why it is dropped, "" for none; and what a person should see."""
     reasons = ["" if excluded is None else excluded.reason(plan.name, row.frame, row.sha256) for row in rows]
     if plan.thin:
         for position in _repeated(rows):
-            reasons[position] = reasons[position] or THINNED
+            reasons[position] = reasons[position] or frames.THINNED
     left = [position for position, reason in enumerate(reasons) if not reason]
     found, warnings = exclusions.duplicates_within([rows[position] for position in left])
     if plan.deduplicate:
@@ -165,20 +205,15 @@ def _repeated(rows: list[parts.Row]) -> Iterator[int]:
 
 
 def _write_shards(
-    folder: pathlib.Path,
-    indices: list[parts.Index],
-    reasons: list[str],
-    name: str,
-    file_format: str,
-    target: pathlib.Path,
+    folder: pathlib.Path, gathered: Gathered, name: str, file_format: str, target: pathlib.Path
 ) -> list[tfds.core.SplitInfo]:
     """Copies the records that are kept into `target`, in the order of their sources."""
     writers: dict[str, shards.SplitWriter] = {}
-    verdicts = iter(reasons)
-    for number, index in enumerate(indices):
+    reasons = iter(gathered.reasons)
+    for number, index in enumerate(gathered.indices):
         records = parts.read_records(folder, number, index.rows)
-        for row, data, reason in zip(index.rows, records, verdicts, strict=False):
-            if reason:
+        for row, data in zip(index.rows, records, strict=True):
+            if next(reasons):
                 continue
             if row.split not in writers:
                 writers[row.split] = shards.SplitWriter(target, name, row.split, file_format)
@@ -189,9 +224,9 @@ def _write_shards(
     return [writer.info() for writer in ordered]
 
 
-def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row], reasons: list[str]) -> None:
+def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> None:
     """Writes the official split tables, without the frames that are not there."""
-    kept = {row.frame for row, reason in zip(rows, reasons, strict=True) if not reason}
+    kept = {row.frame for row in rows}
     for name, table in plan.splits.items():
         path = folder / "splits" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)

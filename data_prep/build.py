@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"error: {entry.name}: {error}", file=sys.stderr)
             status = 2
     if built:
-        from data_prep import page
+        from data_prep.pages import page
 
         print(f"\nAll together: {page.write_index(built, pathlib.Path(args.output) / 'index.html')}")
     return status
@@ -87,7 +87,7 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
         raise InputError(f"{missing}\n{catalog.describe(entry)}")
     plan = plans.phantoms(entry, args) if entry.name == "phantom" else plans.files(entry, source, args)
     if downloaded:
-        from data_prep import download
+        from data_prep.fetch import download
 
         plan.rejected += download.rejected_members(pathlib.Path(source))
     target = pathlib.Path(args.output) / plan.name / entry.version
@@ -104,7 +104,7 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
 
 
 def _download(entry: Entry, source: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    from data_prep import download
+    from data_prep.fetch import download
 
     if not source:
         raise InputError("--download needs --input=DIR, the folder to download into")

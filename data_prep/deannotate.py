@@ -18,7 +18,7 @@ _COLOURED = 40  # grey levels between channels, beyond the tint of the frame
 _STROKE = 4  # pixels at 600 lines, half the width of the widest coloured stroke
 _PLAIN = 20  # grey levels that ink of one colour varies
 _INK, _FLOW = 200, 230  # the brightest channel of ink is brighter, that of small flow darker
-_SHADED = 10  # grey levels from pixel to pixel along the even axis of a bar, in two channels
+_SHADED = 9  # grey levels from pixel to pixel along the even axis of a bar, in two channels
 _WIDE = 100  # pixels at 600 lines: labels, logos and bars are narrower
 
 # The colour rule of readers/images.py: colour on a smaller share of the frame than this carries no meaning.
@@ -57,7 +57,8 @@ def clean_frame(pixels: np.ndarray, sector: Sector) -> Cleaned:
     image, inside = _cropped(pixels, sector)
     outside = _lit(pixels) - _lit(image)
     grey, coloured = _find(image, inside)
-    words = _words(grey)
+    regions = Regions(grey, connectivity=8)
+    words = regions.only(regions.words())
     counts = {"text": words, "graphics": cv2.subtract(grey, words), "colour": coloured}
     ink = cv2.bitwise_or(grey, coloured)
     image = _meaningful_colour(image, ink)
@@ -196,13 +197,6 @@ def _varied(thick, highest, green, scale):
             plain &= centre > _INK
         for axis in (0, 1):
             steps[axis] += total(cv2.absdiff(channel, np.roll(channel, 1, axis)).ravel()[place]) / number
-    bar = (regions.size > 0.8 * regions.width * regions.height) & (steps.min(axis=0) < _SHADED)
+    bar = (regions.size > 0.7 * regions.width * regions.height) & (steps.min(axis=0) < _SHADED)
     narrow = np.minimum(regions.width, regions.height) < _WIDE * scale
     return regions.only(~(narrow & (plain | bar)))
-
-
-def _words(grey):
-    """The marks in the shape of words: low and wide."""
-    regions = Regions(grey, connectivity=8)
-    low = (regions.height >= 8) & (regions.height < 0.1 * min(grey.shape))
-    return regions.only(low & (regions.width > 1.5 * regions.height))

@@ -4,6 +4,7 @@ The functions here run in worker processes, one source at a time; they get plain
 """
 
 import dataclasses
+import hashlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping
@@ -125,6 +126,15 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             removed=frame.removed,
             originals=originals,
         )
+
+
+def digest(item: Item, root: str) -> str:
+    """SHA-256 of a source file; empty if it cannot be read."""
+    try:
+        with open(os.path.join(root, item.path), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> np.ndarray:

@@ -21,12 +21,15 @@ import numpy as np
 _RATHER = 1.5, 30, 40, 90
 _VERY = 2.0, 75, 50, 120
 _ALIKE = 2.0, 50, 40, 120  # as bright as ink that is certain
+_SOMEWHAT = 1.0, 20, 35, 80  # in a line of letters
+_BEGUN = 0.4  # of which is found already
 _AROUND = 15  # pixels wide: there ink is coherent
 _COHERENT = 0.3  # share of those that are rather sharp and bright that are very much so
 _LEAST = 9  # of those, in all
 _SAME = 4  # grey levels between pixels of one ink
 _MUCH = 0.15  # of the certain ink has a level of its own
 _CELL, _USUAL = 4, 11  # what is usual is measured in 11 x 11 cells of 4 x 4 pixels
+_FACE = 10  # pixels, the thickest line that the face of a probe leaves
 _BLACK = 8  # tissue is brighter
 _LABEL = 0.15  # of the shorter side: discs, labels and bars are narrower
 _FLAT = 4  # grey levels in 2 pixels
@@ -56,7 +59,7 @@ def grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nda
     """
     height, width = level.shape
     tissue = _without_fringe(level, inside)
-    domain = cv2.erode(tissue, square(7))
+    domain = cv2.erode(tissue, square(7), borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
     tissue = cv2.bitwise_and(tissue, cv2.bitwise_not(other))
     mean = _usual(level, tissue, 1.25)
 
@@ -82,12 +85,30 @@ def grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nda
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, square(5))
     if not mask.any():
         return mask
+    mask = _finished_words(mask, cv2.bitwise_or(mask, above(*_SOMEWHAT)))
     # On the rim edges say nothing: there ink is what goes on from ink, as bright as it.
     rim = cv2.bitwise_and(cv2.subtract(inside, domain), cv2.dilate(mask, square(_AROUND)))
     rim = cv2.bitwise_and(rim, cv2.compare(level, full(mean + 60), cv2.CMP_GT))
     mask = cv2.bitwise_or(mask, cv2.bitwise_and(rim, cv2.LUT(level, inks)))
     mask = cv2.bitwise_or(mask, _enclosed(mask, filled, full(np.maximum(mean + 25, 60))))
+    _spare_the_probe(mask)
     return cv2.bitwise_and(cv2.dilate(mask, square(3)), inside)
+
+
+def _finished_words(mask, candidates):
+    """Adds the rest of lines of letters of which a part was found."""
+    lines = cv2.morphologyEx(candidates, cv2.MORPH_CLOSE, np.ones((3, 15), np.uint8))
+    regions = Regions(lines, connectivity=8)
+    begun = regions.mean(mask) > 255 * _BEGUN
+    return cv2.bitwise_or(mask, cv2.bitwise_and(candidates, regions.only(regions.words() & begun)))
+
+
+def _spare_the_probe(mask):
+    """Clears, in place, a line along the top of the sector: the face of a linear probe."""
+    top = mask[: max(8, len(mask) // 25)]
+    rows = np.flatnonzero(np.count_nonzero(top, axis=1) > 0.5 * mask.shape[1])
+    if rows.size <= _FACE:
+        top[rows] = 0
 
 
 def _without_fringe(level, inside):
@@ -185,6 +206,11 @@ class Regions:
         owner = grown[rim].astype(np.int64)
         inked = np.bincount(owner, mask.ravel()[rim] > 0, self.count)
         return inked / np.maximum(np.bincount(owner, minlength=self.count), 1)
+
+    def words(self) -> np.ndarray:
+        """Which regions have the shape of words: low and wide."""
+        low = (self.height >= 8) & (self.height < 0.1 * min(self.labels.shape))
+        return low & (self.width > 1.5 * self.height)
 
     def only(self, chosen: np.ndarray) -> np.ndarray:
         """Mask of the chosen regions -> uint8 `[H, W]`, 0 or 255."""

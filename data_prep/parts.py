@@ -66,6 +66,7 @@ class Index:
     removed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     technical: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of the source files
 
 
 def divide(sources: Sequence[Any]) -> list[Part]:
@@ -83,6 +84,7 @@ def write_part(
     *,
     process: Process,
     folder: str,
+    digest: Callable[[Any], str] | None = None,
 ) -> int:
     """Processes the sources of a part into `folder`; returns how many could be used.
 
@@ -92,6 +94,7 @@ def write_part(
       begin: called with the number of a source before it is touched, and again for each of its frames.
       process: see `Process`.
       folder: for the records and, once they are complete, the index.
+      digest: SHA-256 of a source.
     """
     index, unusable = Index(), 0
     data_path, index_path = _paths(folder, part.number)
@@ -103,6 +106,8 @@ def write_part(
                 unusable += 1
                 continue
             begin(number)
+            if digest:
+                index.digests[name] = digest(source)
             rows, seen = len(index.rows), _Seen()
             try:
                 for result in _guarded(process, source):
@@ -202,6 +207,7 @@ def read_index(folder: str | os.PathLike[str], number: int) -> Index:
         rows=[Row(*row) for row in content["rows"]],
         rejected=[Rejected(*one) for one in content["rejected"]],
         technical={name: collections.Counter(values) for name, values in content["technical"].items()},
+        digests=content["digests"],
         originals={name: (kind, original) for name, (kind, original) in content["originals"].items()},
         **counters,
     )
@@ -220,35 +226,41 @@ def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> list[int]
 
 
 def run_here(
-    parts: Sequence[Part], process: Process, folder: str, workers: int, limit: float, preload: str
+    parts: Sequence[Part], work: parallel.Work, workers: int, limit: float, preload: str
 ) -> Generator[tuple[Part, int], None, None]:
-    """Makes parts in processes of this machine; yields each when it is finished, and its usable sources."""
-    work = functools.partial(write_part, process=process, folder=folder)
+    """Makes parts in processes of this machine; yields each when it is finished, and its usable sources.
+
+    Args:
+      parts: to make.
+      work: a partial of `write_part`.
+      workers: processes.
+      limit: seconds without a sign of life after which a source is given up.
+      preload: see `parallel.isolated_map`.
+    """
     with contextlib.closing(parallel.isolated_map(work, parts, workers, limit=limit, preload=preload)) as results:
         for number, usable in results:
             yield parts[number], usable
 
 
-def run_on_beam(parts: Sequence[Part], process: Process, folder: str, limit: float, preload: str, options: Any) -> None:
-    """Makes parts with an Apache Beam pipeline.
+def run_on_beam(parts: Sequence[Part], work: parallel.Work, limit: float, preload: str, options: Any) -> None:
+    """Makes parts with an Apache Beam pipeline, whose workers reach the folder of `work` under the same name.
 
     Args:
       parts: to make.
-      process: see `Process`.
-      folder: that all workers of the runner reach under this name, for example on a network file system.
-      limit: seconds without a sign of life after which a source is given up.
-      preload: see `parallel.isolated_map`.
+      work: a partial of `write_part`.
+      limit: as in `run_here`.
+      preload: likewise.
       options: `apache_beam.options.pipeline_options.PipelineOptions`, the choice of the runner among them.
     """
     import apache_beam as beam
 
     # Each part still has a process of its own below the Beam worker: a file that crashes its reader would otherwise
     # be tried four times and then end the pipeline.
-    one = functools.partial(_run_one, process=process, folder=folder, limit=limit, preload=preload)
+    one = functools.partial(_run_one, work=work, limit=limit, preload=preload)
     with beam.Pipeline(options=options) as pipeline:
         _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(one)
 
 
-def _run_one(part: Part, process: Process, folder: str, limit: float, preload: str) -> int:
-    ((_, usable),) = run_here([part], process, folder, 1, limit, preload)
+def _run_one(part: Part, work: parallel.Work, limit: float, preload: str) -> int:
+    ((_, usable),) = run_here([part], work, 1, limit, preload)
     return usable

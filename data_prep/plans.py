@@ -24,7 +24,7 @@ class Plan:
       entry: of the catalogue.
       name: of the dataset.
       sources: `items.Item` for files, patient numbers for phantoms.
-      make_process: makes what turns a source into its records, in the workers; imports what is heavy.
+      make_work: given a folder, makes what turns a part into its records, `parts.write_part`; imports what is heavy.
       label_names: class names in the order of their numbers.
       arguments: all that decides about the content of the shards, nothing about this machine.
       fingerprint: of the input files; empty for phantoms.
@@ -40,7 +40,7 @@ class Plan:
     entry: Entry
     name: str
     sources: list[Any]
-    make_process: Callable[[], Any]
+    make_work: Callable[[str], Any]
     label_names: list[str]
     arguments: dict[str, Any]
     fingerprint: str = ""
@@ -102,7 +102,7 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         entry=entry,
         name=name,
         sources=found.items,
-        make_process=functools.partial(_for_files, str(root), how),
+        make_work=functools.partial(_for_files, str(root), how),
         label_names=found.label_names,
         arguments=arguments,
         fingerprint=found.fingerprint,
@@ -143,28 +143,34 @@ def phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
         entry=entry,
         name=name,
         sources=list(range(chosen["patients"])),
-        make_process=functools.partial(_for_phantoms, how, chosen),
+        make_work=functools.partial(_for_phantoms, how, chosen),
         label_names=list(CLASSES),
         arguments=_stored(entry, args, args.anatomy) | chosen,
     )
 
 
-def _for_files(root: str, how: dict[str, Any]) -> Any:
-    from data_prep.frames import Storage, process
-
-    return functools.partial(process, root=root, how=Storage(**how))
-
-
-def _for_phantoms(how: dict[str, Any], chosen: dict[str, int]) -> Any:
-    from data_prep.frames import Storage, simulate
+def _for_files(root: str, how: dict[str, Any], folder: str) -> Any:
+    from data_prep import frames, parts
 
     return functools.partial(
-        simulate,
-        how=Storage(**how),
+        parts.write_part,
+        process=functools.partial(frames.process, root=root, how=frames.Storage(**how)),
+        digest=functools.partial(frames.digest, root=root),
+        folder=folder,
+    )
+
+
+def _for_phantoms(how: dict[str, Any], chosen: dict[str, int], folder: str) -> Any:
+    from data_prep import frames, parts
+
+    process = functools.partial(
+        frames.simulate,
+        how=frames.Storage(**how),
         seed=chosen["seed"],
         frames=chosen["frames"],
         first_test=chosen["patients"] - chosen["patients"] // 5,
     )
+    return functools.partial(parts.write_part, process=process, folder=folder)
 
 
 def _chosen(flag: str | None, default: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import csv
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,8 @@ from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
-    from data_prep.parts import Index, Row
+    from data_prep.assembly import Gathered
+    from data_prep.parts import Row
     from data_prep.plans import Plan
 
 MANIFEST = "manifest.json"
@@ -34,12 +36,10 @@ class _Count:
     labels: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
 
-def count(rows: Iterable[Row], reasons: Iterable[str], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Frames, patients, videos, bytes and labels of the records that are kept, by split."""
+def _count(rows: Iterable[Row], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Frames, patients, videos, bytes and labels by split."""
     counts: dict[str, _Count] = collections.defaultdict(_Count)
-    for row, reason in zip(rows, reasons, strict=True):
-        if reason:
-            continue
+    for row in rows:
         one = counts[row.split]
         one.frames += 1
         one.bytes += row.size
@@ -71,21 +71,18 @@ def write_rejected(folder: pathlib.Path, rejected: Sequence[Rejected]) -> None:
 
 
 def write_manifest(
-    folder: pathlib.Path,
-    plan: Plan,
-    counts: dict[str, dict[str, Any]],
-    indices: Sequence[Index],
-    reasons: Sequence[str],
-    rejected: Sequence[Rejected],
-    downloaded: Sequence[dict[str, Any]],
+    folder: pathlib.Path, plan: Plan, gathered: Gathered, downloaded: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
     """Writes `manifest.json`, the whole story of a dataset, and returns it."""
-    dropped = collections.Counter(filter(None, reasons))
+    dropped = collections.Counter(filter(None, gathered.reasons))
     technical: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for index in indices:
+    digests: dict[str, str] = {}
+    for index in gathered.indices:
         dropped.update(index.dropped)
+        digests |= index.digests
         for name, values in index.technical.items():
             technical[name].update(values)
+    counts = _count(gathered.kept, plan.label_names)
     entry = plan.entry
     manifest = {
         "schema": _SCHEMA,
@@ -102,22 +99,32 @@ def write_manifest(
         "problems": list(entry.problems),
         "warnings": [] if plan.salt else plan.warnings,  # they quote file names
         "arguments": plan.arguments,
-        "input": {"fingerprint": plan.fingerprint, "files": len(plan.sources) + len(plan.rejected)},
+        "input": {
+            "fingerprint": plan.fingerprint,
+            "files": len(plan.sources) + len(plan.rejected),
+            "sha256": _combine(digests),
+        },
         "sources": list(downloaded),
         "label_names": plan.label_names,
         "splits": counts,
         "kept": sum(one["frames"] for one in counts.values()),
         "dropped": _sorted(dropped),
-        "rejected": _sorted(collections.Counter(one.reason for one in rejected)),
+        "rejected": _sorted(collections.Counter(one.reason for one in gathered.rejected)),
         "passed_over": _sorted(plan.passed_over),
-        "removed": _sorted(sum((index.removed for index in indices), collections.Counter())),
-        "cleaned": _sorted(sum((index.cleaned for index in indices), collections.Counter())),
+        "removed": _sorted(sum((index.removed for index in gathered.indices), collections.Counter())),
+        "cleaned": _sorted(sum((index.cleaned for index in gathered.indices), collections.Counter())),
         "technical": {name: _sorted(values) for name, values in sorted(technical.items())},
         "expected": dict(entry.expected),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _combine(digests: dict[str, str]) -> str:
+    """One SHA-256 for all source files: of lines "path digest", in the order of paths; empty for none."""
+    lines = "".join(f"{path} {digests[path]}\n" for path in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest() if lines else ""
 
 
 def _sorted(counter: Any) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a build leaves out, what it writes beside the shards, and that every runner builds the same."""
 
 import csv
+import hashlib
 import json
 
 import cv2
@@ -161,6 +162,13 @@ def test_the_manifest_tells_the_whole_story(copies, tmp_path):
     assert found["rejected"] == {"header is damaged or cut off": 1}
     assert found["passed_over"] == {"other files": 1}
     assert found["input"]["files"] == 6
+    digests = {
+        path.relative_to(copies).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in copies.rglob("*")
+        if path.suffix in (".png", ".bmp")
+    }
+    lines = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    assert found["input"]["sha256"] == hashlib.sha256(lines.encode()).hexdigest()
     assert found["arguments"]["clean"] is True
     assert found["anatomy"] == "breast"
     written = {path.name: path.stat().st_size for path in (tmp_path / "out/in/1.0.0").iterdir()}

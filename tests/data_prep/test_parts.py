@@ -116,10 +116,11 @@ def test_processes_and_beam_make_the_same_parts(tmp_path):
     folders = [tmp_path / name for name in ("here", "beam")]
     for folder in folders:
         folder.mkdir()
-    made = parts.run_here(divided, process, str(folders[0]), 2, 30, "data_prep.parts")
+    works = [functools.partial(parts.write_part, process=process, folder=str(folder)) for folder in folders]
+    made = parts.run_here(divided, works[0], 2, 30, "data_prep.parts")
     assert sorted((part.number, usable) for part, usable in made) == [(number, 1) for number in range(4)]
     options = pipeline_options.PipelineOptions(["--runner=DirectRunner"])
-    parts.run_on_beam(divided, process, str(folders[1]), 30, "data_prep.parts", options)
+    parts.run_on_beam(divided, works[1], 30, "data_prep.parts", options)
     here, there = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert len(here) == 8
     assert here == there

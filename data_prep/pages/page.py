@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep import look, markup
+from data_prep.pages import look, markup
 from usfmae_jax.data import records
 from usfmae_jax.errors import InputError
 
@@ -116,11 +116,6 @@ def _headline(manifest: Mapping[str, Any]) -> dict[str, int]:
 
 def _notices(manifest: Mapping[str, Any], seen: look.Look) -> str:
     found = [str(one) for one in manifest.get("warnings") or ()]
-    found += [
-        f"Published are {number:,} {what}, found were {there:,}."
-        for what, number, there, says in _expected(manifest)
-        if says == "differs"
-    ]
     if (kept := _kept(manifest)) != seen.records:
         found.append(f"The shards hold {seen.records:,} frames, but the build wrote {kept:,}: build it again.")
     if seen.damaged:
@@ -231,6 +226,7 @@ def _made(manifest: Mapping[str, Any]) -> str:
         "Recipe checked with": manifest.get("verified"),
         "Files read": f"{_number(source.get('files')):,}" if source.get("files") else "",
         "Their fingerprint": source.get("fingerprint"),
+        "SHA-256 of all": source.get("sha256"),
     }
     page = markup.table(["", ""], [[name, str(value)] for name, value in facts.items() if value])
     arguments = {

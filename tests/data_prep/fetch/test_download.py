@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from data_prep import archives, download
+from data_prep.fetch import archives, download
 from tests.data_prep.builds import ROOT
 from usfmae_jax.errors import InputError
 
@@ -412,7 +412,8 @@ def test_a_killed_download_is_continued(site, tmp_path):
         return held.wait(10)
 
     site.hook = hold
-    code = f"import pathlib; from data_prep import download; download.fetch('{site.url}/a.bin', pathlib.Path('a.bin'))"
+    code = "import pathlib; from data_prep.fetch import download; "
+    code += f"download.fetch('{site.url}/a.bin', pathlib.Path('a.bin'))"
     environment = os.environ | {"no_proxy": "*", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
     part = tmp_path / "a.bin.part"

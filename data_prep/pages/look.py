@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_prep import markup
+from data_prep.pages import markup
 from usfmae_jax.data import records
 from usfmae_jax.errors import DamagedRecord
 

@@ -24,7 +24,7 @@ import requests
 import tqdm
 import urllib3
 
-from data_prep import archives, members
+from data_prep.fetch import archives, members
 from data_prep.items import Rejected
 from usfmae_jax.errors import InputError
 

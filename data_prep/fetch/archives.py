@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from data_prep import members
+from data_prep.fetch import members
 from data_prep.items import Rejected
 from usfmae_jax.errors import InputError
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import page
+from data_prep.pages import page
 from tests.data_prep.builds import picture
 from usfmae_jax.data import records, tfrecord
 from usfmae_jax.errors import InputError
@@ -173,14 +173,14 @@ def test_labels_are_counted_by_split(dataset):
     assert "Anatomy Frames breast 7" in text
 
 
-def test_a_difference_to_the_published_counts_is_a_warning(dataset):
-    assert "found were" not in words(page.write_page(dataset))  # 7 kept and 2,041 dropped are the published 2,048
+def test_a_difference_to_the_published_counts_is_marked(dataset):
+    assert "differs" not in words(page.write_page(dataset))  # 7 kept and 2,041 dropped are the published 2,048
     wrong = MANIFEST | {"expected": {"frames": 2050, "patients": 1112, "malignant": 3}}
     (dataset / "manifest.json").write_text(json.dumps(wrong))
     text = words(page.write_page(dataset))
-    assert "Published are 2,050 frames (kept and dropped), found were 2,048." in text
-    assert "Published are 3 malignant, found were 1." in text
-    assert "1,112 patients, found" not in text
+    assert "frames (kept and dropped) 2,050 2,048 differs" in text
+    assert "malignant 3 1 differs" in text
+    assert "patients 1,112 1,112 as expected" in text
 
 
 def test_shards_that_hold_another_number_of_frames_are_a_warning(dataset):

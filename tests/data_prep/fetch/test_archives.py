@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from data_prep import archives
+from data_prep.fetch import archives
 from usfmae_jax.errors import InputError
 
 GOOD = {"set/a.png": b"first", "set/deep/b.png": b"second"}

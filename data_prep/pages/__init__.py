@@ -1,0 +1,1 @@
+"""What a person looks at after a build: the report of a dataset, and one page for several."""
