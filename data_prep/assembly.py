@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import csv
-import dataclasses
 import functools
 import hashlib
 import json
@@ -25,30 +24,6 @@ from usfmae_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
 _PRELOAD = "data_prep.frames"  # what the worker processes run
-
-
-@dataclasses.dataclass
-class Gathered:
-    """What all parts hold together, and what becomes of it.
-
-    Attributes:
-      indices: of the parts.
-      rows: of all parts, one for a record.
-      reasons: why a record is dropped, "" for one that is kept.
-      rejected: files that were of no use, or not of full use.
-      originals: rows of the linkage table.
-    """
-
-    indices: list[parts.Index]
-    rows: list[parts.Row]
-    reasons: list[str]
-    rejected: list[Rejected]
-    originals: list[frames.Original]
-
-    @property
-    def kept(self) -> list[parts.Row]:
-        """Rows of the records that are kept."""
-        return [row for row, reason in zip(self.rows, self.reasons, strict=True) if not reason]
 
 
 def build(
@@ -86,7 +61,7 @@ def build(
 
 def _gather(
     divided: list[parts.Part], plan: Plan, folder: pathlib.Path, excluded: exclusions.Exclusions | None
-) -> Gathered:
+) -> parts.Gathered:
     """Reads the indices of all parts and decides what is kept."""
     indices = [parts.read_index(folder, number) for number in parts.finished(divided, folder)]
     rejected = plan.rejected + [one for index in indices for one in index.rejected]
@@ -99,7 +74,7 @@ def _gather(
     rows = [row for index in indices for row in index.rows]
     reasons, warnings = _choose(rows, plan, excluded)
     plan.warnings += warnings
-    gathered = Gathered(indices, rows, reasons, rejected, originals)
+    gathered = parts.Gathered(indices, rows, reasons, rejected, originals)
     if not gathered.kept:
         raise InputError("no frame is left: all are excluded, duplicates or unreadable")
     expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
@@ -109,7 +84,7 @@ def _gather(
 
 
 def _write_dataset(
-    gathered: Gathered, plan: Plan, folder: pathlib.Path, version: str, file_format: str
+    gathered: parts.Gathered, plan: Plan, folder: pathlib.Path, version: str, file_format: str
 ) -> pathlib.Path:
     """Writes shards and metadata as a TensorFlow Datasets builder does; returns the folder that holds them."""
     builder = Frames(
@@ -205,7 +180,7 @@ def _repeated(rows: list[parts.Row]) -> Iterator[int]:
 
 
 def _write_shards(
-    folder: pathlib.Path, gathered: Gathered, name: str, file_format: str, target: pathlib.Path
+    folder: pathlib.Path, gathered: parts.Gathered, name: str, file_format: str, target: pathlib.Path
 ) -> list[tfds.core.SplitInfo]:
     """Copies the records that are kept into `target`, in the order of their sources."""
     writers: dict[str, shards.SplitWriter] = {}

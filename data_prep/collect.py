@@ -151,16 +151,15 @@ def _wanted(layout: Layout) -> Callable[[str], bool]:
 
 
 def _is_dicom(path: pathlib.Path) -> bool:
-    from data_prep.readers import DICOM
-    from data_prep.readers.kinds import HEAD_BYTES, kind_of
+    from data_prep.readers.kinds import DICOM, HEAD_BYTES, is_dicom
 
     if path.suffix and path.suffix.lower() in DICOM:
-        return True  # if it is not, the reader will say so
+        return True  # and if it is none, then it is damaged, which a person wants to know
     try:
         with path.open("rb") as file:
-            return kind_of(file.read(HEAD_BYTES)) == "dicom"
+            return is_dicom(file.read(HEAD_BYTES))
     except OSError:
-        return True  # likewise
+        return True  # the reader will say why
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -69,6 +69,30 @@ class Index:
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of the source files
 
 
+@dataclasses.dataclass
+class Gathered:
+    """What all parts hold together, and what becomes of it.
+
+    Attributes:
+      indices: of the parts.
+      rows: of all parts, one for a record.
+      reasons: why a record is dropped, "" for one that is kept.
+      rejected: files that were of no use, or not of full use.
+      originals: rows of the linkage table: pseudonym, kind, what it stands for.
+    """
+
+    indices: list[Index]
+    rows: list[Row]
+    reasons: list[str]
+    rejected: list[Rejected]
+    originals: list[tuple[str, str, str]]
+
+    @property
+    def kept(self) -> list[Row]:
+        """Rows of the records that are kept."""
+        return [row for row, reason in zip(self.rows, self.reasons, strict=True) if not reason]
+
+
 def divide(sources: Sequence[Any]) -> list[Part]:
     """Parts of equally many sources, in order; they do not depend on the machine."""
     size = max(1, min(_MOST, len(sources) // 64))

@@ -16,8 +16,7 @@ from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
-    from data_prep.assembly import Gathered
-    from data_prep.parts import Row
+    from data_prep.parts import Gathered, Row
     from data_prep.plans import Plan
 
 MANIFEST = "manifest.json"

@@ -15,7 +15,7 @@ A file describes one dataset; `load_file` takes one of your own. Only `name`, `t
       include, exclude   globs on paths below --input; `**/` is any number of folders, case counts
       optional           switch = globs that are added by --optional=SWITCH
       suffixes           of the included files only these, whatever their case; "*" is all that can be read
-      content            "dicom": of the included files only those that begin as DICOM does
+      content            "dicom": of the included files only those that begin as DICOM does, or are called so
       pattern            regular expression, searched in the path; its groups are what templates may use
       patient, video, frame, split, label
                          templates such as "{split}/{patient}"; by default the group of that name, `cls` for the

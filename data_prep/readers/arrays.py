@@ -22,44 +22,17 @@ import tokenize
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 
 from data_prep.readers import stacks
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import Array, Frame, Layout, Options, UnreadableError
 
 _MATLAB5 = b"MATLAB 5.0 MAT-file"
 _MIN_SIDE = 16
 _MAX_MEMBERS = 10_000
 _HEADER_ERRORS = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
-
-
-class Layout(NamedTuple):
-    """How an array becomes frames: how many, their size, and their channels."""
-
-    frames: int
-    height: int
-    width: int
-    channels: int
-
-
-class Array(NamedTuple):
-    """One array of a file.
-
-    Attributes:
-      name: in the file; "" if it has none.
-      dims: its lengths, in the order of the program that wrote it.
-      dtype: of its numbers.
-      frames_last: whether it follows MATLAB's convention.
-      open: makes the stack, given the layout; refuses what cannot be read.
-    """
-
-    name: str
-    dims: tuple[int, ...]
-    dtype: np.dtype
-    frames_last: bool
-    open: Callable[[Layout], stacks.Stack]
 
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:

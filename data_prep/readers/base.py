@@ -1,7 +1,8 @@
 """What every reader gives and takes."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,3 +54,30 @@ class Frame:
     video: str = ""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+class Layout(NamedTuple):
+    """How an array becomes frames: how many, their size, and their channels."""
+
+    frames: int
+    height: int
+    width: int
+    channels: int
+
+
+class Array(NamedTuple):
+    """One array of a file.
+
+    Attributes:
+      name: in the file; "" if it has none.
+      dims: its lengths, in the order of the program that wrote it.
+      dtype: of its numbers.
+      frames_last: whether it follows MATLAB's convention.
+      open: makes the `stacks.Stack`, given the layout; refuses what cannot be read.
+    """
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: np.dtype
+    frames_last: bool
+    open: Callable[[Layout], Any]

@@ -27,7 +27,6 @@ import io
 import itertools
 import logging
 import os
-import struct
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,49 +38,13 @@ import numpy as np
 from data_prep.readers import dicom_header, dicom_pixels
 from data_prep.readers.base import Frame, Options, UnreadableError
 from data_prep.readers.clips import chosen, has_colour, silence
-from data_prep.readers.kinds import HEAD_BYTES
+from data_prep.readers.kinds import HEAD_BYTES, VRS, is_dicom
 from usfmae_jax.errors import InputError
 
 _DECIDING, _DECIDING_BYTES = 8, 64 << 20  # frames that say whether a clip has colour, fewer if they are large
 _MAX_DEFLATED = 1 << 29
 _MAX_ELEMENT = 1 << 20  # longer ones, raw data of the scanner, are not read into memory
-_VRS = frozenset(
-    b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
-)
-_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _PIXELS = 0x7FE00008, 0x7FE00009, 0x7FE00010  # 32-bit float, 64-bit float, 8 or 16 bits
-
-
-def is_dicom(head: bytes) -> bool:
-    """Whether a file is DICOM, from its first `HEAD_BYTES` bytes.
-
-    Without the preamble it must begin with two elements that DICOM files begin with, in one of the three encodings.
-    """
-    if head[128:132] == b"DICM":
-        return True
-    return any(_begins(head, *how) for how in (("<", False), ("<", True), (">", False)))
-
-
-def _begins(head: bytes, order: str, implicit: bool) -> bool:
-    position, last = 0, -1
-    for count in range(3):
-        if position + 12 > len(head):
-            return count == 2
-        group, element = struct.unpack_from(order + "HH", head, position)
-        tag = group << 16 | element
-        if tag <= last or group not in (0x0002, 0x0008) or element > 0x2000:
-            return False
-        (length,) = struct.unpack_from(order + "I", head, position + 4)
-        if not implicit:
-            vr = head[position + 4 : position + 6]
-            if vr not in _VRS:
-                return False
-            (length,) = struct.unpack_from(order + ("4xI" if vr in _LONG_VRS else "2xH"), head, position + 4)
-            position += 4 if vr in _LONG_VRS else 0
-        if length % 2 or length > _MAX_ELEMENT:
-            return False
-        position, last = position + 8 + length, tag
-    return True
 
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
@@ -194,7 +157,7 @@ def _guess(file: BinaryIO) -> str:
     """The transfer syntax of a file that does not name one, from its first element."""
     start = file.read(6)
     file.seek(-len(start), os.SEEK_CUR)
-    if start[4:6] not in _VRS:
+    if start[4:6] not in VRS:
         return dicom_pixels.IMPLICIT
     return dicom_pixels.BIG_ENDIAN if start[0] == 0 else dicom_pixels.EXPLICIT
 

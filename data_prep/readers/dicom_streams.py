@@ -173,7 +173,7 @@ def decode_jpeg(data: bytes, interpretation: str) -> tuple[np.ndarray, str] | No
         sampling = {data[start.position + 11 + 3 * index] for index in range(3)}
         if b"JFIF\0" not in before and b"Adobe" not in before and len(sampling) == 1:
             data = data[:2] + _ADOBE_RGB + data[2:]
-    pixels = images._decode(data)  # also refuses what libjpeg painted over
+    pixels = images.decode(data)  # also refuses what libjpeg painted over
     if start.components == 1:
         return pixels, interpretation
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), interpretation if lossless else "RGB"

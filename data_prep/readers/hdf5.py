@@ -15,8 +15,7 @@ import h5py
 import numpy as np
 
 from data_prep.readers import stacks
-from data_prep.readers.arrays import Array, Layout
-from data_prep.readers.base import UnreadableError
+from data_prep.readers.base import Array, Layout, UnreadableError
 from data_prep.readers.clips import check_size
 
 _DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000

@@ -43,7 +43,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     if len(pages) > 1 or any(page for page, *_ in pages):
         yield from as_frames(_decode_pages(data, pages, options))
     else:
-        yield Frame(_one_or_three_channels(_decode(_checked(data))))
+        yield Frame(_one_or_three_channels(decode(_checked(data))))
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -58,7 +58,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       UnreadableError: the file is missing, empty, damaged, too large, or none of these.
     """
-    return _one_or_three_channels(_decode(_checked(_load(path))))
+    return _one_or_three_channels(decode(_checked(_load(path))))
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
@@ -73,7 +73,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     data = _checked(_load(path))
     if data.startswith(_PNG) and data[25] == _PNG_PALETTE:
         return _palette_indices(data)
-    mask = _one_or_three_channels(_decode(data), keep_colour=True)
+    mask = _one_or_three_channels(decode(data), keep_colour=True)
     if mask.shape[2] != 1:
         raise UnreadableError("has colours, expected one number per pixel")
     if mask.max() > 255:
@@ -211,7 +211,12 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
     return abs(width), abs(height)  # negative: the rows run from top to bottom
 
 
-def _decode(data: bytes) -> np.ndarray:
+def decode(data: bytes) -> np.ndarray:
+    """Decodes an image whose header was checked -> uint8 or uint16 `[H, W]` or `[H, W, C]`, BGR.
+
+    Raises:
+      UnreadableError: it cannot be decoded, or libjpeg went on without some of its data and painted over the rest.
+    """
     try:
         with silence() as said:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -232,7 +237,7 @@ def _checked_depth(pixels: np.ndarray) -> np.ndarray:
 
 def _palette_indices(data: bytes) -> np.ndarray:
     # OpenCV expands palettes; colours are looked up to get back what was drawn. Of equal ones the first counts.
-    pixels, position = _decode(data), 8
+    pixels, position = decode(data), 8
     length, kind = struct.unpack_from(">I4s", data, position)
     while kind != b"PLTE":  # there is one, or it would not have been decoded
         position += 12 + length

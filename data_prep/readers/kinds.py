@@ -1,6 +1,7 @@
 """Kinds of files, told apart by their first bytes, and the suffixes that a folder is searched for."""
 
 import re
+import struct
 import zlib
 
 #: In lower case. DICOM files often have no suffix; the data files of .mhd and .nhdr headers are not listed.
@@ -13,6 +14,13 @@ ARRAYS = frozenset({".npy", ".npz", ".mat", ".h5", ".hdf5"})
 DICOM = frozenset({".dcm", ".dicom", ".ima", ""})
 
 HEAD_BYTES = 1024
+
+#: Value representations of DICOM (PS3.5, 6.2).
+VRS = frozenset(
+    b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
+)
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_MAX_FIRST = 1 << 20  # bytes of an element that a file begins with
 
 _TS_PACKET = 188
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -40,9 +48,39 @@ def kind_of(head: bytes) -> str:
         return "arrays"
     if video_container(head):
         return "video"
-    from data_prep.readers import dicom
+    return "dicom" if is_dicom(head) else ""
 
-    return "dicom" if dicom.is_dicom(head) else ""
+
+def is_dicom(head: bytes) -> bool:
+    """Whether a file is DICOM, from its first `HEAD_BYTES` bytes.
+
+    Without the preamble it must begin with two elements that DICOM files begin with, in one of the three encodings.
+    """
+    if head[128:132] == b"DICM":
+        return True
+    return any(_begins(head, *how) for how in (("<", False), ("<", True), (">", False)))
+
+
+def _begins(head: bytes, order: str, implicit: bool) -> bool:
+    position, last = 0, -1
+    for count in range(3):
+        if position + 12 > len(head):
+            return count == 2
+        group, element = struct.unpack_from(order + "HH", head, position)
+        tag = group << 16 | element
+        if tag <= last or group not in (0x0002, 0x0008) or element > 0x2000:
+            return False
+        (length,) = struct.unpack_from(order + "I", head, position + 4)
+        if not implicit:
+            vr = head[position + 4 : position + 6]
+            if vr not in VRS:
+                return False
+            (length,) = struct.unpack_from(order + ("4xI" if vr in _LONG_VRS else "2xH"), head, position + 4)
+            position += 4 if vr in _LONG_VRS else 0
+        if length % 2 or length > _MAX_FIRST:
+            return False
+        position, last = position + 8 + length, tag
+    return True
 
 
 def video_container(head: bytes) -> str:

@@ -15,8 +15,7 @@ from typing import IO
 import numpy as np
 
 from data_prep.readers import stacks
-from data_prep.readers.arrays import Array, Layout
-from data_prep.readers.base import UnreadableError
+from data_prep.readers.base import Array, Layout, UnreadableError
 
 _HEADER = 128
 _MATRIX, _COMPRESSED = 14, 15  # types of elements
