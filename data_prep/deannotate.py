@@ -19,6 +19,7 @@ _STROKE = 4  # pixels at 600 lines, half the width of the widest coloured stroke
 _PLAIN = 20  # grey levels that ink of one colour varies
 _INK, _FLOW = 200, 230  # the brightest channel of ink is brighter, that of small flow darker
 _SHADED = 9  # grey levels from pixel to pixel along the even axis of a bar, in two channels
+_BAR = 300  # pixels at 600 lines: bars are larger
 _WIDE = 100  # pixels at 600 lines: labels, logos and bars are narrower
 
 # The colour rule of readers/images.py: colour on a smaller share of the frame than this carries no meaning.
@@ -168,7 +169,7 @@ def _sort_colours(coloured, image, scale):
     else:
         # Small flow is slow, that is dark, and not green; what is small and bright beside large flow is a spur of it.
         thin = Regions(cv2.subtract(coloured, thick), connectivity=8)
-        near = thin.largest(cv2.dilate(flow, square(2 * round(40 * scale) + 1))) > 0
+        near = thin.largest(cv2.dilate(flow, square(2 * round(60 * scale) + 1))) > 0
         spur = (thin.size < 40 * scale**2) & (thin.largest(cv2.dilate(flow, square(3))) > 0)
         dark = (thin.largest(highest) < _FLOW) & (thin.mean(over(cv2.subtract(green, cv2.max(red, blue)), 20)) < 128)
         flow = cv2.bitwise_or(flow, thin.only((dark & near) | spur))
@@ -197,6 +198,11 @@ def _varied(thick, highest, green, scale):
             plain &= centre > _INK
         for axis in (0, 1):
             steps[axis] += total(cv2.absdiff(channel, np.roll(channel, 1, axis)).ravel()[place]) / number
-    bar = (regions.size > 0.7 * regions.width * regions.height) & (steps.min(axis=0) < _SHADED)
+    filled = regions.size / (regions.width * regions.height)
+    bar = (
+        (filled > 0.7)
+        & (regions.size > _BAR * scale**2)
+        & (steps.min(axis=0) < np.where(filled > 0.79, _SHADED, _SHADED / 2))
+    )
     narrow = np.minimum(regions.width, regions.height) < _WIDE * scale
     return regions.only(~(narrow & (plain | bar)))

@@ -30,7 +30,7 @@ _FILLED = 0.2  # of the hull: less is scattered
 _WHOLE = 0.97  # of the frame: more leaves nothing to cut
 _RECTANGLE = 0.96  # of the bounding box
 _RIM = {"fan": 2, "linear": 0}  # pixels: the corners of pixels along a slanted side are tissue
-_SPARSE = 0.03  # of a row that is speckle in a dark far field
+_SPARSE = 0.03  # of a row or column: what is lit more than this is no screen
 _STROKE, _BLACK = 60, 16  # grey levels: what letters rise above the screen, and what the screen stays below
 
 
@@ -43,7 +43,7 @@ class Sector:
       box: left, top, right, bottom of the mask in pixels; right and bottom exclusive.
       kind: "fan" (also a trapezoid), "linear" (a rectangle), "declared" (lies in regions that the file names) or
         "whole" (the frame is all sector, or nothing better was found).
-      trusted: whether it was found or declared; False for a whole frame, which is then only a fallback.
+      trusted: whether it was found or declared; False where the whole frame is only the fallback.
     """
 
     mask: np.ndarray
@@ -115,7 +115,7 @@ def _search(picture, moved):
     height, width = picture.shape
     if min(height, width) < 2 * _WINDOW:
         return None, ""
-    speckle, small = _speckle(picture)
+    lit, speckle, small = _speckle(picture)
     wanted = _wanted(small, moved)
     if wanted is None:
         return None, ""
@@ -137,8 +137,14 @@ def _search(picture, moved):
         if np.count_nonzero(_draw(hull, picture.shape)) >= _WHOLE * picture.size:
             return None, "whole"
         return hull, "fan"
-    (left, right), (top, bottom) = _trim(found, left, left + wide, 0), _trim(found, top, top + high, 1)
-    bottom = _deeper(speckle[:, left:right], bottom)
+    lit = lit[top : top + high, left : left + wide]
+    (first, last), (upper, lower) = _trim(lit, 0), _trim(lit, 1)
+    left, right, top, bottom = left + first, left + last, top + upper, top + lower
+    # Tissue goes on behind a ruler, and in the far field where hardly any of it is lit.
+    columns = np.count_nonzero(speckle[top:bottom], axis=0) > 0.5 * (bottom - top)
+    left, right = left - _further(columns[:left][::-1], wide // 10), right + _further(columns[right:], wide // 10)
+    rows = np.count_nonzero(speckle[:, left:right], axis=1) > _SPARSE * (right - left)
+    bottom += _further(rows[bottom:], max(2, wide // 50))
     if (right - left) * (bottom - top) >= _WHOLE * picture.size:
         return None, "whole"
     corners = [[left, top], [right - 1, top], [right - 1, bottom - 1], [left, bottom - 1]]
@@ -173,7 +179,7 @@ def _mirrored(hull, shape):
 
 
 def _speckle(picture):
-    """Where pixels look like tissue, uint8 0 or 255: in the full picture and in the small one."""
+    """Where pixels are lit, where they look like tissue, and that in the small picture -> uint8 0 or 255, each."""
     height, width = picture.shape
     shrink = max(1.0, max(height, width) / _WORK)
     # Screens are black, or what most of the rim of the picture is; a frame without margins has tissue there.
@@ -190,7 +196,7 @@ def _speckle(picture):
     letters = cv2.dilate(letters, square(9))
     speckle = cv2.bitwise_and(cv2.bitwise_and(differs, uneven), cv2.bitwise_not(letters))
     size = max(1, round(width / shrink)), max(1, round(height / shrink))
-    return speckle, over(cv2.resize(speckle, size, interpolation=cv2.INTER_AREA), 96)
+    return differs, speckle, over(cv2.resize(speckle, size, interpolation=cv2.INTER_AREA), 96)
 
 
 def _wanted(small, moved):
@@ -222,20 +228,23 @@ def _hull(mask):
     return cv2.convexHull(ends.astype(np.int32))
 
 
-def _deeper(speckle, bottom):
-    """The end of the sparse speckle that goes on below `bottom`, where a far field is dark."""
-    reach = max(2, speckle.shape[1] // 50)  # rows that may be empty
-    lit = np.count_nonzero(speckle[bottom:], axis=1) > _SPARSE * speckle.shape[1]
-    while (following := np.flatnonzero(lit[:reach])).size:
-        bottom, lit = bottom + int(following[-1]) + 1, lit[following[-1] + 1 :]
-    return bottom
+def _further(lines, gap):
+    """How many lines on the last True is that comes after no more than `gap` lines that are not."""
+    total = 0
+    while (following := np.flatnonzero(lines[:gap])).size:
+        step = int(following[-1]) + 1
+        total, lines = total + step, lines[step:]
+    return total
 
 
-def _trim(mask, start, end, axis):
-    """Cuts what lies behind an empty line near the ends of [start, end): a ruler or grey bar beside a rectangle."""
-    filled = mask.any(axis=axis)[start:end]
-    edge = max(1, (end - start) // 20)
-    empty = np.flatnonzero(~filled)
-    first = empty[empty < edge].max(initial=-1) + 1
-    last = empty[empty >= len(filled) - edge].min(initial=len(filled))
-    return start + int(first), start + int(last)
+def _trim(lit, axis):
+    """First and last line but what lies behind a dark one near the ends: a ruler or grey bar beside a rectangle."""
+    share = np.count_nonzero(lit, axis=axis) / lit.shape[axis]
+    edge = max(1, len(share) // 20)
+
+    def behind(share):
+        dark = np.flatnonzero(share[:edge] <= _SPARSE)
+        cut = int(dark.max(initial=-1)) + 1
+        return cut if share[:cut].sum() < 0.5 * cut else 0  # behind the dark outline of a ruler tissue goes on
+
+    return behind(share), len(share) - behind(share[::-1])

@@ -90,6 +90,24 @@ def test_a_fan_with_one_side_in_the_dark_is_completed():
     assert np.mean(sector.mask[truth > 0] > 0) > 0.98
 
 
+def test_a_ruler_down_the_tissue_does_not_cut_what_lies_beside_it():
+    image, truth = simulated("linear")
+    image, truth = np.pad(image, 30), np.pad(truth, 30)
+    right = cv2.boundingRect(truth)[0] + cv2.boundingRect(truth)[2]
+    image[:, right - 12 : right - 8] = 0
+    image[:, right - 10] = 255
+    sector = find_sector([image[:, :, None]])
+    assert np.mean(sector.mask[truth > 0] > 0) > 0.99
+
+
+def test_a_bar_beside_the_tissue_is_left_out():
+    image, truth = simulated("linear")
+    image, truth = np.pad(image, 30), np.pad(truth, 30)
+    right = cv2.boundingRect(truth)[0] + cv2.boundingRect(truth)[2]
+    image[40:140, right + 4 : right + 9] = np.linspace(255, 0, 100, dtype=np.uint8)[:, None]
+    assert find_sector([image[:, :, None]]).box[2] <= right + 4
+
+
 def test_of_two_candidates_the_moving_one_is_tissue():
     image, _ = simulated("linear", size=128)
     still = np.pad(image, ((0, 0), (0, image.shape[1] + 40)))
