@@ -1,6 +1,6 @@
 """What removing annotations removes and what it does to tissue: ours beside the published recipe, in one run.
 
-    python -m benchmarks.deannotation [--images=40] [--data=DIR]
+    python -m benchmarks.deannotation [--images=40] [--data=DIR] [--picture=docs/deannotation.png]
 
 Annotations are burnt into phantoms of a seed that nothing was chosen or looked at on (7, 8, 9, 11, 21, 31, 100, 2025
 and 4711 were), half of them on larger screens, a third each lossless, JPEG 90 and JPEG 80. With --data they are also
@@ -17,6 +17,7 @@ the processor time of one thread. Each figure is the mean over frames, in bracke
 
 import argparse
 import collections
+import itertools
 import pathlib
 import resource
 import time
@@ -200,13 +201,34 @@ def show(title: str, figures: Figures) -> None:
         print(f"| {row} | {' | '.join(cells)} |", flush=True)
 
 
+def draw(path: str) -> None:
+    """Writes a picture: phantoms with annotations, what is found in them (red), and what is left, in rows."""
+    rows: list[np.ndarray] = []
+    for clean, sector in itertools.islice(phantoms(8), 0, 8, 3):
+        rng = np.random.default_rng([_SEED, len(rows)])
+        image = _rgb(overlays.burn(clean, sector, rng, doppler=len(rows) == 1).image)
+        where = find_sector([image])
+        found, cleaned = image.copy(), clean_frame(image, where)
+        found[overlay_mask(image, where) > 0] = 255, 0, 0
+        left, top, right, bottom = cleaned.box
+        blank = np.zeros_like(image)
+        blank[top:bottom, left:right] = cleaned.pixels  # grey is repeated over the channels
+        tiles = [cv2.resize(tile, (400, 300), interpolation=cv2.INTER_AREA) for tile in (image, found, blank)]
+        rows.append(np.hstack(tiles))
+    cv2.imwrite(path, cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=40, help="phantoms (default %(default)s)")
     parser.add_argument("--data", help="folder with the public datasets")
+    parser.add_argument("--picture", help="only write this .png: before, found, after")
     args = parser.parse_args()
     cv2.setNumThreads(1)
+    if args.picture:
+        draw(args.picture)
+        return
     engines = {"Tesseract": published_recipe.tesseract(), "DB (rapidocr)": published_recipe.rapidocr()}
     installed = {name: engine for name, engine in engines.items() if engine}
     ocr = engines["Tesseract"]
