@@ -148,7 +148,7 @@ def _add_sources(group: Any) -> None:
     add("--anatomy", default="", help="goes into every record, for example breast; default: the catalogue's")
     add("--include", default="", help="glob of files, for example '**/*.png'; several separated by semicolons")
     add("--pattern", default="", help="regular expression over the path, with groups patient, video, frame, cls")
-    add("--optional", default="", help="parts of a dataset that are off by default, by the name that --list NAME shows")
+    add("--optional", default="", help="parts of a dataset that are off by default; --dataset=NAME alone names them")
     add("--patients", type=_at_least(1), help=f"phantom: default: {plans.PHANTOM['patients']}")
     add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {plans.PHANTOM['frames']}")
     add("--seed", type=_at_least(0), help=f"phantom: default: {plans.PHANTOM['seed']}")
@@ -178,10 +178,10 @@ def _add_cleaning(group: Any) -> None:
         "--clean",
         **on_off,
         help="crop to the imaged sector, blank what is outside, remove burnt-in annotations; default: off for "
-        "benchmarks and with --labels, else on",
+        "benchmarks and with --labels, else on; always on for private data",
     )
-    add("--thin", **on_off, help="drop near-identical neighbours in clips; default: as --clean")
-    add("--deduplicate", **on_off, help="drop frames that are there already; default: as --clean")
+    add("--thin", **on_off, help="drop near-identical neighbours in clips; default: off for benchmarks and labels")
+    add("--deduplicate", **on_off, help="drop frames that are there already; default: likewise")
     add("--exclude", default="", help="list of frames to leave out, as python -m data_prep.audit writes it")
     add("--private", action="store_true", help="write ids and paths as salted hashes only")
     add("--salt", default="", help="file with the secret of the hashes; default: ~/.config/usfmae_jax/salt")

@@ -73,7 +73,10 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     private = entry.private or args.private
     salt = identity.load_salt(args.salt) if private else b""
     for_pretraining = not (entry.benchmark or args.labels)
-    chosen = {flag: _chosen(getattr(args, flag), for_pretraining) for flag in ("clean", "thin", "deduplicate")}
+    chosen = {flag: _chosen(getattr(args, flag), for_pretraining) for flag in ("thin", "deduplicate")}
+    chosen["clean"] = _chosen(args.clean, for_pretraining or private)  # scanners burn names into the picture
+    if private and not chosen["clean"]:
+        found.warnings.append("--clean=off: names that a scanner burnt into the pictures are in the shards")
     options = dataclasses.replace(found.options, **_overrides(args))
     # The folder of somebody's own data is a good name for it, unless it may be the name of a patient.
     name = args.name or (_safe_name(root.resolve().name) if entry.generic and not private else entry.name)

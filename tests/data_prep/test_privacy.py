@@ -117,6 +117,14 @@ def test_another_salt_gives_other_names_and_is_noticed(export, tmp_path, capsys)
     assert not before & {record["patient"] for record in read(tmp_path / "out")}
 
 
+def test_labels_do_not_turn_the_cleaning_of_private_data_off_and_doing_so_is_warned_of(export, tmp_path, capsys):
+    for flags, clean in ((["--labels=parent"], True), (["--clean=off", "--overwrite"], False)):
+        assert run(*flags, output=tmp_path / "out", source=export, dataset="dicom") == 0
+        written = json.loads((tmp_path / "out/dicom/1.0.0/manifest.json").read_text())
+        assert written["arguments"]["clean"] is clean
+        assert ("names that a scanner burnt into the pictures" in capsys.readouterr().out) is not clean
+
+
 def test_any_folder_can_be_private(tree, tmp_path, monkeypatch):
     salt = tmp_path / "salt"
     salt.write_bytes(b"0123456789abcdef")

@@ -1,60 +1,75 @@
-"""Real public datasets, where they lie beside the project or where ULTRASOUND_DATA says; skipped elsewhere."""
+"""Real public datasets through their own catalogue entries: shards, and batches for training.
 
+They lie beside the project or where ULTRASOUND_DATA says, and are skipped elsewhere. What paths and tables say about
+them is tested in `test_collect`.
+"""
+
+import collections
 import csv
-import os
-import pathlib
+import json
 
 import numpy as np
 import pytest
 
-from data_prep import build
-from usfmae_jax.data import augment, pipeline, records
+from tests.data_prep.builds import read, run
+from tests.data_prep.trees import real_folder
+from usfmae_jax.data import augment, pipeline
 
-DATA = pathlib.Path(os.environ.get("ULTRASOUND_DATA", pathlib.Path(__file__).parents[3] / "shared" / "ultrasound"))
-
-
-def _folder(*parts):
-    folder = DATA.joinpath(*parts)
-    if not folder.is_dir():
-        pytest.skip(f"needs the public dataset {parts[0]}; ULTRASOUND_DATA names the folder that holds it")
-    return folder
+ALL = "--thin=off", "--deduplicate=off"
 
 
-def test_bus_bra_becomes_1875_frames_of_1064_patients(tmp_path):
-    folder = _folder("BUS-BRA")
-    with (folder / "bus_data.csv").open() as table, (tmp_path / "labels.csv").open("w", newline="") as labels:
-        writer = csv.writer(labels)
-        writer.writerow(["file", "label", "patient", "mask"])
-        for row in csv.DictReader(table):
-            mask = f"Masks/{row['ID'].replace('bus', 'mask')}.png"
-            writer.writerow([f"Images/{row['ID']}.png", row["Pathology"], row["Case"], mask])
-    arguments = ["--dataset=folder", f"--input={folder}", f"--output={tmp_path}", f"--labels={tmp_path / 'labels.csv'}"]
-    assert build.main(arguments) == 0
-    shards = records.open_shards(str(tmp_path / "bus_bra"), "train")
-    decoded = [records.decode_record(shards[i]) for i in range(len(shards))]
-    assert len(decoded) == 1875
-    assert len({record["patient"] for record in decoded}) == 1064
-    assert sum(record["label"] for record in decoded) == 607  # malignant
-    assert all(record["mask"] for record in decoded)
-    assert min(min(record["height"], record["width"]) for record in decoded) <= 256
+def manifest(folder):
+    return json.loads((folder / "1.0.0/manifest.json").read_text())
+
+
+def test_bus_bra_becomes_1875_frames_of_1064_patients_with_masks_and_folds(tmp_path):
+    assert run(output=tmp_path, source=real_folder("BUS-BRA"), dataset="bus_bra", workers=2) == 0
+    found = read(tmp_path / "bus_bra", "train")
+    assert len(found) == 1875
+    assert len({record["patient"] for record in found}) == 1064
+    assert sum(record["label"] for record in found) == 607  # malignant
+    assert all(record["mask"] for record in found)
+    assert max(min(record["height"], record["width"]) for record in found) <= 256
+    with (tmp_path / "bus_bra/1.0.0/splits/5-fold-cv.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    tested = collections.Counter(row["fold"] for row in rows if row["part"] == "test")
+    assert [tested[str(fold)] for fold in range(1, 6)] == [376, 385, 366, 365, 383]
+    assert {row["frame"] for row in rows} == {record["frame"] for record in found}
 
 
 @pytest.mark.parametrize(
-    ("parts", "frames"),
+    ("dataset", "folder", "frames", "patients", "rejected"),
     [
-        (("AUL_liver",), 90),
-        (("HC18", "training", "image"), 60),
-        (("USGRA_nerve", "images"), 20),
-        (("TimTrack_muscle",), 36),
+        ("aul", "AUL_liver", 90, 90, 0),
+        ("camus_public", "CAMUS", 4, 1, 2),  # the headers of the sequences have no data beside them
+        ("hc", "HC18", 60, 50, 0),
+        ("usgra_nerve", "USGRA_nerve", 20, 20, 0),
+        ("timtrack_muscle", "TimTrack_muscle", 36, 2, 0),
+        ("pocus", "POCUS_lung", 91, 4, 0),
+        ("pluslib", "PlusLibData", None, 4, 0),
+        ("blues", "COVID-BLUES", 51, 9, 0),
+        ("dicom", "DICOM_US", 38, 7, 0),
+        ("dicom", "BrachialPlexus_DICOM", 6, 3, 0),
     ],
 )
-def test_other_trees_are_read_whole_and_become_batches(tmp_path, parts, frames):
-    folder = _folder(*parts)
-    assert build.main(["--dataset=folder", f"--input={folder}", f"--output={tmp_path}", "--workers=1"]) == 0
-    sources = pipeline.open_sources(str(tmp_path), "train")
-    assert len(sources[0]) == frames
+def test_every_other_set_goes_through_its_entry_and_becomes_batches(
+    tmp_path, monkeypatch, dataset, folder, frames, patients, rejected
+):
+    salt = tmp_path / "salt"
+    salt.write_bytes(bytes(range(32)))
+    salt.chmod(0o600)
+    monkeypatch.setenv("USFMAE_SALT", str(salt))
+    some = ["--max_frames=1"] if dataset == "blues" else []
+    out = tmp_path / "out"
+    assert run(*ALL, *some, output=out, source=real_folder(folder), dataset=dataset, workers=2) == 0
+    found = manifest(out / dataset)
+    assert sum(found["rejected"].values()) == rejected
+    assert found["splits"]["train"]["patients"] + found["splits"]["train"]["unknown_patients"] == patients
+    if frames is not None:
+        assert found["kept"] == frames
+    sources = pipeline.open_sources(str(out), "train")
     dataset = pipeline.training_dataset(
-        sources, size=(64, 64), channels=1, batch_size=16, how=augment.Augmentation(), seed=0
+        sources, size=(64, 64), channels=1, batch_size=8, how=augment.Augmentation(), seed=0
     )
     batch = dataset[0]
     assert (batch["damaged"] == -1).all()
