@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,10 +88,12 @@ def _write_dataset(
     gathered: parts.Gathered, plan: Plan, folder: pathlib.Path, version: str, file_format: str
 ) -> pathlib.Path:
     """Writes shards and metadata as a TensorFlow Datasets builder does; returns the folder that holds them."""
+    stage = folder / "stage"
+    shutil.rmtree(stage, ignore_errors=True)  # of an interrupted build
     builder = Frames(
         plan.name,
         version,
-        folder / "stage",
+        stage,
         write=functools.partial(_write_shards, folder, gathered, plan.name, file_format),
         label_names=plan.label_names,
         channels=max(row.channels for row in gathered.kept),

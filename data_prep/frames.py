@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import cv2
 import numpy as np
@@ -21,6 +21,7 @@ from usfmae_jax.data.records import Record, pixel_hash
 
 _WINDOW = 0.1, 99.9  # percentiles
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "raw": ".bmp"}
+_BLOCK = 16 << 20  # bytes
 _HEAD = 8  # frames of a clip that its sector is found on
 
 Original = tuple[str, str, str]  # pseudonym, kind, and what it stands for
@@ -128,13 +129,17 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
         )
 
 
-def digest(item: Item, root: str) -> str:
-    """SHA-256 of a source file; empty if it cannot be read."""
+def digest(item: Item, beat: Callable[[], None], root: str) -> str:
+    """SHA-256 of a source file, empty if it cannot be read; calls `beat` again and again meanwhile."""
+    whole = hashlib.sha256()
     try:
         with open(os.path.join(root, item.path), "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while block := file.read(_BLOCK):
+                whole.update(block)
+                beat()
     except OSError:
         return ""
+    return whole.hexdigest()
 
 
 def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> np.ndarray:

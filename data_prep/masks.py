@@ -11,7 +11,7 @@ import numpy as np
 
 from data_prep.readers import IMAGES, UnreadableError, read_mask, volumes
 from data_prep.readers.clips import check_size
-from data_prep.readers.images import image_size
+from data_prep.readers.images import image_size, load
 
 FOREGROUND = 255
 _THRESHOLD = 127  # of masks that were stored as JPEG or drawn with soft edges
@@ -97,22 +97,9 @@ def fill_polygons(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndar
     return mask
 
 
-def _read_bytes(path: str | os.PathLike[str]) -> bytes:
-    try:
-        with pathlib.Path(path).open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise UnreadableError(f"cannot be read: {error.strerror}") from error
-    if not data:
-        raise UnreadableError("empty file")
-    if len(data) > _MAX_BYTES:
-        raise UnreadableError(f"larger than {_MAX_BYTES >> 20} MiB")
-    return data
-
-
 def _read_lightest(path: str | os.PathLike[str]) -> np.ndarray:
     """The lightest channel of an image, uint8 `[H, W]`."""
-    data = _read_bytes(path)
+    data = load(path, _MAX_BYTES)
     width, height = image_size(data)
     check_size(height, width)
     try:
@@ -139,7 +126,7 @@ def _read_slice(path: str | os.PathLike[str]) -> np.ndarray:
 def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int]) -> list[np.ndarray]:
     try:
         # Label names in the encoding of some workplace are common, and nobody asks for them here.
-        data = json.loads(_read_bytes(path).decode("utf-8", "replace"))
+        data = json.loads(load(path, _MAX_BYTES).decode("utf-8", "replace"))
         if isinstance(data, dict):
             _check_size(data, shape)
             lists = [

@@ -108,7 +108,7 @@ def write_part(
     *,
     process: Process,
     folder: str,
-    digest: Callable[[Any], str] | None = None,
+    digest: Callable[[Any, Callable[[], None]], str] | None = None,
 ) -> int:
     """Processes the sources of a part into `folder`; returns how many could be used.
 
@@ -118,7 +118,7 @@ def write_part(
       begin: called with the number of a source before it is touched, and again for each of its frames.
       process: see `Process`.
       folder: for the records and, once they are complete, the index.
-      digest: SHA-256 of a source.
+      digest: SHA-256 of a source; calls what it is given, as a sign of life.
     """
     index, unusable = Index(), 0
     data_path, index_path = _paths(folder, part.number)
@@ -131,7 +131,7 @@ def write_part(
                 continue
             begin(number)
             if digest:
-                index.digests[name] = digest(source)
+                index.digests[name] = digest(source, functools.partial(begin, number))
             rows, seen = len(index.rows), _Seen()
             try:
                 for result in _guarded(process, source):

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import shutil
@@ -13,6 +12,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import naming
 
+from data_prep import locks
 from usfmae_jax.data.tfrecord import frame_tfrecord
 from usfmae_jax.errors import InputError
 
@@ -125,7 +125,8 @@ def workplace(target: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.incomplete")
     try:
-        with _lock(target.parent):
+        taken = f"another build is writing to {target.parent}; wait for it, or choose another --name"
+        with locks.hold(target.parent, taken):
             note = folder / "key"
             if folder.exists() and not (note.exists() and note.read_text() == key):
                 shutil.rmtree(folder)
@@ -158,20 +159,3 @@ def publish(folder: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None
     except OSError as error:
         raise InputError(f"{target} appeared while this build was at work; add --overwrite to replace it") from error
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[bool]:
-    """Holds a folder for this process; False where the file system knows no locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another build is writing to {folder}; wait for it, or choose another --name") from error
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)  # also unlocks

@@ -6,7 +6,6 @@ its checksum is right. Whatever stops a download, the same command again goes on
 
 import contextlib
 import email.utils
-import fcntl
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ import requests
 import tqdm
 import urllib3
 
+from data_prep import locks
 from data_prep.fetch import archives, members
 from data_prep.items import Rejected
 from usfmae_jax.errors import InputError
@@ -61,7 +61,7 @@ def fetch_all(downloads: Iterable[Any], folder: pathlib.Path) -> list[dict[str, 
       InputError: something cannot be fetched or unpacked, or another process is at work in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locks.hold(folder, f"another download into {folder} is at work; wait for it, or choose another"):
         return [_fetch_one(download, folder) for download in downloads]
 
 
@@ -82,7 +82,7 @@ def fetch(url: str, target: pathlib.Path, *, sha256: str = "", md5: str = "", si
       InputError: it cannot be fetched, is another file than expected, or another process is at work in the folder.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent):
+    with locks.hold(target.parent, f"another download into {target.parent} is at work; wait for it, or choose another"):
         _fetch(url, target, sha256.lower(), md5.lower(), size)
     return target
 
@@ -339,19 +339,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a folder for this process, where the file system knows locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"another download into {folder} is at work; wait for it, or choose another") from error
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)  # also unlocks

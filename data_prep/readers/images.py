@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     Pages are frames of a clip: grey or colour is decided for all of them (`as_frames`), 16 bits stay as they are.
     Thumbnails and transparency masks among the pages are left out and not counted.
     """
-    data = _load(path)
+    data = load(path)
     pages = _tiff_pages(data) if data.startswith(_TIFF) else []
     if len(pages) > 1 or any(page for page, *_ in pages):
         yield from as_frames(_decode_pages(data, pages, options))
@@ -58,7 +58,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       UnreadableError: the file is missing, empty, damaged, too large, or none of these.
     """
-    return _one_or_three_channels(decode(_checked(_load(path))))
+    return _one_or_three_channels(decode(_checked(load(path))))
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
@@ -70,7 +70,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
       UnreadableError: as in `read_image`, or the mask has colours without a palette or numbers above 255.
     """
-    data = _checked(_load(path))
+    data = _checked(load(path))
     if data.startswith(_PNG) and data[25] == _PNG_PALETTE:
         return _palette_indices(data)
     mask = _one_or_three_channels(decode(data), keep_colour=True)
@@ -81,16 +81,21 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
     return mask[:, :, 0].astype(np.uint8)
 
 
-def _load(path: str | os.PathLike[str]) -> bytes:
+def load(path: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+      UnreadableError: it cannot be read, is empty, or has more than `most` bytes.
+    """
     try:
         with pathlib.Path(path).open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
+            data = file.read(most + 1)
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror}") from error
     if not data:
         raise UnreadableError("empty file")
-    if len(data) > _MAX_BYTES:
-        raise UnreadableError(f"larger than {_MAX_BYTES >> 20} MiB")
+    if len(data) > most:
+        raise UnreadableError(f"larger than {most >> 20} MiB")
     return data
 
 

@@ -12,6 +12,7 @@ import zipfile
 
 import pytest
 
+from data_prep import locks
 from data_prep.fetch import archives, download
 from tests.data_prep.builds import ROOT
 from usfmae_jax.errors import InputError
@@ -334,7 +335,7 @@ def test_ctrl_c_leaves_a_part_that_the_next_run_continues(site, tmp_path, monkey
 
 
 def test_two_downloads_into_one_folder_do_not_mix(site, tmp_path):
-    with download._locked(tmp_path):
+    with locks.hold(tmp_path, "another download"):
         assert "another download" in refused(site, tmp_path / "a.bin")
         with pytest.raises(InputError, match="another download"):
             download.fetch_all([entry(site, "b.bin", DATA)], tmp_path)

@@ -86,7 +86,7 @@ def write_nifti(path, volume, order="<", dims=None, kind=None, slope=1.0):
     head[344:348] = b"n+1\0"
     data = bytes(head) + volume.astype(volume.dtype.newbyteorder(order)).tobytes()
     path = pathlib.Path(path)
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
     return path
 
 
@@ -103,7 +103,7 @@ def write_nrrd(path, volume, encoding="raw", data_file="", **fields):
         **({"data file": data_file} if data_file else {}),
     }
     text = "NRRD0004\n# made for a test\n" + "".join(f"{key}: {value}\n" for key, value in header.items())
-    data = gzip.compress(volume.tobytes()) if encoding == "gzip" else volume.tobytes()
+    data = gzip.compress(volume.tobytes(), mtime=0) if encoding == "gzip" else volume.tobytes()
     path = pathlib.Path(path)
     path.write_bytes(text.encode() + b"note:=nothing\n\n" + (b"" if data_file else data))
     if data_file:

@@ -8,7 +8,7 @@ from data_prep.readers import dicom, dicom_pixels
 from data_prep.readers.base import Options, UnreadableError
 from data_prep.readers.kinds import HEAD_BYTES, is_dicom
 from tests.data_prep.readers import dicoms
-from tests.data_prep.test_real import DATA
+from tests.data_prep.trees import DATA
 
 GREY = np.random.default_rng(0).integers(0, 256, (32, 40), dtype=np.uint8)
 SMOOTH = cv2.GaussianBlur(GREY, (9, 9), 0)
