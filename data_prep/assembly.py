@@ -1,12 +1,14 @@
 """From a plan to a finished dataset: parts, then one pass that leaves out what is there already and writes shards."""
 
 import argparse
+import collections
 import contextlib
 import csv
 import functools
 import hashlib
 import json
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +22,7 @@ from data_prep.builder import Frames
 from data_prep.items import Rejected
 from data_prep.pages import page
 from data_prep.plans import Plan
+from data_prep.shards import UnusableInputError
 from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
 
@@ -67,6 +70,11 @@ def _gather(
     indices = [parts.read_index(folder, number) for number in parts.finished(divided, folder)]
     rejected = plan.rejected + [one for index in indices for one in index.rejected]
     _check_usable(rejected, len(plan.sources) + len(plan.rejected))
+    if len(indices) != len(divided):
+        raise InputError(
+            f"{len(divided) - len(indices)} of {len(divided)} parts are missing in {folder}; do all workers of the "
+            "runner reach it under that name?"
+        )
     originals = [(name, *one) for index in indices for name, one in index.originals.items()]
     if plan.salt:
         hidden = [(identity.pseudonym(plan.salt, "frame", one.source), "frame", one.source) for one in rejected]
@@ -77,7 +85,7 @@ def _gather(
     plan.warnings += warnings
     gathered = parts.Gathered(indices, rows, reasons, rejected, originals)
     if not gathered.kept:
-        raise InputError("no frame is left: all are excluded, duplicates or unreadable")
+        raise UnusableInputError("no frame is left: all are excluded, duplicates or unreadable")
     expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
     if expected and found != expected:
         plan.warnings.append(f"{found:,} frames were found, {expected:,} are in the whole dataset")
@@ -143,7 +151,7 @@ def _check_usable(rejected: list[Rejected], total: int) -> None:
     useless = [one for one in rejected if not one.reason.endswith(parts.KEPT)]
     if 2 * len(useless) > total:
         first = useless[0]
-        raise InputError(
+        raise UnusableInputError(
             f"more than half of the {total} files cannot be used, for example {first.source!r} ({first.reason}); "
             "is --input the right folder?"
         )
@@ -155,13 +163,18 @@ def _choose(rows: list[parts.Row], plan: Plan, excluded: exclusions.Exclusions |
     if plan.thin:
         for position in _repeated(rows):
             reasons[position] = reasons[position] or frames.THINNED
-    left = [position for position, reason in enumerate(reasons) if not reason]
-    found, warnings = exclusions.duplicates_within([rows[position] for position in left])
-    if plan.deduplicate:
-        for position, reason in found.items():
-            reasons[left[position]] = reason
-    elif found:
-        warnings.append(f"{len(found):,} frames are there more than once; --deduplicate=on would drop them")
+    # Excluded frames take part: what an excluded frame shows is no better under another name.
+    looked_at = [position for position, reason in enumerate(reasons) if reason != frames.THINNED]
+    found, warnings = exclusions.duplicates_within([rows[position] for position in looked_at])
+    copies = 0
+    for position, (reason, of) in found.items():
+        here, kept = looked_at[position], reasons[looked_at[of]]
+        if kept or plan.deduplicate:
+            reasons[here] = reasons[here] or kept or reason
+        else:
+            copies += 1
+    if copies:
+        warnings.append(f"frames that are there more than once: {copies:,}; --deduplicate=on would drop them")
     return reasons, warnings
 
 
@@ -203,12 +216,17 @@ def _write_shards(
 
 
 def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> None:
-    """Writes the official split tables, without the frames that are not there."""
-    kept = {row.frame for row in rows}
+    """Writes the official split tables, for the frames that are there, under the names that they have there."""
+    kept: dict[str, list[str]] = collections.defaultdict(list)
+    for row in rows:
+        kept[re.sub(r"#\d+$", "", row.frame)].append(row.frame)
+    stored = {}  # names in the tables: pseudonyms
+    if plan.salt and plan.splits:
+        stored = {one.frame or one.source: identity.pseudonym(plan.salt, "frame", one.source) for one in plan.sources}
     for name, table in plan.splits.items():
         path = folder / "splits" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["frame", "fold", "part"])
-            writer.writerows(row for row in table if row[0] in kept)
+            writer.writerows([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])

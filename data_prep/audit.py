@@ -8,7 +8,8 @@ ends in :SPLIT. Frames match by patient, video or source file if the dataset has
 equal source pixels, or as near-duplicates: resized, compressed, cropped by up to 5% a side, brighter, without text or
 surround. Patients that are not known match nobody.
 
-Exit status: 0 and one line if nothing is found, 1 and a table if anything is, 2 for bad input. The list of exclusions
+Exit status: 0 and one line if nothing is found, 1 and a table if anything is, or if records are damaged and cannot be
+compared, 2 for bad input. The list of exclusions
 holds all frames that were found; python -m data_prep.build --exclude=FILE leaves them out. Without --against,
 duplicates inside and across the datasets are shown, and the status is 0.
 """
@@ -113,8 +114,10 @@ def run(args: argparse.Namespace) -> int:
         exclusions.write(args.write_exclusions, exclusions.rows(corpus.ids, evaluation.ids, matches))
     total = f"{len(corpus.ids):,} frames of the corpus and {len(evaluation.ids):,} of evaluation sets"
     if not matches:
-        print(f"no evaluation patient, video, image or near-duplicate among {total}")
-        return 0
+        unknown = len(corpus.damaged) + len(evaluation.damaged)
+        note = f", but {unknown:,} damaged records could not be compared: build their shards again" if unknown else ""
+        print(f"no evaluation patient, video, image or near-duplicate among {total}{note}")
+        return 1 if unknown else 0
     groups: dict[tuple[str, ...], list[Match]] = collections.defaultdict(list)
     for match in matches:
         groups[evaluation.ids[match.other][0], exclusions.REASONS[match.reason]].append(match)
@@ -176,12 +179,12 @@ def _scan(
 def _compare(
     task: list[tuple[str, int, str, int]], given_up: Mapping[int, str], begin: Callable[[int], None]
 ) -> list[float]:
-    """Similarity of pairs of records, each given by its shard and number."""
+    """Similarity of pairs of records, each given by its shard and number; NaN if it cannot be had."""
     alike = []
     for number, (path, one, other_path, other) in enumerate(task):
         begin(number)
         known = number not in given_up
-        alike.append(fingerprints.similarity(_views(path, one), _views(other_path, other)) if known else 0.0)
+        alike.append(fingerprints.similarity(_views(path, one), _views(other_path, other)) if known else np.nan)
     return alike
 
 
@@ -268,8 +271,8 @@ def _alike(a: Frames, b: Frames, pairs: list[tuple[int, int]], workers: int) -> 
     named = [(a.paths[p], m, b.paths[q], n) for p, m, q, n in ends]
     tasks = [named[k : k + _PAIRS] for k in range(0, len(named), _PAIRS)]
     alike = [value for found in _map(_compare, tasks, workers, "candidates", "pair", len) for value in found]
-    order = sorted(range(len(pairs)), key=lambda k: -alike[k])
-    return [pairs[k] for k in order if alike[k] >= fingerprints.ALIKE]
+    order = sorted(range(len(pairs)), key=lambda k: -np.nan_to_num(alike[k]))
+    return [pairs[k] for k in order if not alike[k] < fingerprints.ALIKE]  # what cannot be compared is suspect
 
 
 def _print_duplicates(frames: Frames, matches: list[Match]) -> None:

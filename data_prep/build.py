@@ -93,6 +93,8 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
     target = pathlib.Path(args.output) / plan.name / entry.version
     if not args.overwrite and target.exists():
         report.check_same(target, plan.arguments, plan.fingerprint)
+        if args.linkage:
+            raise InputError(f"{target} is up to date, and --linkage is written while it is built; add --overwrite")
         print(f"{target} is up to date")
         return target
     from data_prep import assembly
@@ -178,14 +180,17 @@ def _add_cleaning(group: Any) -> None:
         "--clean",
         **on_off,
         help="crop to the imaged sector, blank what is outside, remove burnt-in annotations; default: off for "
-        "benchmarks and with --labels, else on; always on for private data",
+        "benchmarks and with --labels, but on for private data; else on",
     )
     add("--thin", **on_off, help="drop near-identical neighbours in clips; default: off for benchmarks and labels")
     add("--deduplicate", **on_off, help="drop frames that are there already; default: likewise")
     add("--exclude", default="", help="list of frames to leave out, as python -m data_prep.audit writes it")
+    add(
+        "--whole_frames", action="store_true", help="private: take frames without a sector, such as cropped ones, whole"
+    )
     add("--private", action="store_true", help="write ids and paths as salted hashes only")
     add("--salt", default="", help="file with the secret of the hashes; default: ~/.config/usfmae_jax/salt")
-    add("--linkage", default="", help="private: file for the table from hashes back to ids; keep it where patients are")
+    add("--linkage", default="", help="private: file for the table from hashes back to ids, added to if it is there")
 
 
 def _add_storage(group: Any) -> None:

@@ -98,7 +98,7 @@ def _checked(row: list[str], where: str) -> tuple[str, str, str, str]:
 def write(path: str | os.PathLike[str], rows: Iterable[Sequence[str]]) -> None:
     """Writes rows with the values of `COLUMNS`."""
     with pathlib.Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # "\r" in a name would end a row
         writer.writerow(COLUMNS)
         writer.writerows(rows)
 
@@ -161,7 +161,9 @@ def rows(
         yield dataset, frame, sha256, match.reason, other[0], other[4]
 
 
-def duplicates_within(rows: Sequence[Any], radius: int = fingerprints.SAME) -> tuple[dict[int, str], list[str]]:
+def duplicates_within(
+    rows: Sequence[Any], radius: int = fingerprints.SAME
+) -> tuple[dict[int, tuple[str, int]], list[str]]:
     """Which frames of one build to drop because another one shows the same.
 
     Of frames with equal pixels, and of near-equal ones of different videos, one is kept: in the test split rather than
@@ -174,10 +176,10 @@ def duplicates_within(rows: Sequence[Any], radius: int = fingerprints.SAME) -> t
       radius: hash distance of near-equal pictures.
 
     Returns:
-      Position -> reason, and sentences for a person.
+      Position -> reason and the position of the one that is kept; and sentences for a person.
     """
     order = sorted(range(len(rows)), key=lambda k: (_SPLITS.get(rows[k].split, 2), rows[k].label < 0, k))
-    dropped: dict[int, str] = {}
+    dropped: dict[int, tuple[str, int]] = {}
     contradictions: list[tuple[int, int]] = []
     across_splits = 0
     for earlier, later, reason in itertools.chain(_equal_pairs(rows, order), _near_pairs(rows, order, radius)):
@@ -186,7 +188,7 @@ def duplicates_within(rows: Sequence[Any], radius: int = fingerprints.SAME) -> t
         if rows[earlier].label != rows[later].label and min(rows[earlier].label, rows[later].label) >= 0:
             contradictions.append((earlier, later))
             continue
-        dropped[later] = reason
+        dropped[later] = reason, earlier
         across_splits += rows[earlier].split != rows[later].split
     warnings = []
     if contradictions:

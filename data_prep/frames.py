@@ -22,10 +22,12 @@ from usfmae_jax.data.records import Record, pixel_hash
 _WINDOW = 0.1, 99.9  # percentiles
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "raw": ".bmp"}
 _BLOCK = 16 << 20  # bytes
+_LIGHT = 100  # grey levels: screens of scanners are darker, paper is lighter
 _HEAD = 8  # frames of a clip that its sector is found on
 
 Original = tuple[str, str, str]  # pseudonym, kind, and what it stands for
 
+NO_SECTOR = "no imaged sector found, and the whole frame may name the patient (--whole_frames takes it)"
 THINNED = "near-identical to the frame before it"
 
 
@@ -43,6 +45,7 @@ class Storage:
       thin: drop a frame of a clip that is near-identical to the last one kept.
       mask_kind: of mask files, see `masks.read_mask_as`.
       options: of readers.
+      only_sectors: drop frames in which no imaged sector is found: the whole frame may name the patient.
       salt: secret that ids and paths are hashed with; empty writes them as they are.
     """
 
@@ -55,6 +58,7 @@ class Storage:
     thin: bool = False
     mask_kind: str = "image"
     options: Options = DEFAULTS
+    only_sectors: bool = False
     salt: bytes = b""
 
 
@@ -105,6 +109,9 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             if shape not in sectors:
                 alike = [to_uint8(one.pixels) for one in head if one.pixels.shape[:2] == shape]
                 sectors[shape] = find_sector(alike or [pixels], frame.boxes)
+            if how.only_sectors and not _is_scan(pixels, sectors[shape]):
+                yield NO_SECTOR
+                continue
             cleaned = clean_frame(pixels, sectors[shape])
             pixels = cleaned.pixels
             if mask is not None:
@@ -127,6 +134,12 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             removed=frame.removed,
             originals=originals,
         )
+
+
+def _is_scan(pixels: np.ndarray, found: Sector) -> bool:
+    """Whether a frame has a sector on a dark screen; a scanned page has lines of text on a light one."""
+    outside = pixels[found.mask == 0]
+    return found.kind != "whole" and (outside.size == 0 or float(np.median(outside)) < _LIGHT)
 
 
 def digest(item: Item, beat: Callable[[], None], root: str) -> str:

@@ -2,8 +2,9 @@
 
 A plain hash would protect nothing. Patient numbers are few, six digits are a million: whoever has the shards hashes all
 of them in a second and looks up who is who. HMAC-SHA256 (RFC 2104) takes a secret with every hash, the salt, without
-which no number can be tried. The salt stays on the machine that builds and is written nowhere else. The same salt gives
-the same pseudonyms, so that two builds can be compared for patients that are in both: keep it as long as the data.
+which no number can be tried. The salt stays on the machine that builds and is written nowhere else (a Beam runner gets
+it with the pipeline). The same salt gives the same pseudonyms, so that two builds can be compared for patients that are
+in both: keep it as long as the data.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ VARIABLE = "USFMAE_SALT"
 PREFIXES = {"patient": "p", "video": "v", "frame": "f"}
 
 _BYTES = 32
+_COLUMNS = "pseudonym", "kind", "original"
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
 
 
@@ -112,17 +114,18 @@ def check_linkage(path: str, output: str) -> None:
       output: folder that the build writes to.
 
     Raises:
-      InputError: the table would be in that folder, or its own folder does not exist.
+      InputError: the table would be in that folder, its own folder does not exist, or something else is there.
     """
     file, folder = pathlib.Path(path).resolve(), pathlib.Path(output).resolve()
     if file.is_relative_to(folder):
         raise InputError(f"the linkage table {path} would be handed on with {output}; write it somewhere else")
+    _read_linkage(file)
     if not file.parent.is_dir():
         raise InputError(f"the linkage table {path} needs a folder that exists: mkdir -p {pathlib.Path(path).parent}")
 
 
 def write_linkage(path: str, rows: Iterable[tuple[str, str, str]], output: str) -> None:
-    """Writes the table that leads pseudonyms back, readable by its owner alone; replaces one that is there.
+    """Writes the table that leads pseudonyms back, readable by its owner alone; adds to one that is there.
 
     Args:
       path: of the CSV file.
@@ -134,14 +137,25 @@ def write_linkage(path: str, rows: Iterable[tuple[str, str, str]], output: str) 
     """
     check_linkage(path, output)
     target = pathlib.Path(path).resolve()
+    rows = {*rows, *_read_linkage(target)}
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")  # mode 0600
     temporary = pathlib.Path(name)
     try:
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.writer(file)
-            writer.writerow(("pseudonym", "kind", "original"))
-            writer.writerows(sorted(set(rows)))
+            writer.writerow(_COLUMNS)
+            writer.writerows(sorted(rows))
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _read_linkage(target: pathlib.Path) -> list[tuple[str, str, str]]:
+    if not target.exists():
+        return []
+    with target.open(newline="", encoding="utf-8", errors="replace") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    if tuple(header) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
+        raise InputError(f"{target.name} is there and is no linkage table; give another name")
+    return [(name, kind, original) for name, kind, original in rows]

@@ -290,11 +290,12 @@ def _relative(labels: str, path: str) -> str:
 
 
 def check_splits(items: Iterable[Item], remedy: str) -> None:
-    """Raises InputError if a patient is in two splits; `remedy` says what to do about it."""
-    splits: dict[str, str] = {}
+    """Raises InputError if a patient, or a clip of an unknown one, is in two splits; `remedy` says what to do."""
+    splits: dict[tuple[str, str], str] = {}
     for item in items:
-        if item.patient and splits.setdefault(item.patient, item.split) != item.split:
+        kind, name = ("patient", item.patient) if item.patient else ("video", item.video)
+        if name and splits.setdefault((kind, name), item.split) != item.split:
             raise InputError(
-                f"patient {item.patient!r} is in the splits {splits[item.patient]} and {item.split}, and a test on "
-                f"patients seen in training says nothing; {remedy}"
+                f"{kind} {name!r} is in the splits {splits[kind, name]} and {item.split}, and a test on {kind}s seen "
+                f"in training says nothing; {remedy}"
             )

@@ -10,6 +10,7 @@ import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -20,9 +21,10 @@ from typing import Any
 
 from usfmae_jax.errors import InputError
 
+_PATIENCE = 1.0  # seconds
 _TRIES = 2  # a crash may have been another program's hunger for memory; a second one at the same place is not
 _MEMORY = 8 << 30  # bytes that a worker may take: a file that asks for more fails alone, not the machine
-_DEATHS = 3  # of workers that had not even begun
+_DEATHS = 3  # in a row, of workers that had not even begun
 
 #: `function(task, given_up, begin)`: `given_up` maps numbers of inputs to leave out to reasons, and `begin(number)`
 #: announces an input before it is touched, again and again while it is read.
@@ -78,6 +80,7 @@ def isolated_map(
             for worker in _ready(pool, limit):
                 answer = _hear(worker)
                 if answer is not None:
+                    deaths = 0
                     number, kind, value = answer
                     if kind == "failed":
                         raise value
@@ -87,7 +90,7 @@ def isolated_map(
                 if lost is None:
                     continue
                 job, reason = lost
-                deaths += job.at is None
+                deaths = deaths + 1 if job.at is None else 0
                 if deaths >= _DEATHS:
                     raise InputError(f"worker processes end before they begin ({reason}); use fewer --workers")
                 _blame(job, reason)
@@ -116,11 +119,15 @@ def _give(worker: _Worker, job: _Job) -> None:
 
 
 def _ready(pool: list[_Worker], limit: float) -> list[_Worker]:
-    """Workers that have said something, died, or been silent for too long."""
+    """Workers that have said something, died, or been silent for too long; none after a second of nothing."""
     busy = [worker for worker in pool if worker.job]
-    left = min(worker.heard for worker in busy) + limit - time.monotonic()
     sources = {handle: worker for worker in busy for handle in (worker.pipe, worker.process.sentinel)}
-    said = multiprocessing.connection.wait(list(sources), max(left, 0))
+    began = time.monotonic()
+    said = multiprocessing.connection.wait(list(sources), _PATIENCE)
+    asleep = time.monotonic() - began - _PATIENCE
+    if asleep > _PATIENCE:  # the whole job was stopped and went on: nobody was silent
+        for worker in busy:
+            worker.heard += asleep
     late = [worker for worker in busy if time.monotonic() - worker.heard > limit]
     return list({id(worker): worker for worker in [*(sources[handle] for handle in said), *late]}.values())  # type: ignore[index]
 
@@ -179,7 +186,16 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Work) -> None:
             result = function(task, given_up, lambda number: pipe.send(("at", number)))
             pipe.send(("done", result))
         except Exception as error:
-            pipe.send(("failed", error))
+            pipe.send(("failed", _portable(error)))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or what can be said of one that does not survive the way to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} in a worker process")
+    return error
 
 
 def _prepare() -> None:

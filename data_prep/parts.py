@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -218,9 +219,11 @@ def _write_index(path: pathlib.Path, index: Index) -> None:
         "rows": [dataclasses.astuple(row) for row in index.rows],
         "rejected": [dataclasses.astuple(one) for one in index.rejected],
     }
-    unfinished = path.with_suffix(".json-")
-    unfinished.write_text(json.dumps(content))
-    unfinished.rename(path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".index-", delete=False) as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
 
 
 def read_index(folder: str | os.PathLike[str], number: int) -> Index:
@@ -245,8 +248,16 @@ def read_records(folder: str | os.PathLike[str], number: int, rows: Sequence[Row
 
 
 def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> list[int]:
-    """Numbers of the parts that are complete, in order."""
-    return [part.number for part in parts if _paths(folder, part.number)[1].exists()]
+    """Numbers of the parts that are complete, in order; one that is damaged has to be made again."""
+    return [part.number for part in parts if _is_whole(folder, part.number)]
+
+
+def _is_whole(folder: str | os.PathLike[str], number: int) -> bool:
+    try:
+        size = sum(row.size for row in read_index(folder, number).rows)
+        return _paths(folder, number)[0].stat().st_size == size
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def run_here(

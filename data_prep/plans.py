@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import glob
 import hashlib
 import pathlib
 import re
@@ -75,8 +76,10 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     for_pretraining = not (entry.benchmark or args.labels)
     chosen = {flag: _chosen(getattr(args, flag), for_pretraining) for flag in ("thin", "deduplicate")}
     chosen["clean"] = _chosen(args.clean, for_pretraining or private)  # scanners burn names into the picture
-    if private and not chosen["clean"]:
-        found.warnings.append("--clean=off: names that a scanner burnt into the pictures are in the shards")
+    if private:
+        found.warnings += _private_warnings(chosen["clean"], args, found.label_names)
+    elif args.salt or args.linkage:
+        raise InputError("--salt and --linkage are for private data; add --private, or leave them out")
     options = dataclasses.replace(found.options, **_overrides(args))
     # The folder of somebody's own data is a good name for it, unless it may be the name of a patient.
     name = args.name or (_safe_name(root.resolve().name) if entry.generic and not private else entry.name)
@@ -90,6 +93,7 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         thin=chosen["thin"],
         mask_kind=found.mask_kind,
         options=options,
+        only_sectors=private and chosen["clean"] and not args.whole_frames,
         salt=salt,
     )
     arguments = (
@@ -97,7 +101,10 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         | chosen
         | {"options": dataclasses.asdict(options), "entry": entry.fingerprint}
     )
-    arguments |= {flag: getattr(args, flag) for flag in ("include", "pattern", "optional")}
+    for flag in ("include", "pattern", "optional"):  # may name a patient, too
+        value = getattr(args, flag)
+        arguments[flag] = identity.pseudonym(salt, "frame", value) if private and value else value
+    arguments |= {"whole_frames": args.whole_frames, "time_limit": args.time_limit}
     arguments["labels"] = args.labels if args.labels in ("", "parent") else _sha256(args.labels)
     arguments["exclude"] = _sha256(args.exclude) if args.exclude else ""
     arguments["salt"] = identity.salt_fingerprint(salt) if private else ""
@@ -108,7 +115,7 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         make_work=functools.partial(_for_files, str(root), how),
         label_names=found.label_names,
         arguments=arguments,
-        fingerprint=found.fingerprint,
+        fingerprint=_with_data_files(found.fingerprint, root, found.items),
         rejected=found.rejected,
         passed_over=found.left_out,
         splits=found.splits,
@@ -174,6 +181,32 @@ def _for_phantoms(how: dict[str, Any], chosen: dict[str, int], folder: str) -> A
         first_test=chosen["patients"] - chosen["patients"] // 5,
     )
     return functools.partial(parts.write_part, process=process, folder=folder)
+
+
+def _private_warnings(clean: bool, args: argparse.Namespace, label_names: list[str]) -> list[str]:
+    warnings = []
+    if not clean:
+        warnings.append("--clean=off: names that a scanner burnt into the pictures are in the shards")
+    elif args.whole_frames:
+        warnings.append("--whole_frames: what is written outside the tissue of frames without a sector is kept")
+    if args.labels == "parent":
+        warnings.append(f"--labels=parent: names of folders are written as classes: {', '.join(label_names)}")
+    return warnings
+
+
+def _with_data_files(fingerprint: str, root: pathlib.Path, items: list[Any]) -> str:
+    """The fingerprint, which also changes with the data files beside .mhd and .nhdr headers, if there are any."""
+    lines = []
+    for item in items:
+        if item.path.lower().endswith((".mhd", ".nhdr")):
+            header = root / item.path
+            beside = sorted(header.parent.glob(f"{glob.escape(header.stem)}.*"))
+            lines += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in beside]
+    return (
+        hashlib.sha256("\n".join([fingerprint, *lines]).encode("utf-8", "surrogateescape")).hexdigest()
+        if lines
+        else fingerprint
+    )
 
 
 def _chosen(flag: str | None, default: bool) -> bool:

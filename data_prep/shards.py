@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import shutil
@@ -18,6 +19,10 @@ from usfmae_jax.errors import InputError
 
 FORMATS = ("array_record", "tfrecord")
 SHARD_BYTES = 128 << 20
+
+
+class UnusableInputError(InputError):
+    """The input gives no dataset, whatever is done with it."""
 
 
 @dataclasses.dataclass
@@ -111,8 +116,8 @@ def workplace(target: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
     """Yields the hidden folder beside `target` in which it is built, with what an interrupted build left there.
 
     The block ends with `publish`. If it does not get so far because it was interrupted or the disk is full, the folder
-    stays, with 'incomplete' in its name, so that nothing opens it and the next build goes on from there; if the input
-    was bad there is nothing to go on with, and no trace is left.
+    stays, with 'incomplete' in its name, so that nothing opens it and the next build goes on from there. After an
+    `UnusableInputError` there is nothing to go on with, and no trace is left.
 
     Args:
       target: two levels of folders, NAME/VERSION, that belong to the build.
@@ -134,8 +139,10 @@ def workplace(target: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
             note.write_text(key)
             try:
                 yield folder
-            except InputError:
-                shutil.rmtree(folder, ignore_errors=True)
+            except BaseException as error:
+                nothing = {path.name for path in folder.iterdir()} <= {note.name}
+                if nothing or isinstance(error, UnusableInputError):
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
             shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -157,5 +164,9 @@ def publish(folder: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None
     try:
         folder.rename(target)
     except OSError as error:
+        if old.exists():
+            old.rename(target)
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
         raise InputError(f"{target} appeared while this build was at work; add --overwrite to replace it") from error
     shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import os
 import pathlib
-import re
 import stat
 import struct
 import zlib
@@ -16,7 +15,6 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.items import printable
 from data_prep.readers.base import UnreadableError
 
 _MAX_LINE = 1 << 16
@@ -235,17 +233,16 @@ def _offset(text: str) -> int:
 
 def _data_file(path: str, name: str) -> str:
     """The path of the data file that a header names; only what lies in the folder of the header is opened."""
-    shown = printable(re.split(r"[\\/]", name)[-1])[:100]
     if "%" in name or name.split()[0].upper() == "LIST":
         raise UnreadableError("one volume in a list of files, which is not supported")
     folder = os.path.realpath(os.path.dirname(path))
     full = os.path.realpath(os.path.join(folder, name))
     if os.path.commonpath([folder, full]) != folder:
-        raise UnreadableError(f"data file {shown!r} lies outside the folder of its header")
+        raise UnreadableError("its data file lies outside the folder of the header")
     try:
         status = os.stat(full)
     except OSError as error:
-        raise UnreadableError(f"data file {shown!r} is missing") from error
+        raise UnreadableError("the data file that it names is missing") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UnreadableError(f"data file {shown!r} is not a regular file")
+        raise UnreadableError("its data file is not a regular file")
     return full

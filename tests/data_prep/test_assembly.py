@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import exclusions, phantom
+from data_prep import audit, exclusions, phantom
 from tests.data_prep.builds import content, picture, read, refused, run, write, write_csv
 
 
@@ -46,7 +46,7 @@ def test_copies_are_dropped_and_counted(copies, tmp_path):
 def test_copies_stay_and_are_mentioned_where_nothing_may_be_dropped(copies, tmp_path, capsys):
     assert run("--labels=parent", output=tmp_path / "out", source=copies) == 0
     assert len(read(tmp_path / "out")) == 5
-    assert "2 frames are there more than once; --deduplicate=on would drop them" in capsys.readouterr().out
+    assert "frames that are there more than once: 2; --deduplicate=on would drop them" in capsys.readouterr().out
     assert manifest(tmp_path / "out/in")["dropped"] == {}
 
 
@@ -89,11 +89,40 @@ def test_what_an_audit_lists_is_left_out(copies, tmp_path, capsys):
     flags = "--deduplicate=off", "--clean=off", "--name=all", f"--exclude={tmp_path / 'leaks.csv'}"
     assert "exclude was" in refused(capsys, *flags, output=tmp_path / "out", source=copies)
     assert run(*flags, "--overwrite", output=tmp_path / "out", source=copies) == 0
-    assert [record["source"] for record in read(tmp_path / "out/all")] == ["3.png", "copies/2.png"]
+    # copies/2.png is not on the list, but shows what 2.png shows.
+    assert [record["source"] for record in read(tmp_path / "out/all")] == ["3.png"]
     assert manifest(tmp_path / "out/all")["dropped"] == {
         "excluded: equal pixels in benchmark": 2,
-        "excluded: near-duplicate in benchmark": 1,
+        "excluded: near-duplicate in benchmark": 2,
     }
+
+
+def test_what_is_excluded_does_not_come_back_as_its_copy(copies, tmp_path):
+    write(tmp_path / "test/2.png", speckle(3)[0])
+    out = tmp_path / "out"
+    for source in (copies, tmp_path / "test"):
+        assert run("--clean=off", output=out, source=source) == 0
+    flags = f"--shards={out / 'in'}", f"--against={out / 'test'}"
+    assert audit.main([*flags, f"--write-exclusions={tmp_path / 'leaks.csv'}", "--workers=1"]) == 1
+    more = "--clean=off", f"--exclude={tmp_path / 'leaks.csv'}", "--overwrite"
+    assert run(*more, output=out, source=copies) == 0
+    assert audit.main([*flags, "--workers=1"]) == 0
+    assert [record["source"] for record in read(out / "in")] == ["1.png", "3.png"]
+
+
+def test_a_data_file_that_appears_beside_its_header_is_noticed(tmp_path, capsys):
+    header = "ObjectType = Image\nNDims = 2\nDimSize = 64 48\nElementType = MET_UCHAR\nElementDataFile = {}\n"
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / f"in/{name}.mhd").write_text(header.format(f"{name}.raw"))
+    for number, name in enumerate("ab"):
+        (tmp_path / f"in/{name}.raw").write_bytes(picture(number).tobytes())
+    flags = ("--clean=off",)
+    assert run(*flags, output=tmp_path / "out", source=tmp_path / "in") == 0
+    assert manifest(tmp_path / "out/in")["rejected"] == {"the data file that it names is missing": 1}
+    assert run(*flags, output=tmp_path / "out", source=tmp_path / "in") == 0
+    (tmp_path / "in/c.raw").write_bytes(picture(3).tobytes())
+    assert "other files" in refused(capsys, *flags, output=tmp_path / "out", source=tmp_path / "in")
 
 
 def test_nothing_left_is_said_and_leaves_nothing(tmp_path, capsys):

@@ -117,6 +117,7 @@ def test_integer_labels_are_in_the_order_of_their_values(tree, tmp_path):
         ([["file"], ["/etc/passwd"]], "'/etc/passwd' is not a path below --input"),
         ([["file", "split"], ["a/1.png", "dev"]], "split 'dev' of 'a/1.png' is none of train, val, test"),
         ([["file", "split", "patient"], ["a/1.png", "train", "p7"], ["b/1.png", "test", "p7"]], "patient 'p7' is in"),
+        ([["file", "split", "video"], ["a/1.png", "train", "v"], ["b/1.png", "test", "v"]], "video 'v' is in"),
         ([["file"]], "lists no files"),
     ],
 )

@@ -1,5 +1,6 @@
 """The preparation door interrupted, repeated, crowded and short of disk: a dataset appears complete or not at all."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -84,7 +85,50 @@ def test_a_target_that_appears_meanwhile_is_kept(tmp_path):
 
     with pytest.raises(InputError, match="appeared"):
         build_while_another_finishes()
-    assert [path.name for path in target.parent.rglob("*")] == ["1.0.0", "theirs"]
+    assert [path.name for path in target.iterdir()] == ["theirs"]
+
+
+def test_a_dataset_that_cannot_be_replaced_is_still_there(tmp_path, monkeypatch):
+    target, finished = tmp_path / "v", tmp_path / "stage/v"
+    for folder, name in ((target, "old"), (finished, "new")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    rename = pathlib.Path.rename
+
+    def full(path, to):
+        if path == finished:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, to)
+
+    monkeypatch.setattr(pathlib.Path, "rename", full)
+    with pytest.raises(OSError, match="No space left"):
+        shards.publish(finished, target, overwrite=True)
+    assert [path.name for path in target.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("damage", ["no index", "cut index", "cut part", "long part"])
+def test_a_part_that_is_damaged_is_made_again(tree, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(assembly, "_gather", interrupt)
+    assert run(output=tmp_path / "out", source=tree) == 130
+    monkeypatch.undo()
+    work = tmp_path / "out/my_images_2/.1.0.0.incomplete"
+    index, part = work / "000002.json", work / "000002.part"
+    if damage == "no index":
+        index.unlink()
+    elif damage == "cut index":
+        index.write_bytes(index.read_bytes()[:40])
+    elif damage == "cut part":
+        part.write_bytes(part.read_bytes()[:-9])
+    else:
+        part.write_bytes(part.read_bytes() * 2)
+    assert run(output=tmp_path / "out", source=tree) == 0
+    assert run(output=tmp_path / "fresh", source=tree) == 0
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+def test_parts_that_are_missing_after_the_run_end_it(tree, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(parts, "run_here", lambda *_: (one for one in ()))
+    assert "6 of 6 parts are missing" in refused(capsys, output=tmp_path / "out", source=tree)
 
 
 def test_a_replaced_dataset_is_there_until_the_new_one_is_complete(tree, tmp_path, monkeypatch):

