@@ -104,6 +104,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Audits; returns the exit status."""
     files = [_open(value) for value in (args.shards, args.against) if value]
+    if args.against:
+        both = files[0].keys() & files[1].keys()
+        files[0] = {path: count for path, count in files[0].items() if path not in both}
+        if both:
+            print(f"{len(both):,} shards of --against are not compared with themselves", file=sys.stderr)
+        if not files[0]:
+            raise InputError(f"--shards={args.shards} holds nothing but what --against names")
     corpus = _read(files[0], "corpus", args.workers)
     if not args.against:
         _print_duplicates(corpus, find_duplicates(corpus, args.radius, args.workers))

@@ -21,6 +21,7 @@ paths are relative to --input, splits are train, val and test, an empty label is
 """
 
 import argparse
+import errno
 import os
 import pathlib
 import re
@@ -40,15 +41,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         if args.list:
-            print(catalog.listing())
+            print(catalog.listing(), flush=True)
             return 0
         return _run(args)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; the same command goes on from here", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        rest = "; make room, and the same command goes on from here" if full else ""
+        print(f"error: {error.strerror or error}{where}{rest}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
@@ -57,18 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Builds one dataset after the other; one that fails does not keep the others from being built."""
-    names = args.dataset.split(",")
+    names = [name.strip() for name in args.dataset.split(",")]
     entries = [
         catalog.load_file(pathlib.Path(name)) if name.endswith(".toml") else catalog.load(name) for name in names
     ]
     if len(names) == 1:
         _build(entries[0], args.input, args)
         return 0
+    sources = [_folder(args.input, name, entry) for name, entry in zip(names, entries, strict=True)]
+    needed = [source for entry, source in zip(entries, sources, strict=True) if entry.name != "phantom"]
+    missing = [source for source in needed if not os.path.isdir(source)]
+    if missing and not args.download:
+        raise InputError(f"--input={args.input} needs a folder for each dataset, and has no {missing[0]}")
     status, built = 0, []
-    for name, entry in zip(names, entries, strict=True):
-        source = os.path.join(args.input, name if os.path.isdir(os.path.join(args.input, name)) else entry.name)
+    for entry, source in zip(entries, sources, strict=True):
         try:
-            built.append(_build(entry, source if args.input else "", args))
+            built.append(_build(entry, source, args))
         except InputError as error:
             print(f"error: {entry.name}: {error}", file=sys.stderr)
             status = 2
@@ -77,6 +87,13 @@ def _run(args: argparse.Namespace) -> int:
 
         print(f"\nAll together: {page.write_index(built, pathlib.Path(args.output) / 'index.html')}")
     return status
+
+
+def _folder(parent: str, name: str, entry: Entry) -> str:
+    """Where one of several datasets lies: below `parent`, under the name that was typed or its own."""
+    if not parent:
+        raise InputError("--input=DIR is missing, with a folder for each dataset")
+    return os.path.join(parent, name if os.path.isdir(os.path.join(parent, name)) else entry.name)
 
 
 def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
@@ -149,7 +166,11 @@ def _add_sources(group: Any) -> None:
     add("--labels", default="", help="folder: 'parent' for the name of each file's folder, or a CSV file, see above")
     add("--anatomy", default="", help="goes into every record, for example breast; default: the catalogue's")
     add("--include", default="", help="glob of files, for example '**/*.png'; several separated by semicolons")
-    add("--pattern", default="", help="regular expression over the path, with groups patient, video, frame, cls")
+    add(
+        "--pattern",
+        default="",
+        help="regular expression over the path, such as '(?P<patient>[^/]+)/'; groups: patient, video, frame, cls",
+    )
     add("--optional", default="", help="parts of a dataset that are off by default; --dataset=NAME alone names them")
     add("--patients", type=_at_least(1), help=f"phantom: default: {plans.PHANTOM['patients']}")
     add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {plans.PHANTOM['frames']}")

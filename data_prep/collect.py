@@ -24,6 +24,8 @@ _DEFAULTS = {
 
 Values = dict[str, str]
 
+_DATA_FILES = (".raw", ".zraw", ".img")  # of headers, which may begin with anything
+
 
 def collect(
     entry: Entry,
@@ -55,7 +57,7 @@ def collect(
 
     plain = entry.generic and any("*" in layout.suffixes for layout in entry.layouts)
     if labels not in ("", "parent") or (plain and not (include or pattern)):
-        return dataclasses.replace(items.collect(root, labels, SUFFIXES), options=Options())
+        return dataclasses.replace(items.collect(root, labels, SUFFIXES, _can_be_read), options=Options())
     scan = items.scan_folder(root, lambda path: True)
     layout, paths = _choose_layout(entry, root, scan, include, pattern, switches)
     known = {path: _variables(path, layout.pattern) for path in paths}
@@ -100,6 +102,8 @@ def _check_arguments(entry: Entry, pattern: str, switches: Sequence[str]) -> Non
         re.compile(pattern)
     except re.error as error:
         raise InputError(f"--pattern={pattern} is no regular expression: {error}") from error
+    if pattern and not re.compile(pattern).groupindex:
+        raise InputError(f"--pattern={pattern} names nothing; name what is whose, as in '(?P<patient>[^/]+)/'")
 
 
 def _choose_layout(
@@ -148,6 +152,18 @@ def _wanted(layout: Layout) -> Callable[[str], bool]:
     return lambda path: (
         included(path) and not excluded(path) and (not suffixes or path.lower().endswith(tuple(suffixes)))
     )
+
+
+def _can_be_read(path: pathlib.Path) -> bool:
+    from data_prep.readers.kinds import HEAD_BYTES, kind_of
+
+    if path.suffix.lower() in _DATA_FILES or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return bool(kind_of(file.read(HEAD_BYTES)))
+    except OSError:
+        return False
 
 
 def _is_dicom(path: pathlib.Path) -> bool:

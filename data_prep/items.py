@@ -20,6 +20,7 @@ from usfmae_jax.errors import InputError
 COLUMNS = ("file", "label", "patient", "video", "split", "mask")
 SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
 FOLDER_LINK = "link to a folder, not followed"
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
 _LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # of archives and file managers: as good as hidden
 
 
@@ -91,14 +92,17 @@ def printable(path: str) -> str:
     return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def collect(root: pathlib.Path, labels: str, suffixes: Iterable[str]) -> Collection:
+def collect(
+    root: pathlib.Path, labels: str, suffixes: Iterable[str], can_be_read: Callable[[pathlib.Path], bool]
+) -> Collection:
     """Lists a folder.
 
     Args:
       root: the folder, searched with everything below it; hidden files and linked folders are passed over.
       labels: "" for none, "parent" for the name of the directory that holds the file, or the path of a CSV file that
         has the column `file` and may have the others of `COLUMNS`; files it does not list are then left out.
-      suffixes: of image files, in lower case.
+      suffixes: of files that can be read, in lower case.
+      can_be_read: tells by its content whether a file with another suffix, or none, can be.
 
     Raises:
       InputError: no folder, no images, or a labels file that does not fit them.
@@ -107,7 +111,7 @@ def collect(root: pathlib.Path, labels: str, suffixes: Iterable[str]) -> Collect
         raise InputError(f"--input={root} is not a folder")
     root = root.resolve()
     known = tuple(suffixes)
-    scan = scan_folder(root, lambda path: path.lower().endswith(known))
+    scan = scan_folder(root, lambda path: path.lower().endswith(known) or can_be_read(root / path))
     if labels in ("", "parent"):
         paths = sorted(scan.files, key=printable)
         holders = [holder(path) if labels else "" for path in paths]
@@ -182,7 +186,8 @@ def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
                 continue
             path = os.path.join(below, name)
             if not wanted(path):
-                scan.left_out["other files"] += 1
+                is_archive = name.lower().endswith(_ARCHIVES)
+                scan.left_out["archives, which have to be unpacked first" if is_archive else "other files"] += 1
                 continue
             found = _stat(root, path)
             if isinstance(found, str):
@@ -232,8 +237,8 @@ def _read_labels(
                 f"--labels={labels}: split {row['split']!r} of {printable(row['file'])!r} is none of train, val, test"
             )
         item = Item(
-            path=_relative(labels, row["file"]),
-            mask=_relative(labels, row["mask"]) if row["mask"] else "",
+            path=_relative(root, labels, row["file"]),
+            mask=_relative(root, labels, row["mask"]) if row["mask"] else "",
             split=SPLITS[row["split"]],
             label=_number(row["label"], names),
             patient=printable(row["patient"]),
@@ -265,7 +270,11 @@ def _read_labels(
 def _rows(labels: str) -> list[dict[str, str]]:
     try:
         with pathlib.Path(labels).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.DictReader(file, restval="")
+            head = file.readline()
+            file.seek(0)
+            # Excel separates with what the region of the computer does not use in numbers.
+            separator = max(",;\t", key=head.count)
+            reader = csv.DictReader(file, restval="", delimiter=separator)
             found = [(name or "").strip() for name in reader.fieldnames or []]
             reader.fieldnames = found
             if "file" not in found:
@@ -282,7 +291,11 @@ def _rows(labels: str) -> list[dict[str, str]]:
     return rows
 
 
-def _relative(labels: str, path: str) -> str:
+def _relative(root: pathlib.Path, labels: str, path: str) -> str:
+    if "\\" in path and not os.path.lexists(root / path):  # as Windows writes it
+        path = path.replace("\\", "/")
+    if os.path.isabs(path) and pathlib.Path(path).is_relative_to(root):
+        path = os.path.relpath(path, root)
     normal = os.path.normpath(path) if path else ""
     if not normal or os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
         raise InputError(f"--labels={labels}: {printable(path)!r} is not a path below --input")

@@ -87,7 +87,7 @@ def write_manifest(
         "schema": _SCHEMA,
         "tool": f"usfmae_jax {__version__}",
         "dataset": plan.name,
-        "title": entry.title,
+        "title": plan.name if entry.generic else entry.title,
         "version": entry.version,
         "anatomy": plan.arguments["anatomy"],
         "licence": entry.licence,
@@ -165,7 +165,10 @@ def print_summary(target: pathlib.Path, manifest: dict[str, Any], warnings: Sequ
         )
     unknown = sum(one["unknown_patients"] for one in manifest["splits"].values())
     if unknown:
-        print(f"\nUnknown patients: {unknown:,}. Each such file counts as a patient of its own.")
+        print(
+            f"\nUnknown patients: {unknown:,}. Each such file counts as a patient of its own. If its path says whose "
+            "it is, add for example --pattern='(?P<patient>[^/]+)/'"
+        )
     names = manifest["label_names"]
     if len(names) == 1:
         print(f"\nAll labels are {names[0]!r}: is that what was meant?")

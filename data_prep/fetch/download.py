@@ -247,7 +247,11 @@ def _reading() -> Iterator[None]:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             raise InputError(f"the server's certificate is not trusted ({error}); it is not fetched") from error
         raise _TryAgainError(_brief(error)) from error
-    except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError, ConnectionError) as error:
+    except requests.ConnectionError as error:
+        if "Failed to resolve" in str(error):  # no network, or no such host: waiting seldom helps
+            raise InputError(f"the address cannot be reached ({_brief(error)}); is this machine on line?") from error
+        raise _TryAgainError(_brief(error)) from error
+    except (requests.Timeout, urllib3.exceptions.HTTPError, ConnectionError) as error:
         raise _TryAgainError(_brief(error)) from error
     except requests.RequestException as error:
         raise InputError(f"the address cannot be used: {error}") from error

@@ -4,6 +4,7 @@ import csv
 import os
 import pathlib
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -337,12 +338,21 @@ def test_halves_of_bus_bra_share_no_patient_but_six_frames_that_it_holds_under_t
 
 
 def test_all_of_bus_bra_finds_itself(bus_bra, tmp_path, capsys):
-    everything, path = bus_bra[0], tmp_path / "leaks.csv"
-    flags = f"--shards={everything}", f"--against={everything}", f"--write-exclusions={path}"
+    path = tmp_path / "leaks.csv"
+    shutil.copytree(bus_bra[0], tmp_path / "copy")
+    flags = f"--shards={tmp_path / 'copy'}", f"--against={bus_bra[0]}", f"--write-exclusions={path}"
     status, out, _ = run(capsys, *flags, workers=2)
     assert status == 1
     assert out[1].split()[:4] == ["bus_bra", "same", "patient", "1,875"]
     assert len({row[1] for row in listed(path)}) == 1875
+
+
+def test_shards_are_not_compared_with_themselves(tmp_path, capsys):
+    corpus = write(tmp_path / "data" / "one", record("a.png", picture(0)))
+    evaluation = write(tmp_path / "data" / "two", record("b.png", picture(1), "two"), name="two")
+    assert run(capsys, f"--shards={tmp_path}/data/*", f"--against={evaluation}")[0] == 0
+    assert run(capsys, f"--shards={evaluation}", f"--against={evaluation}")[0] == 2
+    assert run(capsys, f"--shards={corpus}", f"--against={evaluation}")[0] == 0
 
 
 def test_a_resized_and_recompressed_copy_of_hc18_is_found(tmp_path, capsys):

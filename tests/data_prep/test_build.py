@@ -98,6 +98,15 @@ def test_a_labels_file_gives_everything_and_leaves_out_the_rest(tree, tmp_path, 
     assert "--config.data.path='" + str(tmp_path / "out/my_images_2") in printed
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_labels_file_may_come_from_excel_on_windows(tree, tmp_path, separator):
+    rows = [["file", "label"], ["a\\1.png", "x, left"], [str(tree / "b" / "1.png"), "y"]]
+    (tmp_path / "l.csv").write_bytes("\r\n".join(map(separator.join, rows)).encode("utf-8-sig"))
+    assert run(f"--labels={tmp_path / 'l.csv'}", output=tmp_path / "out", source=tree) == 0
+    assert [record["source"] for record in read(tmp_path / "out")] == ["a/1.png", "b/1.png"]
+    assert (tmp_path / "out/my_images_2/1.0.0/label.labels.txt").read_text() == "x, left\ny\n"
+
+
 def test_integer_labels_are_in_the_order_of_their_values(tree, tmp_path):
     rows = [["a/1.png", "10"], ["b/1.png", "9"], ["b/2.jpg", "-1"]]
     labels = write_csv(tmp_path / "l.csv", ["file", "label"], *rows)

@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tree, tmp_path, capsys,
     opened = shards._open_shard
     monkeypatch.setattr(shards, "_open_shard", lambda _, form: opened(pathlib.Path("/dev/full"), form))
     sentence = refused(capsys, f"--format={file_format}", output=tmp_path / "out", source=tree)
-    assert sentence == "error: No space left on device; the same command goes on from here"
+    assert sentence == "error: No space left on device; make room, and the same command goes on from here"
     with pytest.raises(InputError, match="no shards match"):
         records.open_shards(str(tmp_path / "out"))
     monkeypatch.undo()

@@ -150,7 +150,23 @@ def test_a_plain_folder_is_searched_for_all_that_can_be_read_and_litter_is_not(t
     _write(tmp_path, "a.nii.gz", "b.MHA", "c.mp4", "b.gz", "__MACOSX/d.png", "Thumbs.db")
     found = collect(catalog.load("folder"), tmp_path)
     assert [item.path for item in found.items] == ["a.nii.gz", "b.MHA", "c.mp4"]
-    assert found.left_out == {"hidden files and folders": 2, "other files": 1}
+    assert found.left_out == {"hidden files and folders": 2, "archives, which have to be unpacked first": 1}
+
+
+def test_in_a_plain_folder_content_decides_where_the_suffix_says_nothing(tmp_path):
+    _write(tmp_path, "IM0001", "scan.2", data=bytes(128) + b"DICM")
+    _write(tmp_path, "bild.alt", data=b"\x89PNG\r\n\x1a\n")
+    _write(tmp_path, "notes", "table.csv", data=b"a,b\n")
+    _write(tmp_path, "volume.raw", data=b"BM")  # the data of a header may begin with anything
+    found = collect(catalog.load("folder"), tmp_path)
+    assert [item.path for item in found.items] == ["IM0001", "bild.alt", "scan.2"]
+    assert found.left_out == {"other files": 3}
+
+
+def test_a_pattern_that_names_nothing_is_refused(tmp_path):
+    _write(tmp_path, "p2/1.png")
+    with pytest.raises(InputError, match="names nothing"):
+        collect(catalog.load("folder"), tmp_path, pattern="^([^/]+)/")
 
 
 def test_a_plain_folder_can_have_a_pattern(tmp_path):
