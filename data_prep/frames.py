@@ -117,11 +117,12 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             if mask is not None:
                 left, top, right, bottom = cleaned.box
                 mask = mask[top:bottom, left:right]
-        thumbnail = fingerprints.thumbnail(pixels)
-        if how.thin and last is not None and frame.video == video and fingerprints.near_identical(last, thumbnail):
-            yield THINNED
-            continue
-        last, video = thumbnail, frame.video
+        if how.thin:
+            thumbnail = fingerprints.thumbnail(pixels)
+            if last is not None and frame.video == video and fingerprints.near_identical(last, thumbnail):
+                yield THINNED
+                continue
+            last, video = thumbnail, frame.video
         ids, known, originals = _ids(item, frame, how)
         yield Stored(
             record=make_record(pixels, mask, how, label=item.label, sha256=pixel_hash(frame.pixels), **ids),

@@ -108,7 +108,8 @@ def _read_lightest(path: str | os.PathLike[str]) -> np.ndarray:
         raise UnreadableError("cannot be decoded") from error
     if pixels is None:
         raise UnreadableError("cannot be decoded")
-    return pixels.max(axis=2)
+    blue, green, red = cv2.split(pixels)
+    return np.asarray(cv2.max(cv2.max(blue, green), red))  # NumPy takes ten times as long along the last axis
 
 
 def _read_slice(path: str | os.PathLike[str]) -> np.ndarray:
