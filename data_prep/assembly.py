@@ -67,7 +67,7 @@ def _gather(
     divided: list[parts.Part], plan: Plan, folder: pathlib.Path, excluded: exclusions.Exclusions | None
 ) -> parts.Gathered:
     """Reads the indices of all parts and decides what is kept."""
-    indices = [parts.read_index(folder, number) for number in parts.finished(divided, folder)]
+    indices = list(parts.finished(divided, folder).values())
     rejected = plan.rejected + [one for index in indices for one in index.rejected]
     _check_usable(rejected, len(plan.sources) + len(plan.rejected))
     if len(indices) != len(divided):
@@ -116,7 +116,7 @@ def _write_dataset(
 
 def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
     """Makes the parts that are not there yet."""
-    complete = set(parts.finished(divided, folder))
+    complete = parts.finished(divided, folder).keys()
     missing = [part for part in divided if part.number not in complete]
     done = len(plan.sources) - sum(len(part.sources) for part in missing)
     if done:

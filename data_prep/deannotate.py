@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from data_prep.ink import Regions, grey_ink, over, square
+from data_prep.readers.clips import COLOUR_SHARE, COLOUR_SPREAD
 from data_prep.sector import Sector
 
 _FILL = 3  # pixels, radius of the fill
@@ -22,8 +23,8 @@ _SHADED = 9  # grey levels from pixel to pixel along the even axis of a bar, in 
 _BAR = 300  # pixels at 600 lines: bars are larger
 _WIDE = 100  # pixels at 600 lines: labels, logos and bars are narrower
 
-# The colour rule of readers/images.py: colour on a smaller share of the frame than this carries no meaning.
-_COLOUR_SHARE, _COLOUR_SPREAD = 0.001, 48
+# The colour rule of the readers: less colour than `COLOUR_SHARE` of the frame, as strong as this, carries no meaning.
+_SPREAD = round(255 * COLOUR_SPREAD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _meaningful_colour(image, ink):
     if image.shape[2] == 1:
         return image
     spread = cv2.bitwise_and(cv2.absdiff(*_extremes(image)), cv2.bitwise_not(ink))
-    if cv2.countNonZero(over(spread, _COLOUR_SPREAD)) > _COLOUR_SHARE * spread.size:
+    if cv2.countNonZero(over(spread, _SPREAD)) > COLOUR_SHARE * spread.size:
         return image
     return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None]
 
@@ -164,7 +165,7 @@ def _sort_colours(coloured, image, scale):
     thick = cv2.dilate(cv2.morphologyEx(coloured, cv2.MORPH_OPEN, stroke), square(5))
     thick = cv2.bitwise_and(thick, coloured)
     flow = _varied(thick, highest, green, scale)
-    if cv2.countNonZero(flow) <= _COLOUR_SHARE * 600**2 * scale**2:
+    if cv2.countNonZero(flow) <= COLOUR_SHARE * 600**2 * scale**2:
         flow[:] = 0  # too little to carry meaning
     else:
         # Small flow is slow, that is dark, and not green; what is small and bright beside large flow is a spur of it.

@@ -97,9 +97,8 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
     """
     frames = read_frames(os.path.join(root, item.path), how.options)
     head = list(itertools.islice(frames, _HEAD))
-    sectors: dict[
-        tuple[int, int], Sector
-    ] = {}  # the frames of a clip share one; those of other files may differ in size
+    # The frames of a clip share one; those of other files may differ in size.
+    sectors: dict[tuple[int, int], Sector] = {}
     last, video = None, ""
     for frame in itertools.chain(head, frames):
         pixels, cleaned = to_uint8(frame.pixels), None
@@ -124,12 +123,13 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
                 continue
             last, video = thumbnail, frame.video
         ids, known, originals = _ids(item, frame, how)
+        pixels = shrink(pixels, how.image_size, cv2.INTER_AREA)
         yield Stored(
             record=make_record(pixels, mask, how, label=item.label, sha256=pixel_hash(frame.pixels), **ids),
             split=item.split,
             channels=pixels.shape[2],
             patient_known=known,
-            hash=fingerprints.perceptual_hash(shrink(pixels, how.image_size, cv2.INTER_AREA)),
+            hash=fingerprints.perceptual_hash(pixels),
             cleaned=cleaned.removed if cleaned else {},
             facts=frame.facts,
             removed=frame.removed,
@@ -203,8 +203,8 @@ def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, la
     """A frame as it is stored.
 
     Args:
-      pixels: uint8 `[H, W, C]`, C = 1 or 3 (RGB).
-      mask: uint8 `[H, W]`, or None.
+      pixels: uint8 `[H, W, C]`, C = 1 or 3 (RGB), in their own size or the stored one.
+      mask: uint8 `[H, W]` of their own size, or None.
       how: size and encoding.
       label: class number, -1 for none.
       **ids: `patient`, `video`, `frame`, `source`, and `sha256` of the pixels as read.

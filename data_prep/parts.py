@@ -88,7 +88,7 @@ class Gathered:
     rejected: list[Rejected]
     originals: list[tuple[str, str, str]]
 
-    @property
+    @functools.cached_property
     def kept(self) -> list[Row]:
         """Rows of the records that are kept."""
         return [row for row, reason in zip(self.rows, self.reasons, strict=True) if not reason]
@@ -247,17 +247,15 @@ def read_records(folder: str | os.PathLike[str], number: int, rows: Sequence[Row
             yield file.read(row.size)
 
 
-def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> list[int]:
-    """Numbers of the parts that are complete, in order; one that is damaged has to be made again."""
-    return [part.number for part in parts if _is_whole(folder, part.number)]
-
-
-def _is_whole(folder: str | os.PathLike[str], number: int) -> bool:
-    try:
-        size = sum(row.size for row in read_index(folder, number).rows)
-        return _paths(folder, number)[0].stat().st_size == size
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> dict[int, Index]:
+    """Number and index of the parts that are complete, in order; one that is damaged has to be made again."""
+    found = {}
+    for part in parts:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            index = read_index(folder, part.number)
+            if _paths(folder, part.number)[0].stat().st_size == sum(row.size for row in index.rows):
+                found[part.number] = index
+    return found
 
 
 def run_here(

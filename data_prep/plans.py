@@ -83,12 +83,8 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     options = dataclasses.replace(found.options, **_overrides(args))
     # The folder of somebody's own data is a good name for it, unless it may be the name of a patient.
     name = args.name or (_safe_name(root.resolve().name) if entry.generic and not private else entry.name)
-    how = dict(
-        dataset=name,
-        anatomy=args.anatomy or entry.anatomy,
-        image_size=args.image_size,
-        encoding=args.encoding,
-        quality=args.quality or 95,
+    anatomy = args.anatomy or entry.anatomy
+    how = _storage(name, anatomy, args) | dict(
         clean=chosen["clean"],
         thin=chosen["thin"],
         mask_kind=found.mask_kind,
@@ -97,9 +93,7 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         salt=salt,
     )
     arguments = (
-        _stored(entry, args, args.anatomy or entry.anatomy)
-        | chosen
-        | {"options": dataclasses.asdict(options), "entry": entry.fingerprint}
+        _stored(entry, args, anatomy) | chosen | {"options": dataclasses.asdict(options), "entry": entry.fingerprint}
     )
     for flag in ("include", "pattern", "optional"):  # may name a patient, too
         value = getattr(args, flag)
@@ -142,13 +136,7 @@ def phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
         flag: default if getattr(args, flag) is None else getattr(args, flag) for flag, default in PHANTOM.items()
     }
     name = args.name or "phantom"
-    how = dict(
-        dataset=name,
-        anatomy=args.anatomy,
-        image_size=args.image_size,
-        encoding=args.encoding,
-        quality=args.quality or 95,
-    )
+    how = _storage(name, args.anatomy, args)
     return Plan(
         entry=entry,
         name=name,
@@ -157,6 +145,12 @@ def phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
         label_names=list(CLASSES),
         arguments=_stored(entry, args, args.anatomy) | chosen,
     )
+
+
+def _storage(name: str, anatomy: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What files and phantoms alike tell `frames.Storage`."""
+    size = {"image_size": args.image_size, "encoding": args.encoding, "quality": args.quality or 95}
+    return {"dataset": name, "anatomy": anatomy} | size
 
 
 def _for_files(root: str, how: dict[str, Any], folder: str) -> Any:

@@ -14,8 +14,8 @@ MAX_PIXELS = 50_000_000  # of one frame
 
 # Colour carries meaning (Doppler, elastography) when more than this share of the pixels has channels that differ by
 # more than this much of the range. Tinted B-mode stays below 45 / 255, and calipers and logos below 1 pixel in 1000.
-_COLOUR_SHARE = 0.001
-_COLOUR_SPREAD = 48 / 255
+COLOUR_SHARE = 0.001
+COLOUR_SPREAD = 48 / 255
 _DECIDING = 8  # frames of a clip that say whether it has colour; fewer if they have more bytes than this
 _DECIDING_BYTES = 64 << 20
 
@@ -73,9 +73,9 @@ def has_colour(pixels: np.ndarray) -> bool:
     """Whether uint8 or uint16 `[H, W]` or `[H, W, C]` (RGB or BGR) has colour that carries meaning, such as Doppler."""
     if pixels.ndim == 2 or pixels.shape[2] == 1:
         return False
-    limit = _COLOUR_SPREAD * np.iinfo(pixels.dtype).max
+    limit = COLOUR_SPREAD * np.iinfo(pixels.dtype).max
     spread = channel_spread(pixels)
-    return bool(np.count_nonzero(spread > limit) > _COLOUR_SHARE * spread.size)
+    return bool(np.count_nonzero(spread > limit) > COLOUR_SHARE * spread.size)
 
 
 def channel_spread(pixels: np.ndarray) -> np.ndarray:

@@ -90,7 +90,7 @@ def test_a_source_that_was_given_up_is_not_touched(tmp_path):
 
 def test_a_part_counts_as_finished_only_with_its_index(tmp_path):
     divided = parts.divide([1, 2])
-    assert parts.finished(divided, tmp_path) == []
+    assert list(parts.finished(divided, tmp_path)) == []
 
     def interrupted(source):
         if source == 2:
@@ -100,7 +100,7 @@ def test_a_part_counts_as_finished_only_with_its_index(tmp_path):
     for part in divided:
         with pytest.raises(KeyboardInterrupt) if part.number else open("/dev/null"):
             parts.write_part(part, {}, lambda _: None, process=interrupted, folder=str(tmp_path))
-    assert parts.finished(divided, tmp_path) == [0]
+    assert list(parts.finished(divided, tmp_path)) == [0]
 
 
 @pytest.mark.parametrize(("sources", "expected"), [(1, 1), (63, 63), (128, 64), (1875, 65), (100_000, 1563)])
