@@ -6,7 +6,8 @@ import re
 import numpy as np
 
 from usfmae_jax import export
-from usfmae_jax.interop.encoder import flatten, read_encoder
+from usfmae_jax.data import provenance, records
+from usfmae_jax.interop.encoder import flatten, read_encoder, read_lineage
 from usfmae_jax.training.pretrain import pretrain
 
 
@@ -43,3 +44,19 @@ def test_the_readme_example_computes_features(config, tmp_path):
     exec(example.replace("runs/pretrain-demo/encoder", str(tmp_path / "encoder")), names)
     images = np.zeros((2, 32, 48, 1), np.uint8)  # another size than it was trained on
     assert names["features"](images).shape == (2, config.model.width)
+
+
+def test_weights_carry_where_they_come_from_and_a_continued_run_appends_to_it(config, shards, tmp_path):
+    config.train.steps = 2
+    assert pretrain(config, str(tmp_path / "first"))
+    config.init = str(tmp_path / "first" / "encoder")
+    assert pretrain(config, str(tmp_path / "second"))
+    first, second = (read_lineage(str(tmp_path / name / "encoder")) for name in ("first", "second"))
+    assert second[:1] == first
+    assert [stage["job"] for stage in second] == ["pretrain", "pretrain"]
+    (data,) = second[1]["data"]
+    assert (data["dataset"], data["frames"], data["licence"]) == ("made", 48, "")
+    assert str(tmp_path) not in (tmp_path / "second" / "encoder" / "lineage.json").read_text()
+    sources = [records.open_shards(shards)]
+    assert provenance.seen_in(second, sources) == {"made": ["pretrain"]}
+    assert provenance.seen_in([], sources) == {}

@@ -59,7 +59,7 @@ def export(workdir: str, output: str, step: int | None = None) -> None:
     make_model = setup.model_maker(config)
     optimizer = setup.make_optimizer(config, total_steps=1)[1]
     state = checkpoints.restore(saver, abstract_state(make_model, optimizer, make_mesh(), config.seed), step)
-    write(config, state["params"]["encoder"], output, step)
+    write(config, state["params"]["encoder"], workdir, output, step)
 
 
 if __name__ == "__main__":

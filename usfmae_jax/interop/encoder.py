@@ -4,6 +4,7 @@ encoder/
   model.safetensors     float32 parameters of the ViT; blocks stacked along their first axis
   architecture.json     arguments of `models.vit.ViT`
   preprocessing.json    how pixels become the model's input
+  lineage.json          where the weights come from: one entry for each job that trained them, oldest first
 """
 
 import json
@@ -20,8 +21,13 @@ from usfmae_jax.errors import InputError
 FORMAT = 1
 
 
+#: One entry for each job that trained the weights, oldest first: `job`, `code`, `step`, `config` and `data`
+#: (see `data.provenance.describe_data`).
+Lineage = list[dict[str, Any]]
+
+
 def save_encoder(
-    directory: str, params: Any, architecture: dict[str, Any], preprocessing: dict[str, Any], provenance: dict[str, str]
+    directory: str, params: Any, architecture: dict[str, Any], preprocessing: dict[str, Any], lineage: Lineage
 ) -> None:
     """Writes an encoder directory; `model.safetensors` is renamed into place last, so that nobody reads half of one.
 
@@ -30,15 +36,16 @@ def save_encoder(
       params: nested dict of arrays of a `ViT`.
       architecture: arguments that build it.
       preprocessing: image size, channels, mean and std.
-      provenance: what it came from, as strings; stored in the safetensors metadata.
+      lineage: where the weights come from; stored in the safetensors metadata too, which stays with the weights.
     """
     root = epath.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     flat = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
     (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **architecture}, indent=2) + "\n")
     (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+    (root / "lineage.json").write_text(json.dumps({"stages": lineage}, indent=2) + "\n")
     partial = root / "model.safetensors.incomplete"
-    partial.write_bytes(safetensors.numpy.save(flat, metadata=provenance))
+    partial.write_bytes(safetensors.numpy.save(flat, metadata={"lineage": json.dumps(lineage)}))
     partial.replace(root / "model.safetensors")
 
 
@@ -61,6 +68,14 @@ def read_encoder(directory: str) -> tuple[dict[str, Any], dict[str, Any], dict[s
     if architecture.pop("format", None) != FORMAT:
         raise InputError(f"{directory} has another encoder format than {FORMAT}; update usfmae_jax")
     return unflatten(flat), architecture, preprocessing
+
+
+def read_lineage(directory: str) -> Lineage:
+    """The stages in `lineage.json` of an encoder directory or a workdir; [] if it has none that can be read."""
+    try:
+        return list(json.loads((epath.Path(directory) / "lineage.json").read_text())["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def flatten(params: Any) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 
 from usfmae_jax import __version__
 from usfmae_jax.data import pipeline
+from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
-from usfmae_jax.interop.encoder import save_encoder
+from usfmae_jax.interop.encoder import read_lineage, save_encoder
 from usfmae_jax.training import checkpoints, setup
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
@@ -104,7 +105,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             report.say(f"{len(damage.found)} damaged records were skipped in all")
     if step < total_steps:
         return False
-    export(config, state["params"]["encoder"], f"{workdir}/encoder", total_steps)
+    export(config, state["params"]["encoder"], workdir, f"{workdir}/encoder", total_steps)
     return True
 
 
@@ -144,6 +145,10 @@ def describe(
     """Says what is about to run, and writes it to `<workdir>/config.json`."""
     if jax.process_index() == 0:
         epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        if first_step == 0:  # a resumed run may not find its first weights any more
+            stage = {"job": "pretrain", "code": f"usfmae_jax {__version__}", "step": total_steps, "config": settings}
+            stages = [*read_lineage(config.init), stage | {"data": describe_data(sources)}]
+            epath.Path(workdir, "lineage.json").write_text(json.dumps({"stages": stages}, indent=2) + "\n")
     report.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
     device = jax.devices()[0]
     frames = sum(map(len, sources))
@@ -159,8 +164,8 @@ def describe(
         report.say("already finished" if first_step == total_steps else f"resuming after step {first_step}")
 
 
-def export(config: ml_collections.ConfigDict, params: Any, directory: str, step: int) -> None:
-    """Writes the encoder's parameters to an encoder directory, from process 0."""
+def export(config: ml_collections.ConfigDict, params: Any, workdir: str, directory: str, step: int) -> None:
+    """Writes the encoder's parameters after `step` updates of the run in `workdir` to an encoder directory."""
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         params = jax.jit(lambda p: p, out_shardings=replicated(mesh))(params)  # other hosts' shards come here
@@ -175,6 +180,7 @@ def export(config: ml_collections.ConfigDict, params: Any, directory: str, step:
         "mean": list(model.mean),
         "std": list(model.std),
     }
-    provenance = {"code": f"usfmae_jax {__version__}", "step": str(step)}
-    save_encoder(directory, jax.device_get(params), setup.architecture(config), preprocessing, provenance)
+    lineage = read_lineage(workdir)
+    lineage[-1:] = [stage | {"step": step} for stage in lineage[-1:]]
+    save_encoder(directory, jax.device_get(params), setup.architecture(config), preprocessing, lineage)
     print(f"encoder after step {step}: {directory}", file=sys.stderr)

@@ -1,0 +1,68 @@
+"""Which data something was computed from: what weights carry with them, and how a test set is recognised in it."""
+
+import collections
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from usfmae_jax.data.records import Shards, dataset_name
+
+
+def describe_data(sources: Sequence[Shards]) -> list[dict[str, Any]]:
+    """What is known of the datasets in some shards, without a path.
+
+    Returns:
+      for each dataset: `dataset`, `frames`, `shards` (pairs of file name and record count), and `licence` and
+      `citation` from the `manifest.json` that a build leaves beside its shards; "" where there is none.
+    """
+    shards: dict[str, list[list[Any]]] = collections.defaultdict(list)
+    folders: dict[str, epath.Path] = {}
+    for source in sources:
+        for path, (name, count) in zip(source.paths, source.contents(), strict=True):
+            shards[dataset_name(path)].append([name, count])
+            folders.setdefault(dataset_name(path), epath.Path(path).parent)
+    found = []
+    for dataset in sorted(shards):
+        manifest = read_manifest(folders[dataset])
+        found.append(
+            {
+                "dataset": dataset,
+                "frames": sum(count for _, count in shards[dataset]),
+                "licence": manifest.get("licence", ""),
+                "citation": manifest.get("citation", ""),
+                "shards": shards[dataset],
+            }
+        )
+    return found
+
+
+def read_manifest(folder: epath.Path | str) -> dict[str, Any]:
+    """The `manifest.json` of a build's folder; {} if there is none, or none that can be read."""
+    try:
+        manifest = json.loads((epath.Path(folder) / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def seen_in(lineage: Sequence[dict[str, Any]], sources: Sequence[Shards]) -> dict[str, list[str]]:
+    """Which datasets of `sources` the stages of a lineage are known to have trained on.
+
+    A dataset counts as seen if a shard of the same name and length was, or any shard of its name.
+
+    Args:
+      lineage: stages as `interop.encoder.read_lineage` gives them.
+      sources: what something is to be tested on.
+
+    Returns:
+      for each dataset the jobs that saw it, oldest first.
+    """
+    names = {dataset_name(path) for source in sources for path in source.paths}
+    seen: dict[str, list[str]] = collections.defaultdict(list)
+    for stage in lineage:
+        for data in stage.get("data", ()):
+            if data["dataset"] in names and stage["job"] not in seen[data["dataset"]]:
+                seen[data["dataset"]].append(stage["job"])
+    return dict(seen)
