@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 import cv2
 import numpy as np
 
-from data_prep import fingerprints
+from usfmae_jax.data import fingerprints
 from usfmae_jax.data.records import decode_image
 
 _RADII = (16, 24, 48, 64, 80, 88, 96, 104)

@@ -17,13 +17,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from data_prep import exclusions, fingerprints, frames, identity, parts, report, shards
+from data_prep import exclusions, frames, identity, parts, report, shards
 from data_prep.builder import Frames
 from data_prep.items import Rejected
 from data_prep.pages import page
 from data_prep.plans import Plan
 from data_prep.shards import UnusableInputError
 from usfmae_jax import __version__
+from usfmae_jax.data import fingerprints
 from usfmae_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")

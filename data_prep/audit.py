@@ -28,8 +28,9 @@ from typing import Any
 # `usfmae_jax.data.records` and tqdm are imported where they are needed: help should be quick.
 import numpy as np
 
-from data_prep import exclusions, fingerprints, parallel
+from data_prep import exclusions, parallel
 from data_prep.exclusions import Match, match_ids
+from usfmae_jax.data import fingerprints
 from usfmae_jax.errors import DamagedRecord, InputError
 
 _RECORDS = 256  # read per task

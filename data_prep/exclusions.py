@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import fingerprints
+from usfmae_jax.data import fingerprints
 from usfmae_jax.errors import InputError
 
 COLUMNS = ("dataset", "frame", "sha256", "reason", "evaluation_dataset", "evaluation_frame")

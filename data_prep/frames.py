@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 import cv2
 import numpy as np
 
-from data_prep import fingerprints, identity, masks, phantom
+from data_prep import identity, masks, phantom
 from data_prep.deannotate import clean_frame
 from data_prep.items import Item, printable
 from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
 from data_prep.sector import Sector, find_sector
+from usfmae_jax.data import fingerprints
 from usfmae_jax.data.records import Record, pixel_hash
 
 _WINDOW = 0.1, 99.9  # percentiles

@@ -12,9 +12,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_prep.pages import markup
 from usfmae_jax.data import records
 from usfmae_jax.errors import DamagedRecord
+from usfmae_jax.pages import markup
 
 _SAMPLE = 2000  # frames that are measured
 _SHEET = 60  # frames that are shown

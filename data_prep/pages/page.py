@@ -14,9 +14,10 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.pages import look, markup
+from data_prep.pages import look
 from usfmae_jax.data import records
 from usfmae_jax.errors import InputError
+from usfmae_jax.pages import markup
 
 _NAMES = 4  # of files per reason
 

@@ -12,7 +12,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_prep import audit, exclusions
-from tests.data_prep.test_fingerprints import annotated, cropped, jpeg, on_screen, picture, resized
+from tests.data.test_fingerprints import annotated, cropped, jpeg, on_screen, picture, resized
 from usfmae_jax.data import records
 from usfmae_jax.data.tfrecord import frame_tfrecord
 

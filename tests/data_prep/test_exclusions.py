@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from data_prep import exclusions, fingerprints
+from data_prep import exclusions
 from data_prep.exclusions import Match
-from tests.data_prep.test_fingerprints import jpeg, picture
+from tests.data.test_fingerprints import jpeg, picture
+from usfmae_jax.data import fingerprints
 from usfmae_jax.errors import InputError
 
 SHA, OTHER_SHA = "a" * 64, "0123456789abcdef" * 4

@@ -17,6 +17,7 @@ from data_prep.pages import page
 from tests.data_prep.builds import picture
 from usfmae_jax.data import records, tfrecord
 from usfmae_jax.errors import InputError
+from usfmae_jax.pages import markup
 
 EVIL = '<script>alert("1")</script>\'"><img src=x onerror=alert(2)>/\u202egnp.png'
 COLOUR = np.dstack([np.full((40, 60), value, np.uint8) for value in (200, 40, 20)])  # RGB
@@ -391,4 +392,4 @@ def test_pages_fit_a_phone_and_a_desk_without_sideways_scrolling(dataset, tmp_pa
 
 
 def test_the_template_travels_with_the_module():
-    assert pathlib.Path(page.__file__).with_name("page.html").is_file()
+    assert pathlib.Path(markup.__file__).with_name("page.html").is_file()

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import fingerprints
-from data_prep.fingerprints import ALIKE, NEAR, SAME
+from usfmae_jax.data import fingerprints
+from usfmae_jax.data.fingerprints import ALIKE, NEAR, SAME
 
 DATA = pathlib.Path(os.environ.get("ULTRASOUND_DATA", pathlib.Path(__file__).parents[3] / "shared" / "ultrasound"))
 
