@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := data/demo
 
-.PHONY: help install install-dev demo-data pretrain test lint format clean
+.PHONY: help install install-dev install-interop demo-data pretrain test lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -30,6 +30,10 @@ $(VENV)/.dev: requirements.txt requirements-prep.txt requirements-beam.txt requi
 
 install: $(VENV)/.prep  ## create .venv with what runs need, DICOM and video readers included
 install-dev: $(VENV)/.dev  ## ... and with what the tests need
+
+install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, for their comparisons
+	$(BIN)/python -m pip install --quiet torch==2.13.0 "transformers>=4.48,<6" "onnx>=1.17,<2" "onnxruntime>=1.20,<2"
+	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.15,<2" torchvision  # its operators are not needed
 
 demo-data: $(VENV)/.core  ## simulate labelled ultrasound frames into data/demo (once)
 	$(BIN)/python -m data_prep.build --dataset=phantom --output=$(DEMO)

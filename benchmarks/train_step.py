@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from configs.pretrain import get_config
-from usfmae_jax.models import vit
+from usfmae_jax.models import layers, vit
 from usfmae_jax.training import setup
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.state import init_state
@@ -32,15 +32,18 @@ def _as_is() -> Iterator[None]:
     yield
 
 
-def _three_dimensional(layer: vit.Linear, x: jax.Array) -> jax.Array:
+def _three_dimensional(layer: layers.Linear, x: jax.Array) -> jax.Array:
     return nnx.Linear.__call__(layer, x)
 
 
 ARRANGEMENTS: dict[str, Callable[[], Any]] = {
     "ours": _as_is,
-    "products of [B, N, D], not flattened": lambda: mock.patch.object(vit.Linear, "__call__", _three_dimensional),
+    "products of [B, N, D], not flattened": lambda: mock.patch.object(layers.Linear, "__call__", _three_dimensional),
     "GELU differentiated automatically": lambda: mock.patch.object(
         vit, "gelu", lambda x: jax.nn.gelu(x, approximate=False)
+    ),
+    "attention differentiated automatically": lambda: mock.patch.object(
+        layers, "attend", lambda q, k, v: layers._attend(q, k, v)[0]
     ),
     "no GELU at all": lambda: mock.patch.object(vit, "gelu", lambda x: x),
 }

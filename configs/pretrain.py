@@ -23,7 +23,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.init = ""  # an encoder directory to start from; "" starts from random weights
+    # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote.
+    config.init = ""  # "" starts from random weights
     config.model = dict(
         image_size=(224, 224),  # height, width; one number on the command line makes a square
         patch_size=16,

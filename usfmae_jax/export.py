@@ -1,16 +1,50 @@
-"""Write the encoder of a run, finished or not, as safetensors with its architecture and preprocessing.
+"""Write the weights of a run, finished or not, for others to use; every export checks itself.
 
 python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny
 python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --step=1500 --output=encoder-1500
+python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --format=hf --output=weights/tiny-hf
+
+  safetensors  our own directory, for usfmae_jax.load_encoder and --config.init
+  timm         loads into timm.create_model, strictly
+  hf           loads with ViTModel.from_pretrained and, decoder included, ViTMAEForPreTraining.from_pretrained
+  mae          the names of the original MAE code, decoder included; a .pth too where PyTorch is installed
+  onnx         uint8 images in, class token, mean patch feature and patch grid out; of a classifier probabilities
+  stablehlo    the same, for jax.export.deserialize and other compilers
+
+Beside the weights: preprocessing, lineage, a model card, and export.json with the largest difference between the model
+and the export on the same images. timm, hf, mae and onnx are compared where their packages are installed:
+pip install 'usfmae_jax[interop]'.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from usfmae_jax import __version__
+from usfmae_jax.convert import check_output
 from usfmae_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from usfmae_jax.interop.model import Model
+
+FORMATS = ("safetensors", "timm", "hf", "mae", "onnx", "stablehlo")
+_WEIGHTS = ("model.safetensors", "mae.pth", "model.onnx", "model.onnx.data", "model.stablehlo")
+#: What an output folder of this door may hold.
+WRITTEN = (
+    *_WEIGHTS,
+    "README.md",
+    "architecture.json",
+    "config.json",
+    "export.json",
+    "lineage.json",
+    "preprocessing.json",
+    "preprocessor_config.json",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,48 +52,165 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m usfmae_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, metavar="WORKDIR", help="of the run")
-    parser.add_argument("--step", type=int, help="default: the newest checkpoint")
-    parser.add_argument("--format", default="safetensors", choices=["safetensors"], help="default: %(default)s")
-    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="workdir of a run, encoder or classifier directory"
+    )
+    parser.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
+    parser.add_argument("--format", default="safetensors", choices=FORMATS, help="default: %(default)s")
+    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder, or DIR-FORMAT")
     args = parser.parse_args(argv)
     try:
-        export(args.checkpoint, args.output or os.path.join(args.checkpoint, "encoder"), args.step)
+        export(args.checkpoint, args.output, args.step, args.format)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def export(workdir: str, output: str, step: int | None = None) -> None:
-    """Exports one checkpoint of a run, the newest unless a step is given.
+def export(checkpoint: str, output: str | None = None, step: int | None = None, form: str = "safetensors") -> None:
+    """Exports weights and says where they are and how far they are from the model that they came from.
+
+    Args:
+      checkpoint: workdir of a run or of `usfmae_jax.convert`, or an encoder or classifier directory.
+      output: directory; default `<workdir>/encoder` for safetensors, `<checkpoint>-<format>` for others.
+      step: of a run; default is the newest checkpoint.
+      form: one of `FORMATS`.
 
     Raises:
-      InputError: no run there, or no such checkpoint.
+      InputError: nothing there, no such checkpoint, a model that the format has no place for, a package is missing, the
+        output holds something else; or the export differs from the model, which leaves no weights.
     """
-    import ml_collections  # after the flags are known to be right
-    from etils import epath
+    from usfmae_jax.interop import verification, writing  # after the flags are known to be right
+    from usfmae_jax.training.opening import open_model
 
-    from usfmae_jax.training import checkpoints, setup
-    from usfmae_jax.training.mesh import make_mesh
-    from usfmae_jax.training.pretrain import export as write
-    from usfmae_jax.training.state import abstract_state
-
-    try:
-        config = ml_collections.ConfigDict(json.loads((epath.Path(workdir) / "config.json").read_text()))
-    except (OSError, ValueError) as error:
+    output = output or _default_output(checkpoint, form)
+    check_output(output, WRITTEN)
+    _check_replaces_its_own(output, form)
+    model, said = open_model(checkpoint, step)
+    if form not in ("hf", "mae"):
+        model = model.without_decoder()
+    model = dataclasses.replace(model, params=verification.share(model.params))
+    os.makedirs(output, exist_ok=True)
+    for name in _WEIGHTS:  # an interrupted export leaves no weights beside the export.json of another
+        if os.path.exists(os.path.join(output, name)) and form != "safetensors":
+            os.remove(os.path.join(output, name))
+    images = verification.sample_images(model)
+    ours = verification.expected(model, images) if form != "safetensors" else {}
+    _write(model, form, output)
+    if form != "safetensors":  # what the other side loads takes their place in memory
+        model = dataclasses.replace(model, params={})
+    if form == "mae":
+        writing.add_pth(output)
+    result = _compare(model, form, output, images, ours)
+    about = {"format": form, "code": f"usfmae_jax {__version__}", "model": model.description(), **result}
+    _finish(model, form, output, about)
+    difference = about["largest_difference"]
+    if difference is not None and any(value > about["limits"][name] for name, value in about["differences"].items()):
+        for name in _WEIGHTS:
+            if os.path.exists(os.path.join(output, name)):
+                os.remove(os.path.join(output, name))
         raise InputError(
-            f"--checkpoint={workdir} is not the workdir of a run: it has no readable config.json"
-        ) from error
-    saver = checkpoints.open_checkpoints(setup.make_workdir(workdir) + "/checkpoints", read_only=True)
-    steps = [checkpoint.step for checkpoint in saver.checkpoints]
-    if not steps or (step is not None and step not in steps):
-        raise InputError(f"{workdir} has the checkpoints {steps}" + (f", not {step}" if step is not None else ""))
-    step = steps[-1] if step is None else step
-    make_model = setup.model_maker(config)
-    optimizer = setup.make_optimizer(config, total_steps=1)[1]
-    state = checkpoints.restore(saver, abstract_state(make_model, optimizer, make_mesh(), config.seed), step)
-    write(config, state["params"]["encoder"], workdir, output, step)
+            f"the export to {form} is {difference:.2g} off the model, more than {about['limit']:g}; its weights are "
+            f"removed, and {output}/export.json has the numbers: please report it with the versions of your packages"
+        )
+    compared = about.get("not_compared") or f"largest difference {difference:.1e} with {about['runtime']}"
+    print(f"{said}: {output} ({compared})", file=sys.stderr)
+
+
+def _default_output(checkpoint: str, form: str) -> str:
+    inside = os.path.exists(os.path.join(checkpoint, "architecture.json"))
+    if form == "safetensors" and not inside:
+        kind = "classifier" if os.path.isdir(os.path.join(checkpoint, "classifier")) else "encoder"
+        return os.path.join(checkpoint, kind)
+    return f"{os.path.normpath(checkpoint)}-{form}"
+
+
+def _check_replaces_its_own(output: str, form: str) -> None:
+    """Raises InputError when a folder holds weights that are not an earlier export to the same format."""
+    if not os.path.isdir(output) or not os.listdir(output):
+        return
+    try:
+        with open(os.path.join(output, "export.json")) as file:
+            earlier = json.load(file)["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        # A run leaves its encoder without an export.json.
+        ours = os.path.exists(os.path.join(output, "architecture.json"))
+        earlier = "safetensors" if ours else "something else"
+    if earlier != form:
+        raise InputError(
+            f"--output={output} holds weights already ({earlier}), not an export to {form}; name a new folder"
+        )
+
+
+def _write(model: "Model", form: str, output: str) -> None:
+    from usfmae_jax.interop import onnx_export, stablehlo_export, writing
+    from usfmae_jax.interop.classifier import save_classifier
+    from usfmae_jax.interop.encoder import save_encoder
+    from usfmae_jax.interop.model import nested
+
+    if form == "safetensors" and model.pool:
+        description = {
+            "model": "vit",
+            "encoder": model.architecture,
+            "pool": model.pool,
+            "classes": list(model.classes),
+        }
+        save_classifier(output, nested(model), {}, description, model.preprocessing, model.lineage)
+    elif form == "safetensors":
+        save_encoder(output, nested(model), model.architecture, model.preprocessing, model.lineage)
+    else:
+        write = {
+            "timm": writing.write_timm,
+            "hf": writing.write_hf,
+            "mae": writing.write_mae,
+            "onnx": onnx_export.write_onnx,
+            "stablehlo": stablehlo_export.write_stablehlo,
+        }
+        write[form](model, output)
+
+
+def _compare(model: "Model", form: str, output: str, images: Any, ours: dict[str, Any]) -> dict[str, Any]:
+    """Runs the export and measures; for our own format compares every parameter."""
+    from usfmae_jax.interop import verification
+    from usfmae_jax.interop.tensors import open_safetensors
+
+    if form == "safetensors":
+        stored = open_safetensors(os.path.join(output, "model.safetensors"))[0]
+        prefix = "" if model.pool else "encoder."
+        differences: dict[str, float] = {}
+        for name in model.params.keys() | {
+            prefix + name for name in stored
+        }:  # one by one: a large model is in memory once
+            theirs = {name: stored[name.removeprefix(prefix)].read()} if name.removeprefix(prefix) in stored else {}
+            differences |= verification.largest_difference(model.params, theirs) or {name: math.inf}
+        runtime, limits, count = "its parameters, one by one", dict.fromkeys(differences, 0.0), 0
+    else:
+        try:
+            theirs, runtime = verification.observed(form, model, output, images)
+        except verification.UnavailableError as error:
+            return {"largest_difference": None, "not_compared": str(error)}
+        differences = verification.largest_difference(ours, theirs)
+        limits = {n: verification.LOSS_LIMIT if n == "loss" else verification.LIMIT for n in differences}
+        count = len(images)
+    return {
+        "largest_difference": max(differences.values()),
+        "limit": max(limits.values()),
+        "limits": limits,
+        "differences": differences,
+        "runtime": runtime,
+        "images": count,
+    }
+
+
+def _finish(model: "Model", form: str, output: str, about: dict[str, Any]) -> None:
+    from usfmae_jax.interop import model_card, writing
+
+    writing.write_preprocessing(model, output)
+    parity = {name: about.get(name) for name in ("format", "code", "largest_difference", "runtime", "not_compared")}
+    for name, value in (("export", about), ("lineage", {"stages": model.lineage, "export": parity})):
+        with open(os.path.join(output, name + ".json"), "w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+    model_card.write_model_card(model, form, output, about)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,7 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         "Equipment": _equipment(manifest),
         "How it was made": _made(manifest),
     }
-    shown = {name: content for name, content in sections.items() if content}
-    links = "".join(f'<a href="#{_anchor(name)}">{name}</a>' for name in shown)
-    body = _header(manifest) + markup.tiles(_headline(manifest)) + _notices(manifest, seen) + f"<nav>{links}</nav>"
-    body += "".join(
-        f'<section id="{_anchor(name)}"><h2>{name}</h2>{content}</section>' for name, content in shown.items()
-    )
+    body = _header(manifest) + markup.tiles(_headline(manifest)) + _notices(manifest, seen) + markup.sections(sections)
     return markup.write(folder / "report.html", _title(manifest), body)
 
 
@@ -130,11 +125,7 @@ def _notices(manifest: Mapping[str, Any], seen: look.Look) -> str:
         ("Please check", found),
         ("Known problems of this dataset", [str(p) for p in manifest.get("problems") or ()]),
     ]
-    return "".join(
-        f'<div class="notice"><b>{name}</b><ul>{"".join(f"<li>{markup.escape(one)}</li>" for one in lines)}</ul></div>'
-        for name, lines in boxes
-        if lines
-    )
+    return "".join(markup.notice(name, lines) for name, lines in boxes)
 
 
 def _expected(manifest: Mapping[str, Any]) -> list[list[Any]]:
@@ -251,10 +242,6 @@ def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise InputError(f"{folder / 'manifest.json'} is not a manifest: build the dataset again")
     return manifest
-
-
-def _anchor(name: str) -> str:
-    return name.lower().replace(" ", "-")
 
 
 def _title(manifest: Mapping[str, Any]) -> str:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from configs import pretrain
+from usfmae_jax.training import common, setup
 from usfmae_jax.training import mesh as meshes
-from usfmae_jax.training import setup
 from usfmae_jax.training.state import abstract_state, model_graph
 from usfmae_jax.training.step import make_train_step
 
@@ -15,14 +15,14 @@ from usfmae_jax.training.step import make_train_step
 def test_every_variant_builds_and_steps_under_eval_shape(variant):
     config = pretrain.get_config(variant)
     mesh = meshes.make_mesh(**config.mesh)
-    setup.check_batch(config, mesh)
+    common.check_batch(config, mesh)
     make = setup.model_maker(config)
     schedule, optimizer = setup.make_optimizer(config, total_steps=1000)
-    state = abstract_state(make, optimizer, mesh, config.seed)
+    state = abstract_state(make, optimizer, mesh)
     step = make_train_step(
         model_graph(make), optimizer, schedule, mesh, setup.objective(config), config.train.accumulate
     )
-    shape = (config.train.batch_size, *setup.image_size(config), config.data.channels)
+    shape = (config.train.batch_size, *common.image_size(config), config.data.channels)
     new_state, metrics = jax.eval_shape(step, state, jax.ShapeDtypeStruct(shape, "uint8"))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
@@ -31,7 +31,7 @@ def test_every_variant_builds_and_steps_under_eval_shape(variant):
 def _parameters(variant):
     config = pretrain.get_config(variant)
     mesh = meshes.make_mesh(-1, 1)
-    state = abstract_state(setup.model_maker(config), setup.make_optimizer(config, 10)[1], mesh, 0)
+    state = abstract_state(setup.model_maker(config), setup.make_optimizer(config, 10)[1], mesh)
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state["params"]["encoder"]))
 
 

@@ -82,3 +82,37 @@ def test_colour_keeps_its_channels():
     image[..., 2] = 90
     assert _view(image, (16, 16), IDENTITY)[8, 8].tolist() == [0, 0, 90]
     assert augment.resize(image, (8, 16)).shape == (8, 16, 3)
+
+
+def test_grey_levels_are_left_alone_by_default_and_nothing_is_drawn():
+    rng = np.random.default_rng(0)
+    image = np.arange(48, dtype=np.uint8).reshape(6, 8, 1)
+    assert augment.adjust(image, rng, augment.Augmentation()) is image
+    assert rng.bit_generator.state == np.random.default_rng(0).bit_generator.state
+
+
+@pytest.mark.parametrize("brightness", [-0.3, 0, 0.3])
+@pytest.mark.parametrize("contrast", [0.6, 1, 1.7])
+@pytest.mark.parametrize("gamma", [0.7, 1, 1.5])
+def test_levels_keep_their_order_and_black_stays_black(brightness, contrast, gamma):
+    table = augment.levels(brightness, contrast, gamma)
+    assert (table.dtype, table.shape, table[0]) == (np.uint8, (256,), 0)
+    assert (np.diff(table.astype(int)) >= 0).all()
+    if (brightness, contrast, gamma) == (0, 1, 1):
+        assert table.tolist() == list(range(256))
+
+
+def test_gain_adds_dynamic_range_stretches_from_white_and_gamma_bends():
+    assert augment.levels(0.2, 1, 1)[100] == 151  # 51 of 255
+    assert augment.levels(0, 1.5, 1)[[155, 255]].tolist() == [105, 255]  # 100 below white becomes 150 below
+    assert augment.levels(0, 1, 2)[128] == round(128**2 / 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_levels_follow_the_generator(channels):
+    how = augment.Augmentation(brightness=(-0.2, 0.2), contrast=(0.7, 1.4), gamma=(0.7, 1.4), randaugment_magnitude=9)
+    image = np.random.default_rng(1).integers(0, 255, (6, 8, channels), np.uint8)
+    one, again, other = (augment.adjust(image, np.random.default_rng(seed), how) for seed in (0, 0, 1))
+    assert (one.shape, one.dtype) == (image.shape, np.uint8)
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one, other)

@@ -7,13 +7,13 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
-from usfmae_jax.models import position, vit
+from usfmae_jax.models import layers, patches, position, vit
 
 
 def test_gelu_is_exact_and_so_is_its_derivative(rng):
     x = rng.normal(size=200).astype(np.float32) * 3
-    np.testing.assert_allclose(vit.gelu(x), x * 0.5 * (1 + erf(x / np.sqrt(2))), atol=1e-6)
-    derivative = jax.vmap(jax.grad(vit.gelu))(x)
+    np.testing.assert_allclose(layers.gelu(x), x * 0.5 * (1 + erf(x / np.sqrt(2))), atol=1e-6)
+    derivative = jax.vmap(jax.grad(layers.gelu))(x)
     reference = jax.vmap(jax.grad(lambda x: jax.nn.gelu(x, approximate=False)))(x)
     np.testing.assert_allclose(derivative, reference, atol=1e-6)
 
@@ -21,20 +21,20 @@ def test_gelu_is_exact_and_so_is_its_derivative(rng):
 @pytest.mark.parametrize(("shape", "patch"), [((2, 32, 48, 3), 8), ((1, 28, 14, 1), 14)])
 def test_unpatchify_inverts_patchify(rng, shape, patch):
     images = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    patches = vit.patchify(images, patch)
-    assert patches.shape == (shape[0], shape[1] * shape[2] // patch**2, patch**2 * shape[3])
-    np.testing.assert_array_equal(vit.unpatchify(patches, (shape[1] // patch, shape[2] // patch), patch), images)
+    found = patches.patchify(images, patch)
+    assert found.shape == (shape[0], shape[1] * shape[2] // patch**2, patch**2 * shape[3])
+    np.testing.assert_array_equal(patches.unpatchify(found, (shape[1] // patch, shape[2] // patch), patch), images)
 
 
 def test_patches_run_row_by_row_and_hold_row_column_channel():
     images = jnp.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
-    patches = vit.patchify(images, 2)
-    np.testing.assert_array_equal(patches[1, 1], images[1, :2, 2:].reshape(-1))
+    found = patches.patchify(images, 2)
+    np.testing.assert_array_equal(found[1, 1], images[1, :2, 2:].reshape(-1))
 
 
 def test_image_size_must_be_divisible_by_the_patch():
     with pytest.raises(ValueError, match="30x32 is not divisible by patch size 8"):
-        vit.patchify(jnp.zeros((1, 30, 32, 1)), 8)
+        patches.patchify(jnp.zeros((1, 30, 32, 1)), 8)
 
 
 def test_position_table_follows_its_formula():
@@ -108,5 +108,21 @@ def test_softmax_and_norm_are_float32_under_bfloat16():
 
 def test_grey_pixels_are_repeated_to_the_models_channels():
     images = jnp.asarray([[[[0]], [[255]]]], jnp.uint8)
-    x = vit.normalize_images(images, (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    x = patches.normalize_images(images, (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
     np.testing.assert_allclose(x[0, :, 0], [[-1, -1, 0], [1, 3, 1]])
+
+
+def test_attention_of_cpus_is_that_of_jax_with_the_same_gradients(rng):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 3, 5, 4)), jnp.float32) for _ in range(3))
+
+    def reference(q, k, v):
+        return jax.nn.dot_product_attention(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
+
+    np.testing.assert_allclose(layers.attend(q, k, v), reference(q, k, v), atol=1e-6)
+    weigh = jnp.arange(4.0)
+    own, derived = (
+        jax.grad(lambda *x, f=f: (f(*x) ** 2 * weigh).sum(), argnums=(0, 1, 2))(q, k, v)
+        for f in (layers.attend, reference)
+    )
+    for one, other in zip(own, derived, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)

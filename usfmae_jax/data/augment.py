@@ -1,10 +1,12 @@
-"""Views of an image: crop, rotation, flip and resize as one affine warp, on uint8."""
+"""Views of an image, on uint8: crop, rotation, flip and resize as one affine warp; grey levels as one table."""
 
 import dataclasses
 import math
 
 import cv2
 import numpy as np
+
+from usfmae_jax.data.randaugment import randaugment
 
 INTERPOLATION = {"nearest": cv2.INTER_NEAREST, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
 
@@ -19,6 +21,11 @@ class Augmentation:
       rotation: degrees, (lowest, highest), drawn uniformly.
       hflip, vflip: probability of a mirrored view. Up-down swaps near field and shadow: off unless asked for.
       interpolation: 'nearest', 'linear' or 'cubic'.
+      brightness: gain, (lowest, highest), as a share of the grey scale that is added; off at (0, 0). See `levels`.
+      contrast: factor of the contrast, drawn log-uniformly: a smaller dynamic range has more; off at (1, 1).
+      gamma: exponent of the grey map, drawn log-uniformly; off at (1, 1).
+      randaugment_magnitude: strength of `randaugment`, 0 to 10; 0 = off.
+      randaugment_ops: how many of its operations each view gets.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -27,6 +34,11 @@ class Augmentation:
     hflip: float = 0.5
     vflip: float = 0.0
     interpolation: str = "linear"
+    brightness: tuple[float, float] = (0.0, 0.0)
+    contrast: tuple[float, float] = (1.0, 1.0)
+    gamma: tuple[float, float] = (1.0, 1.0)
+    randaugment_magnitude: float = 0.0
+    randaugment_ops: int = 2
 
 
 def random_crop(
@@ -80,6 +92,41 @@ def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], interpola
     flags = INTERPOLATION[interpolation] | cv2.WARP_INVERSE_MAP
     view = cv2.warpAffine(image, matrix, (size[1], size[0]), flags=flags, borderMode=cv2.BORDER_CONSTANT)
     return view.reshape(*size, image.shape[2])
+
+
+def levels(brightness: float, contrast: float, gamma: float) -> np.ndarray:
+    """What gain, dynamic range and grey map do to a log-compressed image, as a table of 256 levels (uint8).
+
+    There gain is an offset. Another dynamic range stretches the grey scale from white, the strongest echo, down:
+    k times the contrast is what 1/k of the decibels shows. Black stays black and near-black does not get much brighter:
+    most of it is surround, which no knob changes.
+
+    Args:
+      brightness: share of the grey scale that is added.
+      contrast: factor k.
+      gamma: exponent of the grey map; above 1 darkens.
+    """
+    level = np.arange(256) / 255
+    changed = np.clip(1 - (1 - level) * contrast + brightness, 0, 1) ** gamma
+    seen = 1 - np.exp(-np.arange(256) / 8)
+    return np.round(255 * np.where(changed > level, level + (changed - level) * seen, changed)).astype(np.uint8)
+
+
+def adjust(image: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np.ndarray:
+    """Draws what changes grey levels and not places: uint8 `[H, W, C]`, in and out.
+
+    Nothing is drawn for what is off, so that views without it stay what they are.
+    """
+    if how.randaugment_magnitude > 0:
+        image = randaugment(image, rng, how.randaugment_magnitude, how.randaugment_ops)
+    brightness = rng.uniform(*how.brightness) if any(how.brightness) else 0.0
+    contrast, gamma = (
+        math.exp(rng.uniform(math.log(span[0]), math.log(span[1]))) if tuple(span) != (1, 1) else 1.0
+        for span in (how.contrast, how.gamma)
+    )
+    if (brightness, contrast, gamma) == (0.0, 1.0, 1.0):
+        return image
+    return cv2.LUT(image, levels(brightness, contrast, gamma)).reshape(image.shape)
 
 
 def reduction(matrix: np.ndarray) -> int:

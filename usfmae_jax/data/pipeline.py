@@ -53,7 +53,7 @@ class LoadView(grain.transforms.RandomMap):
         damaged = np.full((MAX_TRIES, 2), -1, np.int64)
         for attempt in range(MAX_TRIES):
             try:
-                image = self._view(decode_record(self.sources[source][index]), rng)
+                image = self.draw(decode_record(self.sources[source][index]), rng)
             except DamagedRecord:
                 damaged[attempt] = source, index
                 index = int(rng.integers(len(self.sources[source])))
@@ -64,7 +64,8 @@ class LoadView(grain.transforms.RandomMap):
             f"{MAX_TRIES} records in a row are damaged, the last is number {number} of {path}; rebuild the shards"
         )
 
-    def _view(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+    def draw(self, record: Record, rng: np.random.Generator) -> np.ndarray:
+        """One view of a record: uint8 `[H, W, C]`; raises DamagedRecord."""
         pixels = None
         height, width = record["height"], record["width"]
         if not (height and width):  # shards made by others may not say
@@ -74,7 +75,7 @@ class LoadView(grain.transforms.RandomMap):
         if pixels is None:
             pixels = decode_image(record["image"], self.channels, augment.reduction(matrix))
             matrix = augment.shrink_view(matrix, height / pixels.shape[0])
-        return augment.warp(pixels, matrix, self.size, self.how.interpolation)
+        return augment.adjust(augment.warp(pixels, matrix, self.size, self.how.interpolation), rng, self.how)
 
 
 class HostRows(grain.MapDataset):

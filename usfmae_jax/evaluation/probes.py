@@ -1,9 +1,15 @@
-"""What frozen features know: k-NN, logistic regression and effective rank."""
+"""What frozen features know: logistic regression, k-NN and effective rank.
 
+Settings of a probe are chosen by the log loss of validation frames: predictions of several folds are pooled, and a fold
+whose settings were chosen by rank alone may give probabilities of another scale than the others.
+"""
+
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.special import softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
@@ -13,6 +19,111 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
 from usfmae_jax.errors import InputError
+
+#: Inverse strengths of regularisation that are tried, as the DINO evaluations do.
+REGULARIZATION = tuple(10.0**power for power in range(-6, 6))
+#: Numbers of neighbours that are tried, and the temperature of their votes (Caron et al. 2021).
+NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07
+#: Newton's method factorises a square matrix of this many rows at most; above it L-BFGS is quicker.
+LARGEST_HESSIAN = 1600
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A head fitted on frozen features.
+
+    Attributes:
+      predict: features `[N, ...]` to probabilities float64 `[N, C]`.
+      settings: what was chosen on the validation frames, and its score there; JSON.
+    """
+
+    predict: Callable[[np.ndarray], np.ndarray]
+    settings: dict[str, float]
+
+
+def logistic(
+    train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], num_classes: int
+) -> Probe:
+    """Multinomial logistic regression on standardised features, its regularisation chosen on validation frames.
+
+    Inverse strengths C of 10^-6 to 10^5 are fitted on the training frames alone, each starting from the one before; the
+    lowest validation log loss wins and is kept as it is: validation frames are not added to the fit, so that a label
+    fraction is that fraction, and every protocol learns from the same frames.
+
+    Args:
+      train: features float `[N, D]` and labels int `[N]` with every class in it.
+      validation: the same of other patients.
+      num_classes: labels are below it.
+    """
+    mean, scale = train[0].mean(axis=0, dtype=np.float64), train[0].std(axis=0, dtype=np.float64)
+    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
+    x = (train[0] - mean) / scale
+    # With an L2 penalty the weights lie in the span of the training frames: fewer frames than features, fewer unknowns.
+    basis = np.linalg.svd(x, full_matrices=False)[2].T if len(x) < x.shape[1] else np.eye(x.shape[1])
+    x, held_out = x @ basis, (validation[0] - mean) / scale @ basis
+    unknowns = (x.shape[1] + 1) * (num_classes if num_classes > 2 else 1)
+    model = LogisticRegression(
+        solver="newton-cholesky" if unknowns <= LARGEST_HESSIAN else "lbfgs", max_iter=1000, warm_start=True
+    )
+    best = (np.inf, 0.0, np.empty(0), np.empty(0))
+    for strength in REGULARIZATION:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # hardly regularised and separable: the weights grow without end
+            model.set_params(C=strength).fit(x, train[1])
+        loss = validation_loss(validation[1], model.predict_proba(held_out))
+        if loss < best[0]:
+            best = (loss, strength, model.coef_.copy(), model.intercept_.copy())
+    loss, strength, weights, bias = best
+    kernel = basis @ weights.T / scale[:, None]
+    bias = bias - mean @ kernel
+
+    def predict(features: np.ndarray) -> np.ndarray:
+        logits = features @ kernel + bias
+        return softmax(np.concatenate([0 * logits, logits], axis=1) if num_classes == 2 else logits, axis=1)
+
+    return Probe(predict, {"C": strength, "validation_log_loss": loss})
+
+
+def knn(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], num_classes: int) -> Probe:
+    """Weighted vote of the nearest training frames by cosine similarity (Wu et al. 2018, eq. 4), temperature 0.07.
+
+    The number of neighbours, 10 to 200, is chosen by the log loss of validation frames.
+
+    Args:
+      train: features float `[N, D]` and labels int `[N]` with every class in it.
+      validation: the same of other patients.
+      num_classes: labels are below it.
+    """
+    known, votes = _unit(train[0]), np.eye(num_classes)[train[1]]
+    counts = sorted({min(count, len(known)) for count in NEIGHBOURS})
+
+    def predict(features: np.ndarray, count: int) -> np.ndarray:
+        found = np.empty((len(features), num_classes))
+        for start in range(0, len(features), 1024):  # similarities of all frames at once may not fit
+            similar = _unit(features[start : start + 1024]) @ known.T
+            nearest = np.argpartition(-similar, count - 1, axis=1)[:, :count]
+            # Relative to the nearest one: the same shares, and no overflow.
+            near = np.take_along_axis(similar, nearest, axis=1)
+            weight = np.exp((near - near.max(axis=1, keepdims=True)) / TEMPERATURE)
+            found[start : start + 1024] = np.einsum(
+                "nk,nkc->nc", weight / weight.sum(axis=1, keepdims=True), votes[nearest]
+            )
+        return found
+
+    losses = [validation_loss(validation[1], predict(validation[0], count)) for count in counts]
+    best = counts[int(np.argmin(losses))]
+    return Probe(lambda features: predict(features, best), {"k": best, "validation_log_loss": min(losses)})
+
+
+def validation_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean log loss of probabilities `[N, C]`, those below 1e-6 taken for it; infinite if any is no number."""
+    if not np.isfinite(probabilities).all():
+        return np.inf
+    return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-6)).mean())
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def rankme(features: np.ndarray) -> float:
@@ -59,7 +170,7 @@ def probe(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], *, se
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # early in a run features are ill-conditioned
                 held_out[test] = classifier.fit(features[train], labels[train]).predict_proba(features[test])
-        scores[f"{name}_auroc"] = _auroc(labels, held_out)
+        scores[f"{name}_auroc"] = auroc(labels, held_out)
         low, high = _bootstrap_auroc(labels, held_out, groups, seed)
         scores |= {f"{name}_auroc_low": low, f"{name}_auroc_high": high}
         scores[f"{name}_balanced_accuracy"] = float(balanced_accuracy_score(labels, classes[held_out.argmax(axis=1)]))
@@ -103,12 +214,13 @@ def _bootstrap_auroc(
     while len(values) < resamples:
         chosen = np.concatenate([frames[i] for i in rng.integers(len(frames), size=len(frames))])
         if len(np.unique(labels[chosen])) == probabilities.shape[1]:  # else AUROC is not defined: draw again
-            values.append(_auroc(labels[chosen], probabilities[chosen]))
+            values.append(auroc(labels[chosen], probabilities[chosen]))
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
 
-def _auroc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+def auroc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """AUROC of probabilities `[N, C]`, one class against the rest, averaged over classes."""
     if probabilities.shape[1] == 2:
         return float(roc_auc_score(labels, probabilities[:, 1]))
     # The probabilities of a fold add up to one but for rounding; scikit-learn wants it exact.

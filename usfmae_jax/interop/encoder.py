@@ -16,6 +16,7 @@ import safetensors.numpy
 from etils import epath
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.interop.tensors import from_array, write_safetensors
 
 #: Changes when an older reader could no longer use what is written.
 FORMAT = 1
@@ -44,9 +45,8 @@ def save_encoder(
     (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **architecture}, indent=2) + "\n")
     (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
     (root / "lineage.json").write_text(json.dumps({"stages": lineage}, indent=2) + "\n")
-    partial = root / "model.safetensors.incomplete"
-    partial.write_bytes(safetensors.numpy.save(flat, metadata={"lineage": json.dumps(lineage)}))
-    partial.replace(root / "model.safetensors")
+    tensors = {name: from_array(value) for name, value in flat.items()}
+    write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(lineage)})
 
 
 def read_encoder(directory: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -7,17 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from usfmae_jax.models.layers import AttentionImplementation, Linear, layer_norm
+from usfmae_jax.models.patches import patchify, take_tokens
 from usfmae_jax.models.position import resize_table, sincos_table
-from usfmae_jax.models.vit import (
-    AttentionImplementation,
-    Block,
-    Blocks,
-    Linear,
-    ViT,
-    layer_norm,
-    patchify,
-    take_tokens,
-)
+from usfmae_jax.models.vit import Block, Blocks, ViT
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

@@ -1,75 +1,35 @@
 """Vision transformer (Dosovitskiy et al. 2021) in Flax NNX, with the numerics of the MAE code (He et al. 2022)."""
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from usfmae_jax.models.layers import Attention, AttentionImplementation, Linear, gelu, layer_norm
+from usfmae_jax.models.patches import check_patches, patchify, take_tokens
 from usfmae_jax.models.position import resize_table, sincos_table
 
-AttentionImplementation = Literal["xla", "cudnn"] | None
-
-xavier = nnx.initializers.xavier_uniform()
-
-
-@jax.custom_jvp
-def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU, `x * Phi(x)` with the Gaussian CDF (Hendrycks & Gimpel 2016); any shape."""
-    return x * 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
-@gelu.defjvp
-def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    # The derivative Phi(x) + x phi(x) shares the erf with the value and is all that the backward pass keeps;
-    # derived automatically it was the dearest part of a small model on a CPU.
-    (x,), (dx,) = primals, tangents
-    cdf = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
-    pdf = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return x * cdf, (cdf + x * pdf) * dx
-
-
-class Linear(nnx.Linear):
-    """`[..., I] -> [..., O]`, computed as one 2-D product.
-
-    XLA on the CPU runs a 3-D by 2-D product up to three times slower than the same product with tokens flattened.
-    """
-
-    def __init__(self, inputs: int, outputs: int, *, dtype: Any, rngs: nnx.Rngs):
-        super().__init__(inputs, outputs, dtype=dtype, kernel_init=xavier, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        """`x @ kernel + bias` in the compute dtype."""
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
-
-
-def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with eps 1e-6, in float32 whatever comes in."""
-    return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention (Vaswani et al. 2017), `[B, N, D] -> [B, N, D]`.
-
-    Query, key and value come from one matrix; the softmax is float32 whatever the compute dtype.
-    """
-
-    def __init__(
-        self, width: int, num_heads: int, *, dtype: Any, implementation: AttentionImplementation, rngs: nnx.Rngs
-    ):
-        self.num_heads = num_heads
-        self.implementation = implementation
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Every token attends to every token."""
-        b, n, d = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads), 2, 0)
-        x = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)  # [B, N, H, D/H]
-        return self.proj(x.reshape(b, n, d))
+#: Architectures by name, as arguments of `ViT`; "small" to "huge" as the ViT and MAE papers have them.
+SIZES: dict[str, dict[str, Any]] = {
+    name: {
+        "image_size": image_size,
+        "patch_size": patch_size,
+        "channels": channels,
+        "width": width,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": 4.0,
+    }
+    for name, image_size, patch_size, channels, width, depth, num_heads in (
+        ("tiny", (96, 96), 8, 1, 192, 6, 3),
+        ("small", (224, 224), 16, 3, 384, 12, 6),
+        ("base", (224, 224), 16, 3, 768, 12, 12),
+        ("large", (224, 224), 16, 3, 1024, 24, 16),
+        ("huge", (224, 224), 14, 3, 1280, 32, 16),
+    )
+}
 
 
 class Block(nnx.Module):
@@ -92,10 +52,38 @@ class Block(nnx.Module):
         self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Attention, then MLP, each with a residual."""
-        x = x + self.attn(self.norm1(x).astype(x.dtype))
-        return x + self.fc2(gelu(self.fc1(self.norm2(x).astype(x.dtype))))
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        """Attention, then MLP, each with a residual.
+
+        Args:
+          x: `[B, N, D]`.
+          scale: `[2, B]`, factors of the two branches (drop path); None = 1.
+        """
+        x = x + _scaled(self.attn(self.norm1(x).astype(x.dtype)), scale, 0)
+        return x + _scaled(self.fc2(gelu(self.fc1(self.norm2(x).astype(x.dtype)))), scale, 1)
+
+
+def _scaled(branch: jax.Array, scale: jax.Array | None, which: int) -> jax.Array:
+    return branch if scale is None else branch * scale[which][:, None, None].astype(branch.dtype)
+
+
+def drop_path_scales(rng: jax.Array, depth: int, batch: int, rate: float) -> jax.Array:
+    """What stochastic depth (Huang et al. 2016) multiplies the residual branches with.
+
+    The rate rises linearly from 0 at the first block to `rate` at the last; a branch that stays is scaled up, so that
+    its expectation is what it is without dropping.
+
+    Args:
+      rng: key.
+      depth: number of blocks, of two branches each.
+      batch: number of samples, each of which drops its own branches.
+      rate: in [0, 1).
+
+    Returns:
+      float32 `[depth, 2, batch]`, 0 or `1 / (1 - rate of the block)`.
+    """
+    stay = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    return jax.random.bernoulli(rng, stay, (depth, 2, batch)) / stay
 
 
 class Blocks(nnx.Module):
@@ -113,16 +101,38 @@ class Blocks(nnx.Module):
         self.depth, self.scan, self.remat = depth, scan, remat
         self.stack = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """All blocks, one after the other."""
+    def __call__(
+        self, x: jax.Array, *, rng: jax.Array | None = None, drop_path: float = 0.0, freeze: int = 0
+    ) -> jax.Array:
+        """All blocks, one after the other.
+
+        Args:
+          x: `[B, N, D]`.
+          rng: key for drop path; None = nothing is dropped.
+          drop_path: highest rate, see `drop_path_scales`; frozen blocks drop nothing.
+          freeze: number of first blocks that get no gradient, nor does what comes before them.
+        """
         graph, stacked = nnx.split(self.stack)
+        scales = None
+        if rng is not None and drop_path:
+            scales = drop_path_scales(rng, self.depth, x.shape[0], drop_path)[freeze:]
 
-        def apply(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, params)(x), None
+        def apply(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
+            params, scale = block
+            return nnx.merge(graph, params)(x, scale), None
 
-        if self.remat:
-            apply = jax.checkpoint(apply, prevent_cse=not self.scan)
-        return jax.lax.scan(apply, x, stacked, unroll=1 if self.scan else self.depth)[0]
+        def run(x: jax.Array, params: Any, scales: jax.Array | None, depth: int, remat: bool) -> jax.Array:
+            step = jax.checkpoint(apply, prevent_cse=not self.scan) if remat else apply
+            return jax.lax.scan(step, x, (params, scales), unroll=1 if self.scan else depth)[0]
+
+        if freeze:
+            # Without tangents going in, JAX derives no backward pass for these blocks and keeps none of their values.
+            frozen, x = jax.lax.stop_gradient((jax.tree.map(lambda p: p[:freeze], stacked), x))
+            x = run(x, frozen, None, freeze, remat=False)
+            stacked = jax.tree.map(lambda p: p[freeze:], stacked)
+        if freeze < self.depth:
+            x = run(x, stacked, scales, self.depth - freeze, self.remat)
+        return x
 
 
 class ViT(nnx.Module):
@@ -133,6 +143,7 @@ class ViT(nnx.Module):
       patch_size: side of a patch; must divide the image size.
       channels: 1 or 3.
       width, depth, num_heads, mlp_ratio: of the transformer.
+      learned_positions: the position table is a parameter, as in ViT and after MAE's fine-tuning; else it is fixed.
       dtype: compute dtype; parameters stay float32.
       attention: implementation for `jax.nn.dot_product_attention`: 'xla', 'cudnn', or None for its own choice.
       scan, remat: see `Blocks`.
@@ -148,6 +159,7 @@ class ViT(nnx.Module):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
+        learned_positions: bool = False,
         dtype: Any = jnp.float32,
         attention: AttentionImplementation = None,
         scan: bool = True,
@@ -163,66 +175,55 @@ class ViT(nnx.Module):
 
         self.patch_embed = Linear(patch_size * patch_size * channels, width, dtype=dtype, rngs=rngs)
         self.cls_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))
+        self.learned_positions = learned_positions
+        if learned_positions:
+            self.position = nnx.Param(jnp.asarray(sincos_table(self.grid, width)))
         self.blocks = Blocks(depth, make, scan=scan, remat=remat, rngs=rngs)
         self.norm = layer_norm(width, rngs=rngs)
 
-    def __call__(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        images: jax.Array,
+        keep: jax.Array | None = None,
+        *,
+        normalize: bool = True,
+        rng: jax.Array | None = None,
+        drop_path: float = 0.0,
+        freeze: int = 0,
+    ) -> jax.Array:
         """Encodes all patches, or only those that `keep` `[B, K]` names.
 
         Args:
           images: normalised, `[B, H, W, C]`; height and width divisible by the patch size.
           keep: int `[B, K]`, the visible patches of each image.
+          normalize: apply the final norm.
+          rng: key for drop path; None = nothing is dropped.
+          drop_path: highest rate of drop path, see `drop_path_scales`.
+          freeze: number of first blocks that get no gradient, together with the patch embedding and the class token;
+            as many as there are blocks freezes the final norm too.
 
         Returns:
-          float32 `[B, 1 + K, width]` after the final norm.
+          float32 `[B, 1 + K, width]`, the class token first.
+
+        Raises:
+          ValueError: `freeze` is negative or more than there are blocks.
         """
+        if not 0 <= freeze <= self.blocks.depth:
+            raise ValueError(f"cannot freeze {freeze} of {self.blocks.depth} blocks")
+        x = self.blocks(self.embed(images, keep), rng=rng, drop_path=drop_path, freeze=freeze)
+        x = self.norm(x) if normalize else x.astype(jnp.float32)
+        return jax.lax.stop_gradient(x) if freeze == self.blocks.depth else x
+
+    def embed(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
+        """What the first block sees: class token and embedded patches with their positions, `[B, 1 + K, width]`."""
         b, height, width, _ = images.shape
         grid = (height // self.patch_size, width // self.patch_size)
-        position = resize_table(sincos_table(self.grid, self.width), self.grid, grid)
+        table = self.position[...] if self.learned_positions else sincos_table(self.grid, self.width)
+        position = resize_table(table, self.grid, grid)
         patches = patchify(images, self.patch_size)
         position = jnp.broadcast_to(position, (b, *position.shape))
         if keep is not None:  # before the embedding: hidden patches cost nothing
             patches, position = take_tokens(patches, keep), take_tokens(position, keep)
         x = self.patch_embed(patches) + position.astype(self.dtype)
         cls = jnp.broadcast_to(self.cls_token[...], (b, 1, self.width)).astype(self.dtype)
-        return self.norm(self.blocks(jnp.concatenate([cls, x], axis=1)))
-
-
-def check_patches(image_size: tuple[int, int], patch_size: int) -> None:
-    """Raises ValueError unless the patch size divides the image size."""
-    if image_size[0] % patch_size or image_size[1] % patch_size:
-        raise ValueError(f"image size {image_size[0]}x{image_size[1]} is not divisible by patch size {patch_size}")
-
-
-def take_tokens(tokens: jax.Array, index: jax.Array) -> jax.Array:
-    """Picks tokens per sample: `[B, N, D]`, int `[B, K]` -> `[B, K, D]`."""
-    return jnp.take_along_axis(tokens, index[:, :, None], axis=1)
-
-
-def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """`[B, H, W, C] -> [B, N, P*P*C]`: patches row by row, each in row, column, channel order.
-
-    Raises:
-      ValueError: the patch size does not divide the image size.
-    """
-    b, height, width, c = images.shape
-    check_patches((height, width), patch_size)
-    x = images.reshape(b, height // patch_size, patch_size, width // patch_size, patch_size, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch_size * patch_size * c)
-
-
-def unpatchify(patches: jax.Array, grid: tuple[int, int], patch_size: int) -> jax.Array:
-    """The inverse of `patchify`: `[B, N, P*P*C] -> [B, H, W, C]` for a grid of patches down and across."""
-    b, _, d = patches.shape
-    c = d // (patch_size * patch_size)
-    x = patches.reshape(b, *grid, patch_size, patch_size, c).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(b, grid[0] * patch_size, grid[1] * patch_size, c)
-
-
-def normalize_images(images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """uint8 `[B, H, W, c]` to float32 `[B, H, W, C]`, `(x / 255 - mean) / std`.
-
-    Grey input (c = 1) is repeated to as many channels as `mean` has.
-    """
-    x = images.astype(jnp.float32) / 255
-    return (x - jnp.asarray(mean)) / jnp.asarray(std)
+        return jnp.concatenate([cls, x], axis=1)

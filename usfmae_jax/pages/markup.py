@@ -38,10 +38,34 @@ def escape(value: Any) -> str:
     return html.escape(shown)
 
 
-def tiles(numbers: Mapping[str, int]) -> str:
-    """The large numbers at the top of a page, by what they count."""
-    tiles = "".join(f'<div class="tile"><b>{number:,}</b><span>{name}</span></div>' for name, number in numbers.items())
-    return f'<div class="tiles">{tiles}</div>'
+def tiles(numbers: Mapping[str, int | str], notes: Mapping[str, str] | None = None) -> str:
+    """The large numbers at the top of a page, by what they count, with a note in small print under some."""
+    boxes = ""
+    for name, number in numbers.items():
+        shown = f"{number:,}" if isinstance(number, int) else escape(number)
+        note = f"<small>{escape(notes[name])}</small>" if notes and name in notes else ""
+        boxes += f'<div class="tile"><b>{shown}</b><span>{escape(name)}</span>{note}</div>'
+    return f'<div class="tiles">{boxes}</div>'
+
+
+def sections(found: Mapping[str, str]) -> str:
+    """The sections of a page by their headings, with links to them; empty ones are left out."""
+    shown = {name: content for name, content in found.items() if content}
+    anchors = {name: re.sub("[^a-z0-9]+", "-", name.lower()) for name in shown}
+    links = "".join(f'<a href="#{anchors[name]}">{name}</a>' for name in shown)
+    boxes = (f'<section id="{anchors[name]}"><h2>{name}</h2>{content}</section>' for name, content in shown.items())
+    return f"<nav>{links}</nav>{''.join(boxes)}"
+
+
+def notice(name: str, lines: Sequence[str]) -> str:
+    """A box that asks for attention, or nothing without lines."""
+    listed = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f'<div class="notice"><b>{name}</b><ul>{listed}</ul></div>' if lines else ""
+
+
+def folded(summary: str, content: str) -> str:
+    """Content that opens on request, or nothing without any."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>" if content else ""
 
 
 def bars(head: str, numbers: Mapping[str, int], caption: str = "") -> str:
@@ -53,6 +77,18 @@ def bars(head: str, numbers: Mapping[str, int], caption: str = "") -> str:
 def bar(number: int, top: int) -> Html:
     """A cell for `table`: a bar for a number, full at `top`."""
     return Html(f'<div style="width:{100 * number / max(top, 1):.1f}%"></div>')
+
+
+def interval(value: float, low: float, high: float) -> Html:
+    """A cell for `table`: a value between 0 and 1 with its interval on a line from 0 to 1."""
+    value, low, high = (100 * float(np.clip(number, 0, 1)) for number in (value, low, high))
+    span = f'<i style="left:{low:.1f}%;width:{max(high - low, 0):.1f}%"></i>'
+    return Html(f'<div class="interval">{span}<b style="left:{value:.1f}%"></b></div>')
+
+
+def share_bar(share: float) -> Html:
+    """A cell for `table`: a full bar of which a share is right and the rest wrong."""
+    return Html(f'<div class="share"><i style="width:{100 * float(np.clip(share, 0, 1)):.1f}%"></i></div>')
 
 
 def table(

@@ -1,6 +1,6 @@
 """Checkpoints: Orbax holds the state; the data position and the config travel inside the same checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -9,7 +9,7 @@ from orbax.checkpoint import v1 as orbax
 from usfmae_jax.errors import InputError
 from usfmae_jax.training.state import State
 
-#: Config fields that a resumed run may change: they alter where and how fast it computes, not what.
+#: Config fields that a resumed pretraining run may change: they alter where and how fast it computes, not what.
 RESUMABLE = (
     "mesh",
     "log",
@@ -103,13 +103,16 @@ def restore(checkpoints: orbax.training.Checkpointer, abstract: State, step: int
         ) from error
 
 
-def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], workdir: str) -> None:
+def check_resumable(
+    stored: Mapping[str, Any], current: Mapping[str, Any], workdir: str, resumable: Sequence[str] = RESUMABLE
+) -> None:
     """Refuses to resume with a config that would compute something else.
 
     Args:
       stored: config of the checkpoint, nested JSON.
       current: config of this run, nested JSON.
       workdir: for the message.
+      resumable: fields, or groups of them, that may differ.
 
     Raises:
       InputError: names every field that differs, with both values.
@@ -118,7 +121,7 @@ def check_resumable(stored: Mapping[str, Any], current: Mapping[str, Any], workd
     differences = [
         f"{name} is {new.get(name)!r} but was {old.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not any(name == f or name.startswith(f + ".") for f in RESUMABLE)
+        if old.get(name) != new.get(name) and not any(name == f or name.startswith(f + ".") for f in resumable)
     ]
     if differences:
         raise InputError(

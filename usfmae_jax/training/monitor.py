@@ -60,10 +60,19 @@ class Monitor:
       batch_size: global.
       every: steps between two lines of the log.
       flops_per_image: training arithmetic; with a known peak it gives MFU.
+      name: of the bar.
     """
 
     def __init__(
-        self, workdir: str, *, total_steps: int, first_step: int, batch_size: int, every: int, flops_per_image: float
+        self,
+        workdir: str,
+        *,
+        total_steps: int,
+        first_step: int,
+        batch_size: int,
+        every: int,
+        flops_per_image: float,
+        name: str = "pretrain",
     ):
         self._batch_size, self._every, self._flops = batch_size, every, flops_per_image
         self._peak = peak_flops(jax.devices()[0])
@@ -80,7 +89,7 @@ class Monitor:
             total=total_steps,
             initial=first_step,
             unit="step",
-            desc="pretrain",
+            desc=name,
             smoothing=0.1,
             dynamic_ncols=interactive,
             # A log file wants a line now and then, not one per step.

@@ -1,6 +1,7 @@
 """AdamW with the schedule, decay mask and layer-wise scaling of the MAE recipes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,30 @@ def warmup_cosine(learning_rate: float, floor: float, warmup_steps: int, total_s
     return optax.warmup_cosine_decay_schedule(
         0.0 if warmup_steps else learning_rate, learning_rate, warmup_steps, max(total_steps, warmup_steps + 1), floor
     )
+
+
+def warmup_cosine_rate(
+    step: jax.Array, total_steps: jax.Array, *, learning_rate: float, floor: float, warmup: float
+) -> jax.Array:
+    """The rate of `warmup_cosine` at a step, with the length of the run as an array.
+
+    Runs of different lengths share one compiled program this way.
+
+    Args:
+      step: int scalar.
+      total_steps: int scalar.
+      learning_rate: the highest.
+      floor: at the last step.
+      warmup: share of all steps.
+
+    Returns:
+      float32 scalar.
+    """
+    step, total = jnp.asarray(step, jnp.float32), jnp.asarray(total_steps, jnp.float32)
+    rising = jnp.round(warmup * total)
+    progress = jnp.clip((step - rising) / jnp.maximum(total - rising, 1), 0, 1)
+    falling = floor + (learning_rate - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return jnp.where(step < rising, learning_rate * step / jnp.maximum(rising, 1), falling)
 
 
 def decay_mask(params: Any) -> Any:
@@ -42,7 +67,7 @@ def layer_scales(params: Any, decay: float) -> Any:
         if names[:2] == ["encoder", "blocks"]:
             powers = decay ** (depth - jnp.arange(depth, dtype=jnp.float32))
             return powers.reshape(-1, *[1] * (len(leaf.shape) - 1))
-        if names[0] == "encoder" and names[1] in ("cls_token", "patch_embed"):
+        if names[0] == "encoder" and names[1] in ("cls_token", "position", "patch_embed"):
             return jnp.float32(decay ** (depth + 1))
         return jnp.float32(1.0)
 
@@ -58,6 +83,7 @@ def adamw(
     clip_norm: float = 0.0,
     layer_decay: float = 1.0,
     decay_all: bool = False,
+    last_blocks: int = 0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019).
 
@@ -69,17 +95,32 @@ def adamw(
       clip_norm: global gradient norm is clipped to this; 0 = off.
       layer_decay: see `layer_scales`; 1 = off.
       decay_all: decay biases, norms and tokens as well, as the published USF-MAE run did.
+      last_blocks: of the encoder's stack, only this many blocks are updated; 0 = all.
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     mask = None if decay_all else decay_mask
     parts += [optax.scale_by_adam(b1, b2), optax.add_decayed_weights(weight_decay, mask)]
     if not math.isclose(layer_decay, 1.0):
-        parts.append(_scale_layers(layer_decay))
+        parts.append(_scale(lambda updates: layer_scales(updates, layer_decay)))
+    if last_blocks:
+        parts.append(_scale(lambda updates: _last_blocks(updates, last_blocks)))
     return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
 
 
-def _scale_layers(decay: float) -> optax.GradientTransformation:
+def _last_blocks(params: Any, count: int) -> Any:
+    """1 for the last `count` blocks of the stack and for all that is no block, 0 for the blocks before."""
+
+    def scale(path: tuple, leaf: Any) -> Any:
+        if [key.key for key in path[:2]] != ["encoder", "blocks"]:
+            return jnp.float32(1.0)
+        depth = leaf.shape[0]
+        return (jnp.arange(depth) >= depth - count).astype(jnp.float32).reshape(-1, *[1] * (len(leaf.shape) - 1))
+
+    return jax.tree.map_with_path(scale, params)
+
+
+def _scale(scales: Callable[[Any], Any]) -> optax.GradientTransformation:
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u, s: u * s, updates, layer_scales(updates, decay)), state
+        return jax.tree.map(lambda u, s: u * s, updates, scales(updates)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

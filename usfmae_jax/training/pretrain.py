@@ -19,7 +19,7 @@ from usfmae_jax.data import pipeline
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
 from usfmae_jax.interop.encoder import read_lineage, save_encoder
-from usfmae_jax.training import checkpoints, setup
+from usfmae_jax.training import checkpoints, common, setup
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
 from usfmae_jax.training.state import State, abstract_state, init_state, model_graph
@@ -42,24 +42,25 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     """
     make_model = setup.model_maker(config)
     mesh = make_mesh(**config.mesh)
-    setup.check_batch(config, mesh)
+    common.check_batch(config, mesh)
     sources, dataset = setup.open_data(config)
     total_steps = config.train.steps or config.train.epochs * sum(map(len, sources)) // config.train.batch_size
     schedule, optimizer = setup.make_optimizer(config, total_steps)
     settings = setup.settings(config, sources)
-    saver = checkpoints.open_checkpoints(setup.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
+    saver = checkpoints.open_checkpoints(common.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     found = checkpoints.latest_metadata(saver)
     if found:
         first_step, position, stored = found
         checkpoints.check_resumable(stored, settings, workdir)
         graph = model_graph(make_model)
-        state = checkpoints.restore(saver, abstract_state(make_model, optimizer, mesh, config.seed), first_step)
+        state = checkpoints.restore(saver, abstract_state(make_model, optimizer, mesh), first_step)
     else:
         first_step, position = 0, {"next_batch": 0, "damaged": []}
         graph, state = init_state(make_model, optimizer, mesh, config.seed)
         if config.init:
-            state = setup.with_encoder(state, config.init)
+            state, taken = setup.with_weights(state, config.init)
+            print(taken, file=sys.stderr)
     inspector = setup.make_inspector(config, graph, mesh, sources, dataset, workdir)
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
@@ -173,7 +174,7 @@ def export(config: ml_collections.ConfigDict, params: Any, workdir: str, directo
         return
     model = config.model
     preprocessing = {
-        "image_size": setup.image_size(config),
+        "image_size": common.image_size(config),
         "channels": config.data.channels,
         "resize": "area, aspect not kept",
         "scale": 1 / 255,

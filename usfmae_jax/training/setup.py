@@ -1,7 +1,5 @@
 """From a config to the parts of a pretraining run, refusing what cannot work before anything is compiled."""
 
-import json
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +16,11 @@ from usfmae_jax.data.records import Shards
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.encoder import flatten, read_encoder
 from usfmae_jax.models.mae import MAE, num_visible, training_flops
-from usfmae_jax.models.vit import check_patches
+from usfmae_jax.models.patches import check_patches
 from usfmae_jax.training import optimizers
+from usfmae_jax.training.common import check_computation, image_size, public_settings
 from usfmae_jax.training.inspection import Inspector
+from usfmae_jax.training.parameters import load_parameters
 from usfmae_jax.training.state import State
 from usfmae_jax.training.step import Objective, make_features, make_reconstruct
 
@@ -54,10 +54,7 @@ def model_maker(config: ml_collections.ConfigDict) -> Callable[[nnx.Rngs], MAE]:
         num_visible(num_patches(config), config.mask.ratio)
     except ValueError as error:
         raise InputError(f"config.mask.ratio: {error}") from error
-    if model.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"config.model.dtype={model.dtype!r} must be 'float32' or 'bfloat16'")
-    if model.attention not in ("", "xla", "cudnn"):
-        raise InputError(f"config.model.attention={model.attention!r} must be 'xla', 'cudnn' or '' for JAX's choice")
+    check_computation(model)
     return lambda rngs: MAE(
         **architecture(config),
         decoder_width=model.decoder_width,
@@ -89,35 +86,10 @@ def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {"image_size": image_size(config)} | {name: config.model[name] for name in names}
 
 
-def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
-    """(height, width) of the views; a single number stands for both.
-
-    Raises:
-      InputError: it is neither one number nor two.
-    """
-    size = tuple(config.model.image_size)
-    if len(size) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in size):
-        raise InputError(f"config.model.image_size={size} must be one positive integer, or (height, width)")
-    return size * 2 if len(size) == 1 else size
-
-
 def num_patches(config: ml_collections.ConfigDict) -> int:
     """Patches of one view."""
     height, width = image_size(config)
     return (height // config.model.patch_size) * (width // config.model.patch_size)
-
-
-def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
-    """Raises InputError unless counts are positive, and devices and micro-batches divide the batch."""
-    for group, field in (("train", "batch_size"), ("train", "accumulate"), ("checkpoint", "every"), ("log", "every")):
-        if config[group][field] < 1:
-            raise InputError(f"config.{group}.{field}={config[group][field]} must be 1 or more")
-    parts = mesh.size * config.train.accumulate
-    if config.train.batch_size % parts:
-        raise InputError(
-            f"config.train.batch_size={config.train.batch_size} cannot be divided among {mesh.size} devices times "
-            f"{config.train.accumulate} micro-batches; make it a multiple of {parts}"
-        )
 
 
 def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
@@ -160,28 +132,8 @@ def settings(config: ml_collections.ConfigDict, sources: list[Shards]) -> dict[s
 
     Of absolute paths only the last part is kept: they tell who ran where, and the fingerprint tells the data better.
     """
-    public = config.copy_and_resolve_references()
-    for group, field in ((public, "init"), (public.data, "path"), (public.probe.data, "path")):
-        group[field] = ",".join(os.path.basename(p) if os.path.isabs(p) else p for p in group[field].split(","))
-    return json.loads(public.to_json_best_effort()) | {"data_fingerprint": [s.fingerprint() for s in sources]}
-
-
-def make_workdir(workdir: str) -> str:
-    """Creates the working directory and returns its absolute path.
-
-    Raises:
-      InputError: it cannot be written.
-    """
-    path = epath.Path(workdir)
-    try:
-        path = path if "://" in workdir else path.resolve()
-        path.mkdir(parents=True, exist_ok=True)
-        trial = path / f".writable-{jax.process_index()}"
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
-    return str(path)
+    public = public_settings(config, ("init", "data.path", "probe.data.path"))
+    return public | {"data_fingerprint": [s.fingerprint() for s in sources]}
 
 
 def make_optimizer(
@@ -204,22 +156,40 @@ def make_optimizer(
     return schedule, optimizers.adamw(schedule, **{name: optimizer[name] for name in names})
 
 
-def with_encoder(state: State, directory: str) -> State:
-    """Puts the weights of an encoder directory into a fresh state; the decoder stays as initialised.
+def with_weights(state: State, directory: str) -> tuple[State, str]:
+    """Puts weights into a fresh state.
+
+    Args:
+      state: as initialised.
+      directory: an encoder directory; or the workdir of a run or what `usfmae_jax.convert` wrote, which give the
+        decoder too if they have one.
+
+    Returns:
+      the state, and what was taken, for a person.
 
     Raises:
       InputError: the shapes differ; names the first that does.
     """
-    params = read_encoder(directory)[0]
-    own = state["params"]["encoder"]
-    if flatten(params).keys() != flatten(own).keys():
-        raise InputError(f"config.init={directory} has other parameters than this model's encoder")
-    for (path, new), old in zip(jax.tree.leaves_with_path(params), jax.tree.leaves(own), strict=True):
-        if new.shape != old.shape:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise InputError(f"config.init={directory}: {name} is {new.shape} there and {old.shape} in this config")
-    loaded = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, own)
-    return state | {"params": state["params"] | {"encoder": loaded}}
+    if (epath.Path(directory) / "checkpoints").is_dir():
+        found = load_parameters(directory)[0]
+    else:
+        found = {"encoder": read_encoder(directory)[0]}
+    params = dict(state["params"])
+    for part in [part for part in ("encoder", "decoder") if part in found]:
+        params[part] = _fitted(found[part], params[part], directory, part)
+    taken = "encoder and decoder" if "decoder" in found else "encoder, with a freshly initialised decoder,"
+    return state | {"params": params}, f"starting from the {taken} of {directory}"
+
+
+def _fitted(new: Any, own: Any, directory: str, part: str) -> Any:
+    shapes, expected = ({k: v.shape for k, v in flatten(tree).items()} for tree in (new, own))
+    for name in sorted(shapes.keys() | expected.keys()):
+        there, here = shapes.get(name, "absent"), expected.get(name, "absent")
+        if there != here:
+            instead = f"; to take the encoder alone, add --config.init={directory}/encoder" * (part == "decoder")
+            message = f"config.init={directory}: {part}.{name} is {there} there and {here} in this config"
+            raise InputError(message + instead)
+    return jax.tree.map(lambda value, old: jax.device_put(value, old.sharding), new, own)
 
 
 def make_inspector(

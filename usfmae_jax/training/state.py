@@ -1,4 +1,7 @@
-"""The train state: a plain pytree `{step, params, opt_state, rng}`, born sharded."""
+"""The train state: a plain pytree `{step, params, opt_state, rng}`, born sharded.
+
+A model with running statistics (`nnx.BatchStat`) has them beside the parameters, as `stats`.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,16 +31,36 @@ def init_state(
     Returns:
       the model's graph (`nnx.merge(graph, state["params"])` is the model) and the state.
     """
-    create = _creator(make_model, optimizer, seed)
-    abstract = jax.eval_shape(create)
-    return model_graph(make_model), jax.jit(create, out_shardings=state_sharding(mesh, abstract))()
+    return model_graph(make_model), state_maker(make_model, optimizer, mesh)(seed)
+
+
+def state_maker(
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trained: Callable[[Any], Any] = lambda params: params,
+) -> Callable[[int], State]:
+    """Compiles once what creates the train state of a seed; see `init_state`.
+
+    Args:
+      make_model: see `init_state`.
+      optimizer: see there.
+      mesh: see there.
+      trained: picks from all parameters those that are trained; the optimiser keeps moments for no others.
+    """
+    create = _creator(make_model, optimizer, trained)
+    compiled = jax.jit(create, out_shardings=state_sharding(mesh, jax.eval_shape(create, _words(0))))
+    return lambda seed: compiled(_words(seed))
 
 
 def abstract_state(
-    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    trained: Callable[[Any], Any] = lambda params: params,
 ) -> State:
     """Shapes, dtypes and shardings of `init_state`, without computing anything."""
-    abstract = jax.eval_shape(_creator(make_model, optimizer, seed))
+    abstract = jax.eval_shape(_creator(make_model, optimizer, trained), _words(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
@@ -46,22 +69,32 @@ def abstract_state(
 
 
 def model_graph(make_model: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-    """The static part of a model: `nnx.merge(model_graph(make), params)` is the model."""
+    """The static part of a model: `nnx.merge(model_graph(make), params)` is the model (and `stats` if it has any)."""
     return nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
 
 
+def _words(seed: int) -> jax.Array:
+    # As an argument of the compiled function: another seed is no reason to compile again.
+    return jax.random.key_data(jax.random.key(seed))
+
+
 def _creator(
-    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, seed: int
-) -> Callable[[], State]:
-    def create() -> State:
-        init_rng, train_rng = jax.random.split(jax.random.key(seed))
-        params = nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(init_rng)), nnx.Param))
-        return {
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    trained: Callable[[Any], Any],
+) -> Callable[[jax.Array], State]:
+    def create(words: jax.Array) -> State:
+        init_rng, train_rng = jax.random.split(jax.random.wrap_key_data(words))
+        model = make_model(nnx.Rngs(init_rng))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        state = {
             "step": jnp.zeros((), jnp.int32),
             "params": params,
-            "opt_state": optimizer.init(params),
+            "opt_state": optimizer.init(trained(params)),
             # As raw words: a plain array is what every checkpoint reader understands.
             "rng": jax.random.key_data(train_rng),
         }
+        return state | {"stats": stats} if stats else state
 
     return create

@@ -17,7 +17,7 @@ from usfmae_jax.models.mae import (
     random_masking,
     sector_patches,
 )
-from usfmae_jax.models.vit import normalize_images, patchify, unpatchify
+from usfmae_jax.models.patches import normalize_images, patchify, unpatchify
 from usfmae_jax.training.mesh import batch_sharding
 from usfmae_jax.training.state import State
 

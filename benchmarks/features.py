@@ -1,0 +1,182 @@
+"""Frozen features and a logistic regression on them: our evaluation beside a PyTorch and scikit-learn script.
+
+    python -m benchmarks.features --data=data/bus_bra [--model=tiny] [--images=0] [--rounds=3]
+
+Both sides see the same frames, the same (random) weights, the same folds and the same strengths of regularisation; each
+run is a process of its own, and rounds alternate. Prints seconds for the features (from files to an array, with what
+has to be compiled for it), for the regression (5 folds, 12 strengths), and for the whole process. PyTorch reads loose
+JPEG files, which are written before the clock starts; the largest difference between the two sides' features is
+printed, relative to their deviation. PyTorch is optional: this benchmark alone and that of fine-tuning ask for it.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+
+from benchmarks import alternate
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+GREY = {"mean": [0.5], "std": [0.25]}
+
+
+def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
+    """Writes what both sides read: an encoder directory; for PyTorch also JPEG files, labels and folds."""
+    from flax import nnx
+
+    from usfmae_jax.data import splits
+    from usfmae_jax.data.labelled import read_labelled
+    from usfmae_jax.data.records import decode_record
+    from usfmae_jax.interop.encoder import save_encoder
+    from usfmae_jax.models.position import sincos_table
+    from usfmae_jax.models.vit import SIZES, ViT
+
+    architecture = dict(SIZES[args.model])
+    params = nnx.to_pure_dict(nnx.state(ViT(**architecture, rngs=nnx.Rngs(0))))
+    pixels = {"image_size": architecture["image_size"], "channels": 1}
+    levels = IMAGENET if architecture["channels"] == 3 else GREY
+    save_encoder(str(folder / "encoder"), params, architecture, pixels | levels, [])
+    grid = [side // architecture["patch_size"] for side in architecture["image_size"]]
+    np.save(folder / "encoder/position.npy", np.asarray(sincos_table((grid[0], grid[1]), architecture["width"])))
+    frames = read_labelled(args.data)
+    folds, *_ = splits.plan(frames)
+    files = []
+    (folder / "images").mkdir()
+    for row in range(len(frames)):
+        record = decode_record(frames.shards[int(frames.index[row])])
+        files.append(str(folder / f"images/{row}.jpg"))
+        pathlib.Path(files[-1]).write_bytes(record["image"])
+    parts = [[part.tolist() for part in (fold.train, fold.validation, fold.test)] for fold in folds]
+    known = {"files": files, "labels": frames.label.tolist(), "names": [fold.name for fold in folds], "folds": parts}
+    (folder / "frames.json").write_text(json.dumps(known))
+
+
+def ours(args: argparse.Namespace) -> alternate.Result:
+    """What `usfmae_jax.evaluate` does between its settings and its report."""
+    import jax
+
+    from usfmae_jax.data import splits
+    from usfmae_jax.data.labelled import read_labelled
+    from usfmae_jax.evaluation import probes
+    from usfmae_jax.training import features as feature_cache
+    from usfmae_jax.training.mesh import make_mesh
+    from usfmae_jax.training.weights import open_weights
+
+    jax.devices()
+    start = time.perf_counter()
+    weights = open_weights(args.work + "/encoder")
+    frames = read_labelled(args.data)
+    how: dict[str, Any] = {"pool": "mean", "batch_size": args.batch}
+    run = feature_cache.extractor(weights, mesh=make_mesh(), **how)
+    if args.images:
+        from usfmae_jax.data import labelled
+
+        size, channels = feature_cache.image_format(weights)
+        batches = labelled.images(frames, range(args.images), size=size, channels=channels, batch_size=args.batch)
+        features = run(batches, args.images, "features")
+    else:
+        features = feature_cache.extract(run, weights, frames, **how)
+    extracted = time.perf_counter()
+    np.save(args.work + f"/features-{args.side}.npy", features)
+    times = {"features": extracted - start}
+    if args.images:
+        return times
+    start = time.perf_counter()
+    scores = []
+    for fold in splits.plan(frames)[0]:
+        parts = [(features[rows], frames.label[rows]) for rows in (fold.train, fold.validation, fold.test)]
+        head = probes.logistic(parts[0], parts[1], len(frames.class_names))
+        scores.append(probes.auroc(parts[2][1], head.predict(parts[2][0])))
+    return times | {"regression": time.perf_counter() - start, "auroc": float(np.mean(scores))}
+
+
+def theirs(args: argparse.Namespace) -> alternate.Result:
+    """The same as a plain script."""
+    import torch
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss, roc_auc_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    from benchmarks import torch_vit
+
+    start = time.perf_counter()
+    folder = pathlib.Path(args.work)
+    known = json.loads((folder / "frames.json").read_text())
+    architecture = json.loads((folder / "encoder/architecture.json").read_text())
+    pixels = json.loads((folder / "encoder/preprocessing.json").read_text())
+    count = args.images or len(known["files"])
+    labels = np.array(known["labels"])
+    size = tuple(architecture["image_size"])
+    images = torch_vit.Images(known["files"][:count], known["labels"], size, pixels["channels"])
+    loader = torch.utils.data.DataLoader(
+        images, args.batch, num_workers=args.workers, worker_init_fn=torch_vit.single_threaded
+    )
+    model = torch_vit.load_encoder(torch_vit.ViT(architecture), folder / "encoder").eval()
+    if args.compile:
+        model = torch.compile(model)
+    found = []
+    with torch.inference_mode():
+        for batch, _ in loader:
+            found.append(model(torch_vit.normalize(batch, pixels["mean"], pixels["std"])).numpy())
+    features = np.concatenate(found)
+    extracted = time.perf_counter()
+    np.save(args.work + f"/features-{args.side}.npy", features)
+    times = {"features": extracted - start}
+    if args.images:
+        return times
+    start = time.perf_counter()
+    scores = []
+    for train, validation, test in known["folds"]:
+        best: Any = None
+        for strength in 10.0 ** np.arange(-6, 6):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+                classifier.fit(features[train], labels[train])
+            loss = log_loss(labels[validation], classifier.predict_proba(features[validation]))
+            if best is None or loss < best[0]:
+                best = loss, classifier
+        scores.append(roc_auc_score(labels[test], best[1].predict_proba(features[test])[:, 1]))
+    return times | {"regression": time.perf_counter() - start, "auroc": float(np.mean(scores))}
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="data/bus_bra", help="labelled shards of two classes")
+    parser.add_argument("--model", default="tiny", help="a size of usfmae_jax.models.vit.SIZES")
+    parser.add_argument("--images", type=int, default=0, help="only the features of so many frames; 0 = all, and fit")
+    parser.add_argument("--batch", type=int, default=64)
+    alternate.add_arguments(parser, rounds=3)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(ours(args) if args.side == alternate.OURS else theirs(args)))
+        return
+    alternate.need_torch(args.torch_python)
+    alternate.pin(args.cores)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(args, pathlib.Path(folder))
+        found = alternate.alternate("benchmarks.features", args, [*sys.argv[1:], f"--work={folder}"])
+        mine, other = (np.load(f"{folder}/features-{side}.npy") for side in (alternate.OURS, alternate.THEIRS))
+    print(f"{len(mine)} images, {args.model}, batch {args.batch}, {args.rounds} rounds; ", end="")
+    print(f"features differ by {np.abs(mine - other).max() / other.std():.1e} of their deviation at most")
+    rows = {
+        "features": "features of all frames",
+        "regression": "logistic regression",
+        "seconds": "whole process",
+        "cpu": "CPU of the whole process",
+    }
+    print(alternate.table(found, {key: title for key, title in rows.items() if key in found[alternate.OURS][0]}))
+    if not args.images:
+        print("AUROC: " + ", ".join(f"{side} {results[-1]['auroc']:.4f}" for side, results in found.items()))
+
+
+if __name__ == "__main__":
+    main()

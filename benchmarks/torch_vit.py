@@ -1,0 +1,151 @@
+"""The PyTorch side of the benchmarks: the same vision transformer and data loading, as a careful person writes them.
+
+Fused query-key-value, `scaled_dot_product_attention`, the patch embedding as a strided convolution, images decoded and
+resized by OpenCV in the workers of a DataLoader. Files lie loose in a folder, as PyTorch people keep them.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+from torch.nn import functional
+
+
+class Block(nn.Module):
+    """Pre-norm block, `[B, N, D] -> [B, N, D]`; `drop_path` drops both branches per sample while training."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.num_heads, self.drop_path = num_heads, drop_path
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.fc1 = nn.Linear(width, int(width * mlp_ratio))
+        self.fc2 = nn.Linear(int(width * mlp_ratio), width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention, then MLP."""
+        b, n, d = x.shape
+        qkv = self.qkv(self.norm1(x)).view(b, n, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        x = x + self._drop(self.proj(attended))
+        return x + self._drop(self.fc2(functional.gelu(self.fc1(self.norm2(x)))))
+
+    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.drop_path == 0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1) >= self.drop_path
+        return branch * kept / (1 - self.drop_path)
+
+
+class ViT(nn.Module):
+    """`[B, C, H, W]` to the mean of the patch tokens after the norm, or to logits when there are classes."""
+
+    def __init__(self, architecture: dict[str, Any], classes: int = 0, drop_path: float = 0.0):
+        super().__init__()
+        size, patch = architecture["image_size"], architecture["patch_size"]
+        width, depth = architecture["width"], architecture["depth"]
+        self.register_buffer("position", torch.zeros(1, size[0] // patch * (size[1] // patch), width))
+        self.patch_embed = nn.Conv2d(architecture["channels"], width, patch, stride=patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        rates = np.linspace(0, drop_path, depth)
+        heads, ratio = architecture["num_heads"], architecture.get("mlp_ratio", 4.0)
+        self.blocks = nn.ModuleList(Block(width, heads, ratio, float(rate)) for rate in rates)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, classes) if classes else None
+        if self.head is not None:
+            nn.init.trunc_normal_(self.head.weight, std=2e-5)
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Features, or logits from the norm of the mean."""
+        x = self.patch_embed(images).flatten(2).transpose(1, 2) + self.position
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        if self.head is None:
+            return self.norm(x)[:, 1:].mean(dim=1)
+        return self.head(self.norm(x[:, 1:].mean(dim=1)))
+
+
+def load_encoder(model: ViT, directory: str | pathlib.Path) -> ViT:
+    """Fills a model with the weights of an encoder directory and the position table, `position.npy`, beside them."""
+    flat = load_file(pathlib.Path(directory) / "model.safetensors")
+    with torch.no_grad():
+        model.position.copy_(torch.from_numpy(np.load(pathlib.Path(directory) / "position.npy")))
+        for name, target in model.named_parameters():
+            if not name.startswith("head."):
+                target.copy_(torch.tensor(_translate(name, flat, target.shape)))
+    return model
+
+
+def _translate(name: str, flat: dict[str, np.ndarray], shape: Sequence[int]) -> np.ndarray:
+    if name == "cls_token":
+        return flat[name]
+    module, _, kind = name.rpartition(".")
+    leaf = {"weight": "scale" if "norm" in module else "kernel", "bias": "bias"}[kind]
+    if module.startswith("blocks."):
+        _, number, part = module.split(".")
+        part = f"attn.{part}" if part in ("qkv", "proj") else part
+        value = flat[f"blocks.stack.{part}.{leaf}"][int(number)]
+    else:
+        value = flat[f"{module}.{leaf}"]
+    if module == "patch_embed" and leaf == "kernel":  # rows in row, column, channel order
+        width, channels, height, _ = shape
+        return value.reshape(height, height, channels, width).transpose(3, 2, 0, 1)
+    return value.T if leaf == "kernel" else value
+
+
+class Images(torch.utils.data.Dataset):
+    """Image files, decoded and resized whole or through a random view, with their labels.
+
+    Args:
+      files: paths.
+      labels: class of each file.
+      size: (height, width) of what comes out.
+      channels: 1 or 3.
+      view: takes the decoded uint8 image and returns what training sees of it; None resizes the whole.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        labels: Sequence[int],
+        size: tuple[int, int],
+        channels: int,
+        view: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self.files, self.labels, self.size, self.channels, self.view = files, labels, size, channels, view
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """uint8 `[C, H, W]`, and the label."""
+        flag = cv2.IMREAD_GRAYSCALE if self.channels == 1 else cv2.IMREAD_COLOR_RGB
+        pixels: Any = cv2.imread(self.files[index], flag)
+        if self.view is not None:
+            pixels = self.view(pixels)
+        else:
+            pixels = cv2.resize(pixels, self.size[::-1], interpolation=cv2.INTER_AREA)
+        pixels = pixels.reshape(*self.size, self.channels)
+        return torch.from_numpy(pixels.transpose(2, 0, 1)), self.labels[index]
+
+
+def single_threaded(_: int) -> None:
+    """For workers of a DataLoader: the parallelism is over them."""
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+
+
+def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 `[B, C, H, W]` to float32; grey is repeated to as many channels as `mean` has."""
+    shape = (1, -1, 1, 1)
+    return (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)

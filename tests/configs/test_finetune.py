@@ -1,0 +1,69 @@
+"""Every shipped fine-tuning configuration builds, and the recipes are what they say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import finetune
+from usfmae_jax.data import augment
+from usfmae_jax.training import classifiers, supervised_setup
+from usfmae_jax.training.common import check_batch
+from usfmae_jax.training.mesh import make_mesh
+from usfmae_jax.training.state import abstract_state, model_graph
+from usfmae_jax.training.supervised_step import Supervision, make_train_step, pick_trained
+
+
+@pytest.mark.parametrize("arch", ["", "base", "resnet50"])
+@pytest.mark.parametrize("variant", ["folder", "mmotu_mae"])
+def test_every_recipe_and_model_steps_under_eval_shape(variant, arch):
+    config = finetune.get_config(variant)
+    config.model.arch = arch
+    supervised_setup.check_values(config)
+    mesh = make_mesh(**config.mesh)
+    check_batch(config, mesh)
+    description, preprocessing = classifiers.describe_model(config, ("a", "b", "c"), None)
+    regular = config.regularization
+    how = Supervision(
+        3,
+        tuple(preprocessing["mean"]),
+        tuple(preprocessing["std"]),
+        regular.smoothing,
+        regular.mixup,
+        regular.cutmix,
+        regular.erasing,
+    )
+    make = classifiers.model_maker(config, description, 0)
+    optimizer = supervised_setup.make_optimizer(config, description)
+    state = abstract_state(make, optimizer, mesh, lambda params: pick_trained(params, ()))
+    step = make_train_step(model_graph(make), optimizer, supervised_setup.learning_rate(config), mesh, how)
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.train.batch_size, *preprocessing["image_size"], 1), "uint8"),
+        "label": jax.ShapeDtypeStruct((config.train.batch_size,), "int32"),
+    }
+    member = {"total_steps": jnp.int32(10), "class_weights": jnp.ones(3)}
+    new, metrics = jax.eval_shape(step, state, batch, member)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize("variant", finetune.VARIANTS)
+def test_every_variant_has_valid_values(variant):
+    config = finetune.get_config(variant)
+    supervised_setup.check_values(config)
+    how = augment.Augmentation(**config.augment)
+    assert dataclasses.asdict(how) == {name: config.augment[name] for name in dataclasses.asdict(how)}
+
+
+def test_the_mae_recipe_is_the_mae_recipe():
+    config = finetune.get_config("busbra_mae")
+    rate = supervised_setup.learning_rate(config)
+    assert rate(jnp.int32(50), jnp.int32(1000)) == pytest.approx(5e-4 * 64 / 256)
+    assert rate(jnp.int32(1000), jnp.int32(1000)) == pytest.approx(1e-6)
+    optimizer, regular = config.optimizer, config.regularization
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.layer_decay) == (0.9, 0.999, 0.05, 0.65)
+    assert (regular.mixup, regular.cutmix, regular.smoothing, regular.erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert (config.train.epochs, config.model.drop_path, config.model.pool) == (100, 0.1, "mean")
+    assert config.augment.randaugment_magnitude == 9
+    assert (config.data.path, config.positive) == ("data/bus_bra", "malignant")

@@ -1,0 +1,39 @@
+"""Predictions that several tests look at."""
+
+import numpy as np
+
+from usfmae_jax.evaluation.predictions import Predictions
+
+BINARY = ("benign", "malignant")
+
+
+def predictions(
+    rng: np.random.Generator,
+    patients: int = 40,
+    frames: int = 2,
+    classes: tuple[str, ...] = BINARY,
+    folds: int = 1,
+    seed: int = 0,
+    skill: float = 1.0,
+    decimals: int = 8,
+) -> Predictions:
+    """Patients of each class in turn, in folds in turn; fewer decimals make ties."""
+    patient = np.repeat(np.arange(patients), frames)
+    label = patient % len(classes)
+    logits = rng.normal(size=(len(label), len(classes)))
+    logits[np.arange(len(label)), label] += skill
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = np.round(probabilities, decimals)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    return Predictions(
+        classes=classes,
+        dataset=np.full(len(label), "made", object),
+        patient=np.array([f"p{i}" for i in patient], object),
+        video=np.array([f"v{i}" for i in range(len(label))], object),
+        frame=np.full(len(label), "0", object),
+        fold=np.array([str(1 + i // len(classes) % folds) for i in patient], object),
+        label=label,
+        probabilities=probabilities,
+        seed=np.full(len(label), seed),
+        fraction=np.ones(len(label)),
+    )

@@ -1,0 +1,227 @@
+"""The evaluation door: every protocol from an encoder directory to a report, and what it refuses."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs.evaluate import VARIANTS, get_config
+from usfmae_jax import evaluate as door
+from usfmae_jax.data.corruptions import CORRUPTIONS
+from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation import predictions
+from usfmae_jax.interop.classifier import make_classifier, save_classifier
+from usfmae_jax.interop.encoder import save_encoder
+from usfmae_jax.models.vit import ViT
+from usfmae_jax.training.probing import evaluate
+
+ARCHITECTURE = {
+    "image_size": [32, 32],
+    "patch_size": 8,
+    "channels": 1,
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 4.0,
+}
+PREPROCESSING = {"image_size": [32, 32], "channels": 1, "mean": [0.25], "std": [0.2]}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """An encoder directory with random weights, pretrained on data of another name."""
+    directory = str(tmp_path_factory.mktemp("encoder"))
+    arguments = ARCHITECTURE | {"image_size": (32, 32)}
+    params = nnx.to_pure_dict(nnx.state(ViT(**arguments, rngs=nnx.Rngs(0)), nnx.Param))
+    lineage = [{"job": "pretrain", "data": [{"dataset": "other"}]}]
+    save_encoder(directory, params, ARCHITECTURE, PREPROCESSING, lineage)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def settings(shards, encoder, cache):
+    """Three folds by patient of 24 patients; their small pictures look alike, so copies are not looked for."""
+    config = get_config()
+    config.checkpoint, config.data.path, config.cache = encoder, shards, cache
+    config.split.update(folds=3, duplicates=False)
+    config.update(batch_size=16, bootstrap=20, examples=2)
+    config.linear.update(epochs=30)
+    config.attentive.update(epochs=2)
+    return config
+
+
+@pytest.mark.parametrize("protocol", ["logistic", "knn", "linear", "attentive"])
+def test_every_protocol_tests_every_frame_once_and_leaves_its_results(settings, protocol, tmp_path):
+    settings.protocol = protocol
+    results = evaluate(settings, str(tmp_path))
+    found = predictions.read(tmp_path)
+    assert len(found.label) == 48
+    assert len(np.unique(found.frame_key)) == 48
+    assert sorted(set(found.fold)) == ["1", "2", "3"]
+    assert results["task"]["protocol"] == protocol
+    assert 0.5 < results["metrics"]["auroc"]["value"] <= 1  # a bright disc: also random features see it
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"] == results["metrics"]
+    for name in ("results.md", "report.html", "config.json", "splits/splits.csv"):
+        assert (tmp_path / name).stat().st_size > 0
+    for text in ((tmp_path / "results.json").read_text(), (tmp_path / "config.json").read_text()):
+        assert str(tmp_path.parent) not in text, "an absolute path tells who ran it"
+    patients = {}
+    for row in csv.DictReader((tmp_path / "splits" / "splits.csv").open()):
+        patients.setdefault((row["fold"], row["patient"]), set()).add(row["part"])
+    assert all(len(parts) == 1 for parts in patients.values())
+
+
+def test_the_same_evaluation_gives_the_same_bytes(settings, tmp_path):
+    for name in ("a", "b"):
+        evaluate(settings, str(tmp_path / name))
+    a, b = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("a", "b"))
+    assert a == b
+
+
+def test_the_split_that_one_run_leaves_is_the_split_of_another(settings, tmp_path):
+    evaluate(settings, str(tmp_path / "a"))
+    settings.split.path = str(tmp_path / "a" / "splits" / "splits.csv")
+    settings.checkpoint = "pixels"
+    evaluate(settings, str(tmp_path / "b"))
+    folds = [
+        dict(zip(f.frame_key, f.fold, strict=True)) for f in map(predictions.read, (tmp_path / "a", tmp_path / "b"))
+    ]
+    assert folds[0] == folds[1]
+    assert door.compare([str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'c.json'}"]) == 0
+    assert json.loads((tmp_path / "c.json").read_text())["frames"] == 48
+
+
+def test_label_fractions_and_seeds_are_members_of_one_run(settings, tmp_path):
+    settings.update(fractions=(0.5, 1.0), seeds=(0, 1))
+    results = evaluate(settings, str(tmp_path))
+    found = predictions.read(tmp_path)
+    members = {(float(f), int(s)) for f, s in zip(found.fraction, found.seed, strict=True)}
+    # With all labels nothing in a logistic regression depends on the seed.
+    assert members == {(0.5, 0), (0.5, 1), (1.0, 0)}
+    frames = {(m["fraction"], m["seed"], m["fold"]): m["training_frames"] for m in results["context"]["members"]}
+    assert frames[0.5, 0, "1"] < frames[1.0, 0, "1"]
+    assert results["fraction"] == 1.0
+
+
+def test_corruptions_are_a_curve_over_five_severities(settings, tmp_path):
+    settings.update(corruptions=True)
+    results = evaluate(settings, str(tmp_path))
+    robustness = results["robustness"]
+    assert robustness.keys() == CORRUPTIONS.keys()
+    clean = results["metrics"]["auroc"]["value"]
+    for curves in robustness.values():
+        assert len(curves["auroc"]) == len(curves["balanced_accuracy"]) == 6
+        assert curves["auroc"][0] == clean
+        assert all(0 <= value <= 1 for value in curves["auroc"])
+    assert len({*robustness["blur"]["ece"]}) == 6  # every severity changes something
+
+
+def test_what_was_pretrained_on_is_said(settings, shards, tmp_path):
+    params = nnx.to_pure_dict(nnx.state(ViT(**ARCHITECTURE | {"image_size": (32, 32)}, rngs=nnx.Rngs(0)), nnx.Param))
+    save_encoder(
+        str(tmp_path / "e"), params, ARCHITECTURE, PREPROCESSING, [{"job": "pretrain", "data": [{"dataset": "made"}]}]
+    )
+    settings.checkpoint = str(tmp_path / "e")
+    (warning,) = evaluate(settings, str(tmp_path / "out"))["context"]["warnings"]
+    assert "pretrained on frames of made" in warning
+
+
+def write_run(workdir, splits_from, folds, params_of):
+    """A fine-tuning run as its loop leaves it: members with predictions and a classifier, and the splits."""
+    description = {"model": "vit", "encoder": ARCHITECTURE, "pool": "mean", "classes": ["0", "1"]}
+    lineage = [{"job": "finetune", "data": [{"dataset": "made"}]}]
+    (workdir / "splits").mkdir(parents=True)
+    (workdir / "splits" / "splits.csv").write_bytes(splits_from.read_bytes())
+    for fold in folds:
+        member = workdir / "members" / f"fold-{fold}"
+        params = nnx.to_pure_dict(nnx.state(make_classifier(description)(nnx.Rngs(params_of(fold))), nnx.Param))
+        save_classifier(str(member / "classifier"), params, None, description, PREPROCESSING, lineage)
+        own = predictions.read(splits_from.parent.parent)
+        own.select(own.fold == fold).write(member / "predictions.csv")
+
+
+def test_a_fine_tuned_run_judges_every_frame_by_the_member_that_has_not_seen_it(settings, shards, tmp_path):
+    evaluate(settings, str(tmp_path / "probe"))
+    write_run(tmp_path / "run", tmp_path / "probe" / "splits" / "splits.csv", ("1", "2", "3"), int)
+    settings.checkpoint = str(tmp_path / "run")
+    results = evaluate(settings, str(tmp_path / "out"))
+    assert results["task"]["protocol"] == "finetuned"
+    found, probed = predictions.read(tmp_path / "out"), predictions.read(tmp_path / "probe")
+    assert dict(zip(found.frame_key, found.fold, strict=True)) == dict(zip(probed.frame_key, probed.fold, strict=True))
+
+    # One member alone may judge only its own test part, also when its classifier/ is what is named.
+    for place in ("", "classifier"):
+        settings.checkpoint = str(tmp_path / "run" / "members" / "fold-2" / place)
+        evaluate(settings, str(tmp_path / "one"))
+        one = predictions.read(tmp_path / "one")
+        assert set(one.frame_key) == set(found.frame_key[found.fold == "2"])
+        np.testing.assert_allclose(one.probabilities, found.probabilities[found.fold == "2"], rtol=1e-5)
+
+
+def test_a_classifier_that_may_have_seen_the_data_needs_a_split(settings, tmp_path):
+    evaluate(settings, str(tmp_path / "probe"))
+    splits = tmp_path / "probe" / "splits" / "splits.csv"
+    write_run(tmp_path / "run", splits, ("1",), int)
+    moved = tmp_path / "elsewhere" / "model"
+    (tmp_path / "run" / "members" / "fold-1" / "classifier").rename((moved.parent.mkdir(), moved)[1])
+    settings.checkpoint = str(moved)
+    with pytest.raises(InputError, match="was fine-tuned on frames of made"):
+        evaluate(settings, str(tmp_path / "out"))
+    settings.split.path = str(splits)
+    assert evaluate(settings, str(tmp_path / "out"))["counts"]["frames"] == 48
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": ""}, "config.checkpoint is missing"),
+        ({"checkpoint": "nowhere"}, "is no folder"),
+        ({"protocol": "svm"}, "config.protocol='svm' must be one of"),
+        ({"protocol": "finetuned"}, "holds an encoder without a head"),
+        ({"positive": "bad"}, "positive='bad' is no class"),
+        ({"classes": ("a",)}, "label 1 is outside the class list"),
+        ({"pool": "max"}, "config.pool='max' must be"),
+        ({"fractions": (0.0,)}, "config.fractions"),
+        ({"seeds": ()}, "config.seeds is empty"),
+        ({"batch_size": 3}, "must be a multiple of the 8 devices"),
+        ({"data.path": ""}, "config.data.path names no labelled shards"),
+        ({"data.path": "data/none"}, "data_prep.build --dataset=none"),
+        ({"split.folds": 40}, "groups"),
+        ({"split.only": ("9",)}, "there is no fold '9'"),
+        ({"dtype": "float16"}, "config.dtype='float16'"),
+        ({"linear.optimizer": "sgd"}, "config.linear.optimizer='sgd'"),
+    ],
+)
+def test_bad_input_is_refused_before_any_features_are_computed(settings, change, message, tmp_path, monkeypatch):
+    monkeypatch.setattr("usfmae_jax.training.features.extract", lambda *args, **kwargs: pytest.fail("too late"))
+    settings.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=message):
+        evaluate(settings, str(tmp_path))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variants_are_complete(variant):
+    config = get_config(variant)
+    assert config.protocol == "auto"
+    assert bool(config.data.path) == (variant != "folder")
+
+
+def test_help_shows_the_fields_and_the_comparison():
+    command = [sys.executable, "-m", "usfmae_jax.evaluate", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for text in ("compare A B", "--config.protocol='auto'", ":busbra", "--config.corruptions=False"):
+        assert text in shown
+
+
+def test_a_comparison_with_nothing_is_one_sentence(tmp_path, capsys):
+    assert door.compare([str(tmp_path), str(tmp_path)]) == 2
+    assert "no predictions there" in capsys.readouterr().err

@@ -1,0 +1,114 @@
+"""The fine-tuning door, in processes of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.training.runs import environment
+from usfmae_jax.evaluation import predictions
+
+TINY = {
+    "model.image_size": 32, "model.patch_size": 8, "model.width": 32, "model.depth": 2, "model.num_heads": 2,
+    "train.batch_size": 16, "train.steps": 8, "split.folds": 2, "split.duplicates": False, "log.every": 1,
+    "stop.every": 3.2, "evaluate.bootstrap": 20, "seeds": "0,1",
+}  # fmt: skip
+
+
+def _command(shards, workdir, **overrides):
+    fields = TINY | {"data.path": shards} | {name.replace("__", "."): value for name, value in overrides.items()}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    script = [sys.executable, "-m", "usfmae_jax.finetune", "--config=configs/finetune.py:folder"]
+    return [*script, f"--workdir={workdir}", *flags]
+
+
+def _run(shards, workdir, **overrides):
+    command = _command(shards, workdir, **overrides)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("door")
+    done = _run(shards, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def _tested(workdir):
+    return {member.name: (member / "predictions.csv").read_text() for member in (workdir / "members").iterdir()}
+
+
+def test_a_run_says_what_a_person_wants_to_know(undisturbed):
+    workdir, done = undisturbed
+    for expected in (
+        "data: 48 frames of 24 patients: 24 0, 24 1",
+        "split: cross-validation by patient",
+        "members: 4, of which 4 are to be trained",
+        "head/kernel",
+        "compiling the training step took",
+        "fold-2-seed-1 (4/4)",
+        "best validation auroc",
+        "report.html",
+    ):
+        assert expected in done.stderr
+    assert "AUROC" in done.stdout
+    assert set(_tested(workdir)) == {"fold-1", "fold-2", "fold-1-seed-1", "fold-2-seed-1"}
+
+
+def test_no_absolute_path_leaks_into_what_a_run_leaves(undisturbed, shards):
+    workdir, _ = undisturbed
+    files = [file for file in workdir.rglob("*") if file.is_file()]
+    assert len(files) > 30
+    for file in files:
+        for path in (shards, workdir, os.path.expanduser("~")):
+            assert str(path).encode() not in file.read_bytes(), file
+
+
+def test_sigterm_saves_exits_75_and_resumes_bitwise(undisturbed, shards, tmp_path):
+    process = subprocess.Popen(_command(shards, tmp_path), env=environment(), stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "fold-1: best validation" in line:  # between two members
+            break
+    process.send_signal(signal.SIGTERM)
+    _, text = process.communicate(timeout=120)
+    assert process.returncode == 75, text
+    assert "the same command continues it" in text
+    assert _run(shards, tmp_path).returncode == 0
+    assert _tested(tmp_path) == _tested(undisturbed[0])
+
+
+def test_the_door_exits_2_with_one_sentence(shards, tmp_path):
+    done = _run(shards, tmp_path, split__folds=40)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config.split.folds=40")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_names_the_variants_and_fields():
+    command = [sys.executable, "-m", "usfmae_jax.finetune", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    for expected in (":gist514", "--config.mode='full'", "--config.regularization.mixup=0.0", "--workdir"):
+        assert expected in done.stdout
+
+
+def test_two_processes_train_the_same_members_and_both_end(undisturbed, shards, tmp_path):
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    job = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.mesh.fsdp=2"]
+    command = _command(shards, tmp_path, seeds=0)
+    processes = [
+        subprocess.Popen([*command, *job, f"--process_id={i}"], env=environment(), stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    texts = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], texts
+    for name in ("fold-1", "fold-2"):
+        one, two = (predictions.read(run / "members" / name) for run in (undisturbed[0], tmp_path))
+        np.testing.assert_allclose(two.probabilities, one.probabilities, atol=1e-3)

@@ -1,0 +1,59 @@
+"""`load_encoder`: images of any size, batched, the same features whatever comes with them."""
+
+import numpy as np
+import pytest
+
+from tests.interop import made
+from usfmae_jax import convert, load_encoder
+from usfmae_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    source = made.write(folder / "w.safetensors", made.tensors(decoder=False))
+    assert convert.main([f"--input={source}", f"--output={folder / 'in'}", *made.HEADS]) == 0
+    return load_encoder(folder / "in")
+
+
+def test_images_of_any_size_become_features(encoder, rng):
+    images = rng.integers(0, 256, (3, 50, 70, 1), np.uint8)
+    features = encoder(images)
+    assert [part.shape for part in features] == [(3, 32), (3, 32), (3, 4, 4, 32)]
+    assert all(part.dtype == np.float32 for part in features)
+    np.testing.assert_allclose(features.mean_patch, features.patch_grid.mean(axis=(1, 2)), atol=1e-6)
+    for same in (images[..., 0], np.repeat(images, 3, axis=-1), list(images)):
+        np.testing.assert_array_equal(encoder(same).class_token, features.class_token)
+    mixed = encoder([images[0], images[1, :40, :60]])  # a list may hold different sizes
+    np.testing.assert_allclose(mixed.class_token[0], features.class_token[0], atol=1e-5)
+
+
+def test_features_do_not_depend_on_the_batch_and_one_shape_is_compiled(encoder, rng):
+    images = rng.integers(0, 256, (5, 32, 32, 3), np.uint8)
+    compiled = encoder._apply._cache_size()
+    features = encoder(images, batch_size=4)  # one full batch and one padded
+    assert encoder._apply._cache_size() == compiled + 1
+    np.testing.assert_allclose(features.patch_grid, encoder(images, batch_size=5).patch_grid, atol=1e-5)
+
+
+def test_images_can_be_taken_as_they_are(encoder):
+    assert encoder(np.zeros((1, 16, 48, 1), np.uint8), resized=False).patch_grid.shape == (1, 2, 6, 32)
+    with pytest.raises(InputError, match="30x48 are not divisible by the patch size 8"):
+        encoder(np.zeros((1, 30, 48, 1), np.uint8), resized=False)
+    with pytest.raises(InputError, match="different sizes have to be resized"):
+        encoder([np.zeros((16, 16), np.uint8), np.zeros((16, 24), np.uint8)], resized=False)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [np.zeros((2, 32, 32, 1), np.float32), np.zeros((2, 32, 32, 4), np.uint8), np.zeros((2, 0, 32, 1), np.uint8), []],
+    ids=["floats", "four channels", "no pixels", "nothing"],
+)
+def test_other_images_are_refused(encoder, images):
+    with pytest.raises(InputError, match="uint8"):
+        encoder(images)
+
+
+def test_a_folder_without_an_encoder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not an encoder directory"):
+        load_encoder(tmp_path)

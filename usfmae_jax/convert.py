@@ -1,0 +1,186 @@
+"""Read weights that somebody else saved: original MAE, USF-MAE, timm or Hugging Face; PyTorch files or safetensors.
+
+python -m usfmae_jax.convert --input=mae_pretrain_vit_base_full.pth --output=weights/mae-base
+python -m usfmae_jax.main --config=configs/pretrain.py --config.init=weights/mae-base --config.data.path=...
+
+The format is recognised. Written are an encoder directory (encoder/), for a fine-tuned model a classifier directory
+(classifier/), and else a checkpoint that pretraining starts from with --config.init, decoder included if there is one.
+Nothing in the file is executed. PyTorch files need PyTorch: pip install 'usfmae_jax[interop]'.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from usfmae_jax import __version__
+from usfmae_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from usfmae_jax.interop.model import Model
+    from usfmae_jax.interop.reading import Account, Options
+    from usfmae_jax.interop.source import Source
+
+#: What an output folder of this door may hold.
+WRITTEN = ("checkpoints", "classifier", "config.json", "encoder", "lineage.json")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the door; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m usfmae_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, metavar="FILE", help="of weights, or a directory with one")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new, or an earlier output of this door")
+    parser.add_argument("--channels", type=int, default=0, choices=[1, 3], help="change the patch kernel to as many")
+    parser.add_argument("--image_size", default="", metavar="N | H,W", help="to use the model on; default: the file's")
+    parser.add_argument("--num_heads", type=int, default=0, metavar="N", help="attention heads, if the file is silent")
+    parser.add_argument("--decoder_num_heads", type=int, default=0, metavar="N", help="of the decoder")
+    parser.add_argument("--mean", default="", metavar="M,M,M", help="of the normalisation; default: the file's")
+    parser.add_argument("--std", default="", metavar="S,S,S", help="of the normalisation; default: the file's")
+    parser.add_argument("--licence", default="", help="of the weights, if the file is silent")
+    parser.add_argument(
+        "--allow_partial",
+        action="store_true",
+        help="go on without what is missing or not understood, where that can be",
+    )
+    args = parser.parse_args(argv)
+    try:
+        convert(args.input, args.output, _options(args), args.licence)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(path: str, output: str, options: "Options", licence: str = "") -> None:
+    """Converts a file, prints what became of its tensors, and says where the result is.
+
+    Args:
+      path: the file or directory.
+      output: directory.
+      options: what the file may not say, or is to be changed.
+      licence: of the weights; "" = what is known of them.
+
+    Raises:
+      InputError: the file cannot be used, or the output holds something else; nothing is written then.
+    """
+    from usfmae_jax.interop.reading import read_model  # after the flags are known to be right
+    from usfmae_jax.interop.source import open_source
+
+    check_output(output, WRITTEN)
+    source = open_source(path)
+    model, account = read_model(source, options)
+    lineage = model.lineage or _origin(path, source, licence, account)
+    stage = {
+        "job": "convert",
+        "code": f"usfmae_jax {__version__}",
+        "step": 0,
+        "source": {"format": account.origin, "files": list(source.files), "sha256": source.sha256},
+        "architecture": model.architecture,
+        "notes": account.notes,
+    }
+    _print(model, account)
+    _write(model, output, [*lineage, stage | ({"licence": licence} if licence else {})])
+    print(f"written to {output}: {', '.join(sorted(set(os.listdir(output)) & set(WRITTEN)))}", file=sys.stderr)
+
+
+def check_output(output: str, written: Sequence[str]) -> None:
+    """Raises InputError when a folder holds anything but what this door writes, or is a file."""
+    if os.path.exists(output) and not os.path.isdir(output):
+        raise InputError(f"--output={output} is a file; name a new folder")
+    others = sorted(set(os.listdir(output)) - set(written)) if os.path.isdir(output) else []
+    if others:
+        raise InputError(f"--output={output} holds something else ({', '.join(others[:3])}); name a new folder")
+
+
+def _options(args: argparse.Namespace) -> "Options":
+    from usfmae_jax.interop.reading import Options
+
+    def numbers(name: str, kind: type) -> tuple[Any, ...]:
+        text = getattr(args, name)
+        try:
+            return tuple(kind(part) for part in text.split(",")) if text else ()
+        except ValueError as error:
+            raise InputError(f"--{name}={text} must be numbers separated by commas") from error
+
+    size = numbers("image_size", int)
+    if len(size) > 2 or any(side < 1 for side in size):
+        raise InputError(f"--image_size={args.image_size} must be one positive number, or height,width")
+    return Options(
+        channels=args.channels,
+        image_size=(size * 2)[:2] if size else None,  # type: ignore[arg-type]
+        num_heads=args.num_heads,
+        decoder_num_heads=args.decoder_num_heads,
+        mean=numbers("mean", float),
+        std=numbers("std", float),
+        allow_partial=args.allow_partial,
+    )
+
+
+def _origin(path: str, source: "Source", licence: str, account: "Account") -> list[dict[str, Any]]:
+    """The stage that made weights which carry no lineage, as far as it is known."""
+    from usfmae_jax.interop.licences import published_stage
+
+    name = os.path.basename(os.path.abspath(path))
+    stage = published_stage(name)
+    if stage:
+        account.notes.append(
+            f"licence by the name {name!r}: {stage['licence']}; what starts from these weights inherits it"
+        )
+        return [stage]
+    if not licence:
+        account.notes.append(
+            "warning: nothing says under which licence these weights are; add --licence='...' if you know"
+        )
+    return [{"job": "unknown", "code": "not stated", "licence": licence, "data": []}]
+
+
+def _print(model: "Model", account: "Account") -> None:
+    say = lambda text: print(text, file=sys.stderr)  # noqa: E731
+    size = "x".join(map(str, model.architecture["image_size"]))
+    about = f"{model.architecture['depth']} blocks of width {model.architecture['width']}, {size}"
+    say(f"recognised: {account.origin}; {about}, patches of {model.architecture['patch_size']}")
+    say("mapped:     " + ", ".join(f"{count} tensors into the {part}" for part, count in account.used.items()))
+    for name, reason in account.left.items():
+        say(f"left over:  {name}: {reason}")
+    for name in account.unknown:
+        say(f"left over:  {name}: not understood")
+    for name in account.missing:
+        say(f"missing:    {name}")
+    if not model.decoder and not model.pool:
+        account.notes.append("no decoder in it: pretraining from these weights initialises a fresh one")
+    for note in account.notes:
+        say(note)
+
+
+def _write(model: "Model", output: str, lineage: list[dict[str, Any]]) -> None:
+    import json
+
+    from usfmae_jax.interop.classifier import save_classifier
+    from usfmae_jax.interop.encoder import save_encoder, unflatten
+    from usfmae_jax.training.parameters import save_parameters
+
+    os.makedirs(output, exist_ok=True)
+    arrays = unflatten(model.params)
+    with open(os.path.join(output, "lineage.json"), "w") as file:
+        file.write(json.dumps({"stages": lineage}, indent=2) + "\n")
+    save_encoder(os.path.join(output, "encoder"), arrays["encoder"], model.architecture, model.preprocessing, lineage)
+    if model.pool:
+        description = {
+            "model": "vit",
+            "encoder": model.architecture,
+            "pool": model.pool,
+            "classes": list(model.classes),
+        }
+        save_classifier(os.path.join(output, "classifier"), arrays, {}, description, model.preprocessing, lineage)
+        return
+    settings = model.architecture | (model.decoder or {})
+    settings |= {"mean": model.preprocessing["mean"], "std": model.preprocessing["std"]}
+    data = {"channels": model.preprocessing["channels"]}
+    save_parameters(output, arrays, {"model": settings, "data": data, "preprocessing": model.preprocessing})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Pairs of rows that show the same picture under different patients: what must not be on both sides of a split.
+
+Which pictures are the same is for `fingerprints` to say; here are the two passes over the shards that ask it.
+"""
+
+import concurrent.futures
+import csv
+import itertools
+import pathlib
+from collections.abc import Callable, Iterable
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from usfmae_jax.data import fingerprints
+from usfmae_jax.data.labelled import Labelled, read_row
+from usfmae_jax.data.records import decode_image
+from usfmae_jax.data.split_files import write_csv
+from usfmae_jax.errors import DamagedRecord
+
+_COLUMNS = ("data", "frame", "other")
+_BLOCK = 8192  # candidate pairs at a time, so that the views of at most twice as many pictures are kept
+_MANY = 2_000  # frames from which it takes long enough to show progress
+
+
+def near_duplicates(frames: Labelled, progress: bool = True, threads: int = 2) -> np.ndarray:
+    """Finds frames of different patients with equal pixels, or that are the same picture but for size, crop or gain.
+
+    Candidates are pairs whose hashes differ in up to `fingerprints.NEAR` bits; those are compared, and are the same
+    from a similarity of `fingerprints.ALIKE` on. Damaged images and those without structure have no duplicates but by
+    their pixels' hash.
+
+    Args:
+      frames: the table.
+      progress: show bars, if there are many frames.
+      threads: that decode and compare.
+
+    Returns:
+      int64 `[P, 2]` rows i < j, in order.
+    """
+    quiet = not progress or len(frames) < _MANY
+    _, patient = np.unique(frames.patient_key, return_inverse=True)
+    cv2.setNumThreads(1)  # the parallelism is over images
+    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
+
+        def seen(rows: Iterable[int]) -> dict[int, np.ndarray]:
+            rows = list(rows)
+            return dict(zip(rows, pool.map(lambda row: _views(frames, row), rows), strict=True))
+
+        codes = np.empty((len(frames), 8), np.uint64)
+        hashes = pool.map(lambda row: fingerprints.hash_views(_views(frames, row)), range(len(frames)))
+        for row, code in enumerate(tqdm(hashes, "looking for copies", len(frames), unit="frame", disable=quiet)):
+            codes[row] = code
+        i, j, _ = fingerprints.near_pairs(codes, groups=(patient, patient))
+        pairs = np.column_stack([i, j])
+        same = [_equal_pixels(frames, patient)]
+        for start in tqdm(range(0, len(pairs), _BLOCK), "comparing", unit="block", disable=quiet):
+            block = pairs[start : start + _BLOCK]
+            same.append(block[_confirmed(block, seen(np.unique(block).tolist()), pool.map)])
+    return np.unique(np.concatenate(same), axis=0)
+
+
+def _views(frames: Labelled, row: int) -> np.ndarray:
+    try:
+        return fingerprints.views(decode_image(read_row(frames, row)["image"]))
+    except DamagedRecord:
+        return np.zeros((2, 64, 64), np.float32)
+
+
+def _confirmed(block: np.ndarray, seen: dict[int, np.ndarray], run: Callable[..., Iterable[bool]]) -> np.ndarray:
+    def alike(pair: np.ndarray) -> bool:
+        return fingerprints.similarity(seen[int(pair[0])], seen[int(pair[1])]) >= fingerprints.ALIKE
+
+    return np.fromiter(run(alike, block), bool, len(block))
+
+
+def _equal_pixels(frames: Labelled, patient: np.ndarray) -> np.ndarray:
+    """All pairs of equal, known `sha256` and different patients."""
+    _, codes = np.unique(frames.sha256, return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    order = order[frames.sha256[order] != ""]
+    equal = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    pairs = [pair for rows in equal for pair in itertools.combinations(rows, 2) if patient[pair[0]] != patient[pair[1]]]
+    return np.asarray(pairs, np.int64).reshape(-1, 2)
+
+
+def cached_near_duplicates(frames: Labelled, path: pathlib.Path | str, progress: bool = True) -> np.ndarray:
+    """`near_duplicates`, read from the CSV file `path` if it was written for the same rows, else found and written.
+
+    The file has a row for each pair: the data's fingerprint with the thresholds, and the `frame_key` of both frames;
+    without pairs, one row of the fingerprint alone.
+    """
+    path = pathlib.Path(path)
+    key = f"{frames.fingerprint}-{fingerprints.NEAR}-{fingerprints.ALIKE:g}"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        if tuple(rows[0]) == _COLUMNS and len(rows) > 1 and {row[0] for row in rows[1:]} == {key}:
+            place = {name: row for row, name in enumerate(frames.frame_key.tolist())}
+            pairs = [(place[frame], place[other]) for _, frame, other in rows[1:] if frame or other]
+            return np.asarray(pairs, np.int64).reshape(-1, 2)
+    except (OSError, ValueError, LookupError):
+        pass  # absent, or not what is written below
+    found = near_duplicates(frames, progress)
+    names = frames.frame_key[found].tolist()
+    write_csv(path, _COLUMNS, [[key, *pair] for pair in names or [["", ""]]])
+    return found

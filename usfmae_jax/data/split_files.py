@@ -1,0 +1,210 @@
+"""Splits as files: official tables beside shards, a person's own, and what every run leaves behind."""
+
+import collections
+import csv
+import dataclasses
+import io
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+
+from usfmae_jax.data.labelled import Labelled
+from usfmae_jax.errors import InputError
+
+COLUMNS = ("dataset", "patient", "video", "frame", "group", "label", "fold", "part")
+_PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fold:
+    """One division of rows of a table; int64 arrays, ascending, no row in two of them.
+
+    Attributes:
+      name: '1', '2', ... or what the file calls it; letters, digits, '.', '_' and '-' only. 'single' if it is the only.
+      train: rows to learn from.
+      validation: rows to choose by.
+      test: rows to report.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """The three by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+def read_splits(path: os.PathLike[str] | str, frames: Labelled, spare: int = 0) -> list[Fold]:
+    """Reads folds from one CSV file, or from all those of a folder.
+
+    Columns: `frame`, `part` (train, validation or test) and, where there are several folds, `fold`; `dataset` and
+    `video` where `frame` alone does not tell frames apart; others are passed over. `frame` holds the records' `frame`,
+    or else their `source`. Frames of the table that a fold does not name are in none of its parts.
+
+    Args:
+      path: of the file or folder. Without the column `fold`, a file of a folder is a fold of its name.
+      frames: what the rows are of.
+      spare: how many frames may be named that are not there: those that are known to be damaged or without a label.
+
+    Returns:
+      Folds by number, then name; `validation` is empty where the file has none.
+
+    Raises:
+      InputError: no such file, missing columns, unknown frames or parts, or a frame in two parts of a fold.
+    """
+    root = epath.Path(path)
+    files = sorted(root.glob("*.csv")) if root.is_dir() else [root]
+    if not files:
+        raise InputError(f"there is no .csv file in the folder of splits {os.fspath(path)!r}")
+    folds: list[Fold] = []
+    for file in files:
+        prefix = file.stem if len(files) > 1 else ""
+        folds += _read_table(file, frames, spare, prefix)
+    return sorted(folds, key=lambda fold: (not fold.name.isdecimal(), fold.name.zfill(9)))
+
+
+def write_splits(path: os.PathLike[str] | str, frames: Labelled, folds: Sequence[Fold], groups: np.ndarray) -> None:
+    """Writes folds as one CSV file that `read_splits` reads to the same folds; see `COLUMNS`.
+
+    Args:
+      path: of the file.
+      frames: what the rows are of.
+      folds: to write.
+      groups: int `[N]`: who belongs together; for a person to see that no group is on two sides.
+    """
+    ids = np.stack([frames.dataset, frames.video, frames.frame], axis=1)
+    named = frames.frame if len(np.unique(ids, axis=0)) == len(frames) else frames.frame_key
+    lines = []
+    for fold in folds:
+        rows = np.concatenate(list(fold.parts().values()))
+        parts = np.repeat(list(fold.parts()), [len(part) for part in fold.parts().values()])
+        for at in np.argsort(rows, kind="stable"):
+            row = rows[at]
+            names = frames.dataset[row], frames.patient[row], frames.video[row], named[row]
+            lines.append([*names, groups[row], frames.class_names[frames.label[row]], fold.name, parts[at]])
+    write_csv(path, COLUMNS, lines)
+
+
+def write_csv(path: os.PathLike[str] | str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Writes a CSV file at once: who reads it finds all of it or what was there before."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def official_tables(frames: Labelled) -> list[epath.Path]:
+    """The `splits/*.csv` that a build left beside the shards; [] where shards lie in several folders."""
+    folders = {epath.Path(path).parent for path in frames.shards.paths}
+    return sorted((folders.pop() / "splits").glob("*.csv")) if len(folders) == 1 else []
+
+
+def official(frames: Labelled, name: str = "") -> tuple[str, list[Fold]]:
+    """The split that the makers of the data published.
+
+    Args:
+      frames: all of one dataset.
+      name: of the table, such as '5-fold-cv'; by default the one with the fewest folds.
+
+    Returns:
+      The table's name, and its folds as `read_splits` gives them.
+
+    Raises:
+      InputError: there is none, or none of this name; or what `read_splits` raises.
+    """
+    tables = {table.stem: table for table in official_tables(frames)}
+    if not tables:
+        raise InputError(
+            "there is no official split, no splits/*.csv beside one dataset's shards; use --config.split.kind=group"
+        )
+    if name and name not in tables:
+        raise InputError(f"there is no official split {name!r}, only {', '.join(tables)}; set config.split.path")
+    spare = frames.damaged + frames.unlabelled  # they may be in the table, and have no row
+    read = {one: read_splits(tables[one], frames, spare) for one in ([name] if name else tables)}
+    chosen = min(read, key=lambda one: (len(read[one]), one))
+    return chosen, read[chosen]
+
+
+def _read_table(file: epath.Path, frames: Labelled, spare: int, prefix: str) -> list[Fold]:
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        header = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
+        table = [{key: (line[name] or "").strip() for key, name in header.items()} for line in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"the file of splits {os.fspath(file)!r} cannot be read: {error}; check its name") from error
+    if not table or not {"frame", "part"} <= header.keys():
+        raise InputError(
+            f"the file of splits {file.name} needs the columns frame and part and a row for each frame, not "
+            f"{', '.join(header) or 'nothing'}"
+        )
+    rows = _find_rows(table, frames, file.name, spare)
+    sides: dict[str, dict[str, list[int]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for line, row in zip(table, rows, strict=True):
+        part = _PARTS.get(line["part"].lower())
+        if part is None:
+            raise InputError(
+                f"the file of splits {file.name} has the part {line['part']!r}; write train, validation or test"
+            )
+        if row >= 0:
+            sides[line.get("fold", "")][part].append(row)
+    return [_fold(_name(prefix, fold, len(sides)), parts, frames) for fold, parts in sides.items()]
+
+
+def _name(prefix: str, fold: str, count: int) -> str:
+    name = "-".join(filter(None, (prefix, fold))) or ("single" if count == 1 else "none")
+    if not re.fullmatch(r"[\w.-]+", name) or not name.strip("."):
+        raise InputError(f"the fold {name!r} needs a name of letters, digits, '.', '_' and '-' only; rename it")
+    return name
+
+
+def _fold(name: str, parts: dict[str, list[int]], frames: Labelled) -> Fold:
+    arrays = {part: np.unique(np.asarray(parts.get(part, ()), np.int64)) for part in ("train", "validation", "test")}
+    values, counts = np.unique(np.concatenate(list(arrays.values())), return_counts=True)
+    if (counts > 1).any():
+        frame = str(frames.frame_key[values[counts > 1][0]])
+        raise InputError(f"fold {name} has frame {frame!r} in two parts; name it once")
+    return Fold(name, **arrays)
+
+
+def _find_rows(table: list[dict[str, str]], frames: Labelled, where: str, spare: int) -> list[int]:
+    """The row of every line, -1 where there is none; by the reading of `frame` that knows most of them."""
+    best: tuple[int, list[int], list[str], list[str]] | None = None
+    ids = [name for name in ("dataset", "video") if name in table[0]]
+    for columns in ([*ids, "frame"], ["frame_key"], ["source"]):
+        keys = list(zip(*(getattr(frames, column).tolist() for column in columns), strict=True))
+        place = dict(zip(keys, range(len(frames)), strict=True))
+        several = {key for key, count in collections.Counter(keys).items() if count > 1}
+        wanted = [tuple(line.get(column, line["frame"]) for column in columns) for line in table]
+        # In the order of the file, each once.
+        unknown = ["/".join(key) for key in dict.fromkeys(wanted) if key not in place]
+        unclear = ["/".join(key) for key in dict.fromkeys(wanted) if key in several]
+        if best is None or len(unknown) + len(unclear) < best[0]:
+            best = len(unknown) + len(unclear), [place.get(key, -1) for key in wanted], unknown, unclear
+    assert best is not None
+    _, rows, unknown, unclear = best
+    if len(unknown) > spare:
+        raise InputError(
+            f"the file of splits {where} names {len(unknown)} frames that are not in the data, first "
+            f"{unknown[0]!r}; frames of the data are named like {str(frames.frame[0])!r}"
+        )
+    if unclear:
+        raise InputError(
+            f"the file of splits {where} names {unclear[0]!r}, as {len(unclear)} frames or more are called alike; add "
+            "the columns dataset and video"
+        )
+    return rows

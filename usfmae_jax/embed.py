@@ -1,0 +1,275 @@
+"""Write the features of images, from shards or from a folder of picture files, for use anywhere else.
+
+python -m usfmae_jax.embed --checkpoint=runs/pretrain-tiny --data=data/bus_bra --output=bus_bra.npz
+python -m usfmae_jax.embed --checkpoint=DIR --data=FOLDER_OF_IMAGES --output=features.parquet --pool=cls
+
+The file has one row for each frame: features, source, dataset, patient, video, frame and label (-1 = none).
+Read it with numpy.load(FILE) or pandas.read_parquet(FILE). Exit codes: 0 done; 2 bad input.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from usfmae_jax.errors import DamagedRecord, InputError
+
+#: Picture files that a folder may hold.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+#: Columns beside `features`, in order.
+COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
+_PIECE = 16  # images that a thread decodes at a time
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the door; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m usfmae_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="workdir, checkpoint, encoder/ or classifier/ directory"
+    )
+    parser.add_argument("--data", required=True, metavar="PATH", help="shards, or a folder with PNG, JPEG or BMP files")
+    parser.add_argument("--output", required=True, metavar="FILE", help="ends in .npz or .parquet")
+    parser.add_argument("--pool", default="mean", choices=["mean", "cls", "patches"], help="default: %(default)s")
+    parser.add_argument("--split", default="", help="only shards of this TFDS split; default: all")
+    parser.add_argument(
+        "--batch_size", type=int, default=0, metavar="N", help="images per call; default: what suits the devices"
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="that decode; default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        embed(
+            args.checkpoint, args.data, args.output, args.pool, split=args.split, batch_size=args.batch_size,
+            threads=args.threads,
+        )  # fmt: skip
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def embed(
+    checkpoint: str,
+    data: str,
+    output: str,
+    pool: str = "mean",
+    *,
+    split: str = "",
+    batch_size: int = 0,
+    threads: int = 2,
+) -> int:
+    """Computes features and writes them.
+
+    Args:
+      checkpoint: see `training.weights.open_weights`.
+      data: shards (see `data.records.open_shards`; several separated by commas), or a folder of picture files.
+      output: `.npz` (features float32 `[N, D]`, of patches float16 `[N, T, D]`) or `.parquet`.
+      pool: 'mean', 'cls' or 'patches'.
+      split: only shards of this TFDS split.
+      batch_size: images per call; the devices must divide it; 0 = what suits them.
+      threads: that decode.
+
+    Returns:
+      N; images that cannot be read are named and left out.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    suffix = os.path.splitext(output)[1]
+    if suffix not in (".npz", ".parquet"):
+        raise InputError(f"--output={output} must end in .npz or .parquet")
+    if suffix == ".parquet" and pool == "patches":
+        raise InputError("a table cannot hold patch tokens; use --output=FILE.npz with --pool=patches")
+    if suffix == ".parquet":
+        _pyarrow()
+    try:
+        pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
+
+    from usfmae_jax.training.features import extractor, image_format  # after the flags are known to be right
+    from usfmae_jax.training.inference import fitting_batch
+    from usfmae_jax.training.mesh import make_mesh
+    from usfmae_jax.training.weights import open_weights
+
+    weights = open_weights(checkpoint)
+    weights.encoder()
+    mesh = make_mesh()
+    batch_size = fitting_batch(batch_size, mesh, "--batch_size")
+    items: _Records | _Files | None = _shard_items(data, split)
+    items = _file_items(data, split) if items is None else items
+    size, channels = image_format(weights)
+    columns: dict[str, list[Any]] = collections.defaultdict(list)
+    images = _load(items, columns, size, channels, batch_size, threads)
+    features = extractor(weights, pool, mesh=mesh, batch_size=batch_size)(images, len(items), "features")
+    _write(output, features, columns, {"weights": weights.fingerprint, "pool": pool})
+    print(f"features {list(features.shape)} of {len(features)} frames: {output}", file=sys.stderr)
+    return len(features)
+
+
+def _shard_items(data: str, split: str) -> "_Records | None":
+    """The records of shards; None if there are no shards."""
+    from usfmae_jax.data.records import Shards, open_shards
+
+    paths: list[str] = []
+    for path in data.split(","):
+        try:
+            paths += open_shards(path.strip(), split or None).paths
+        except InputError as error:
+            if "no shards match" in str(error) and "," not in data and os.path.isdir(data):
+                return None  # perhaps a folder of picture files
+            raise InputError(f"--data: {error}; give shards, or a folder with PNG, JPEG or BMP files") from error
+    return _Records(Shards(list(dict.fromkeys(paths))))
+
+
+class _Records:
+    """Records of shards with what is missing in them filled in."""
+
+    def __init__(self, shards: Any):
+        self._shards = shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from usfmae_jax.data.records import dataset_name, decode_record
+
+        record = decode_record(self._shards[index])
+        return record | {"dataset": record["dataset"] or dataset_name(self._shards.locate(index)[0])}
+
+    def name(self, index: int) -> str:
+        path, number = self._shards.locate(index)
+        return f"record number {number} of {path}"
+
+
+class _Files:
+    """Picture files as records."""
+
+    def __init__(self, root: pathlib.Path, paths: Sequence[pathlib.Path]):
+        self._root, self._paths = root, paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        from usfmae_jax.data.records import FIELDS
+
+        path = self._paths[index]
+        try:
+            image = path.read_bytes()
+        except OSError as error:
+            raise DamagedRecord(str(error)) from error
+        source = self.name(index)
+        return FIELDS | {"image": image, "source": source, "frame": source, "dataset": self._root.resolve().name}
+
+    def name(self, index: int) -> str:
+        return self._paths[index].relative_to(self._root).as_posix()
+
+
+def _file_items(data: str, split: str) -> "_Files":
+    root = pathlib.Path(data)
+    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise InputError(f"--data={data} holds neither shards nor PNG, JPEG or BMP files")
+    if split:
+        raise InputError(f"--split={split} is for shards, and --data={data} holds picture files; leave it out")
+    return _Files(root, paths)
+
+
+def _load(
+    items: Any, columns: dict[str, list[Any]], size: tuple[int, int], channels: int, batch_size: int, threads: int
+) -> Iterator[np.ndarray]:
+    """Batches uint8 `[n, H, W, C]`; fills the columns in the same order."""
+    import cv2
+
+    from usfmae_jax.data import augment
+    from usfmae_jax.data.records import decode_image
+
+    cv2.setNumThreads(1)  # the parallelism is over images
+
+    def load(indices: range) -> list[tuple[dict[str, Any], np.ndarray] | str]:
+        found: list[tuple[dict[str, Any], np.ndarray] | str] = []
+        for index in indices:
+            try:
+                record = items[index]
+                pixels = decode_image(record["image"], channels)
+                found.append(({name: record[name] for name in COLUMNS}, augment.resize(pixels, size)))
+            except DamagedRecord as error:
+                found.append(f"{items.name(index)} is left out: {error}")
+        return found
+
+    waiting: list[np.ndarray] = []
+    pieces = (range(i, min(i + _PIECE, len(items))) for i in range(0, len(items), _PIECE))
+    ahead: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+    damaged = 0
+    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
+        for piece in pieces:
+            ahead.append(pool.submit(load, piece))
+            if len(ahead) <= 2 * batch_size // _PIECE + threads:
+                continue
+            damaged += _take(ahead.popleft().result(), columns, waiting)
+            if len(waiting) >= batch_size:
+                yield np.stack(waiting[:batch_size])
+                del waiting[:batch_size]
+        while ahead:
+            damaged += _take(ahead.popleft().result(), columns, waiting)
+            while len(waiting) >= batch_size or (waiting and not ahead):
+                yield np.stack(waiting[:batch_size])
+                del waiting[:batch_size]
+    if damaged == len(items):
+        raise InputError("none of the images can be read")
+
+
+def _take(loaded: list[Any], columns: dict[str, list[Any]], waiting: list[np.ndarray]) -> int:
+    damaged = 0
+    for item in loaded:
+        if isinstance(item, str):
+            print(f"warning: {item}", file=sys.stderr)
+            damaged += 1
+            continue
+        ids, image = item
+        for name, value in ids.items():
+            columns[name].append(value)
+        waiting.append(image)
+    return damaged
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError("a .parquet file needs pyarrow (pip install pyarrow); or use --output=FILE.npz") from error
+    return pyarrow
+
+
+def _write(output: str, features: np.ndarray, columns: dict[str, list[Any]], notes: dict[str, str]) -> None:
+    """The file appears whole or not at all."""
+    partial = f"{output}.incomplete"
+    try:
+        if output.endswith(".npz"):
+            table: dict[str, Any] = {
+                name: np.asarray(columns[name], np.int64 if name == "label" else np.str_) for name in COLUMNS
+            }
+            with open(partial, "wb") as file:
+                np.savez(
+                    file, **({"features": features} | table | {name: np.str_(note) for name, note in notes.items()})
+                )
+        else:
+            arrow = _pyarrow()
+            rows = arrow.FixedSizeListArray.from_arrays(arrow.array(features.reshape(-1)), features.shape[1])
+            written = arrow.table({"features": rows} | {name: columns[name] for name in COLUMNS})
+            arrow.parquet.write_table(written.replace_schema_metadata(notes), partial)
+        os.replace(partial, output)
+    except OSError as error:
+        raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

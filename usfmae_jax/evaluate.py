@@ -1,0 +1,92 @@
+"""Test an encoder under a probe, or a fine-tuned classifier, on labelled frames; or compare two such runs.
+
+    python -m usfmae_jax.evaluate --config=configs/evaluate.py:busbra --config.checkpoint=runs/pretrain-tiny
+    python -m usfmae_jax.evaluate compare A B [--positive=CLASS] [--output=FILE.json]
+
+`compare` takes the workdirs of two runs of evaluate or finetune on the same frames (or their predictions.csv), and
+tells whether one is better than the other: paired bootstrap over patients, and McNemar's test.
+
+Exit codes: 0 done; 2 bad input or config.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+
+from usfmae_jax import cli
+from usfmae_jax.errors import InputError
+
+
+def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
+    """Runs the evaluation and prints its table; returns the exit code."""
+    import jax  # after the flags are known to be right
+
+    from usfmae_jax.evaluation.results import table
+    from usfmae_jax.training.mesh import initialize_distributed
+    from usfmae_jax.training.probing import evaluate
+
+    initialize_distributed(flags.coordinator, flags.num_processes, flags.process_id)
+    results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
+    if jax.process_index() == 0:
+        print(table(results))
+        print(f"{workdir}/report.html", file=sys.stderr)
+    return cli.DONE
+
+
+def compare(argv: Sequence[str]) -> int:
+    """The subcommand `compare`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m usfmae_jax.evaluate compare",
+        description="Whether one run is better than another, on the frames that both were tested on.",
+    )
+    parser.add_argument("a", metavar="A", help="workdir of a run of evaluate or finetune, or its predictions.csv")
+    parser.add_argument("b", metavar="B", help="of the run to compare it with")
+    parser.add_argument(
+        "--positive", default="", metavar="CLASS", help="that counts as positive of two; default: A's, else the last"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=2000, metavar="N", help="of the bootstrap; default: %(default)s"
+    )
+    parser.add_argument("--output", metavar="FILE", help="also write the numbers there, as JSON")
+    args = parser.parse_args(argv)
+    try:
+        from usfmae_jax.evaluation import comparison, predictions
+
+        if args.resamples < 1:
+            raise InputError(f"--resamples={args.resamples} must be 1 or more")
+        a, b = predictions.read(args.a), predictions.read(args.b)
+        found = comparison.compare(a, b, args.positive or _positive(args.a), args.resamples)
+        print(comparison.table(found))
+        if args.output:
+            _write(args.output, json.dumps(found, indent=2) + "\n")
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return cli.BAD_INPUT
+    return cli.DONE
+
+
+def _positive(workdir: str) -> str:
+    """The positive class that a run was evaluated for; "" where it does not say."""
+    try:
+        task = json.loads(pathlib.Path(workdir, "results.json").read_text(encoding="utf-8"))["task"]
+        return str(task.get("positive") or "")
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output={path} cannot be written: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["compare"]:
+        sys.exit(compare(sys.argv[2:]))
+    cli.run(__doc__, "configs/evaluate.py", main)

@@ -1,0 +1,262 @@
+"""How good predicted probabilities are, with intervals over patients.
+
+Frames of one patient are no independent evidence, so that the bootstrap draws patients with replacement: a patient
+that is drawn k times weighs k. All metrics are therefore functions of frame weights, for all replicates at once.
+
+The predicted class is the most probable one. Metrics agree with scikit-learn's (`zero_division=0`), but are NaN where
+a class that they need has no frame.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation.calibration import expected_calibration_error
+from usfmae_jax.evaluation.predictions import Predictions
+
+#: All metrics in the order of tables, with what people call them.
+NAMES = {
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "balanced_accuracy": "Balanced accuracy",
+    "accuracy": "Accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "ppv": "Positive predictive value",
+    "npv": "Negative predictive value",
+    "f1": "F1",
+    "f1_macro": "F1 (macro)",
+    "f1_weighted": "F1 (weighted)",
+    "precision_macro": "Precision (macro)",
+    "precision_weighted": "Precision (weighted)",
+    "recall_macro": "Recall (macro)",
+    "recall_weighted": "Recall (weighted)",
+    "specificity_macro": "Specificity (macro)",
+    "ece": "Calibration error (ECE)",
+    "brier": "Brier score",
+    "log_loss": "Log loss",
+}
+#: Those of them of which less is better.
+LOSSES = frozenset({"ece", "brier", "log_loss"})
+#: What tables by fold, fraction and seed show.
+MAIN = ("auroc", "average_precision", "balanced_accuracy", "sensitivity", "specificity", "f1", "f1_macro", "ece")
+PER_CLASS = ("precision", "recall", "f1", "specificity", "auroc", "average_precision")
+
+_AT_ONCE = 1 << 19  # weights at a time: stays in the cache, and small however many frames there are
+
+
+def positive_class(classes: Sequence[str], positive: str = "") -> int | None:
+    """Index of the positive class of a binary task, the last unless it is named; None if there are more classes.
+
+    Raises:
+      InputError: it is none of the classes.
+    """
+    names = [name.casefold() for name in classes]
+    if positive and positive.casefold() not in names:
+        raise InputError(f"positive={positive!r} is no class; choose one of {', '.join(classes)}")
+    if len(classes) != 2:
+        return None
+    return names.index(positive.casefold()) if positive else 1
+
+
+def metrics(
+    labels: np.ndarray, probabilities: np.ndarray, positive: int | None, weights: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """All metrics under each of R weightings of the frames.
+
+    Args:
+      labels: int `[N]`, in [0, C).
+      probabilities: float `[N, C]`.
+      positive: the positive class if there are two, else None.
+      weights: `[R, N]`, not negative, with a positive sum; None = one weighting, all ones.
+
+    Returns:
+      float64 `[R]` by name (those of `NAMES` that fit the number of classes), and `class_NAME` `[R, C]` for each of
+      `PER_CLASS`. Brier scores are in [0, 1] for two classes, in [0, 2] for more. NaN where not defined.
+    """
+    weights = np.ones((1, len(labels))) if weights is None else np.asarray(weights, np.float64)
+    counts = confusion(labels, probabilities, weights)
+    each = _by_class(counts) | _rankings(labels, probabilities, weights)
+    total = weights.sum(axis=1)
+    share = counts.sum(axis=2) / total[:, None]
+    found = {
+        "accuracy": np.trace(counts, axis1=1, axis2=2) / total,
+        "balanced_accuracy": each["recall"].mean(axis=1),
+        "ece": expected_calibration_error(labels, probabilities, weights),
+    }
+    for name in ("precision", "recall", "f1"):
+        found[f"{name}_macro"] = each[name].mean(axis=1)
+        found[f"{name}_weighted"] = np.where(share > 0, share * each[name], 0.0).sum(axis=1)
+    of_label = probabilities[np.arange(len(labels)), labels]
+    smallest = np.finfo(np.float64).eps
+    found["log_loss"] = -(weights @ np.log(np.clip(of_label, smallest, 1 - smallest))) / total
+    if positive is None:
+        squares = np.square(probabilities).sum(axis=1) - 2 * of_label + 1
+        found |= {name: each[name].mean(axis=1) for name in ("auroc", "average_precision")}
+        found["specificity_macro"] = each["specificity"].mean(axis=1)
+    else:
+        squares = np.square((labels == positive) - probabilities[:, positive])
+        names = {"sensitivity": "recall", "ppv": "precision"}
+        for name in ("sensitivity", "specificity", "ppv", "f1", "auroc", "average_precision"):
+            found[name] = each[names.get(name, name)][:, positive]
+        found["npv"] = each["precision"][:, 1 - positive]
+    found["brier"] = weights @ squares / total
+    ordered = {name: found[name] for name in NAMES if name in found}
+    return ordered | {f"class_{name}": each[name] for name in PER_CLASS}
+
+
+def confusion(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Weight of the frames by label (row) and predicted class (column): float64 `[R, C, C]`; arguments as `metrics`."""
+    weights = np.ones((1, len(labels))) if weights is None else weights
+    classes = probabilities.shape[1]
+    cell = labels * classes + probabilities.argmax(axis=1)
+    one_hot = sparse.csr_array((np.ones(len(cell)), cell, np.arange(len(cell) + 1)), (len(cell), classes**2))
+    return np.asarray(weights @ one_hot, np.float64).reshape(-1, classes, classes)
+
+
+def _by_class(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """What the confusion matrices `[R, C, C]` say of each class: `[R, C]`, NaN for one without frames."""
+    right = np.diagonal(counts, axis1=1, axis2=2)
+    actual, called = counts.sum(axis=2), counts.sum(axis=1)
+    others = actual.sum(axis=1, keepdims=True) - actual
+    there = np.where(actual > 0, 1.0, np.nan)
+    return {
+        "precision": there * right / np.maximum(called, 1e-300),  # 0 / 0 = 0: it was never predicted
+        "recall": there * right / np.maximum(actual, 1e-300),
+        "f1": there * 2 * right / np.maximum(actual + called, 1e-300),
+        "specificity": np.where(others > 0, (others - (called - right)) / np.maximum(others, 1e-300), np.nan),
+    }
+
+
+def _rankings(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """AUROC and average precision of each class against the rest: `[R, C]`."""
+    classes = probabilities.shape[1]
+    found = {name: np.full((len(weights), classes), np.nan) for name in ("auroc", "average_precision")}
+    for c in range(classes):
+        order = np.argsort(-probabilities[:, c], kind="stable")
+        score = probabilities[order, c]
+        last = np.flatnonzero(np.append(np.diff(score) != 0, True))  # of each run of equal scores
+        hits = weights[:, order]
+        alarms = hits * (labels[order] != c)
+        hits -= alarms
+        # Hits and false alarms at every threshold; frames with the same score pass it together.
+        hits, alarms = (np.cumsum(one, axis=1, out=one)[:, last] for one in (hits, alarms))
+        positives, negatives = hits[:, -1], alarms[:, -1]
+        gained = np.diff(hits, axis=1, prepend=0)
+        passed = hits + alarms
+        precision = np.divide(hits, passed, out=np.zeros_like(hits), where=passed > 0)
+        fine = (positives > 0) & (negatives > 0)
+        # A hit outranks the negatives below it, and half of those with the same score.
+        outranked = negatives[:, None] - alarms + np.diff(alarms, axis=1, prepend=0) / 2
+        area = (gained * outranked).sum(axis=1)
+        found["auroc"][fine, c] = area[fine] / (positives * negatives)[fine]
+        any_hit = positives > 0
+        found["average_precision"][any_hit, c] = (gained * precision).sum(axis=1)[any_hit] / positives[any_hit]
+    return found
+
+
+def bootstrap_weights(patients: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
+    """How often each frame is drawn when patients are drawn with replacement: `[N]` -> int32 `[resamples, N]`."""
+    parts = list(bootstrap_chunks(patients, resamples, seed))
+    return np.concatenate(parts) if parts else np.zeros((0, len(patients)), np.int32)
+
+
+def bootstrap_chunks(patients: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """The rows of `bootstrap_weights`, some at a time, so that memory does not grow with the frames."""
+    names, member = np.unique(np.asarray(patients, str), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    step = max(1, _AT_ONCE // max(len(member), 1))
+    for start in range(0, resamples, step):
+        drawn = [
+            np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+            for _ in range(min(step, resamples - start))
+        ]
+        yield np.stack(drawn).astype(np.int32)[:, member]
+
+
+def seed_mean(predictions: Predictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """`metrics` of each seed under the same weightings `[R, N]`, and their mean."""
+    scores = []
+    for one in np.unique(predictions.seed):
+        rows = np.flatnonzero(predictions.seed == one)
+        labels, probabilities = predictions.label[rows], predictions.probabilities[rows]
+        scores.append(metrics(labels, probabilities, positive, weights[:, rows]))
+    return {name: np.mean([one[name] for one in scores], axis=0) for name in scores[0]}
+
+
+def summarise(predictions: Predictions, positive: str = "", resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """All metrics with 95% percentile intervals over patients.
+
+    Args:
+      predictions: of one label fraction, one row or more.
+      positive: name of the positive class of two; "" = the last.
+      resamples: bootstrap replicates; 0 = no intervals.
+      seed: of the bootstrap.
+
+    Returns:
+      `metrics`, by name `{"value", "ci95"}` and, if so, `"left_out"`: how many replicates lacked a class that the
+      metric needs; None for what is not defined, as an interval over one patient; and `per_class`, by class and name.
+      The interval of `ece` is centred on its value, which resampling would raise.
+
+    Raises:
+      InputError: `positive` is no class.
+    """
+    index = positive_class(predictions.classes, positive)
+    value = {name: one[0] for name, one in seed_mean(predictions, index, np.ones((1, len(predictions)))).items()}
+    drawn: dict[str, np.ndarray] = {}
+    if resamples and len(np.unique(predictions.patient_key)) > 1:
+        chunks = bootstrap_chunks(predictions.patient_key, resamples, seed)
+        parts = [seed_mean(predictions, index, weights) for weights in chunks]
+        drawn = {name: np.concatenate([part[name] for part in parts]) for name in value}
+    found: dict[str, Any] = {
+        "metrics": {name: _metric(value[name], drawn.get(name), name == "ece") for name in NAMES if name in value},
+        "per_class": {},
+    }
+    for c, label in enumerate(predictions.classes):
+        keys = {name: f"class_{name}" for name in PER_CLASS}
+        found["per_class"][label] = {
+            name: _metric(value[key][c], drawn[key][:, c] if drawn else None) for name, key in keys.items()
+        }
+    return found
+
+
+def _metric(value: np.ndarray, drawn: np.ndarray | None, centre: bool = False) -> dict[str, Any]:
+    """A metric as results.json has it."""
+    interval = None
+    usable = np.zeros(0) if drawn is None else drawn[np.isfinite(drawn)]
+    if len(usable) and np.isfinite(value):
+        # Any noise makes a calibration error larger, that of resampling too: without this its interval could lie
+        # above the value. It is of the spread, around the value.
+        shift = usable.mean() - value if centre else 0.0
+        interval = [float(end) for end in np.percentile(usable - shift, [2.5, 97.5])]
+        interval[0] = max(interval[0], 0.0)
+    result = {"value": number(value), "ci95": interval}
+    left_out = 0 if drawn is None else len(drawn) - len(usable)
+    return result | {"left_out": left_out} if left_out else result
+
+
+def number(value: Any) -> float | None:
+    """A float for JSON; None if it is not finite."""
+    return float(value) if np.isfinite(value) else None
+
+
+def by_fold(predictions: Predictions, positive: str = "") -> dict[str, Any]:
+    """Metrics of each fold with their mean and standard deviation over folds.
+
+    Returns:
+      `names` of the folds, and `metrics`, by name `{"mean", "std", "values"}`; the deviation is the sample's (ddof 1)
+      and None for one fold; of several seeds a fold's value is the mean.
+    """
+    names = list(dict.fromkeys(predictions.fold.tolist()))
+    index = positive_class(predictions.classes, positive)
+    folds = [predictions.select(predictions.fold == name) for name in names]
+    scores = [seed_mean(fold, index, np.ones((1, len(fold)))) for fold in folds]
+    found = {}
+    for name in (name for name in NAMES if name in scores[0]):
+        values = np.array([one[name][0] for one in scores])
+        spread = number(values.std(ddof=1)) if len(values) > 1 else None
+        found[name] = {"mean": number(values.mean()), "std": spread, "values": [number(one) for one in values]}
+    return {"names": names, "metrics": found}

@@ -1,0 +1,228 @@
+"""The results of a run: one dict, written for programs, for people and as a page.
+
+`finish` writes into the workdir `results.json`, `results.md`, `predictions.csv` and `report.html`.
+
+results.json, format 1. A METRIC is `{"value": float | null, "ci95": [low, high] | null}`, with `"left_out": int` where
+bootstrap replicates lacked a class that the metric needs; null = not defined on this data. Fractions of 1, not percent.
+
+    format       1
+    task         what was done, as the loop says it:
+                   title      "Fine-tuned tiny ViT on bus_bra"
+                   protocol   "finetune" | "logistic" | "linear" | "knn" | "attentive" | ...
+                   datasets   [name, ...]
+                   split      "official 5-fold-cv" | ..., one phrase on where the split comes from
+                 and added by `finish`:
+                   classes    [name, ...] in the order of all lists below
+                   positive   name of the positive class of a binary task, "" for more classes
+    counts       frames, patients, videos, folds, seeds: int, of the tested rows of `fraction`
+    fraction     share of the training patients that the results are of: the largest that was run
+    bootstrap    {"resamples": int, "unit": "patient", "seed": int}
+    metrics      {NAME: METRIC}; names and their order as `classification.NAMES`. Pooled over the folds; of several
+                 seeds the mean
+                   both       accuracy, balanced_accuracy, precision_macro, recall_macro, f1_macro, precision_weighted,
+                              recall_weighted, f1_weighted, auroc, average_precision, ece, brier, log_loss
+                   binary     sensitivity, specificity, ppv, npv, f1: of the positive class. auroc, average_precision
+                              too are the positive class's; in tasks of more classes they are one-vs-rest macro means
+                   else       specificity_macro
+    per_class    {CLASS: {"precision", "recall", "f1", "specificity", "auroc", "average_precision": METRIC,
+                          "frames": int, "patients": int}}
+    confusion    [[number, ...], ...] row = label, column = predicted; of several seeds the mean (then not whole)
+    reliability  [{"low", "high", "frames": int, "confidence", "accuracy": float | null}, ...] 15 bins of the
+                 probability of the predicted class, over all seeds
+    calibrated   null, or after temperature scaling fitted on the validation parts, never on the test parts:
+                   {"temperature": {"min", "mean", "max"}, "ece": METRIC, "brier": METRIC, "log_loss": METRIC}
+    folds        {"names": [...], "metrics": {NAME: {"mean", "std": float | null, "values": [float | null, ...]}}}
+                 std with ddof 1, null for one fold; of several seeds each fold's value is the mean
+    fractions    [{"fraction": float, "metrics": {NAME: METRIC}}, ...] ascending; one entry where one fraction was run
+    seeds        [{"seed": int, "metrics": {NAME: float | null}}, ...]
+    robustness   null, or {CORRUPTION: {NAME: [value at severity 0 (clean), 1, ..., 5]}}
+    context      what the loop knows, with absolute paths cut to their last part; a loop gives
+                   config          dict
+                   weights         {"source": str, "fingerprint": str, "kind": str}
+                   lineage         [stage, ...] as interop.encoder.read_lineage gives them
+                   data            [dataset, ...] as data.provenance.describe_data gives them
+                   fingerprint     str or [str], of the data
+                   warnings        [sentence, ...]; `finish` adds its own
+                   excluded        [{"dataset", "patient", "video", "frame", "fold", "reason"}, ...] near-duplicates
+                   command         str, how to repeat it
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from usfmae_jax.evaluation import calibration, classification, report
+from usfmae_jax.evaluation.predictions import Predictions, concatenate
+from usfmae_jax.evaluation.summary import markdown, table
+from usfmae_jax.evaluation.verdict import counted
+
+__all__ = ["FORMAT", "finish", "summarise", "table"]
+
+FORMAT = 1
+_SEED = 0  # of the bootstrap
+_FEW = 10  # patients of a class, below which its intervals are too narrow as a rule
+# An absolute path within a sentence; the slashes of "and/or" and of a URL begin none.
+_PATH = re.compile(r"(?<![\w.:/*~@%-])/(?:[^\s/'\"(),;:]+/)+([^\s/'\"(),;:]*)")
+
+
+def finish(
+    workdir: str,
+    predictions: Predictions,
+    *,
+    task: dict[str, Any],
+    positive: str,
+    context: dict[str, Any],
+    validation: Predictions | None = None,
+    embedding: Any = None,
+    examples: Sequence[dict[str, Any]] = (),
+    robustness: dict[str, Any] | None = None,
+    resamples: int = 1000,
+) -> dict[str, Any]:
+    """Computes the results of a run and writes them: results.json, results.md, predictions.csv, report.html.
+
+    Args:
+      workdir: where to; exists.
+      predictions: of the test parts of all members; one row or more.
+      task: what was done, see the module.
+      positive: name of the positive class of a binary task; "" = the last. Of no consequence with more classes.
+      context: what the results come from, see the module.
+      validation: predictions of the same members on their validation parts: with them calibration is also reported
+        after temperature scaling.
+      embedding: for `report.write_report`.
+      examples: for `report.write_report`.
+      robustness: metrics under corruption, see the module.
+      resamples: bootstrap replicates; 0 = no intervals.
+
+    Returns:
+      what results.json holds.
+
+    Raises:
+      InputError: `positive` is no class.
+    """
+    results = summarise(predictions, positive, validation, resamples)
+    context = _public(context)
+    context["warnings"] = [*context.get("warnings", []), *_warnings(results, predictions)]
+    results["task"] = _public(task) | results["task"]
+    results |= {"robustness": _public(robustness), "context": context}
+    text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
+    results = json.loads(text)
+    root = epath.Path(workdir)
+    predictions.write(root / "predictions.csv")
+    (root / "results.json").write_bytes((text + "\n").encode())
+    (root / "results.md").write_bytes(markdown(results).encode())
+    shown = predictions.select(predictions.fraction == results["fraction"])
+    with tempfile.TemporaryDirectory() as folder:  # the workdir may be a bucket
+        page = pathlib.Path(folder, "report.html")
+        report.write_report(
+            page, results, shown, embedding=embedding, examples=examples, robustness=results["robustness"]
+        )
+        (root / page.name).write_bytes(page.read_bytes())
+    return results
+
+
+def summarise(
+    predictions: Predictions, positive: str = "", validation: Predictions | None = None, resamples: int = 1000
+) -> dict[str, Any]:
+    """What results.json says of predictions alone: all of it but `robustness` and `context`; see `finish`."""
+    fractions = np.unique(predictions.fraction)
+    parts = [predictions.select(predictions.fraction == fraction) for fraction in fractions]
+    numbers = [classification.summarise(part, positive, resamples, _SEED) for part in parts]
+    main, found = parts[-1], numbers[-1]
+    index = classification.positive_class(main.classes, positive)
+    seeds = np.unique(main.seed)
+    per_class = {
+        name: found["per_class"][name] | _count(main.select(main.label == c), ("frames", "patients"))
+        for c, name in enumerate(main.classes)
+    }
+    return {
+        "format": FORMAT,
+        "task": {"classes": list(main.classes), "positive": "" if index is None else main.classes[index]},
+        "counts": _count(main, ("frames", "patients", "videos", "folds", "seeds")),
+        "fraction": float(fractions[-1]),
+        "bootstrap": {"resamples": resamples, "unit": "patient", "seed": _SEED},
+        "metrics": found["metrics"],
+        "per_class": per_class,
+        "confusion": (classification.confusion(main.label, main.probabilities)[0] / len(seeds)).tolist(),
+        "reliability": calibration.reliability(main.label, main.probabilities),
+        "calibrated": None if validation is None else _calibrated(main, validation, positive, resamples),
+        "folds": classification.by_fold(main, positive),
+        "fractions": [
+            {"fraction": float(fraction), "metrics": one["metrics"]}
+            for fraction, one in zip(fractions, numbers, strict=True)
+        ],
+        "seeds": [
+            {"seed": int(seed), "metrics": {name: one["value"] for name, one in scores["metrics"].items()}}
+            for seed in seeds
+            for scores in [classification.summarise(main.select(main.seed == seed), positive, 0)]
+        ],
+    }
+
+
+def _count(predictions: Predictions, what: Sequence[str]) -> dict[str, int]:
+    """How many different frames, patients, videos, folds and seeds there are."""
+    videos = {*zip(predictions.dataset, predictions.video, strict=True)}
+    counts = {
+        "frames": len(set(predictions.frame_key)),
+        "patients": len(set(predictions.patient_key)),
+        "videos": len(videos),
+        "folds": len(set(predictions.fold)),
+        "seeds": len(set(predictions.seed.tolist())),
+    }
+    return {name: counts[name] for name in what}
+
+
+def _calibrated(test: Predictions, validation: Predictions, positive: str, resamples: int) -> dict[str, Any] | None:
+    """Calibration after each member's probabilities were scaled as suits its validation part; None if one has none."""
+    scaled, temperatures = [], []
+    for seed, fold in sorted({*zip(test.seed.tolist(), test.fold.tolist(), strict=True)}):
+        rows, fit = (
+            part.select((part.seed == seed) & (part.fold == fold) & (part.fraction == test.fraction[0]))
+            for part in (test, validation)
+        )
+        if not len(fit):
+            return None
+        temperatures.append(calibration.fit_temperature(fit.label, fit.probabilities))
+        scaled.append(dataclasses.replace(rows, probabilities=calibration.scale(rows.probabilities, temperatures[-1])))
+    metrics = classification.summarise(concatenate(scaled), positive, resamples, _SEED)["metrics"]
+    spread = {"min": min(temperatures), "mean": float(np.mean(temperatures)), "max": max(temperatures)}
+    return {"temperature": spread} | {name: metrics[name] for name in ("ece", "brier", "log_loss")}
+
+
+def _warnings(results: dict[str, Any], predictions: Predictions) -> list[str]:
+    """What a reader of these numbers should know."""
+    found = []
+    for name, one in results["per_class"].items():
+        if one["patients"] < _FEW:
+            found.append(
+                f"Class {name} is tested on {counted(one['patients'], 'patient')} only: its numbers may be far off, "
+                "and intervals over so few are too narrow."
+            )
+    main = predictions.select(predictions.fraction == results["fraction"])
+    repeated = len(main) - len({*zip(main.seed.tolist(), main.frame_key, strict=True)})
+    if repeated:
+        found.append(f"{repeated:,} predictions are of frames that other folds test too: such frames count repeatedly.")
+    return found
+
+
+def _public(value: Any) -> Any:
+    """What JSON can hold, with absolute paths cut to their last part: they tell who ran where."""
+    if hasattr(value, "items"):
+        return {str(name): _public(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | np.ndarray):
+        return [_public(one) for one in value]
+    if isinstance(value, np.generic):
+        return _public(value.item())
+    if isinstance(value, float):
+        return classification.number(value)
+    if value is None or isinstance(value, bool | int):
+        return value
+    parts = [os.path.basename(part.rstrip("/")) if os.path.isabs(part) else part for part in str(value).split(",")]
+    return _PATH.sub(lambda found: found[1] or "...", ",".join(parts))

@@ -1,0 +1,191 @@
+"""A model as an ONNX graph, written from its parameters node by node.
+
+The graph is some twenty lines per block and always the same, so it is spelt out rather than traced by a converter: its
+names and shapes are what a reader expects, the weights stream into the file, and nothing but `onnx` is needed.
+"""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop import tensors
+from usfmae_jax.interop.model import Model
+from usfmae_jax.interop.tensors import Tensor, from_array
+
+#: Old enough for runtimes of 2022, new enough for LayerNormalization.
+OPSET = 17
+
+
+def write_onnx(model: Model, directory: str) -> None:
+    """Writes `model.onnx`, for a large model with `model.onnx.data` beside it.
+
+    Input: `images`, uint8 `[batch, H, W, C]`, any batch size. Outputs: `class_token` `[batch, D]`, `mean_patch`
+    `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier: `probabilities` `[batch, classes]`.
+
+    Raises:
+      InputError: the package onnx is missing.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise InputError("--format=onnx needs the package onnx: pip install 'usfmae_jax[interop]'") from error
+    graph = _Graph()
+    last = _tokens(graph, model)
+    outputs = _classifier(graph, model, last) if model.pool else _features(graph, model, last)
+    size, kind = model.preprocessing["image_size"], onnx.TensorProto
+    images = onnx.helper.make_tensor_value_info("images", kind.UINT8, ["batch", *size, model.preprocessing["channels"]])
+    results = [onnx.helper.make_tensor_value_info(n, kind.FLOAT, ["batch", *shape]) for n, shape in outputs.items()]
+    weights = _weights(graph, os.path.join(directory, "model.onnx.data"))
+    nodes = [onnx.helper.make_node(op, i, o, name=o[0], **attributes) for op, i, o, attributes in graph.nodes]
+    proto = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "vit", [images], results, weights),
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        ir_version=8,
+        producer_name="usfmae_jax",
+    )
+    path = os.path.join(directory, "model.onnx")
+    onnx.save(proto, path + ".incomplete")
+    os.replace(path + ".incomplete", path)
+
+
+class _Graph:
+    """Nodes and weights as they are added; every value is called after the node that makes it."""
+
+    def __init__(self) -> None:
+        self.nodes: list[tuple[str, list[str], list[str], dict[str, Any]]] = []
+        self.weights: dict[str, Tensor] = {}
+        self.shapes: dict[str, list[int]] = {}
+
+    def add(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """One node with one output."""
+        self.nodes.append((op, inputs, [name], attributes))
+        return name
+
+    def weight(self, name: str, array: np.ndarray) -> str:
+        """A float32 constant."""
+        self.weights[name] = from_array(array)
+        return name
+
+    def reshape(self, x: str, shape: list[int], name: str) -> str:
+        """`x` in that shape; 0 keeps a dimension, -1 is the rest."""
+        self.shapes[name + ".shape"] = shape
+        return self.add("Reshape", [x, name + ".shape"], name)
+
+    def linear(self, x: str, kernel: np.ndarray, bias: np.ndarray, name: str) -> str:
+        """`x @ kernel + bias`."""
+        product = self.add("MatMul", [x, self.weight(name + ".kernel", kernel)], name + ".product")
+        return self.add("Add", [product, self.weight(name + ".bias", bias)], name)
+
+    def norm(self, x: str, scale: np.ndarray, bias: np.ndarray, name: str) -> str:
+        """LayerNorm over the last axis."""
+        inputs = [x, self.weight(name + ".scale", scale), self.weight(name + ".bias", bias)]
+        return self.add("LayerNormalization", inputs, name, axis=-1, epsilon=1e-6)
+
+
+def _tokens(graph: _Graph, model: Model) -> str:
+    """Tokens before the final norm, `[batch, 1 + N, D]`."""
+    p, about, (rows, columns) = model.params, model.architecture, model.grid()
+    patch, channels, width = about["patch_size"], about["channels"], about["width"]
+    mean, std = (np.asarray(model.preprocessing[name], np.float32) for name in ("mean", "std"))
+    x = graph.add("Cast", ["images"], "pixels", to=1)
+    x = graph.add("Div", [x, graph.weight("white", np.array(255, np.float32))], "intensity")
+    x = graph.add("Sub", [x, graph.weight("mean", mean)], "centred")  # a grey channel becomes as many as mean has
+    x = graph.add("Div", [x, graph.weight("std", std)], "normalised")
+    x = graph.reshape(x, [-1, rows, patch, columns, patch, channels], "split")
+    x = graph.add("Transpose", [x], "patches", perm=[0, 1, 3, 2, 4, 5])
+    x = graph.reshape(x, [-1, rows * columns, patch * patch * channels], "patches.flat")
+    x = graph.linear(x, p["encoder.patch_embed.kernel"], p["encoder.patch_embed.bias"], "patch_embed")
+    x = graph.add("Add", [x, graph.weight("positions", model.stored_positions()[:, 1:])], "embedded")
+    graph.shapes |= {"first": [0], "second": [1], "axis": [1], "one_token": [1, width]}
+    batch = graph.add("Shape", [x], "batch_size", start=0, end=1)
+    shape = graph.add("Concat", [batch, "one_token"], "class_tokens.shape", axis=0)
+    cls = graph.add("Expand", [graph.weight("cls_token", p["encoder.cls_token"]), shape], "class_tokens")
+    x = graph.add("Concat", [cls, x], "tokens", axis=1)
+    for i in range(about["depth"]):
+        prefix = "encoder.blocks.stack."
+        block = {name.removeprefix(prefix): value[i] for name, value in p.items() if name.startswith(prefix)}
+        x = _block(graph, x, block, 1 + rows * columns, about["num_heads"], f"block{i}")
+    return x
+
+
+def _block(graph: _Graph, x: str, p: dict[str, np.ndarray], tokens: int, heads: int, name: str) -> str:
+    width = p["norm1.scale"].shape[0]
+    y = graph.norm(x, p["norm1.scale"], p["norm1.bias"], f"{name}.norm1")
+    y = graph.linear(y, p["attn.qkv.kernel"], p["attn.qkv.bias"], f"{name}.qkv")
+    y = graph.reshape(y, [-1, tokens, 3, heads, width // heads], f"{name}.heads")
+    y = graph.add("Transpose", [y], f"{name}.by_head", perm=[2, 0, 3, 1, 4])  # [3, batch, heads, tokens, D / heads]
+    graph.nodes.append(("Split", [y], [f"{name}.{w}1" for w in "qkv"], {"axis": 0}))
+    # Queries, keys and values lose their axis of one; -1 is the batch.
+    q, k, v = (graph.reshape(f"{name}.{w}1", [-1, heads, tokens, width // heads], f"{name}.{w}") for w in "qkv")
+    k = graph.add("Transpose", [k], f"{name}.k.t", perm=[0, 1, 3, 2])
+    scores = graph.add("MatMul", [q, k], f"{name}.scores")
+    scale = graph.weight(f"{name}.scale", np.array(math.sqrt(heads / width), np.float32))
+    scores = graph.add("Mul", [scores, scale], f"{name}.scaled")
+    y = graph.add("MatMul", [graph.add("Softmax", [scores], f"{name}.attention", axis=-1), v], f"{name}.attended")
+    y = graph.add("Transpose", [y], f"{name}.by_token", perm=[0, 2, 1, 3])
+    y = graph.reshape(y, [-1, tokens, width], f"{name}.merged")
+    x = graph.add(
+        "Add", [x, graph.linear(y, p["attn.proj.kernel"], p["attn.proj.bias"], f"{name}.proj")], f"{name}.mid"
+    )
+    y = graph.norm(x, p["norm2.scale"], p["norm2.bias"], f"{name}.norm2")
+    y = _gelu(graph, graph.linear(y, p["fc1.kernel"], p["fc1.bias"], f"{name}.fc1"), f"{name}.gelu")
+    return graph.add("Add", [x, graph.linear(y, p["fc2.kernel"], p["fc2.bias"], f"{name}.fc2")], name)
+
+
+def _gelu(graph: _Graph, x: str, name: str) -> str:
+    """Exact GELU in the five nodes that runtimes know and fuse: x * (1 + erf(x / sqrt 2)) * 0.5."""
+    for constant, value in (("root2", math.sqrt(2)), ("one", 1.0), ("half", 0.5)):
+        graph.weight(constant, np.array(value, np.float32))
+    y = graph.add("Erf", [graph.add("Div", [x, "root2"], f"{name}.divided")], f"{name}.erf")
+    y = graph.add("Mul", [x, graph.add("Add", [y, "one"], f"{name}.plus")], f"{name}.product")
+    return graph.add("Mul", [y, "half"], name)
+
+
+def _features(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
+    p, width, (rows, columns) = model.params, model.architecture["width"], model.grid()
+    x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
+    graph.shapes["end"] = [1 + rows * columns]
+    patches = graph.add("Slice", [x, "second", "end", "axis"], "patch_tokens")
+    graph.reshape(graph.add("Slice", [x, "first", "second", "axis"], "class_tokens.normed"), [-1, width], "class_token")
+    graph.add("ReduceMean", [patches], "mean_patch", axes=[1], keepdims=0)
+    graph.reshape(patches, [-1, rows, columns, width], "patch_grid")
+    return {"class_token": [width], "mean_patch": [width], "patch_grid": [rows, columns, width]}
+
+
+def _classifier(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
+    p, width, (rows, columns) = model.params, model.architecture["width"], model.grid()
+    graph.shapes["end"] = [1 + rows * columns]
+    if model.pool == "mean":
+        patches = graph.add("Slice", [tokens, "second", "end", "axis"], "patch_tokens")
+        x = graph.add("ReduceMean", [patches], "mean_patch", axes=[1], keepdims=0)
+        x = graph.norm(x, p["head_norm.scale"], p["head_norm.bias"], "head_norm")
+    else:
+        x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
+        x = graph.reshape(graph.add("Slice", [x, "first", "second", "axis"], "class_token"), [-1, width], "pooled")
+    graph.add("Softmax", [graph.linear(x, p["head.kernel"], p["head.bias"], "logits")], "probabilities", axis=-1)
+    return {"probabilities": [len(model.classes)]}
+
+
+def _weights(graph: _Graph, data_path: str) -> list[Any]:
+    """The constants; values of a large model are streamed to `data_path`."""
+    import onnx
+
+    protos = [onnx.numpy_helper.from_array(np.asarray(shape, np.int64), n) for n, shape in graph.shapes.items()]
+    size = sum(4 * math.prod(tensor.shape) for tensor in graph.weights.values())
+    if size <= tensors.EXTERNAL:  # one protobuf ends at 2 GiB, and is built in memory
+        return protos + [onnx.numpy_helper.from_array(t.read(), name) for name, t in graph.weights.items()]
+    with open(data_path, "wb") as file:
+        for name, tensor in graph.weights.items():
+            proto = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=tensor.shape)
+            proto.data_location = onnx.TensorProto.EXTERNAL
+            file.write(b"\0" * (-file.tell() % 4096))  # runtimes map the file into memory, page by page
+            values = np.ascontiguousarray(tensor.read(), "<f4")
+            place = {"location": os.path.basename(data_path), "offset": file.tell(), "length": values.nbytes}
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=str(value))
+            file.write(values.data)
+            protos.append(proto)
+    return protos

@@ -1,0 +1,125 @@
+"""ResNet-50 weights from PyTorch files, in torchvision's names, which timm shares."""
+
+import io
+import re
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+from flax import nnx
+
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.encoder import flatten, unflatten
+from usfmae_jax.models.resnet import STAGES, ResNet
+
+RUNNING = {"running_mean": "mean", "running_var": "var"}
+
+
+def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads the weights of a ResNet with bottleneck blocks.
+
+    Args:
+      path: `.safetensors`, or `.pth` or `.pt`, which need PyTorch; nothing in them is executed.
+      num_classes: the head is left out unless it has as many outputs; 0 always leaves it out.
+      grey: turn a first convolution of three channels into one for grey images. Its kernels are summed: the answer is
+        the same as to the grey image repeated in three channels.
+
+    Returns:
+      parameters and running statistics of a `models.resnet.ResNet`, float32, without `head` where it is left out.
+
+    Raises:
+      InputError: no such file, PyTorch is needed and missing, or the weights are not those of such a ResNet.
+    """
+    params: dict[str, np.ndarray] = {}
+    stats: dict[str, np.ndarray] = {}
+    for name, tensor in _read_tensors(path).items():
+        parent, _, last = name.removeprefix("module.").rpartition(".")
+        parent = "head" if parent == "fc" else parent
+        tensor = np.asarray(tensor, np.float32)
+        if last in RUNNING:
+            stats[f"{parent}.{RUNNING[last]}"] = tensor
+        elif last == "weight" and tensor.ndim == 1:
+            params[f"{parent}.scale"] = tensor
+        elif last == "weight":  # [out, in, ...] there, [..., in, out] here
+            params[f"{parent}.kernel"] = tensor.transpose(*range(2, tensor.ndim), 1, 0)
+        elif last != "num_batches_tracked":
+            params[f"{parent}.{last}"] = tensor
+    if params.get("head.bias", np.zeros(0)).shape != (num_classes,) or not num_classes:
+        params = {name: value for name, value in params.items() if not name.startswith("head.")}
+    _check(path, params, stats)
+    if grey and params["conv1.kernel"].shape[2] == 3:
+        params["conv1.kernel"] = params["conv1.kernel"].sum(axis=2, keepdims=True)
+    return unflatten(params), unflatten(stats)
+
+
+def architecture(params: Any) -> dict[str, Any]:
+    """The arguments of `ResNet` that fix the shapes of these parameters: channels, depths and width."""
+    channels, width = params["conv1"]["kernel"].shape[2:]
+    depths = [len(params[f"layer{stage + 1}"]) for stage in range(STAGES)]
+    return {"channels": channels, "depths": depths, "width": width}
+
+
+def _read_tensors(path: str) -> dict[str, Any]:
+    """The named tensors of a file."""
+    try:
+        content = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    if path.endswith(".safetensors"):
+        try:
+            return safetensors.numpy.load(content)
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
+            raise InputError(f"{path} is not a safetensors file: {error}") from error
+    if not path.endswith((".pth", ".pt")):
+        raise InputError(f"{path} has an unknown kind of weights; give a .safetensors, .pth or .pt file")
+    try:
+        import torch  # nothing else in the library needs it
+    except ImportError as error:
+        raise InputError(
+            f"reading {path} needs PyTorch: pip install torch, or convert the file to .safetensors"
+        ) from error
+    try:
+        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a foreign file provokes in there
+        raise InputError(
+            f"{path} does not hold plain PyTorch weights ({type(error).__name__}); save its state_dict() to a file"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path} holds a {type(loaded).__name__}, not named weights; save a state_dict() to a file")
+    return {name: value.float().numpy() for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
+def _check(path: str, params: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> None:
+    """Raises InputError unless names and shapes are those of a ResNet with bottleneck blocks."""
+    depths = [
+        len({match[1] for name in params if (match := re.match(rf"layer{stage + 1}\.(\d+)\.conv3\.", name))})
+        for stage in range(STAGES)
+    ]
+    stem = params.get("conv1.kernel", np.zeros(0)).shape
+    if len(stem) != 4 or not all(depths):
+        raise InputError(f"{path} does not hold a ResNet with bottleneck blocks such as ResNet-50")
+
+    def build() -> ResNet:
+        return ResNet(num_classes=1, channels=stem[2], depths=depths, width=stem[3], rngs=nnx.Rngs(0))
+
+    model = nnx.eval_shape(build)
+    expected = {
+        name: leaf.shape
+        for kind in (nnx.Param, nnx.BatchStat)
+        for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model, kind))).items()
+        if not name.startswith("head.")
+    }
+    found = {name: value.shape for name, value in (params | stats).items() if not name.startswith("head.")}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise InputError(
+                f"{path} does not hold a plain ResNet: {name} is {found.get(name, 'missing')} there "
+                f"and {expected.get(name, 'not part')} of a ResNet with {'-'.join(map(str, depths))} blocks"
+            )
+    if "head.kernel" in params and params["head.kernel"].shape != (32 * stem[3], *params["head.bias"].shape):
+        raise InputError(f"{path} has a head of {params['head.kernel'].shape} where {32 * stem[3]} features come in")

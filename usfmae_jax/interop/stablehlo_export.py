@@ -1,0 +1,81 @@
+"""A model as StableHLO, through `jax.export`."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import nnx
+from jax import export
+
+from usfmae_jax.interop import tensors
+from usfmae_jax.interop.model import Model, graph, nested
+from usfmae_jax.models.patches import normalize_images
+
+FILE, WEIGHTS = "model.stablehlo", "model.safetensors"
+_PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
+    """What a model is for, as a function of uint8 images `[B, H, W, C]` and its nested parameters.
+
+    It gives float32 `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`; of a
+    classifier `probabilities` `[B, classes]`.
+    """
+    static, grid = graph(model), model.grid()
+    mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
+
+    def apply(images: jax.Array, params: Any) -> dict[str, jax.Array]:
+        network = nnx.merge(static, params)
+        x = normalize_images(images, mean, std)
+        if model.pool:
+            return {"probabilities": jax.nn.softmax(network(x))}
+        tokens = network(x)
+        patches = tokens[:, 1:]
+        return {
+            "class_token": tokens[:, 0],
+            "mean_patch": patches.mean(axis=1),
+            "patch_grid": patches.reshape(-1, *grid, tokens.shape[-1]),
+        }
+
+    return apply
+
+
+def write_stablehlo(model: Model, directory: str) -> None:
+    """Writes `model.stablehlo`: images in, what `inference` gives out, weights and preprocessing inside.
+
+    `jax.export.deserialize(bytearray(FILE's bytes)).call(images)` runs it, on a CPU, CUDA or TPU, with any batch size;
+    `.mlir_module()` is the program as text for other compilers. A large model's weights lie in `model.safetensors`
+    beside it, and are the second argument: a dict by name.
+    """
+    apply, size, channels = inference(model), model.preprocessing["image_size"], model.preprocessing["channels"]
+    (batch,) = export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)
+    path = os.path.join(directory, FILE)
+    if sum(value.nbytes for value in model.params.values()) > tensors.EXTERNAL:
+        # Constants of a program are copied several times before they are on the disk.
+        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in model.params.items()}
+        function = jax.jit(lambda images, weights: apply(images, nested(model, weights)))
+        exported = export.export(function, platforms=_PLATFORMS)(images, shapes)
+        arrays = {name: tensors.from_array(value) for name, value in model.params.items()}
+        metadata = {"lineage": json.dumps(model.lineage)}
+        tensors.write_safetensors(os.path.join(directory, WEIGHTS), arrays, metadata)
+    else:
+        params = nested(model)
+        exported = export.export(jax.jit(lambda images: apply(images, params)), platforms=_PLATFORMS)(images)
+    with open(path + ".incomplete", "wb") as file:
+        file.write(exported.serialize())
+    os.replace(path + ".incomplete", path)
+
+
+def run_stablehlo(directory: str, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Runs what `write_stablehlo` wrote on uint8 images `[B, H, W, C]`."""
+    with open(os.path.join(directory, FILE), "rb") as file:
+        exported = export.deserialize(bytearray(file.read()))
+    beside = os.path.join(directory, WEIGHTS)
+    weights = [safetensors.numpy.load_file(beside)] if os.path.exists(beside) else []
+    return jax.device_get(exported.call(jnp.asarray(images), *weights))

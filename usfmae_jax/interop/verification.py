@@ -1,0 +1,213 @@
+"""Runs the same images through a model and through its export, and measures how far they are apart."""
+
+import importlib
+import importlib.metadata
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from usfmae_jax.interop.model import Model, graph, nested
+from usfmae_jax.interop.stablehlo_export import inference, run_stablehlo
+from usfmae_jax.interop.tensors import open_safetensors
+from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
+from usfmae_jax.models.patches import normalize_images
+
+#: A larger difference, float32, fails the export: of features and probabilities, and of the pretraining loss.
+LIMIT, LOSS_LIMIT = 1e-4, 1e-5
+MASK_RATIO = 0.75
+
+#: What is imported of a package, where that is more than its name: transformers imports its parts only when asked.
+_IMPORTED = {"transformers": "transformers.models.vit_mae.modeling_vit_mae"}
+
+Outputs = dict[str, np.ndarray]
+
+
+class UnavailableError(Exception):
+    """The runtime to compare with is not installed; the message says how to get it."""
+
+
+def sample_images(model: Model) -> np.ndarray:
+    """Two uint8 images `[2, H, W, C]`, always the same ones: one smooth, one of speckle."""
+    (height, width), channels = model.preprocessing["image_size"], model.preprocessing["channels"]
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
+    smooth = 127 + 120 * np.sin(rows / height * 7) * np.cos(columns / width * 5)
+    speckle = np.random.default_rng(0).rayleigh(50, (height, width)).clip(0, 255)
+    images = np.stack([smooth, speckle]).astype(np.uint8)
+    return np.stack([np.roll(images, 3 * c, axis=2) for c in range(channels)], axis=-1)
+
+
+def sample_noise(model: Model) -> np.ndarray:
+    """What orders the patches when a mask is drawn: float32 `[2, N]`, always the same."""
+    rows, columns = model.grid()
+    return np.random.default_rng(1).random((2, rows * columns), np.float32)
+
+
+def expected(model: Model, images: np.ndarray) -> Outputs:
+    """What our model makes of the images: `inference`'s outputs and, with a decoder, the pretraining loss."""
+    outputs = dict(jax.jit(inference(model.without_decoder()))(images, nested(model.without_decoder())))
+    if model.decoder:
+        outputs["loss"] = jax.jit(_loss, static_argnums=0)(_Static(model), images, nested(model), sample_noise(model))
+    return jax.device_get(outputs)
+
+
+class _Static:
+    """A model that a jitted function is compiled for."""
+
+    def __init__(self, model: Model):
+        self.graph, self.patch_size = graph(model), model.architecture["patch_size"]
+        self.mean, self.std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
+
+
+def _loss(static: _Static, images: jax.Array, params: Any, noise: jax.Array) -> jax.Array:
+    x = normalize_images(images, static.mean, static.std)
+    keep, restore, mask = mask_from_noise(noise, MASK_RATIO)
+    predicted = nnx.merge(static.graph, params)(x, keep, restore)
+    error, count = masked_error(predicted, patch_targets(x, static.patch_size, normalize=True), mask)
+    return error / count
+
+
+def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tuple[Outputs, str]:
+    """What the export makes of the images, and with which runtime; read from the files alone.
+
+    Raises:
+      UnavailableError: that runtime is not installed.
+    """
+    runners: dict[str, tuple[Callable[[Model, str, np.ndarray], Outputs], tuple[str, ...]]] = {
+        "timm": (_run_timm, ("timm", "torch")),
+        "hf": (_run_hf, ("transformers", "torch")),
+        "mae": (_run_mae, ("torch",)),
+        "onnx": (_run_onnx, ("onnxruntime",)),
+        "stablehlo": (lambda _, directory, images: run_stablehlo(directory, images), ("jax",)),
+    }
+    run, packages = runners[form]
+    try:
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        for name in packages:
+            importlib.import_module(_IMPORTED.get(name, name))
+    except ImportError as error:
+        raise UnavailableError(
+            f"{error.name or packages[0]} is not installed: pip install 'usfmae_jax[interop]'"
+        ) from error
+    except Exception as error:  # packages that do not fit one another raise what they like
+        raise UnavailableError(f"{' or '.join(packages)} cannot be imported: {str(error).splitlines()[0]}") from error
+    return run(model, directory, images), versions
+
+
+def largest_difference(ours: Outputs, theirs: Outputs) -> dict[str, float]:
+    """For every output the largest absolute difference; infinite where shapes differ or something is not a number."""
+    differences = {}
+    for name, value in theirs.items():
+        same = name in ours and ours[name].shape == value.shape
+        difference = _farthest(np.atleast_1d(ours[name]), np.atleast_1d(value)) if same else np.inf
+        differences[name] = difference if np.isfinite(difference) else np.inf
+    return differences
+
+
+def _farthest(ours: np.ndarray, theirs: np.ndarray) -> float:
+    # Row by row: of a stack of blocks the difference alone would be a third of the model.
+    return float(np.max([np.abs(np.subtract(a, b, dtype=np.float64)).max() for a, b in zip(ours, theirs, strict=True)]))
+
+
+def share(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Empties a dict of arrays into one whose memory JAX uses too, where it computes on the CPU."""
+    return {name: np.asarray(jnp.asarray(params.pop(name))) for name in list(params)}
+
+
+def _normalised(model: Model, images: np.ndarray) -> Any:
+    """Float32 `[B, C, H, W]` for PyTorch."""
+    import torch
+
+    mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
+    x = np.asarray(normalize_images(jnp.asarray(images), mean, std))
+    return torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+
+
+def _features(model: Model, tokens: Any) -> Outputs:
+    values = tokens.numpy()
+    patches = values[:, 1:]
+    grid = patches.reshape(-1, *model.grid(), values.shape[-1])
+    return {"class_token": values[:, 0], "mean_patch": patches.mean(axis=1), "patch_grid": grid}
+
+
+def _run_timm(model: Model, directory: str, images: np.ndarray) -> Outputs:
+    import json
+
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    with open(os.path.join(directory, "config.json")) as file:
+        config = json.load(file)
+    network = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"])
+    network.load_state_dict(load_file(os.path.join(directory, "model.safetensors")), strict=True, assign=True)
+    with torch.inference_mode():
+        x = _normalised(model, images)
+        if model.pool:
+            return {"probabilities": network.eval()(x).softmax(dim=-1).numpy()}
+        return _features(model, network.eval().forward_features(x))
+
+
+def _run_hf(model: Model, directory: str, images: np.ndarray) -> Outputs:
+    import torch
+    from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        place = {"pretrained_model_name_or_path": os.path.abspath(directory), "local_files_only": True}
+        x = _normalised(model, images)
+        with torch.inference_mode():
+            if model.pool:
+                classifier = ViTForImageClassification.from_pretrained(**place).eval()
+                return {"probabilities": classifier(x).logits.softmax(dim=-1).numpy()}
+            encoder, report = ViTModel.from_pretrained(**place, add_pooling_layer=False, output_loading_info=True)
+            if report["missing_keys"]:
+                raise AssertionError(f"Hugging Face misses {sorted(report['missing_keys'])[:3]}")
+            outputs = _features(model, encoder.eval()(x).last_hidden_state)
+            del encoder
+            if model.decoder:
+                settings = {"norm_pix_loss": True, "mask_ratio": MASK_RATIO}
+                mae = ViTMAEForPreTraining.from_pretrained(**place, **settings).eval()
+                outputs["loss"] = mae(x, noise=torch.from_numpy(sample_noise(model))).loss.numpy()
+            return outputs
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _run_mae(model: Model, directory: str, images: np.ndarray) -> Outputs:
+    import torch
+
+    from usfmae_jax.interop import torch_reference
+    from usfmae_jax.interop.torch_files import open_torch
+
+    path = os.path.join(directory, "mae.pth")
+    tensors = open_torch(path) if os.path.exists(path) else open_safetensors(path[:-7] + "model.safetensors")[0]
+    state = {name: torch.from_numpy(tensor.read()) for name, tensor in tensors.items()}
+    heads = model.architecture["num_heads"]
+    with torch.inference_mode():
+        x = _normalised(model, images)
+        if model.pool:
+            return {"probabilities": torch_reference.probabilities(state, x, heads).numpy()}
+        outputs = _features(model, torch_reference.features(state, x, heads))
+        if model.decoder:
+            noise = torch.from_numpy(sample_noise(model))
+            decoder_heads = model.decoder["decoder_num_heads"]
+            outputs["loss"] = torch_reference.loss(state, x, heads, decoder_heads, noise, MASK_RATIO).numpy()
+        return outputs
+
+
+def _run_onnx(model: Model, directory: str, images: np.ndarray) -> Outputs:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(os.path.join(directory, "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"images": images}), strict=True))

@@ -1,0 +1,179 @@
+"""A `Model` in the formats of others: timm, Hugging Face and the original MAE code."""
+
+import json
+import os
+from typing import Any
+
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop import layout, names
+from usfmae_jax.interop.model import Model
+from usfmae_jax.interop.positions import stored_table
+from usfmae_jax.interop.tensors import Tensors, from_array, write_safetensors
+
+#: timm's models by width; everything else is said by arguments.
+_TIMM = {
+    192: "vit_tiny_patch16_224",
+    384: "vit_small_patch16_224",
+    768: "vit_base_patch16_224",
+    1024: "vit_large_patch16_224",
+    1280: "vit_huge_patch14_224",
+}
+
+
+def original_tensors(model: Model) -> Tensors:
+    """All parameters under the original names, with position tables for the images that the model is used on.
+
+    A classifier that pools patches has no final norm of the encoder, as in MAE's fine-tuning and in timm.
+    """
+    tensors = layout.with_patch_kernel(
+        layout.to_original(model.params), model.architecture["patch_size"], model.architecture["channels"]
+    )
+    patch, (height, width) = model.architecture["patch_size"], model.architecture["image_size"]
+    base = (height // patch, width // patch)
+    tensors.pop("position", None)
+    tensors["pos_embed"] = from_array(model.stored_positions())
+    if model.decoder:
+        tensors["decoder_pos_embed"] = from_array(stored_table(base, model.grid(), model.decoder["decoder_width"]))
+    if model.pool == "mean":
+        del tensors["norm.weight"], tensors["norm.bias"]
+    return tensors
+
+
+def write_timm(model: Model, directory: str) -> None:
+    """Writes `model.safetensors` and `config.json` for timm: `create_model("local-dir:DIRECTORY", pretrained=True)`."""
+    size, decoded = model.preprocessing["image_size"], model.preprocessing
+    about = model.architecture
+    pool = {"": "token", "cls": "token", "mean": "avg"}[model.pool]
+    arguments = {
+        "img_size": size,
+        "patch_size": about["patch_size"],
+        "in_chans": about["channels"],
+        "embed_dim": about["width"],
+        "depth": about["depth"],
+        "num_heads": about["num_heads"],
+        "mlp_ratio": about["mlp_ratio"],
+        "global_pool": pool,
+    }
+    config = {
+        "architecture": _TIMM.get(about["width"], "vit_base_patch16_224"),
+        "num_classes": len(model.classes),
+        "num_features": about["width"],
+        "global_pool": pool,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [about["channels"], *size],
+            "fixed_input_size": True,
+            "interpolation": "box",  # the average of areas
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+            "mean": decoded["mean"],
+            "std": decoded["std"],
+            "num_classes": len(model.classes),
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "label_names": list(model.classes) or None,
+        },
+    }
+    _write_json(directory, "config.json", config)
+    _write(model, directory, original_tensors(model))
+
+
+def write_hf(model: Model, directory: str) -> None:
+    """Writes a directory for `from_pretrained`: ViTMAE with a decoder, ViT without, or ViT with a classifier.
+
+    Raises:
+      InputError: Hugging Face has no such model.
+    """
+    if model.pool == "mean":
+        raise InputError(
+            "Hugging Face's ViT classifies by its class token, and this model by the mean of its patches; "
+            "use --format=timm, which has both"
+        )
+    height, width = model.preprocessing["image_size"]
+    if model.decoder and height != width:
+        raise InputError(f"Hugging Face's ViTMAE is made for square images, not {height}x{width}; use --format=mae")
+    about = model.architecture
+    config: dict[str, Any] = {
+        "model_type": "vit_mae" if model.decoder else "vit",
+        "architectures": [
+            "ViTMAEForPreTraining" if model.decoder else "ViTForImageClassification" if model.pool else "ViTModel"
+        ],
+        "dtype": "float32",
+        "image_size": height if height == width else [height, width],
+        "patch_size": about["patch_size"],
+        "num_channels": about["channels"],
+        "hidden_size": about["width"],
+        "num_hidden_layers": about["depth"],
+        "num_attention_heads": about["num_heads"],
+        "intermediate_size": int(about["width"] * about["mlp_ratio"]),
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "attention_probs_dropout_prob": 0.0,
+        "hidden_dropout_prob": 0.0,
+    }
+    if model.decoder:
+        trained = model.lineage[-1].get("config", {}) if model.lineage else {}
+        config |= {
+            "decoder_hidden_size": model.decoder["decoder_width"],
+            "decoder_num_hidden_layers": model.decoder["decoder_depth"],
+            "decoder_num_attention_heads": model.decoder["decoder_num_heads"],
+            "decoder_intermediate_size": int(model.decoder["decoder_width"] * about["mlp_ratio"]),
+            "mask_ratio": trained.get("mask", {}).get("ratio", 0.75),
+            "norm_pix_loss": trained.get("loss", {}).get("normalize_targets", True),
+        }
+    if model.pool:
+        config["id2label"] = {str(i): name for i, name in enumerate(model.classes)}
+        config["label2id"] = {name: i for i, name in enumerate(model.classes)}
+    _write_json(directory, "config.json", config)
+    tensors = names.to_hf(original_tensors(model))
+    _write(model, directory, tensors)
+
+
+def write_mae(model: Model, directory: str) -> None:
+    """Writes `model.safetensors` in the names of the original MAE code."""
+    _write(model, directory, original_tensors(model))
+
+
+def add_pth(directory: str) -> None:
+    """Adds `mae.pth`, nested as the original code reads it, to what `write_mae` wrote; nothing without PyTorch."""
+    try:
+        import torch
+        from safetensors.torch import load_file
+    except ImportError:
+        return
+    path = os.path.join(directory, "mae.pth")
+    torch.save({"model": load_file(os.path.join(directory, "model.safetensors"))}, path + ".incomplete")
+    os.replace(path + ".incomplete", path)
+
+
+def _write(model: Model, directory: str, tensors: Tensors) -> None:
+    # The format entry is what transformers asks for.
+    metadata = {"format": "pt", "lineage": json.dumps(model.lineage)}
+    write_safetensors(os.path.join(directory, "model.safetensors"), tensors, metadata)
+
+
+def write_preprocessing(model: Model, directory: str) -> None:
+    """Writes how pixels become input: `preprocessing.json`, ours, and Hugging Face's `preprocessor_config.json`."""
+    about = model.preprocessing
+    _write_json(directory, "preprocessing.json", about)
+    height, width = about["image_size"]
+    config = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": model.architecture["channels"] == 3,  # a grey image is repeated
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 4,  # box: the average of areas, as ours
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": about["mean"],
+        "image_std": about["std"],
+    }
+    _write_json(directory, "preprocessor_config.json", config)
+
+
+def _write_json(directory: str, name: str, value: dict[str, Any]) -> None:
+    with open(os.path.join(directory, name), "w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,111 @@
+"""`load_encoder`: an encoder directory as a function of images."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from usfmae_jax.data.augment import resize
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.encoder import read_encoder
+from usfmae_jax.models.patches import normalize_images
+from usfmae_jax.models.vit import ViT
+
+
+class Features(NamedTuple):
+    """What an encoder makes of B images, float32.
+
+    Attributes:
+      class_token: `[B, D]`.
+      mean_patch: the mean of the patch tokens, `[B, D]`.
+      patch_grid: the patch tokens where they lie in the image, `[B, rows, columns, D]`.
+    """
+
+    class_token: np.ndarray
+    mean_patch: np.ndarray
+    patch_grid: np.ndarray
+
+
+class Encoder:
+    """A trained encoder, ready to use.
+
+    Attributes:
+      architecture: arguments of `models.vit.ViT`.
+      preprocessing: how pixels become its input.
+    """
+
+    def __init__(self, params: dict[str, Any], architecture: dict[str, Any], preprocessing: dict[str, Any]):
+        self.architecture, self.preprocessing = architecture, preprocessing
+        arguments = architecture | {"image_size": tuple(architecture["image_size"])}
+        graph = nnx.graphdef(nnx.eval_shape(lambda: ViT(**arguments, rngs=nnx.Rngs(0))))
+        mean, std, patch = tuple(preprocessing["mean"]), tuple(preprocessing["std"]), architecture["patch_size"]
+
+        def apply(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+            tokens = nnx.merge(graph, params)(normalize_images(images, mean, std))
+            grid = (images.shape[1] // patch, images.shape[2] // patch)
+            patches = tokens[:, 1:]
+            return tokens[:, 0], patches.mean(axis=1), patches.reshape(len(images), *grid, -1)
+
+        self._params, self._apply = jax.device_put(params), jax.jit(apply)  # compiled once for each shape
+
+    def __call__(
+        self, images: np.ndarray | Sequence[np.ndarray], *, resized: bool = True, batch_size: int = 64
+    ) -> Features:
+        """Features of images.
+
+        Args:
+          images: uint8 `[B, H, W, C]` or `[B, H, W]`; or a list of `[H, W, C]` or `[H, W]` of different sizes. One or
+            three channels, whatever the model has.
+          resized: to the size that the model was trained on; False takes the images as they are, with the position
+            table interpolated, and height and width must be divisible by the patch size.
+          batch_size: how many are computed at once; also compiled for, so that one shape serves any number.
+
+        Raises:
+          InputError: images of another kind.
+        """
+        prepared = [self._prepare(image, resized) for image in images]
+        if not prepared:
+            raise InputError("there are no images; give uint8 [B, H, W, C]")
+        if len({image.shape for image in prepared}) > 1:
+            raise InputError("images of different sizes have to be resized: leave out resized=False")
+        batch_size = min(batch_size, len(prepared))
+        parts = []
+        for start in range(0, len(prepared), batch_size):
+            batch = np.stack(prepared[start : start + batch_size])
+            padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3  # the last batch has the shape of the others
+            outputs = jax.device_get(self._apply(self._params, jnp.asarray(np.pad(batch, padding))))
+            parts.append([output[: len(batch)] for output in outputs])
+        return Features(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def _prepare(self, image: np.ndarray, resized: bool) -> np.ndarray:
+        image = np.asarray(image)
+        image = image[..., None] if image.ndim == 2 else image
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
+            raise InputError(f"images must be uint8 with 1 or 3 channels, not {image.dtype} {image.shape} each")
+        channels = self.preprocessing["channels"]
+        if image.shape[2] == 3 and channels == 1:  # the luma that decoding to grey gives
+            image = np.round(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
+        elif image.shape[2] != channels:
+            image = np.repeat(image, channels, axis=2)
+        if resized:
+            return resize(image, tuple(self.preprocessing["image_size"]))
+        patch = self.architecture["patch_size"]
+        if image.shape[0] % patch or image.shape[1] % patch:
+            raise InputError(f"images of {image.shape[0]}x{image.shape[1]} are not divisible by the patch size {patch}")
+        return image
+
+
+def load_encoder(directory: str | os.PathLike) -> Encoder:
+    """Loads an encoder directory, or the one in the workdir of a run or in what `usfmae_jax.convert` wrote.
+
+    Raises:
+      InputError: there is none.
+    """
+    from etils import epath
+
+    inner = epath.Path(directory) / "encoder"
+    return Encoder(*read_encoder(os.fspath(inner if inner.is_dir() else directory)))

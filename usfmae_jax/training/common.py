@@ -1,0 +1,87 @@
+"""What the loops take from their configs alike."""
+
+import json
+import os
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from usfmae_jax.errors import InputError
+
+
+def make_workdir(workdir: str) -> str:
+    """Creates the working directory and returns its absolute path.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = epath.Path(workdir)
+    try:
+        path = path if "://" in workdir else path.resolve()
+        path.mkdir(parents=True, exist_ok=True)
+        trial = path / f".writable-{jax.process_index()}"
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+    return str(path)
+
+
+def square(size: Any) -> tuple[int, int]:
+    """`config.model.image_size` as (height, width); a single number stands for both.
+
+    Raises:
+      InputError: it is neither one number nor two.
+    """
+    size = tuple(size)
+    if len(size) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f"config.model.image_size={size} must be one positive integer, or (height, width)")
+    return size * 2 if len(size) == 1 else size
+
+
+def image_size(config: ml_collections.ConfigDict) -> tuple[int, int]:
+    """(height, width) of the views; see `square`."""
+    return square(config.model.image_size)
+
+
+def check_computation(model: ml_collections.ConfigDict) -> None:
+    """Raises InputError unless `config.model.dtype` and `.attention` name something that exists."""
+    if model.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"config.model.dtype={model.dtype!r} must be 'float32' or 'bfloat16'")
+    if model.attention not in ("", "xla", "cudnn"):
+        raise InputError(f"config.model.attention={model.attention!r} must be 'xla', 'cudnn' or '' for JAX's choice")
+
+
+def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises InputError unless counts are positive, and devices and micro-batches divide the batch."""
+    for group, field in (("train", "batch_size"), ("train", "accumulate"), ("checkpoint", "every"), ("log", "every")):
+        if config[group][field] < 1:
+            raise InputError(f"config.{group}.{field}={config[group][field]} must be 1 or more")
+    parts = mesh.size * config.train.accumulate
+    if config.train.batch_size % parts:
+        raise InputError(
+            f"config.train.batch_size={config.train.batch_size} cannot be divided among {mesh.size} devices times "
+            f"{config.train.accumulate} micro-batches; make it a multiple of {parts}"
+        )
+
+
+def public_settings(config: ml_collections.ConfigDict, paths: tuple[str, ...]) -> dict[str, Any]:
+    """The config as JSON; of absolute paths only the last part is kept: they tell who ran where.
+
+    Args:
+      config: of a run.
+      paths: names of the fields, such as `data.path`, that hold paths, several separated by commas.
+    """
+    public = json.loads(config.copy_and_resolve_references().to_json_best_effort())
+    for name in paths:
+        *groups, field = name.split(".")
+        node = public
+        for group in groups:
+            node = node[group]
+        node[field] = ",".join(
+            os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path for path in node[field].split(",")
+        )
+    return public

@@ -1,0 +1,118 @@
+"""The parameters in a checkpoint, without the rest of the train state."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as orbax
+
+from usfmae_jax.errors import InputError
+from usfmae_jax.training import checkpoints
+
+#: Bytes of a checkpoint that are on their way to or from the disk at any time.
+CONCURRENT = 128 * 2**20
+
+
+def save_parameters(workdir: str, params: dict[str, Any], config: dict[str, Any]) -> None:
+    """Makes a folder that looks like a run which stands before its first step, with these parameters.
+
+    Args:
+      workdir: receives `checkpoints/0` and `config.json`.
+      params: nested dict of arrays; `encoder`, and `decoder` if there is one.
+      config: nested JSON; `model` and `data.channels` as in `configs/pretrain.py`.
+
+    Raises:
+      InputError: there are checkpoints of a run.
+    """
+    root = epath.Path(workdir)
+    root = root if "://" in workdir else root.resolve()
+    folder = root / "checkpoints"
+    if folder.exists():
+        if {child.name for child in folder.iterdir()} - {"0"}:
+            raise InputError(f"{workdir} holds the checkpoints of a run; name a new folder")
+        folder.rmtree()
+    context = orbax.Context()
+    context.memory.deepcopy_host_arrays = False  # nobody changes them, and a large model is in memory once
+    context.memory.write_concurrent_bytes = CONCURRENT
+    context.array.saving.use_compression = False  # float32 weights hardly shrink, and it takes most of the time
+    with context:
+        saver = checkpoints.open_checkpoints(str(folder))
+        checkpoints.save(saver, {"params": params}, 0, position={}, config=config, loss=0.0)
+        saver.close()
+    (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Reads the parameters of one checkpoint as numpy arrays, whatever it was trained on and with.
+
+    Args:
+      workdir: of a run, with `checkpoints/` in it; or a folder of checkpoints.
+      step: default is the newest.
+
+    Returns:
+      the parameters, the config that they were trained with, and the step.
+
+    Raises:
+      InputError: no such checkpoint, or it cannot be read.
+    """
+    root = epath.Path(workdir)
+    root = root if "://" in workdir else root.resolve()
+    folder = next((one for one in (root / "checkpoints", root) if holds_checkpoints(one)), None)
+    if folder is None:
+        raise InputError(f"{workdir} has no checkpoints; give the workdir of a run or what usfmae_jax.convert wrote")
+    saver = checkpoints.open_checkpoints(str(folder), read_only=True)
+    try:
+        steps = [checkpoint.step for checkpoint in saver.checkpoints]
+        if not steps or (step is not None and step not in steps):
+            raise InputError(f"{workdir} has the checkpoints {steps}" + (f", not {step}" if step is not None else ""))
+        step = steps[-1] if step is None else step
+        metadata = saver.metadata(step)
+        stored = metadata.metadata["params"]
+        context = orbax.Context()
+        context.memory.read_concurrent_bytes = CONCURRENT
+        context.pytree.loading.partial_load = True  # the optimiser's moments are twice as large, and not asked for
+        with context:
+            abstract = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
+            return saver.load(step, abstract)["params"], metadata.custom_metadata["config"], step
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"checkpoint {step} in {workdir} cannot be read: {str(error).splitlines()[0]}; try another --step"
+        ) from error
+    finally:
+        saver.close()
+
+
+def holds_checkpoints(folder: epath.Path) -> bool:
+    """Whether a folder has checkpoints in it, finished or not."""
+    return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+
+
+def describe_encoder(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `interop.encoder` stores of a pretraining run's encoder: architecture and preprocessing.
+
+    Args:
+      config: of the run, nested JSON.
+
+    Raises:
+      KeyError: it is not of a pretraining run.
+    """
+    model = config["model"]
+    size = list(model["image_size"])
+    names = ("patch_size", "channels", "width", "depth", "num_heads", "mlp_ratio")
+    architecture = {"image_size": (size * 2)[:2]} | {name: model[name] for name in names}
+    if model.get("learned_positions"):
+        architecture["learned_positions"] = True
+    preprocessing = config.get("preprocessing") or {
+        "image_size": architecture["image_size"],
+        "channels": config["data"]["channels"],
+        "resize": "area, aspect not kept",
+        "scale": 1 / 255,
+        "mean": list(model["mean"]),
+        "std": list(model["std"]),
+    }
+    return architecture, dict(preprocessing)

@@ -1,0 +1,88 @@
+"""What keeps a classifier from learning its training set by heart: mixed, erased and smoothed examples."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
+    """Label smoothing (Szegedy et al. 2016): int `[B]` to float32 `[B, C]`, rows add up to 1.
+
+    The label has `1 - smoothing + smoothing / C`, every other class `smoothing / C`.
+    """
+    return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
+
+
+def mix(
+    rng: jax.Array, images: jax.Array, targets: jax.Array, *, mixup: float, cutmix: float
+) -> tuple[jax.Array, jax.Array]:
+    """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch with itself in reverse order.
+
+    One weight is drawn for the whole batch, from Beta(a, a); with both switched on a coin decides, as in MAE's recipe.
+
+    Args:
+      rng: a key.
+      images: float `[B, H, W, C]`.
+      targets: float `[B, classes]`.
+      mixup: a of mixup; 0 = off.
+      cutmix: a of CutMix; 0 = off.
+
+    Returns:
+      mixed images and targets; the targets' weights are the shares of pixels.
+    """
+    if not mixup and not cutmix:
+        return images, targets
+    coin, weight, place = jax.random.split(rng, 3)
+    height, width = images.shape[1:3]
+    cut = jax.random.bernoulli(coin, 0.5) if mixup and cutmix else jnp.asarray(bool(cutmix))
+    a = jnp.where(cut, cutmix or 1.0, mixup or 1.0)
+    kept = jax.random.beta(weight, a, a)
+    box = _box(place, kept, height, width).astype(images.dtype)
+    partner = jnp.where(cut, box, 1 - kept)  # share of the other image at each pixel, [H, W]
+    images = images * (1 - partner[..., None]) + images[::-1] * partner[..., None]
+    share = partner.mean()
+    return images, targets * (1 - share) + targets[::-1] * share
+
+
+def _box(rng: jax.Array, kept: jax.Array, height: int, width: int) -> jax.Array:
+    """A bool `[H, W]`: a rectangle of area `1 - kept` around a random centre, cut off at the border."""
+    centre_y, centre_x = jax.random.uniform(rng, (2,)) * jnp.asarray([height, width])
+    side = jnp.sqrt(1 - kept)
+
+    def inside(size: int, centre: jax.Array) -> jax.Array:
+        half = jnp.floor(size * side) // 2
+        position = jnp.arange(size)
+        return (position >= jnp.floor(centre) - half) & (position < jnp.floor(centre) + half)
+
+    return inside(height, centre_y)[:, None] & inside(width, centre_x)[None, :]
+
+
+def erase(rng: jax.Array, images: jax.Array, probability: float) -> jax.Array:
+    """Random erasing (Zhong et al. 2020): a rectangle of some normalised images becomes Gaussian noise.
+
+    Its area is 2% to a third of the image, its aspect 0.3 to 3.3; of ten rectangles the first that fits is taken.
+
+    Args:
+      rng: a key.
+      images: float `[B, H, W, C]`, standardised.
+      probability: for each image; 0 = off.
+    """
+    if not probability:
+        return images
+    b, height, width, _ = images.shape
+    coin, areas, aspects, places, noise = jax.random.split(rng, 5)
+    area = height * width * jax.random.uniform(areas, (b, 10), minval=0.02, maxval=1 / 3)
+    aspect = jnp.exp(jax.random.uniform(aspects, (b, 10), minval=math.log(0.3), maxval=-math.log(0.3)))
+    h, w = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+    fits = (h < height) & (w < width)
+    first = fits.argmax(axis=1)[:, None]
+    h, w = (jnp.take_along_axis(side, first, axis=1) for side in (h, w))  # [B, 1]
+    chosen = jax.random.bernoulli(coin, probability, (b, 1)) & fits.any(axis=1, keepdims=True)
+    y, x = jax.random.uniform(places, (2, b, 1))
+    top, left = jnp.floor(y * (height - h + 1)), jnp.floor(x * (width - w + 1))
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    row = (rows >= top) & (rows < top + h) & chosen
+    column = (columns >= left) & (columns < left + w)
+    hole = (row[:, :, None] & column[:, None, :])[..., None]
+    return jnp.where(hole, jax.random.normal(noise, images.shape, images.dtype), images)

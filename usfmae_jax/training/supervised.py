@@ -1,0 +1,308 @@
+"""The fine-tuning loop: for every member: restore, then batch, update, report, evaluate, save; then test the best."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+from etils import epath
+from jax.sharding import Mesh
+
+from usfmae_jax.data import augment, pipeline
+from usfmae_jax.data.supervised import supervised_dataset
+from usfmae_jax.evaluation.classification import LOSSES, NAMES, metrics, positive_class
+from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.interop.classifier import save_classifier
+from usfmae_jax.training import checkpoints, classifiers, member_reports, supervised_setup
+from usfmae_jax.training.common import check_batch, make_workdir
+from usfmae_jax.training.inference import apply_batches
+from usfmae_jax.training.members import Member, class_weights
+from usfmae_jax.training.mesh import batch_sharding, global_batch, make_mesh, replicated
+from usfmae_jax.training.monitor import Monitor, Preemption
+from usfmae_jax.training.state import State, abstract_state, model_graph, state_maker
+from usfmae_jax.training.supervised_setup import Job
+from usfmae_jax.training.supervised_step import combine, make_predict, make_train_step, pick_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """What is compiled once and shared by all members.
+
+    Attributes:
+      mesh: devices.
+      start: a seed to a fresh state.
+      abstract: shapes and shardings of a state and of the best weights beside it.
+      step: the update.
+      predict: see `supervised_step.make_predict`.
+      best_of: copies from a state what is kept of the best evaluation: the trained parameters and the statistics.
+      images: batches of whole images of given rows.
+      rows: images in such a batch, at most.
+    """
+
+    mesh: Mesh
+    start: Callable[[int], State]
+    abstract: State
+    step: Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]
+    predict: Callable[[Any, jax.Array], jax.Array]
+    best_of: Callable[[State], State]
+    images: Callable[[np.ndarray], Iterator[np.ndarray]]
+    rows: int
+
+
+def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> bool:
+    """Trains and tests every member of a run, and leaves its results.
+
+    Args:
+      config: see `configs/finetune.py`.
+      workdir: receives splits, members and results; an interrupted run in it is continued.
+      command: how to repeat it, for the report.
+
+    Returns:
+      True when the run is complete, False when it was preempted after saving.
+
+    Raises:
+      InputError: something given cannot be used; raised before anything is compiled.
+      DivergedError: loss or gradient norm is not finite; the last good checkpoint stays.
+    """
+    mesh = make_mesh(**config.mesh)
+    check_batch(config, mesh)
+    job = supervised_setup.prepare(config, make_workdir(workdir))
+    unfinished = [member for member in job.members if not member_reports.is_finished(job, member)]
+    member_reports.describe(job, mesh, len(unfinished))
+    if unfinished:
+        programs = compile_programs(job, mesh)
+        with Preemption() as preemption:
+            for member in unfinished:
+                best = train(job, member, programs, preemption)
+                if best is None:
+                    return False
+                test(job, member, programs, best)
+    if jax.process_index() == 0:
+        member_reports.finish(job, command)
+    return True
+
+
+def train(job: Job, member: Member, programs: Programs, preemption: Preemption) -> State | None:
+    """Trains one member, or continues it.
+
+    Returns:
+      parameters and statistics of the best evaluation; None when it was preempted after saving.
+    """
+    config, folder = job.config, member_reports.folder(job, member)
+    saver = checkpoints.open_checkpoints(make_workdir(folder) + "/checkpoints", keep_latest=1, keep_best=0)
+    found = checkpoints.latest_metadata(saver)
+    if found:
+        first_step, position, stored = found
+        checkpoints.check_resumable(stored, job.settings, job.workdir, supervised_setup.RESUMABLE)
+        state = checkpoints.restore(saver, programs.abstract, first_step)
+    else:
+        first_step, position = 0, {"next_batch": 0, "damaged": [], "best": {}, "worse": 0, "done": False}
+        state = programs.start(config.seed + member.seed)
+        if job.weights:
+            state = classifiers.with_weights(state, classifiers.loadable(job.weights, job.description))
+        state = state | {"best": programs.best_of(state)}
+    best, best_score, worse, done = state.pop("best"), position["best"], position["worse"], position["done"]
+    damage = pipeline.DamageReport([job.frames.shards], config.data.max_damaged, position["damaged"])
+    dataset = training_batches(job, member)
+    batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
+    constants = jax.device_put(
+        {"total_steps": np.int32(member.total_steps), "class_weights": class_weights(job.config, job.frames, member)},
+        replicated(programs.mesh),
+    )
+    number = job.members.index(member)
+    monitor = Monitor(
+        folder,
+        total_steps=member.total_steps,
+        first_step=first_step,
+        batch_size=config.train.batch_size,
+        every=config.log.every,
+        flops_per_image=classifiers.training_flops(job.description, job.size),
+        name=f"{member.name} ({number + 1}/{len(job.members)})",
+    )
+    saved = first_step
+    with monitor as report, contextlib.closing(saver), contextlib.closing(batches):
+        if first_step:
+            report.say(f"{member.name}: resuming after step {first_step}")
+        for step in range(first_step + 1, member.total_steps + 1):
+            if done:
+                break
+            with report.waiting_for_input():
+                batch = next(batches)
+                for line in damage.update(batch["damaged"]):
+                    report.say(line)
+                arrays = global_batch(programs.mesh, {"image": batch["image"], "label": batch["label"]})
+            state, numbers = programs.step(state, arrays, constants)
+            report.update(step, numbers)
+            stop = preemption.requested(number * 10**9 + step)
+            evaluated = step in member.evaluations
+            if evaluated:
+                report.flush()  # weights are evaluated only when their loss is known to be finite
+                with report.pause():
+                    score = validate(job, member, programs, state)
+                    report.write(step, {f"validation/{name}": value for name, value in score.items()})
+                    worse += 1
+                    if better(config.stop.metric, score, best_score):
+                        best, best_score, worse = programs.best_of(state), {"step": step, **score}, 0
+                done = step == member.total_steps or 0 < config.stop.patience <= worse
+            due = evaluated and (member.evaluations.index(step) + 1) % config.checkpoint.every == 0
+            if stop or done or due:
+                report.flush()
+                with report.pause():
+                    position = {
+                        "next_batch": step,
+                        "damaged": sorted(damage.found),
+                        "best": best_score,
+                        "worse": worse,
+                        "done": done,
+                    }
+                    loss = report.mean_loss_since_save()
+                    whole = state | {"best": best}
+                    checkpoints.save(saver, whole, step, position=position, config=job.settings, loss=loss)
+                    saved = step
+            if stop:
+                report.say(
+                    f"{member.name}: stopped at step {step} of {member.total_steps} as asked; the same command "
+                    "continues it"
+                )
+                return None
+        batch = arrays = None  # a worker's shared memory goes back before the worker does
+        score, at = best_score[config.stop.metric], best_score["step"]
+        report.say(f"{member.name}: best validation {config.stop.metric} {score:.3f} at step {at} of {saved}")
+    return best | {"params": combine(state["params"], best["params"])}
+
+
+def compile_programs(job: Job, mesh: Mesh) -> Programs:
+    """Compiles what all members share, and says what the model is and how long that took."""
+    config = job.config
+    rows, images = supervised_setup.whole_images(job, mesh)
+    freeze, trained, _ = classifiers.trained_part(config, job.description)
+    make_model = classifiers.model_maker(config, job.description, freeze)
+    optimizer = supervised_setup.make_optimizer(config, job.description)
+    how, graph = supervised_setup.supervision(job), model_graph(make_model)
+
+    def pick(params: Any) -> Any:
+        return pick_trained(params, trained)
+
+    @jax.jit
+    def best_of(state: State) -> State:
+        return jax.tree.map(jnp.copy, {name: pick(state[name]) if name == "params" else state[name] for name in kept})
+
+    abstract = abstract_state(make_model, optimizer, mesh, pick)
+    kept = [name for name in ("params", "stats") if name in abstract]
+    best = {name: pick(abstract[name]) if name == "params" else abstract[name] for name in kept}
+    step = make_train_step(
+        graph,
+        optimizer,
+        supervised_setup.learning_rate(config),
+        mesh,
+        how,
+        trained=trained,
+        accumulate=config.train.accumulate,
+    )
+    member_reports.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
+    member_reports.say("compiling the training step ...")
+    start = time.perf_counter()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    size, batch = (*job.size, config.data.channels), config.train.batch_size
+    examples = {
+        "image": jax.ShapeDtypeStruct((batch, *size), jnp.uint8, sharding=batch_sharding(mesh)),
+        "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(mesh)),
+    }
+    constants = {
+        "total_steps": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
+        "class_weights": jax.ShapeDtypeStruct((how.num_classes,), jnp.float32, sharding=replicated(mesh)),
+    }
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    compiled = jitted.lower(abstract, examples, constants).compile()
+    member_reports.say(f"compiling the training step took {time.perf_counter() - start:.1f} s")
+    return Programs(
+        mesh=mesh,
+        start=state_maker(make_model, optimizer, mesh, pick),
+        abstract=abstract | {"best": best},
+        step=compiled,
+        predict=make_predict(graph, how),
+        best_of=best_of,
+        images=images,
+        rows=rows,
+    )
+
+
+def training_batches(job: Job, member: Member) -> Any:
+    """This process's endless batches of a member; see `data.supervised`."""
+    config = job.config
+    return supervised_dataset(
+        job.frames,
+        member.fold.train,
+        size=job.size,
+        channels=config.data.channels,
+        batch_size=config.train.batch_size,
+        how=augment.Augmentation(**config.augment),
+        seed=config.seed + member.seed,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+        balanced=config.regularization.balanced_sampling,
+    )
+
+
+def test(job: Job, member: Member, programs: Programs, best: State) -> None:
+    """Writes what a finished member leaves; `predictions.csv` comes last and marks it."""
+    replicate = jax.jit(lambda tree: tree, out_shardings=replicated(programs.mesh))
+    best = replicate(best)  # what other processes hold comes here
+    parts = {
+        name: predict(job, member, programs, best, rows)
+        for name, rows in (("validation", member.fold.validation), ("predictions", member.fold.test))
+    }
+    if jax.process_index():
+        return
+    directory = epath.Path(member_reports.folder(job, member))
+    save_classifier(
+        str(directory / "classifier"),
+        jax.device_get(best["params"]),
+        jax.device_get(best.get("stats", {})),
+        job.description,
+        job.preprocessing,
+        member_reports.lineage(job, member),
+    )
+    for name, found in parts.items():
+        found.write(directory / f"{name}.csv")
+    if not job.config.checkpoint.keep_finished:
+        (directory / "checkpoints").rmtree()
+
+
+def predict(job: Job, member: Member, programs: Programs, variables: State, rows: np.ndarray) -> Predictions:
+    """Predictions of a member for some rows of the table."""
+    found = apply_batches(
+        programs.mesh,
+        programs.predict,
+        variables,
+        programs.images(rows),
+        batch_size=programs.rows,
+        total=len(rows),
+        desc=member.name,
+    )
+    return member_reports.predictions(job, member, rows, found)
+
+
+def validate(job: Job, member: Member, programs: Programs, state: State) -> dict[str, float]:
+    """Metrics of a state on the member's validation part; those that are not defined there are left out."""
+    variables: State = {name: state[name] for name in ("params", "stats") if name in state}
+    found = predict(job, member, programs, variables, member.fold.validation)
+    positive = positive_class(found.classes, job.config.positive)
+    values = metrics(found.label, found.probabilities, positive)
+    scores = {name: float(values[name][0]) for name in NAMES if name in values}
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
+
+
+def better(metric: str, score: dict[str, float], best: dict[str, float]) -> bool:
+    """Whether an evaluation beats the best one so far; among equals the lower log loss is better."""
+    if not best:
+        return True
+    sign = -1 if metric in LOSSES else 1
+    return (sign * score[metric], -score["log_loss"]) > (sign * best[metric], -best["log_loss"])
