@@ -9,8 +9,8 @@ predictions.csv and report.html in the workdir; splits/ holds who was trained an
 validation score are the ones that are tested. The same command continues what was interrupted; more seeds, fractions
 or folds may be added to a finished run.
 
-Without --config.init the same model starts from random weights: the baseline to beat. Settings were chosen for 500 to
-2,000 images and a small model on a CPU, by validation parts only, never by test parts.
+Without --config.init the same model starts from random weights: the baseline to beat. Settings are meant for 500 to
+2,000 images and a small model on a CPU; they were tuned on no dataset.
 
 Variants
   :folder  any labelled shards (data_prep.build --labels); 5 folds by patient unless the shards bring a split
@@ -46,7 +46,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         drop_path=0.1,  # at the last block
         dtype="float32",  # of the arithmetic; bfloat16 for a GPU or TPU
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
-        scan=True,  # compile one block and loop over it
+        scan=False,  # True compiles one block and loops over it: quicker to compile, slower on a CPU
         remat=False,  # recompute activations
     )
     config.mode = "full"  # what is trained: full, frozen (the head only), last_k (the last blocks and the head)

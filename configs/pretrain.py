@@ -112,7 +112,9 @@ def paper(config: ml_collections.ConfigDict) -> None:
 
 def tiny(config: ml_collections.ConfigDict) -> None:
     """A small model on small grey images, for a CPU."""
-    config.model.update(image_size=(96, 96), patch_size=8, channels=1, mean=(0.25,), std=(0.2,), dtype="float32")
+    config.model.update(
+        image_size=(96, 96), patch_size=8, channels=1, mean=(0.25,), std=(0.2,), dtype="float32", scan=False
+    )
     config.model.update(width=192, depth=6, num_heads=3, decoder_width=128, decoder_depth=2, decoder_num_heads=4)
     config.optimizer.learning_rate = 3e-3  # 7.5e-4 at batch 64
     config.train.update(batch_size=64, steps=3000)

@@ -12,6 +12,7 @@ from usfmae_jax.interop.classifier import read_classifier
 from usfmae_jax.interop.encoder import flatten, read_encoder, read_lineage
 from usfmae_jax.interop.tensors import from_array, open_safetensors
 from usfmae_jax.loading import load_encoder
+from usfmae_jax.models.position import resize_table
 from usfmae_jax.training.parameters import load_parameters
 
 
@@ -90,8 +91,8 @@ def _without(*names):
     return {name: tensor for name, tensor in made.tensors().items() if name not in names}
 
 
-def _with(name, shape):
-    return made.tensors() | {name: from_array(np.full(shape, 0.3, np.float32))}
+def _with(name, shape, value=0.3):
+    return made.tensors() | {name: from_array(np.full(shape, value, np.float32))}
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,28 @@ def _with(name, shape):
         (_with("pos_embed", (1, 12, 32)), "pos_embed is (1, 12, 32): not a class token and a square"),
         ({"weight": from_array(np.zeros(3, np.float32))}, "no class token and blocks, but weight"),
         ({}, "holds no ViT encoder"),
+        (_with("norm.bias", (32,), np.nan), "encoder.norm.bias holds values that are not finite numbers"),
+        (_with("patch_embed.proj.weight", (0, 3, 8, 8)), "holds no whole encoder"),
+        (
+            _with("dist_token", (1, 1, 32)) | {"pos_embed": from_array(np.ones((1, 18, 32)))},
+            "holds dist_token, which mean nothing here, and pos_embed is",
+        ),
     ],
-    ids=["qkv", "pred", "lacks", "lacks-decoder", "no-token", "no-patches", "table", "grid", "other", "empty"],
+    ids=[
+        "qkv",
+        "pred",
+        "lacks",
+        "lacks-decoder",
+        "no-token",
+        "no-patches",
+        "table",
+        "grid",
+        "other",
+        "empty",
+        "nan",
+        "no-width",
+        "distilled",
+    ],
 )
 def test_what_does_not_fit_is_refused_by_name(tmp_path, capsys, found, message):
     source = made.write(tmp_path / "weights.safetensors", found)
@@ -175,14 +196,16 @@ def test_a_decoder_that_is_not_whole_is_left_out_on_request(tmp_path, capsys):
     assert not params["encoder"]["norm"]["bias"].any()
 
 
+@pytest.mark.parametrize("size", [32, 48], ids=["as made", "resized"])
 @pytest.mark.parametrize("form", ["safetensors", "timm", "hf", "mae"])
-def test_a_learned_position_table_is_kept_and_a_round_trip_is_bitwise(tmp_path, rng, monkeypatch, form):
+def test_a_learned_position_table_is_kept_and_a_round_trip_is_bitwise(tmp_path, rng, monkeypatch, form, size):
     monkeypatch.setattr("usfmae_jax.interop.verification.observed", _unavailable)
     table = rng.normal(0, 0.2, (1, 17, 32)).astype(np.float32)
     found = made.tensors(decoder=False) | {"pos_embed": from_array(table)}
-    assert run(made.write(tmp_path / "w.safetensors", found), tmp_path / "in", *made.HEADS) == 0
+    source = made.write(tmp_path / "w.safetensors", found)
+    assert run(source, tmp_path / "in", *made.HEADS, f"--image_size={size}") == 0
     ours = all_parameters(tmp_path / "in")
-    np.testing.assert_array_equal(ours["encoder.position"], table[0, 1:])
+    np.testing.assert_array_equal(ours["encoder.position"], resize_table(table[0, 1:], (4, 4), (size // 8, size // 8)))
     np.testing.assert_array_equal(ours["encoder.cls_token"][0], found["cls_token"].read()[0] + table[0, :1])
     assert read_encoder(str(tmp_path / "in" / "encoder"))[1]["learned_positions"] is True
     assert export.main([f"--checkpoint={tmp_path / 'in'}", f"--format={form}", f"--output={tmp_path / 'out'}"]) == 0

@@ -4,8 +4,11 @@ import pathlib
 import re
 
 import numpy as np
+import pytest
 
-from usfmae_jax import export
+from tests.interop import made
+from tests.interop.torch_models import declare_torchvision, need
+from usfmae_jax import convert, export, load_encoder
 from usfmae_jax.data import provenance, records
 from usfmae_jax.interop.encoder import flatten, read_encoder, read_lineage
 from usfmae_jax.training.pretrain import pretrain
@@ -28,22 +31,43 @@ def test_the_export_of_a_checkpoint_is_the_encoder_of_that_step(config, tmp_path
 
 def test_what_is_no_run_is_refused(config, tmp_path, capsys):
     assert export.main([f"--checkpoint={tmp_path}"]) == 2
-    assert "is not the workdir of a run" in capsys.readouterr().err
+    assert "holds neither an encoder or a classifier nor a finished checkpoint" in capsys.readouterr().err
     config.train.steps = 1
     pretrain(config, str(tmp_path / "run"))
     assert export.main([f"--checkpoint={tmp_path / 'run'}", "--step=7"]) == 2
     assert "has the checkpoints [1], not 7" in capsys.readouterr().err
 
 
+def _readme_example(word: str) -> str:
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if word in block]
+    assert len(example.splitlines()) <= 11
+    return example
+
+
 def test_the_readme_example_computes_features(config, tmp_path):
     config.train.steps = 1
     assert pretrain(config, str(tmp_path))
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "load_encoder" in block]
     names: dict = {}
-    exec(example.replace("runs/pretrain-demo/encoder", str(tmp_path / "encoder")), names)
+    exec(_readme_example("load_encoder").replace("runs/pretrain-demo/encoder", str(tmp_path / "encoder")), names)
     assert names["features"].class_token.shape == (2, config.model.width)
     assert names["features"].patch_grid.shape == (2, 4, 4, config.model.width)
+
+
+@pytest.mark.parametrize(("form", "package"), [("timm", "timm"), ("hf", "transformers")])
+def test_the_readme_examples_of_other_libraries_compute_the_same_features(tmp_path, monkeypatch, form, package):
+    need("torch", package)
+    declare_torchvision()
+    source = made.write(tmp_path / "w.safetensors", made.tensors())
+    assert convert.main([f"--input={source}", f"--output={tmp_path / 'in'}", *made.HEADS]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert export.main(["--checkpoint=in", f"--format={form}", f"--output=exports/{form}"]) == 0
+    names: dict = {}
+    exec(_readme_example(f"import {package}" if form == "timm" else "from transformers"), names)
+    ours = load_encoder("in")(names["images"].numpy().astype(np.uint8))
+    tokens = names["tokens"].detach().numpy()
+    np.testing.assert_allclose(tokens[:, 0], ours.class_token, atol=1e-4)
+    np.testing.assert_allclose(tokens[:, 1:].mean(axis=1), ours.mean_patch, atol=1e-4)
 
 
 def test_weights_carry_where_they_come_from_and_a_continued_run_appends_to_it(config, shards, tmp_path):

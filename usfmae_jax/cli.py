@@ -101,8 +101,29 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
 
 
 def command(module: str) -> str:
-    """What was typed to run a door, for a report that says how to repeat it."""
-    return shlex.join(["python", "-m", module, *sys.argv[1:]])
+    """What was typed to run a door, for a report that says how to repeat it; of absolute paths the last part."""
+    arguments = [argument.partition("=") for argument in sys.argv[1:]]
+    public = [name + sign + ",".join(map(public_path, value.split(","))) for name, sign, value in arguments]
+    return shlex.join(["python", "-m", module, *public])
+
+
+def public_path(path: str) -> str:
+    """A path as artefacts may show it: of an absolute one only the last part, the rest tells who ran where."""
+    path = path.strip()
+    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path
+
+
+def start(flags: Any) -> None:
+    """Joins the processes of a job, and on accelerators keeps compiled programs for the next start."""
+    import jax
+
+    from usfmae_jax.training.mesh import initialize_distributed
+
+    initialize_distributed(flags.coordinator, flags.num_processes, flags.process_id)
+    if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        # A preempted job compiles once, not at every restart. CPU code is tied to the very machine: not cached.
+        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "usfmae_jax"))
 
 
 def default_workdir(argv: Sequence[str]) -> str:

@@ -9,7 +9,9 @@ Nothing in the file is executed. PyTorch files need PyTorch: pip install 'usfmae
 """
 
 import argparse
+import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--decoder_num_heads", type=int, default=0, metavar="N", help="of the decoder")
     parser.add_argument("--mean", default="", metavar="M,M,M", help="of the normalisation; default: the file's")
     parser.add_argument("--std", default="", metavar="S,S,S", help="of the normalisation; default: the file's")
+    parser.add_argument("--norm_eps", type=float, default=0, metavar="EPS", help="of the layer norms; 1e-6 is MAE's")
     parser.add_argument("--licence", default="", help="of the weights, if the file is silent")
     parser.add_argument(
         "--allow_partial",
@@ -115,6 +118,7 @@ def _options(args: argparse.Namespace) -> "Options":
         decoder_num_heads=args.decoder_num_heads,
         mean=numbers("mean", float),
         std=numbers("std", float),
+        norm_eps=args.norm_eps,
         allow_partial=args.allow_partial,
     )
 
@@ -162,6 +166,10 @@ def _write(model: "Model", output: str, lineage: list[dict[str, Any]]) -> None:
     from usfmae_jax.interop.encoder import save_encoder, unflatten
     from usfmae_jax.training.parameters import save_parameters
 
+    for old in ("checkpoints", "classifier", "encoder"):  # of an earlier conversion: this one may not have them all
+        shutil.rmtree(os.path.join(output, old), ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(output, "config.json"))
     os.makedirs(output, exist_ok=True)
     arrays = unflatten(model.params)
     with open(os.path.join(output, "lineage.json"), "w") as file:

@@ -1,7 +1,7 @@
 """Write the features of images, from shards or from a folder of picture files, for use anywhere else.
 
-python -m usfmae_jax.embed --checkpoint=runs/pretrain-tiny --data=data/bus_bra --output=bus_bra.npz
-python -m usfmae_jax.embed --checkpoint=DIR --data=FOLDER_OF_IMAGES --output=features.parquet --pool=cls
+    python -m usfmae_jax.embed --checkpoint=runs/pretrain-tiny --data=data/bus_bra --output=bus_bra.npz
+    python -m usfmae_jax.embed --checkpoint=DIR --data=FOLDER_OF_IMAGES --output=features.parquet --pool=cls
 
 The file has one row for each frame: features, source, dataset, patient, video, frame and label (-1 = none).
 Read it with numpy.load(FILE) or pandas.read_parquet(FILE). Exit codes: 0 done; 2 bad input.

@@ -27,10 +27,9 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     import jax  # after the flags are known to be right
 
     from usfmae_jax.evaluation.results import table
-    from usfmae_jax.training.mesh import initialize_distributed
     from usfmae_jax.training.probing import evaluate
 
-    initialize_distributed(flags.coordinator, flags.num_processes, flags.process_id)
+    cli.start(flags)
     results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
     if jax.process_index() == 0:
         print(table(results))

@@ -81,6 +81,7 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
         output holds something else; or the export differs from the model, which leaves no weights.
     """
     from usfmae_jax.interop import verification, writing  # after the flags are known to be right
+    from usfmae_jax.models.layers import NORM_EPS
     from usfmae_jax.training.opening import open_model
 
     output = output or _default_output(checkpoint, form)
@@ -109,9 +110,16 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
         for name in _WEIGHTS:
             if os.path.exists(os.path.join(output, name)):
                 os.remove(os.path.join(output, name))
+        eps = model.architecture.get("norm_eps", NORM_EPS)
+        what = "please report it with the versions of your packages"
+        if form in ("timm", "mae") and eps != NORM_EPS:  # they have no setting for it
+            what = (
+                f"its layer norms add {eps:g} to the variance and those of {form} {NORM_EPS:g}; export it to hf, onnx "
+                f"or stablehlo, or convert it once more with --norm_eps={NORM_EPS:g}"
+            )
         raise InputError(
             f"the export to {form} is {difference:.2g} off the model, more than {about['limit']:g}; its weights are "
-            f"removed, and {output}/export.json has the numbers: please report it with the versions of your packages"
+            f"removed, and {output}/export.json has the numbers: {what}"
         )
     compared = about.get("not_compared") or f"largest difference {difference:.1e} with {about['runtime']}"
     print(f"{said}: {output} ({compared})", file=sys.stderr)

@@ -7,7 +7,6 @@ Run the same command again to continue an interrupted run. Exit codes: 0 done; 2
 SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is no number among it.
 """
 
-import os
 import sys
 from typing import Any
 
@@ -18,17 +17,10 @@ from usfmae_jax import cli
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Starts the processes and runs the loop; returns the exit code."""
-    import jax  # after the flags are known to be right
-
-    from usfmae_jax.training.mesh import initialize_distributed
-    from usfmae_jax.training.monitor import DivergedError
+    from usfmae_jax.training.monitor import DivergedError  # after the flags are known to be right
     from usfmae_jax.training.pretrain import pretrain
 
-    initialize_distributed(flags.coordinator, flags.num_processes, flags.process_id)
-    if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        # A preempted job compiles once, not at every restart. CPU code is tied to the very machine: not cached.
-        cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-        jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "usfmae_jax"))
+    cli.start(flags)
     try:
         return cli.DONE if pretrain(config, workdir) else cli.PREEMPTED
     except DivergedError as error:

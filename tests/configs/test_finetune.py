@@ -8,7 +8,7 @@ import pytest
 
 from configs import finetune
 from usfmae_jax.data import augment
-from usfmae_jax.training import classifiers, supervised_setup
+from usfmae_jax.training import classifiers, field_checks, supervised_setup
 from usfmae_jax.training.common import check_batch
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.state import abstract_state, model_graph
@@ -20,7 +20,7 @@ from usfmae_jax.training.supervised_step import Supervision, make_train_step, pi
 def test_every_recipe_and_model_steps_under_eval_shape(variant, arch):
     config = finetune.get_config(variant)
     config.model.arch = arch
-    supervised_setup.check_values(config)
+    field_checks.check_finetune(config)
     mesh = make_mesh(**config.mesh)
     check_batch(config, mesh)
     description, preprocessing = classifiers.describe_model(config, ("a", "b", "c"), None)
@@ -51,7 +51,7 @@ def test_every_recipe_and_model_steps_under_eval_shape(variant, arch):
 @pytest.mark.parametrize("variant", finetune.VARIANTS)
 def test_every_variant_has_valid_values(variant):
     config = finetune.get_config(variant)
-    supervised_setup.check_values(config)
+    field_checks.check_finetune(config)
     how = augment.Augmentation(**config.augment)
     assert dataclasses.asdict(how) == {name: config.augment[name] for name in dataclasses.asdict(how)}
 

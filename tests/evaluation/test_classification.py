@@ -195,3 +195,10 @@ def test_the_positive_class_is_the_last_unless_named():
 def test_summaries_are_deterministic(rng):
     made: Predictions = predictions(rng)
     assert classification.summarise(made, resamples=50) == classification.summarise(made, resamples=50)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_metrics_said_to_be_defined_are(rng, classes):
+    probabilities = rng.dirichlet(np.ones(classes), 30)
+    found = classification.metrics(np.arange(30) % classes, probabilities, 1 if classes == 2 else None)
+    assert classification.defined(classes == 2) == [name for name in found if not name.startswith("class_")]

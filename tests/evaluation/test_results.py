@@ -118,12 +118,11 @@ def test_a_reader_is_warned_of_few_patients_and_of_frames_that_count_twice(tmp_p
     few = predictions(rng, patients=8, frames=3)
     again = concatenate([few, dataclasses.replace(few, fold=np.full(len(few), "2", object))])
     found = results.finish(str(tmp_path), again, task={}, positive="", context={}, resamples=20)
-    first, second, third = found["context"]["warnings"]
-    assert "Class benign is tested on 4 patients only" in first
-    assert "Class malignant" in second
-    assert "24 predictions are of frames that other folds test too" in third
-    assert third in (tmp_path / "results.md").read_text()
-    assert third in results.table(found)
+    first, second = found["context"]["warnings"]
+    assert "Few patients are tested of benign (4), malignant (4)" in first
+    assert "24 predictions are of frames that other folds test too" in second
+    assert second in (tmp_path / "results.md").read_text()
+    assert second in results.table(found)
 
 
 def test_the_tables_say_what_a_reader_needs(tmp_path, run):
@@ -132,9 +131,9 @@ def test_the_tables_say_what_a_reader_needs(tmp_path, run):
         str(tmp_path), run, task=TASK, positive="benign", context=CONTEXT, robustness=robustness, resamples=20
     )
     text = results.table(found)
-    assert text.startswith("Fine-tuned tiny ViT on made: tested on 80 frames of 40 patients in 3 folds (official)")
-    assert "the mean of 2 seeds; AUROC" in text
-    assert "positive: benign" in text
+    assert text.startswith("Fine-tuned tiny ViT on made: tested on 80 frames of 40 patients in 3 folds, ")
+    assert ", the mean of 2 seeds; AUROC" in text
+    assert "; positive: benign. Split: official.\n" in text
     metric = found["metrics"]["auroc"]
     assert f"{metric['value']:.3f} [{metric['ci95'][0]:.3f}, {metric['ci95'][1]:.3f}]" in text
     page = (tmp_path / "results.md").read_text()

@@ -1,5 +1,7 @@
 """Pretraining goes on from converted weights, with the decoder if they have one."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.interop.encoder import flatten, read_lineage
 from usfmae_jax.training.parameters import load_parameters
 from usfmae_jax.training.pretrain import pretrain
+from usfmae_jax.training.setup import with_weights
 
 
 def test_pretraining_starts_from_converted_weights_decoder_included(config, tmp_path, capsys):
@@ -28,6 +31,13 @@ def test_pretraining_starts_from_converted_weights_decoder_included(config, tmp_
     config.model.decoder_width = 8
     with pytest.raises(InputError, match=r"decoder\..* there and .* in this config; to take the encoder alone, add"):
         pretrain(config, str(tmp_path / "third"))
-    config.init = str(tmp_path / "back" / "encoder")
-    assert pretrain(config, str(tmp_path / "third"))
-    assert "with a freshly initialised decoder" in capsys.readouterr().err
+    fresh = jax.tree.map(jnp.zeros_like, load_parameters(str(tmp_path / "first"))[0])
+    config.model.num_heads = 4
+    with pytest.raises(InputError, match=r"has 2 heads: add --config\.model\.num_heads=2"):
+        with_weights({"params": fresh}, str(tmp_path / "back"), config.model)
+    config.model.num_heads, config.model.mean = 2, (0.5,)
+    state, _, said = with_weights({"params": fresh}, str(tmp_path / "back" / "encoder"), config.model)
+    assert "warning: its pixels had another mean: (0.25,), here (0.5,)" in said
+    assert "with a freshly initialised decoder" in said
+    assert not any(leaf.any() for leaf in jax.tree.leaves(state["params"]["decoder"]))
+    assert state["params"]["encoder"]["cls_token"].any()

@@ -11,11 +11,12 @@ from flax import nnx
 
 from tests.interop import made, torch_models
 from tests.interop.torch_models import need
-from usfmae_jax import convert, export
+from usfmae_jax import convert, export, load_encoder
 from usfmae_jax.interop import layout, names, verification
 from usfmae_jax.interop.encoder import flatten
 from usfmae_jax.interop.model import graph, nested
 from usfmae_jax.interop.tensors import Tensor
+from usfmae_jax.models.layers import NORM_EPS
 from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.models.vit import SIZES
@@ -117,6 +118,32 @@ def test_features_and_loss_agree_with_hugging_face(theirs, folder):
     np.testing.assert_allclose(loss, expected.loss.numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("eps", [1e-12, 1e-6])
+def test_features_agree_with_hugging_face_at_another_size_and_with_the_eps_of_its_config(tmp_path, eps):
+    need("torch", "transformers")
+    torch_models.declare_torchvision()
+    import torch
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 40, 3), np.uint8)
+    sizes = torch_models.SIZE | torch_models.IMAGES | {"layer_norm_eps": eps}
+    network = ViTModel(ViTConfig(**sizes), add_pooling_layer=False).eval()  # as initialised: the class token is small
+    network.save_pretrained(tmp_path / "hf")
+    assert convert.main([f"--input={tmp_path / 'hf'}", f"--output={tmp_path / 'in'}", "--licence=MIT"]) == 0
+    found = load_encoder(tmp_path / "in")(images, resized=False)
+    x = normalize_images(jnp.asarray(images), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with torch.inference_mode():
+        pixels = torch.from_numpy(np.array(x).transpose(0, 3, 1, 2).copy())
+        tokens = network(pixels, interpolate_pos_encoding=True).last_hidden_state.numpy()
+    np.testing.assert_allclose(found.class_token, tokens[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found.patch_grid.reshape(2, 30, -1), tokens[:, 1:], atol=1e-5)
+    if eps != NORM_EPS:
+        assert export.main([f"--checkpoint={tmp_path / 'in'}", "--format=onnx", f"--output={tmp_path / 'onnx'}"]) == 0
+        assert export.main([f"--checkpoint={tmp_path / 'in'}", "--format=hf", f"--output={tmp_path / 'out'}"]) == 0
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["layer_norm_eps"] == eps
+
+
 @pytest.mark.parametrize(
     ("form", "packages"),
     [
@@ -124,7 +151,7 @@ def test_features_and_loss_agree_with_hugging_face(theirs, folder):
         ("hf", ("torch", "transformers")),
         ("mae", ("torch",)),
         ("onnx", ("onnx", "onnxruntime")),
-        ("stablehlo", ()),
+        ("stablehlo", ("flatbuffers",)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -214,7 +241,7 @@ def test_a_vit_of_timm_with_learned_positions_comes_in_and_agrees_with_every_exp
 
 
 def test_graphs_take_any_batch_size(folder, tmp_path):
-    need("onnx", "onnxruntime")
+    need("onnx", "onnxruntime", "flatbuffers")
     import onnx
     import onnxruntime
 
@@ -235,8 +262,7 @@ def test_graphs_take_any_batch_size(folder, tmp_path):
 
 @pytest.mark.parametrize("form", ["onnx", "stablehlo"])
 def test_a_large_program_keeps_its_weights_in_a_file_beside_it(folder, tmp_path, monkeypatch, form):
-    if form == "onnx":
-        need("onnx", "onnxruntime")
+    need(*(("onnx", "onnxruntime") if form == "onnx" else ("flatbuffers",)))
     monkeypatch.setattr("usfmae_jax.interop.tensors.EXTERNAL", 1000)
     checkpoint = folder / "from" / "hf"
     assert export.main([f"--checkpoint={checkpoint}", f"--format={form}", f"--output={tmp_path / 'o'}"]) == 0

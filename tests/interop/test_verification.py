@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.interop import made
+from tests.interop.torch_models import need
 from usfmae_jax import convert, export
 from usfmae_jax.interop import onnx_export, stablehlo_export, verification
 
@@ -19,6 +20,7 @@ def weights(tmp_path_factory):
 
 
 def test_an_export_that_differs_fails_and_leaves_no_weights(weights, tmp_path, capsys, monkeypatch):
+    need("flatbuffers")
     write = stablehlo_export.write_stablehlo
 
     def wrong(model, directory):
@@ -53,6 +55,12 @@ def test_onnx_without_its_package_is_refused_in_a_sentence(weights, tmp_path, mo
     assert onnx_export.OPSET == 17
     assert export.main([f"--checkpoint={weights}", "--format=onnx", f"--output={tmp_path / 'out'}"]) == 2
     assert "needs the package onnx: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
+
+
+def test_stablehlo_without_its_package_is_refused_in_a_sentence(weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stablehlo_export.importlib.util, "find_spec", lambda name: None)
+    assert export.main([f"--checkpoint={weights}", "--format=stablehlo", f"--output={tmp_path / 'out'}"]) == 2
+    assert "needs the package flatbuffers: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
 
 
 def test_folders_that_cannot_be_exported_are_refused(weights, tmp_path, capsys):

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from usfmae_jax.interop.verification import declare_torchvision
+
 #: Small, and nothing in it equal to something else, so that a mix-up shows.
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 DECODER = {
@@ -22,26 +24,6 @@ def need(*packages: str) -> None:
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
         pytest.skip(f"needs {' and '.join(missing)}: pip install -r requirements-interop.txt")
-
-
-_LIBRARY: list[Any] = []  # declarations last as long as this
-
-
-def declare_torchvision() -> None:
-    """Lets transformers and timm be imported beside a torchvision whose operators do not fit this PyTorch.
-
-    Neither uses them for a ViT, but importing torchvision asks for their declarations.
-    """
-    import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError:
-        _LIBRARY.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _LIBRARY[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def randomise(model: Any, seed: int = 0) -> Any:

@@ -56,6 +56,29 @@ def test_position_table_is_resized_smoothly_and_kept_on_its_own_grid():
     np.testing.assert_allclose(between, original[2:6, 2:6, 6], atol=0.01)
 
 
+def test_position_tables_are_resized_as_pytorch_does_it():
+    # torch.nn.functional.interpolate(table, size=(3, 5), mode="bicubic", align_corners=False), torch 2.13
+    table = np.array([[0, 1, 4], [2, -3, 5]], np.float32)
+    expected = [
+        [-0.31961116, 0.2317232, 1.3472226, 3.027098, 4.159529],
+        [1.192, -0.1719994, -1.0, 2.2220008, 5.028001],
+        [2.7036107, -0.57572186, -3.3472219, 1.4169048, 5.8964734],
+    ]
+    np.testing.assert_allclose(
+        position.resize_table(table.reshape(6, 1), (2, 3), (3, 5)).reshape(3, 5), expected, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize(("old", "new"), [((14, 14), (7, 9)), ((14, 14), (16, 24)), ((3, 5), (3, 10))], ids=str)
+def test_position_tables_are_resized_as_the_installed_pytorch_does_it(rng, old, new):
+    torch = pytest.importorskip("torch", reason="needs torch: pip install -r requirements-interop.txt")
+    table = rng.normal(size=(old[0] * old[1], 8)).astype(np.float32)
+    image = torch.from_numpy(table.reshape(1, *old, 8)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(image, size=new, mode="bicubic", align_corners=False)
+    expected = resized[0].permute(1, 2, 0).reshape(-1, 8).numpy()
+    np.testing.assert_allclose(position.resize_table(table, old, new), expected, atol=1e-5)
+
+
 def test_position_is_no_parameter():
     model = vit.ViT(image_size=(16, 16), patch_size=8, channels=1, width=8, depth=1, num_heads=2, rngs=nnx.Rngs(0))
     assert set(nnx.to_pure_dict(nnx.state(model))) == {"patch_embed", "cls_token", "blocks", "norm"}

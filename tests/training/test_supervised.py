@@ -1,6 +1,7 @@
 """The fine-tuning loop: what it refuses, what it leaves, and that however it is interrupted, nothing changes."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -16,6 +17,25 @@ from usfmae_jax.interop.encoder import flatten, save_encoder
 from usfmae_jax.training import supervised
 from usfmae_jax.training.monitor import DivergedError, Preemption
 from usfmae_jax.training.supervised import better, finetune
+
+compile_programs = supervised.compile_programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Runs of equal models and recipes share what was compiled for the first: that takes longer than to train them."""
+    known = {}
+
+    def compile_once(job, mesh):
+        parts = {name: job.settings[name] for name in ("model", "mode", "last_k", "optimizer", "regularization")}
+        key = json.dumps([job.description, job.preprocessing, parts, job.config.train.batch_size])
+        known[key] = known.get(key) or compile_programs(job, mesh)
+        rows, images = supervised.supervised_setup.whole_images(job, mesh)
+        return dataclasses.replace(known[key], rows=rows, images=images)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "compile_programs", compile_once)
+        yield
 
 
 @pytest.fixture
@@ -122,7 +142,7 @@ def test_a_stopped_run_ends_bitwise_as_the_undisturbed_one(
 ):
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self, step: asked.append(step) or len(asked) == after)
+        patch.setattr(Preemption, "requested", lambda self: asked.append(None) or len(asked) == after)
         done = finetune(config, str(tmp_path))
     assert not done
     config.data.threads = 1  # may change
@@ -149,12 +169,12 @@ def test_a_killed_run_starts_at_its_last_checkpoint(undisturbed, config, tmp_pat
 
 def test_a_finished_run_takes_more_seeds_fractions_and_folds(config, tmp_path, capfd, monkeypatch):
     config.split.only = ("1",)
+    config.train.steps = 2
     assert finetune(config, str(tmp_path))
     first = _left(tmp_path)["fold-1"]
     capfd.readouterr()
     config.split.only = ()
     config.seeds, config.fractions = (0, 2), (0.5, 1.0)
-    config.train.steps = 10
     assert finetune(config, str(tmp_path))
     assert "members: 8, of which 7 are to be trained" in capfd.readouterr().err
     assert _left(tmp_path)["fold-1"] == first
@@ -171,8 +191,9 @@ def test_a_finished_run_takes_more_seeds_fractions_and_folds(config, tmp_path, c
     assert half != other
 
 
-def test_compiling_happens_once_for_all_members(config, tmp_path, capfd, no_report):
-    config.seeds = (0, 1)
+def test_compiling_happens_once_for_all_members(config, tmp_path, capfd, no_report, monkeypatch):
+    monkeypatch.setattr(supervised, "compile_programs", compile_programs)
+    config.split.only = ("1",)
     config.fractions = (0.5, 1.0)
     config.train.steps = 2
     assert finetune(config, str(tmp_path))
@@ -244,7 +265,7 @@ def test_it_starts_from_an_encoder_and_warns_when_that_has_seen_the_test_data(co
 
 
 def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, monkeypatch, no_report):
-    config.model.update(arch="resnet50", width=8, depth=1, channels=1, patch_size=0, num_heads=0)
+    config.model.update(arch="resnet50", width=4, depth=1, channels=1, patch_size=0, num_heads=0)
     config.split.only = ("1",)
     config.train.steps = 4
     assert finetune(config, str(tmp_path / "whole"))
@@ -252,7 +273,7 @@ def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, monk
     assert any(np.abs(value).max() > 0 for name, value in stats.items() if name.endswith("mean"))
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self, step: asked.append(step) or len(asked) == 2)
+        patch.setattr(Preemption, "requested", lambda self: asked.append(None) or len(asked) == 2)
         assert not finetune(config, str(tmp_path / "stopped"))
     assert finetune(config, str(tmp_path / "stopped"))
     assert _left(tmp_path / "stopped") == _left(tmp_path / "whole")
@@ -295,6 +316,9 @@ BAD = {
     "every": ({"stop.every": 0.0}, "config.stop.every"),
     "smoothing": ({"regularization.smoothing": 1.0}, "config.regularization.smoothing"),
     "weights": ({"regularization.class_weights": "log"}, "config.regularization.class_weights"),
+    "epochs": ({"train.epochs": -1.0}, "config.train.epochs=-1 must be at least 0"),
+    "rate": ({"optimizer.learning_rate": -1.0}, "config.optimizer.learning_rate=-1"),
+    "crop": ({"augment.crop_scale": (0.0, 0.5)}, "config.augment.crop_scale"),
     "interpolation": ({"augment.interpolation": "sinc"}, "config.augment.interpolation"),
 }
 

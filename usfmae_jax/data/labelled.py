@@ -44,6 +44,7 @@ class Labelled:
       class_names: C names, in the order of the labels.
       unlabelled: number of records that were left out since they have no label.
       damaged: number of records that were left out since they cannot be read.
+      stored: SHA-256 of all encoded images; `sha256` is of their sources, before they were cleaned and shrunk.
     """
 
     shards: Shards
@@ -59,6 +60,7 @@ class Labelled:
     class_names: tuple[str, ...]
     unlabelled: int = 0
     damaged: int = 0
+    stored: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -86,6 +88,7 @@ class Labelled:
     def fingerprint(self) -> str:
         """12 hex digits that change with rows, labels, ids and pixels, and not with where files lie."""
         digest = hashlib.sha256(json.dumps([self.shards.contents(), self.class_names]).encode())
+        digest.update(self.stored.encode())
         digest.update(np.stack([self.index, self.label]).astype("<i8").tobytes())
         for name in _TEXTS:
             digest.update("\n".join(getattr(self, name)).encode())
@@ -115,7 +118,7 @@ def read_labelled(paths: str, split: str = "", classes: Sequence[str] = ()) -> L
     files = [path for source in open_sources(paths, split or None) for path in source.paths]
     shards = Shards(list(dict.fromkeys(files)))
     found: dict[str, list[str]] = collections.defaultdict(list)
-    index, label, unlabelled, damaged = [], [], 0, 0
+    index, label, unlabelled, damaged, stored = [], [], 0, 0, hashlib.sha256()
     for number in tqdm(range(len(shards)), "reading ids", unit="record", disable=len(shards) <= _MANY):
         try:
             record = decode_record(shards[number])
@@ -134,6 +137,7 @@ def read_labelled(paths: str, split: str = "", classes: Sequence[str] = ()) -> L
         found["folder"].append(path.rpartition("/")[0])
         index.append(number)
         label.append(record["label"])
+        stored.update(hashlib.sha256(record["image"]).digest())
     if not index:
         raise InputError(f"config.data.path={paths!r} has no labels in {len(shards)} records; build it with --labels")
     names = _class_names(sorted(set(found.pop("folder"))), max(label), classes)
@@ -144,7 +148,14 @@ def read_labelled(paths: str, split: str = "", classes: Sequence[str] = ()) -> L
         )
     texts = {name: np.asarray(values, np.str_) for name, values in found.items()}
     return Labelled(
-        shards, np.asarray(index), np.asarray(label), **texts, class_names=names, unlabelled=unlabelled, damaged=damaged
+        shards,
+        np.asarray(index),
+        np.asarray(label),
+        **texts,
+        class_names=names,
+        unlabelled=unlabelled,
+        damaged=damaged,
+        stored=stored.hexdigest(),
     )
 
 

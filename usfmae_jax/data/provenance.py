@@ -50,7 +50,7 @@ def read_manifest(folder: epath.Path | str) -> dict[str, Any]:
 def seen_in(lineage: Sequence[dict[str, Any]], sources: Sequence[Shards]) -> dict[str, list[str]]:
     """Which datasets of `sources` the stages of a lineage are known to have trained on.
 
-    A dataset counts as seen if a shard of the same name and length was, or any shard of its name.
+    A dataset counts as seen if it was trained on under the same name, in whatever version.
 
     Args:
       lineage: stages as `interop.encoder.read_lineage` gives them.

@@ -43,6 +43,7 @@ def group_folds(frames: Labelled, groups: np.ndarray, count: int, validation: fl
         raise InputError(
             f"config.split.folds={count} needs 2 folds or more and not more than groups: class "
             f"{frames.class_names[fewest]!r} has {per_class[fewest]} patients or groups"
+            f"{' of patients that share a video or a picture' if per_class[fewest] else ''}"
         )
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     folds = []

@@ -62,6 +62,12 @@ def positive_class(classes: Sequence[str], positive: str = "") -> int | None:
     return names.index(positive.casefold()) if positive else 1
 
 
+def defined(two_classes: bool) -> list[str]:
+    """Those of `NAMES` that exist for two classes, or for more."""
+    absent = {"specificity_macro"} if two_classes else {"sensitivity", "specificity", "ppv", "npv", "f1"}
+    return [name for name in NAMES if name not in absent]
+
+
 def metrics(
     labels: np.ndarray, probabilities: np.ndarray, positive: int | None, weights: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:

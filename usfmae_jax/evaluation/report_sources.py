@@ -29,7 +29,9 @@ def provenance(results: Mapping[str, Any]) -> str:
     name = f"Left out of training: {counted(len(rows), 'near-duplicate')} of tested frames"
     page += markup.table(["Frame", "Patient", "Fold", "Why"], rows, name, stack=True)
     if excluded is not None and not rows:
-        page += '<p class="soft">No near-duplicates of tested frames had to be left out of training.</p>'
+        looked = context.get("config", {}).get("split", {}).get("duplicates", True)
+        said = "No near-duplicates of tested frames had to be left out of training."
+        page += f'<p class="soft">{said if looked else "Near-duplicates were not looked for."}</p>'
     settings = [[name, value] for name, value in _flat(context.get("config") or {})]
     return page + markup.folded("All settings", markup.table(["Setting", "Value"], settings, most=len(settings)))
 

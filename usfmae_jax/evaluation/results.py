@@ -62,7 +62,6 @@ from etils import epath
 from usfmae_jax.evaluation import calibration, classification, report
 from usfmae_jax.evaluation.predictions import Predictions, concatenate
 from usfmae_jax.evaluation.summary import markdown, table
-from usfmae_jax.evaluation.verdict import counted
 
 __all__ = ["FORMAT", "finish", "summarise", "table"]
 
@@ -199,12 +198,12 @@ def _calibrated(test: Predictions, validation: Predictions, positive: str, resam
 def _warnings(results: dict[str, Any], predictions: Predictions) -> list[str]:
     """What a reader of these numbers should know."""
     found = []
-    for name, one in results["per_class"].items():
-        if one["patients"] < _FEW:
-            found.append(
-                f"Class {name} is tested on {counted(one['patients'], 'patient')} only: its numbers may be far off, "
-                "and intervals over so few are too narrow."
-            )
+    few = {name: one["patients"] for name, one in results["per_class"].items() if one["patients"] < _FEW}
+    if few:
+        found.append(
+            f"Few patients are tested of {', '.join(f'{name} ({count})' for name, count in few.items())}: such numbers "
+            "may be far off, and intervals over so few are too narrow."
+        )
     main = predictions.select(predictions.fraction == results["fraction"])
     repeated = len(main) - len({*zip(main.seed.tolist(), main.frame_key, strict=True)})
     if repeated:

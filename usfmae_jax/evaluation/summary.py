@@ -15,14 +15,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def headline(results: dict[str, Any]) -> str:
-    """One sentence: what was tested on whom, and how well it did."""
+    """What was tested on whom, how well it did, and how the frames were split."""
     task, counts = results["task"], results["counts"]
     title = task.get("title") or "Results"
     what = f"{title}: tested on {tested_on(results)}"
     if counts["folds"] > 1:
         what += f" in {counts['folds']} folds"
-    if task.get("split"):
-        what += f" ({task['split']})"
     if counts["seeds"] > 1:
         what += f", the mean of {counts['seeds']} seeds"
     name = "auroc" if results["metrics"]["auroc"]["value"] is not None else "accuracy"
@@ -30,7 +28,8 @@ def headline(results: dict[str, Any]) -> str:
     value = f"{_NAMES[name]} {tables.number(one['value'])}"
     if one["ci95"]:
         value += f", 95% interval over patients {one['ci95'][0]:.3f} to {one['ci95'][1]:.3f}"
-    return f"{what}; {value}{'; positive: ' + task['positive'] if task['positive'] else ''}."
+    split = f" Split: {task['split']}." if task.get("split") else ""
+    return f"{what}; {value}{'; positive: ' + task['positive'] if task['positive'] else ''}.{split}"
 
 
 def markdown(results: dict[str, Any]) -> str:

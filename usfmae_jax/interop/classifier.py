@@ -20,7 +20,7 @@ from etils import epath
 from flax import nnx
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.encoder import Lineage, flatten, read_lineage, unflatten
+from usfmae_jax.interop.encoder import Lineage, flatten, read_lineage, unflatten, write_lineage
 from usfmae_jax.interop.tensors import from_array, write_safetensors
 from usfmae_jax.models.heads import Classifier
 from usfmae_jax.models.resnet import ResNet
@@ -55,7 +55,7 @@ def save_classifier(
     flat |= {STATS + name: np.asarray(value, np.float32) for name, value in flatten(stats or {}).items()}
     (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **description}, indent=2) + "\n")
     (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
-    (root / "lineage.json").write_text(json.dumps({"stages": lineage}, indent=2) + "\n")
+    write_lineage(directory, lineage)
     tensors = {name: from_array(value) for name, value in flat.items()}
     write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(lineage)})
 

@@ -44,7 +44,7 @@ def save_encoder(
     flat = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
     (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **architecture}, indent=2) + "\n")
     (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
-    (root / "lineage.json").write_text(json.dumps({"stages": lineage}, indent=2) + "\n")
+    write_lineage(directory, lineage)
     tensors = {name: from_array(value) for name, value in flat.items()}
     write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(lineage)})
 
@@ -68,6 +68,11 @@ def read_encoder(directory: str) -> tuple[dict[str, Any], dict[str, Any], dict[s
     if architecture.pop("format", None) != FORMAT:
         raise InputError(f"{directory} has another encoder format than {FORMAT}; update usfmae_jax")
     return unflatten(flat), architecture, preprocessing
+
+
+def write_lineage(directory: str, lineage: Lineage) -> None:
+    """Writes `lineage.json`, into an encoder directory or a workdir."""
+    (epath.Path(directory) / "lineage.json").write_text(json.dumps({"stages": lineage}, indent=2) + "\n")
 
 
 def read_lineage(directory: str) -> Lineage:

@@ -69,8 +69,9 @@ def write_model_card(model: Model, form: str, directory: str, export: dict[str, 
 def _front_matter(model: Model, form: str) -> list[str]:
     """YAML that the Hub understands; strings are quoted, because names of datasets can be anything."""
     known = [licence for _, licence in licences(model.lineage)]
-    if non_commercial(model.lineage):
-        licence = ["license: cc-by-nc-4.0"]
+    restrictive = {one for one in known if one and "NC" in one.upper()}
+    if non_commercial(model.lineage) and all("CC BY-NC 4.0" in one for one in restrictive):
+        licence = ["license: cc-by-nc-4.0"]  # terms that are stricter still have no name that the Hub knows
     elif known and all(known):
         licence = ["license: other", f"license_name: {_quoted('; '.join(sorted(set(known))))}"]
     else:

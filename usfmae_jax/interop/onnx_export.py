@@ -14,6 +14,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.interop import tensors
 from usfmae_jax.interop.model import Model
 from usfmae_jax.interop.tensors import Tensor, from_array
+from usfmae_jax.models.layers import NORM_EPS
 
 #: Old enough for runtimes of 2022, new enough for LayerNormalization.
 OPSET = 17
@@ -32,7 +33,7 @@ def write_onnx(model: Model, directory: str) -> None:
         import onnx
     except ImportError as error:
         raise InputError("--format=onnx needs the package onnx: pip install 'usfmae_jax[interop]'") from error
-    graph = _Graph()
+    graph = _Graph(model.architecture.get("norm_eps", NORM_EPS))
     last = _tokens(graph, model)
     outputs = _classifier(graph, model, last) if model.pool else _features(graph, model, last)
     size, kind = model.preprocessing["image_size"], onnx.TensorProto
@@ -54,7 +55,8 @@ def write_onnx(model: Model, directory: str) -> None:
 class _Graph:
     """Nodes and weights as they are added; every value is called after the node that makes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm_eps: float) -> None:
+        self.norm_eps = norm_eps
         self.nodes: list[tuple[str, list[str], list[str], dict[str, Any]]] = []
         self.weights: dict[str, Tensor] = {}
         self.shapes: dict[str, list[int]] = {}
@@ -82,7 +84,7 @@ class _Graph:
     def norm(self, x: str, scale: np.ndarray, bias: np.ndarray, name: str) -> str:
         """LayerNorm over the last axis."""
         inputs = [x, self.weight(name + ".scale", scale), self.weight(name + ".bias", bias)]
-        return self.add("LayerNormalization", inputs, name, axis=-1, epsilon=1e-6)
+        return self.add("LayerNormalization", inputs, name, axis=-1, epsilon=self.norm_eps)
 
 
 def _tokens(graph: _Graph, model: Model) -> str:
@@ -173,7 +175,9 @@ def _weights(graph: _Graph, data_path: str) -> list[Any]:
     """The constants; values of a large model are streamed to `data_path`."""
     import onnx
 
-    protos = [onnx.numpy_helper.from_array(np.asarray(shape, np.int64), n) for n, shape in graph.shapes.items()]
+    used = {name for _, inputs, _, _ in graph.nodes for name in inputs}
+    shapes = {name: np.asarray(shape, np.int64) for name, shape in graph.shapes.items() if name in used}
+    protos = [onnx.numpy_helper.from_array(shape, name) for name, shape in shapes.items()]
     size = sum(4 * math.prod(tensor.shape) for tensor in graph.weights.values())
     if size <= tensors.EXTERNAL:  # one protobuf ends at 2 GiB, and is built in memory
         return protos + [onnx.numpy_helper.from_array(t.read(), name) for name, t in graph.weights.items()]

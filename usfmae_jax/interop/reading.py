@@ -13,6 +13,7 @@ from usfmae_jax.interop.model import Model
 from usfmae_jax.interop.settings import Settings, read_settings
 from usfmae_jax.interop.source import Source
 from usfmae_jax.interop.tensors import Tensor, Tensors, from_array
+from usfmae_jax.models.position import resize_table
 
 _LABELS: dict[names.Origin, str] = {
     "usfmae_jax": "usfmae_jax",
@@ -31,6 +32,7 @@ class Options:
       image_size: (height, width) that the model is to be used on; None = what the file says.
       num_heads, decoder_num_heads: 0 = what the file says, else what is usual for the width.
       mean, std: of the normalisation, one number per channel; () = what the file says, else ImageNet's.
+      norm_eps: of the layer norms; 0 = what the file says, else 1e-6.
       allow_partial: go on without what is missing or not understood, where that can be.
     """
 
@@ -40,6 +42,7 @@ class Options:
     decoder_num_heads: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    norm_eps: float = 0.0
     allow_partial: bool = False
 
 
@@ -78,13 +81,15 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     account = Account(_LABELS[origin])
     found = _original(source, origin, account)
     depth = _depth(found, "blocks")
-    if "patch_embed.proj.weight" not in found or len(found["patch_embed.proj.weight"].shape) != 4 or not depth:
+    kernel = found.get("patch_embed.proj.weight")
+    if kernel is None or len(kernel.shape) != 4 or 0 in kernel.shape or not depth:
         raise InputError(f"{source.files[0]} holds no whole encoder: patch_embed.proj.weight or all blocks are missing")
     settings = read_settings(source, found, depth, _depth(found, "decoder_blocks"), options, account.notes)
     head = _take_head(found, settings, account)
     settings = _take_tables(found, settings, options, account)
     found, decoder = _check(found, settings, options, account)
     params = layout.to_ours(found | head)
+    _check_numbers(params)
     if options.channels and options.channels != settings.architecture["channels"]:
         params, settings = channels.change(params, settings, options.channels)
         account.notes.append(f"patch kernels changed to {options.channels} channels; grey images keep their features")
@@ -144,6 +149,14 @@ def _take_tables(found: Tensors, settings: Settings, options: Options, account: 
         patch = settings.architecture["patch_size"]
         base = (settings.architecture["image_size"][0] // patch, settings.architecture["image_size"][1] // patch)
         grid = positions.find_grid(table.shape[1] - 1, settings.grid) if table.ndim == 3 else None
+        others = sorted(
+            found.keys() - layout.expected_shapes(settings.architecture, settings.decoder) - {*layout.TABLES}
+        )
+        if grid is None and others:  # such as tokens of its own, which the table has rows for
+            raise InputError(
+                f"the file holds {_some(others)}, which mean nothing here, and {name} is {table.shape}: not a class "
+                "token and a square of patches"
+            )
         if grid is None:
             raise InputError(f"{name} is {table.shape}: not a class token and a square of patches; give --image_size")
         # A resized table is the interpolation of one of the size that the model was made for, or exact for its own.
@@ -161,8 +174,19 @@ def _take_tables(found: Tensors, settings: Settings, options: Options, account: 
             settings = settings.with_image_size((best[0] * patch, best[1] * patch))
         account.left[name] = "the fixed sin-cos table, which is not stored here"
     if options.image_size:
-        settings = settings.used_on(options.image_size)
+        old, settings = settings, settings.used_on(options.image_size)
+        if "position" in found:  # a parameter is resized once, so that what is exported is what is here
+            _resize_position(found, old, options.image_size)
+            settings = settings.with_image_size(options.image_size)
     return settings
+
+
+def _resize_position(found: Tensors, settings: Settings, size: tuple[int, int]) -> None:
+    patch, before = settings.architecture["patch_size"], settings.architecture["image_size"]
+    old, new = ((height // patch, width // patch) for height, width in (before, size))
+    position = found["position"]
+    if position.shape[0] == old[0] * old[1]:  # else the shapes are compared later
+        found["position"] = from_array(np.asarray(resize_table(position.read(), old, new)))
 
 
 def _keep_table(
@@ -215,6 +239,14 @@ def _refuse_unless_partial(account: Account, options: Options, of_decoder: set[s
         what = [f"lacks {_some(account.missing)}"] if account.missing else []
         what += [f"holds {_some(account.unknown)}, which mean nothing here"] if account.unknown else []
         raise InputError(f"the file {' and '.join(what)}; --allow_partial goes on without")
+
+
+def _check_numbers(params: dict[str, np.ndarray]) -> None:
+    for name, value in params.items():
+        with np.errstate(invalid="ignore"):  # an infinite sum, or none, and no second array as large as this
+            finite = np.isfinite(value.sum(dtype=np.float64))
+        if not finite:
+            raise InputError(f"{name} holds values that are not finite numbers: the training that made it diverged")
 
 
 def _some(items: list[str]) -> str:

@@ -1,17 +1,16 @@
 """ResNet-50 weights from PyTorch files, in torchvision's names, which timm shares."""
 
-import io
+import os
 import re
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
-from etils import epath
 from flax import nnx
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.encoder import flatten, unflatten
+from usfmae_jax.interop.tensors import Tensors, open_safetensors
+from usfmae_jax.interop.torch_files import open_torch
 from usfmae_jax.models.resnet import STAGES, ResNet
 
 RUNNING = {"running_mean": "mean", "running_var": "var"}
@@ -23,8 +22,8 @@ def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple
     Args:
       path: `.safetensors`, or `.pth` or `.pt`, which need PyTorch; nothing in them is executed.
       num_classes: the head is left out unless it has as many outputs; 0 always leaves it out.
-      grey: turn a first convolution of three channels into one for grey images. Its kernels are summed: the answer is
-        the same as to the grey image repeated in three channels.
+      grey: turn a first convolution of three channels into one for grey images. Its kernels are summed: under one
+        mean and deviation for all channels the answer is that to the grey image repeated in three.
 
     Returns:
       parameters and running statistics of a `models.resnet.ResNet`, float32, without `head` where it is left out.
@@ -34,17 +33,17 @@ def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple
     """
     params: dict[str, np.ndarray] = {}
     stats: dict[str, np.ndarray] = {}
-    for name, tensor in _read_tensors(path).items():
+    for name, lazy in _read_tensors(path).items():
         parent, _, last = name.removeprefix("module.").rpartition(".")
         parent = "head" if parent == "fc" else parent
-        tensor = np.asarray(tensor, np.float32)
+        tensor = np.array(lazy.read())  # a copy: the file may be mapped into memory
         if last in RUNNING:
             stats[f"{parent}.{RUNNING[last]}"] = tensor
         elif last == "weight" and tensor.ndim == 1:
             params[f"{parent}.scale"] = tensor
         elif last == "weight":  # [out, in, ...] there, [..., in, out] here
             params[f"{parent}.kernel"] = tensor.transpose(*range(2, tensor.ndim), 1, 0)
-        elif last != "num_batches_tracked":
+        elif last != "num_batches_tracked":  # which some files have as a floating-point number
             params[f"{parent}.{last}"] = tensor
     if params.get("head.bias", np.zeros(0)).shape != (num_classes,) or not num_classes:
         params = {name: value for name, value in params.items() if not name.startswith("head.")}
@@ -61,37 +60,15 @@ def architecture(params: Any) -> dict[str, Any]:
     return {"channels": channels, "depths": depths, "width": width}
 
 
-def _read_tensors(path: str) -> dict[str, Any]:
-    """The named tensors of a file."""
-    try:
-        content = epath.Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+def _read_tensors(path: str) -> Tensors:
+    """The floating-point tensors of a file, by name."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path} does not exist; give a .safetensors, .pth or .pt file")
     if path.endswith(".safetensors"):
-        try:
-            return safetensors.numpy.load(content)
-        except (safetensors.SafetensorError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is not a safetensors file: {error}") from error
+        return open_safetensors(path)[0]
     if not path.endswith((".pth", ".pt")):
         raise InputError(f"{path} has an unknown kind of weights; give a .safetensors, .pth or .pt file")
-    try:
-        import torch  # nothing else in the library needs it
-    except ImportError as error:
-        raise InputError(
-            f"reading {path} needs PyTorch: pip install torch, or convert the file to .safetensors"
-        ) from error
-    try:
-        loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a foreign file provokes in there
-        raise InputError(
-            f"{path} does not hold plain PyTorch weights ({type(error).__name__}); save its state_dict() to a file"
-        ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} holds a {type(loaded).__name__}, not named weights; save a state_dict() to a file")
-    return {name: value.float().numpy() for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+    return open_torch(path)
 
 
 def _check(path: str, params: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> None:

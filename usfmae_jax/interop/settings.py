@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.source import Source
 from usfmae_jax.interop.tensors import Tensors
+from usfmae_jax.models.layers import NORM_EPS
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.reading import Options
@@ -56,7 +57,7 @@ def read_settings(
       InputError: something has to be known and is not, or the model is of a kind that there is none of here.
     """
     config = source.settings.get("config", {})
-    _check_kind(config, notes)
+    _check_kind(config)
     own = _own(source)
     width, channels, patch = (found["patch_embed.proj.weight"].shape[i] for i in (0, 1, 2))
     hidden = found["blocks.0.mlp.fc1.bias"].shape[0] if "blocks.0.mlp.fc1.bias" in found else 4 * width
@@ -71,6 +72,15 @@ def read_settings(
         "num_heads": heads,
         "mlp_ratio": hidden / width,
     }
+    eps = options.norm_eps or own["architecture"].get("norm_eps") or config.get("layer_norm_eps", NORM_EPS)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise InputError(f"layer_norm_eps={eps!r} in config.json is no small positive number; add --norm_eps=1e-6")
+    if eps != NORM_EPS:
+        architecture["norm_eps"] = eps
+        notes.append(
+            f"layer norms add {eps:g} to the variance, as config.json says; the MAE code, timm and pretraining here "
+            f"add {NORM_EPS:g}: --norm_eps={NORM_EPS:g} does as they do"
+        )
     decoder = None
     if decoder_depth and "decoder_embed.weight" in found:
         narrow = found["decoder_embed.weight"].shape[0]
@@ -101,13 +111,10 @@ def _own(source: Source) -> dict[str, Any]:
     return own | {"image_size": source.settings.get("preprocessing", {}).get("image_size")}
 
 
-def _check_kind(config: dict[str, Any], notes: list[str]) -> None:
+def _check_kind(config: dict[str, Any]) -> None:
     for field, wanted in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(field, wanted) != wanted:
             raise InputError(f"config.json has {field}={config[field]!r}; only {field}={wanted!r} can be computed here")
-    eps = config.get("layer_norm_eps", 1e-6)
-    if eps != 1e-6:
-        notes.append(f"config.json has layer_norm_eps={eps}; here it is 1e-06, which moves features by less than 1e-4")
 
 
 def _heads(

@@ -1,5 +1,6 @@
 """A model as StableHLO, through `jax.export`."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import safetensors.numpy
 from flax import nnx
 from jax import export
 
+from usfmae_jax.errors import InputError
 from usfmae_jax.interop import tensors
 from usfmae_jax.interop.model import Model, graph, nested
 from usfmae_jax.models.patches import normalize_images
@@ -51,7 +53,12 @@ def write_stablehlo(model: Model, directory: str) -> None:
     `jax.export.deserialize(bytearray(FILE's bytes)).call(images)` runs it, on a CPU, CUDA or TPU, with any batch size;
     `.mlir_module()` is the program as text for other compilers. A large model's weights lie in `model.safetensors`
     beside it, and are the second argument: a dict by name.
+
+    Raises:
+      InputError: the package flatbuffers is missing, in which jax.export stores programs.
     """
+    if not importlib.util.find_spec("flatbuffers"):
+        raise InputError("--format=stablehlo needs the package flatbuffers: pip install 'usfmae_jax[interop]'")
     apply, size, channels = inference(model), model.preprocessing["image_size"], model.preprocessing["channels"]
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)

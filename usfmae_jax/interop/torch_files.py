@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 import zipfile
 from typing import Any
 
@@ -38,7 +39,8 @@ def _load(path: str) -> Any:
         ) from error
     try:
         # Of all classes only the one that holds a training script's arguments is let through: it runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of pickles; what cannot be read is said below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -47,9 +49,12 @@ def _load(path: str) -> Any:
                 f"{path} holds code ({code[1]}) beside tensors, which is not run; where it was made, save the "
                 "tensors alone: torch.save(model.state_dict(), FILE)"
             ) from error
-        inner = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
         reason = inner[1] if inner else (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is no whole PyTorch file of tensors ({reason[:200]}); download it again") from error
+        raise InputError(
+            f"{path} is no whole PyTorch file of tensors ({reason[:200]}); download it again, or save it anew where it "
+            "was made: torch.save(model.state_dict(), FILE)"
+        ) from error
 
 
 def _tensors(state: dict[Any, Any]) -> Tensors:

@@ -86,6 +86,8 @@ def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tup
     }
     run, packages = runners[form]
     try:
+        if form in ("timm", "hf"):
+            declare_torchvision()
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
         for name in packages:
             importlib.import_module(_IMPORTED.get(name, name))
@@ -96,6 +98,30 @@ def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tup
     except Exception as error:  # packages that do not fit one another raise what they like
         raise UnavailableError(f"{' or '.join(packages)} cannot be imported: {str(error).splitlines()[0]}") from error
     return run(model, directory, images), versions
+
+
+_DECLARED: list[Any] = []  # declarations last as long as this
+
+
+def declare_torchvision() -> None:
+    """Lets timm and transformers be imported beside a torchvision that was built for another PyTorch.
+
+    Neither uses its operators for a ViT, but importing torchvision asks for their declarations.
+
+    Raises:
+      ImportError: PyTorch is missing.
+    """
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
+    except RuntimeError:  # operator torchvision::nms does not exist
+        if not _DECLARED:
+            _DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
+            for name in ("nms", "qnms"):
+                _DECLARED[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def largest_difference(ours: Outputs, theirs: Outputs) -> dict[str, float]:

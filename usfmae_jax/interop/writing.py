@@ -9,6 +9,7 @@ from usfmae_jax.interop import layout, names
 from usfmae_jax.interop.model import Model
 from usfmae_jax.interop.positions import stored_table
 from usfmae_jax.interop.tensors import Tensors, from_array, write_safetensors
+from usfmae_jax.models.layers import NORM_EPS
 
 #: timm's models by width; everything else is said by arguments.
 _TIMM = {
@@ -108,7 +109,7 @@ def write_hf(model: Model, directory: str) -> None:
         "num_attention_heads": about["num_heads"],
         "intermediate_size": int(about["width"] * about["mlp_ratio"]),
         "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
+        "layer_norm_eps": about.get("norm_eps", NORM_EPS),
         "qkv_bias": True,
         "attention_probs_dropout_prob": 0.0,
         "hidden_dropout_prob": 0.0,

@@ -42,9 +42,13 @@ class Linear(nnx.Linear):
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with eps 1e-6, in float32 whatever comes in."""
-    return nnx.LayerNorm(width, epsilon=1e-6, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+#: What LayerNorm adds to the variance in the MAE code, and in timm.
+NORM_EPS = 1e-6
+
+
+def layer_norm(width: int, eps: float = NORM_EPS, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm in float32 whatever comes in."""
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 @jax.custom_vjp

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from usfmae_jax.models.layers import AttentionImplementation, Linear, layer_norm
+from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, layer_norm
 from usfmae_jax.models.patches import patchify, take_tokens
 from usfmae_jax.models.position import resize_table, sincos_table
 from usfmae_jax.models.vit import Block, Blocks, ViT
@@ -106,6 +106,7 @@ class Decoder(nnx.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
+        norm_eps: float = NORM_EPS,
         dtype: Any,
         attention: AttentionImplementation,
         scan: bool,
@@ -115,12 +116,12 @@ class Decoder(nnx.Module):
         self.grid, self.width, self.dtype = grid, width, dtype
 
         def make(rngs: nnx.Rngs) -> Block:
-            return Block(width, num_heads, mlp_ratio, dtype=dtype, attention=attention, rngs=rngs)
+            return Block(width, num_heads, mlp_ratio, norm_eps=norm_eps, dtype=dtype, attention=attention, rngs=rngs)
 
         self.embed = Linear(encoder_width, width, dtype=dtype, rngs=rngs)
         self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))
         self.blocks = Blocks(depth, make, scan=scan, remat=remat, rngs=rngs)
-        self.norm = layer_norm(width, rngs=rngs)
+        self.norm = layer_norm(width, norm_eps, rngs=rngs)
         self.pred = Linear(width, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
@@ -156,6 +157,7 @@ class MAE(nnx.Module):
             depth=decoder_depth,
             num_heads=decoder_num_heads,
             mlp_ratio=encoder.get("mlp_ratio", 4.0),
+            norm_eps=encoder.get("norm_eps", NORM_EPS),
             dtype=self.encoder.dtype,
             attention=encoder.get("attention"),
             scan=encoder.get("scan", True),

@@ -31,9 +31,31 @@ def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
 
 
 def resize_table(table: jax.Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
-    """Bicubic interpolation of a position table `[old[0] * old[1], D]` to `[new[0] * new[1], D]`."""
+    """Bicubic interpolation of a position table `[old[0] * old[1], D]` to `[new[0] * new[1], D]`.
+
+    The numbers are those of PyTorch's `interpolate(..., mode="bicubic", align_corners=False)`, with which the MAE code
+    and Hugging Face resize their tables: not antialiased, so that a smaller grid samples the same function.
+    """
     if old == new:
         return jnp.asarray(table)
-    image = jnp.asarray(table).reshape(*old, -1)
-    # Without antialiasing, as ViT and MAE fine-tuning do it: a smaller grid samples the same function.
-    return jax.image.resize(image, (*new, image.shape[-1]), "bicubic", antialias=False).reshape(-1, image.shape[-1])
+    down, across = (_cubic_weights(*sizes) for sizes in zip(old, new, strict=True))
+    # The matrices are small and the table goes into every token: not in the bfloat16 of a TPU's own choice.
+    resized = jnp.einsum(
+        "ya,xb,abd->yxd", down, across, jnp.asarray(table).reshape(*old, -1), precision=jax.lax.Precision.HIGHEST
+    )
+    return resized.reshape(new[0] * new[1], -1)
+
+
+def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
+    """float32 `[new, old]` that interpolates along one axis: cubic convolution (Keys 1981), its `a` as PyTorch has it.
+
+    JAX's own cubic has a = -0.5. Beyond the border the last position is repeated.
+    """
+    place = (np.arange(new) + 0.5) * (old / new) - 0.5
+    weights = np.zeros((new, old))
+    for offset in range(-1, 3):
+        neighbour = np.floor(place) + offset
+        d = np.abs(place - neighbour)
+        weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
+        np.add.at(weights, (np.arange(new), np.clip(neighbour, 0, old - 1).astype(int)), weight)
+    return weights.astype(np.float32)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from usfmae_jax.models.layers import Attention, AttentionImplementation, Linear, gelu, layer_norm
+from usfmae_jax.models.layers import NORM_EPS, Attention, AttentionImplementation, Linear, gelu, layer_norm
 from usfmae_jax.models.patches import check_patches, patchify, take_tokens
 from usfmae_jax.models.position import resize_table, sincos_table
 
@@ -41,14 +41,15 @@ class Block(nnx.Module):
         num_heads: int,
         mlp_ratio: float,
         *,
+        norm_eps: float = NORM_EPS,
         dtype: Any,
         attention: AttentionImplementation,
         rngs: nnx.Rngs,
     ):
         hidden = int(width * mlp_ratio)
-        self.norm1 = layer_norm(width, rngs=rngs)
+        self.norm1 = layer_norm(width, norm_eps, rngs=rngs)
         self.attn = Attention(width, num_heads, dtype=dtype, implementation=attention, rngs=rngs)
-        self.norm2 = layer_norm(width, rngs=rngs)
+        self.norm2 = layer_norm(width, norm_eps, rngs=rngs)
         self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
@@ -144,6 +145,7 @@ class ViT(nnx.Module):
       channels: 1 or 3.
       width, depth, num_heads, mlp_ratio: of the transformer.
       learned_positions: the position table is a parameter, as in ViT and after MAE's fine-tuning; else it is fixed.
+      norm_eps: of the layer norms; Hugging Face's configs often have 1e-12.
       dtype: compute dtype; parameters stay float32.
       attention: implementation for `jax.nn.dot_product_attention`: 'xla', 'cudnn', or None for its own choice.
       scan, remat: see `Blocks`.
@@ -160,6 +162,7 @@ class ViT(nnx.Module):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         learned_positions: bool = False,
+        norm_eps: float = NORM_EPS,
         dtype: Any = jnp.float32,
         attention: AttentionImplementation = None,
         scan: bool = True,
@@ -171,7 +174,7 @@ class ViT(nnx.Module):
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
 
         def make(rngs: nnx.Rngs) -> Block:
-            return Block(width, num_heads, mlp_ratio, dtype=dtype, attention=attention, rngs=rngs)
+            return Block(width, num_heads, mlp_ratio, norm_eps=norm_eps, dtype=dtype, attention=attention, rngs=rngs)
 
         self.patch_embed = Linear(patch_size * patch_size * channels, width, dtype=dtype, rngs=rngs)
         self.cls_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))
@@ -179,7 +182,7 @@ class ViT(nnx.Module):
         if learned_positions:
             self.position = nnx.Param(jnp.asarray(sincos_table(self.grid, width)))
         self.blocks = Blocks(depth, make, scan=scan, remat=remat, rngs=rngs)
-        self.norm = layer_norm(width, rngs=rngs)
+        self.norm = layer_norm(width, norm_eps, rngs=rngs)
 
     def __call__(
         self,

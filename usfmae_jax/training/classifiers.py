@@ -49,7 +49,8 @@ def read_init(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> 
     # A first convolution of three channels becomes one of one only on request: that changes what published weights see.
     params, stats = resnet_files.read_resnet(config.init, num_classes=len(class_names), grey=config.model.channels == 1)
     shape = resnet_files.architecture(params)
-    mean, std = _PIXELS[shape["channels"]]
+    # The statistics inside belong to ImageNet's normalisation, of which grey takes the average over channels.
+    mean, std = _PIXELS[3] if shape["channels"] == 3 else tuple((sum(v) / 3,) for v in _PIXELS[3])
     return Weights(
         kind="classifier",
         params=params,

@@ -1,7 +1,6 @@
 """What the loops take from their configs alike."""
 
 import json
-import os
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
+from usfmae_jax.cli import public_path
 from usfmae_jax.errors import InputError
 
 
@@ -81,7 +81,5 @@ def public_settings(config: ml_collections.ConfigDict, paths: tuple[str, ...]) -
         node = public
         for group in groups:
             node = node[group]
-        node[field] = ",".join(
-            os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path for path in node[field].split(",")
-        )
+        node[field] = ",".join(map(public_path, node[field].split(",")))
     return public

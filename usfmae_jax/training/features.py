@@ -4,12 +4,14 @@ import os
 import pathlib
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from usfmae_jax.data import labelled
@@ -22,7 +24,7 @@ from usfmae_jax.training.weights import Weights
 Extractor = Callable[[Iterator[np.ndarray], int, str], np.ndarray]
 
 #: Changes when the same weights and frames would give other features.
-FORMAT = 1
+FORMAT = 2
 #: Side of the images whose pixels are the features of the floor that any encoder has to beat.
 PIXELS = 32
 #: Patch tokens are kept whole in memory: of more than this, bytes, another pooling is asked for.
@@ -90,7 +92,8 @@ def extract(
     name = f"{frames.fingerprint}-{pool}-{height}x{width}x{channels}-{jnp.dtype(dtype).name}"
     path = pathlib.Path(cache, f"features-{weights.fingerprint if weights else 'pixels'}-{name}.npz")
     found = _read(path, len(frames)) if cache else None
-    if found is not None:
+    # Hosts may have homes of their own: all compute unless all have the file.
+    if np.all(multihost_utils.process_allgather(np.bool_(found is not None))) and found is not None:
         print(f"features: computed before, {path}", file=sys.stderr)
         return found
     images = labelled.images(
@@ -127,7 +130,7 @@ def _read(path: pathlib.Path, count: int) -> np.ndarray | None:
         with np.load(path, allow_pickle=False) as stored:
             features = stored["features"]
             return features if int(stored["format"]) == FORMAT and len(features) == count else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent, or left over from another version: computed anew
 
 

@@ -1,6 +1,7 @@
 """A closer look at what was tested: the most confident errors, where attention went, and images made worse."""
 
 import concurrent.futures
+import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -40,13 +41,17 @@ def rollout(weights: Weights | None, pool: Pool) -> Attention | None:
         return None
     params, architecture = weights.encoder()
     mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
-    graph = model_graph(lambda rngs: ViT(**architecture, rngs=rngs))
+    follow = _follower(model_graph(lambda rngs: ViT(**architecture, rngs=rngs)), mean, std, pool)
+    return lambda images: np.asarray(follow(params, images))
 
-    @jax.jit
-    def follow(images: jax.Array) -> jax.Array:
-        return attention_rollout(nnx.merge(graph, params), normalize_images(images, mean, std), pool)
 
-    return lambda images: np.asarray(follow(images))
+@functools.lru_cache(4)  # the members of a run share the compiled program
+def _follower(
+    graph: Any, mean: tuple[float, ...], std: tuple[float, ...], pool: Pool
+) -> Callable[[Any, np.ndarray], jax.Array]:
+    return jax.jit(
+        lambda params, images: attention_rollout(nnx.merge(graph, params), normalize_images(images, mean, std), pool)
+    )
 
 
 def errors(frames: Labelled, outcome: Outcome, count: int) -> list[dict[str, Any]]:

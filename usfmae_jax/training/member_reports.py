@@ -85,7 +85,9 @@ def describe(job: Job, mesh: Mesh, unfinished: int) -> None:
 def title(job: Job) -> str:
     """What was done, as a heading."""
     if job.description["model"] == "resnet50":
-        model = "ResNet-50"
+        shape = job.description["resnet"]
+        usual = (list(shape["depths"]), shape["width"]) == ([3, 4, 6, 3], 64)
+        model = "ResNet-50" if usual else f"ResNet of {3 * sum(shape['depths']) + 2} layers and width {shape['width']}"
     else:
         encoder = job.description["encoder"]
         names = ("patch_size", "width", "depth", "num_heads")

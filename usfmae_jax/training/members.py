@@ -40,6 +40,12 @@ def names(values: Sequence[Any]) -> tuple[str, ...]:
     return tuple(name.strip() for value in values for name in str(value).split(",") if name.strip())
 
 
+def only_note(only: Sequence[Any]) -> str:
+    """What belongs behind the description of a split of which only those folds are run; "" if all are."""
+    chosen = names(only)
+    return f"; only fold{'s' if len(chosen) > 1 else ''} {', '.join(chosen)} of them" if chosen else ""
+
+
 def plan_members(
     config: ml_collections.ConfigDict, frames: Labelled, folds: Sequence[Fold], groups: np.ndarray
 ) -> tuple[Member, ...]:

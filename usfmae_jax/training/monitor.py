@@ -229,7 +229,7 @@ class Preemption:
     """Notices SIGTERM (the scheduler wants the machine) and the first Ctrl-C; the loop asks at every step."""
 
     def __init__(self) -> None:
-        self._noticed = False
+        self._noticed, self._asked = False, 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
@@ -247,8 +247,9 @@ class Preemption:
         self._noticed = True
         signal.signal(number, self._previous[number])  # a second signal does what it always did
 
-    def requested(self, step: int) -> bool:
+    def requested(self) -> bool:
         """Whether to save and stop after this step; every process of a job gets the same answer."""
+        self._asked += 1  # counted here, over all loops of a job: the same on every process, and without gaps
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
+            return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._noticed

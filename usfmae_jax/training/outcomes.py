@@ -118,6 +118,18 @@ def embedding(frames: Labelled, outcome: Outcome) -> dict[str, Any] | None:
     }
 
 
+def cautions(frames: Labelled) -> list[str]:
+    """What a reader of any result on these frames has to know of them."""
+    found = []
+    # Without an id, a build writes the path of the file.
+    unknown = int(((frames.patient == "") | (frames.patient == frames.source)).sum())
+    if unknown:
+        found.append(f"{unknown} of {len(frames)} frames have no patient id and count as patients of their own")
+    if frames.damaged:
+        found.append(f"{frames.damaged} damaged records were left out")
+    return found
+
+
 def title(protocol: str, weights: Weights | None, datasets: Sequence[str]) -> str:
     """What was done, as a heading."""
     heads = {

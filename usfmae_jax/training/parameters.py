@@ -1,6 +1,7 @@
 """The parameters in a checkpoint, without the rest of the train state."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,12 +65,18 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
     if folder is None:
         raise InputError(f"{workdir} has no checkpoints; give the workdir of a run or what usfmae_jax.convert wrote")
     saver = checkpoints.open_checkpoints(str(folder), read_only=True)
+    # Every array of a damaged checkpoint fails on its own, and is told at length, some when Python exits; below is said
+    # what a person needs.
+    for name, level in (("absl", logging.ERROR), ("asyncio", logging.CRITICAL)):
+        logging.getLogger(name).setLevel(level)
     try:
         steps = [checkpoint.step for checkpoint in saver.checkpoints]
         if not steps or (step is not None and step not in steps):
             raise InputError(f"{workdir} has the checkpoints {steps}" + (f", not {step}" if step is not None else ""))
         step = steps[-1] if step is None else step
         metadata = saver.metadata(step)
+        if metadata.metadata is None:
+            raise ValueError("it is damaged")
         stored = metadata.metadata["params"]
         context = orbax.Context()
         context.memory.read_concurrent_bytes = CONCURRENT
@@ -105,8 +112,9 @@ def describe_encoder(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     size = list(model["image_size"])
     names = ("patch_size", "channels", "width", "depth", "num_heads", "mlp_ratio")
     architecture = {"image_size": (size * 2)[:2]} | {name: model[name] for name in names}
-    if model.get("learned_positions"):
-        architecture["learned_positions"] = True
+    for name in ("learned_positions", "norm_eps"):  # which only converted weights have
+        if model.get(name):
+            architecture[name] = model[name]
     preprocessing = config.get("preprocessing") or {
         "image_size": architecture["image_size"],
         "channels": config["data"]["channels"],

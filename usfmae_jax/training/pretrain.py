@@ -18,7 +18,7 @@ from usfmae_jax import __version__
 from usfmae_jax.data import pipeline
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
-from usfmae_jax.interop.encoder import read_lineage, save_encoder
+from usfmae_jax.interop.encoder import Lineage, read_lineage, save_encoder, write_lineage
 from usfmae_jax.training import checkpoints, common, setup
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
@@ -57,10 +57,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         state = checkpoints.restore(saver, abstract_state(make_model, optimizer, mesh), first_step)
     else:
         first_step, position = 0, {"next_batch": 0, "damaged": []}
+        ancestors: Lineage = []
         graph, state = init_state(make_model, optimizer, mesh, config.seed)
         if config.init:
-            state, taken = setup.with_weights(state, config.init)
+            state, ancestors, taken = setup.with_weights(state, config.init, config.model)
             print(taken, file=sys.stderr)
+        if jax.process_index() == 0:  # now: a resumed run may not find its first weights any more
+            write_lineage(workdir, [*ancestors, stage(settings, total_steps, sources)])
     inspector = setup.make_inspector(config, graph, mesh, sources, dataset, workdir)
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
@@ -89,7 +92,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                     train_step = compile_step(report, config, graph, optimizer, schedule, mesh, state, images)
             state, metrics = train_step(state, images)
             report.update(step, metrics)
-            stop = preemption.requested(step)
+            stop = preemption.requested()
             if stop or step == total_steps or step % config.checkpoint.every == 0:
                 report.flush()  # a state is saved only after its loss is known to be finite
                 with report.pause():
@@ -146,10 +149,6 @@ def describe(
     """Says what is about to run, and writes it to `<workdir>/config.json`."""
     if jax.process_index() == 0:
         epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        if first_step == 0:  # a resumed run may not find its first weights any more
-            stage = {"job": "pretrain", "code": f"usfmae_jax {__version__}", "step": total_steps, "config": settings}
-            stages = [*read_lineage(config.init), stage | {"data": describe_data(sources)}]
-            epath.Path(workdir, "lineage.json").write_text(json.dumps({"stages": stages}, indent=2) + "\n")
     report.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
     device = jax.devices()[0]
     frames = sum(map(len, sources))
@@ -163,6 +162,13 @@ def describe(
     )
     if first_step:
         report.say("already finished" if first_step == total_steps else f"resuming after step {first_step}")
+
+
+def stage(settings: dict[str, Any], total_steps: int, sources: list[Shards]) -> dict[str, Any]:
+    """What this run adds to the lineage of its weights."""
+    code = f"usfmae_jax {__version__}"
+    data = describe_data(sources)
+    return {"job": "pretrain", "code": code, "step": total_steps, "config": settings, "data": data}
 
 
 def export(config: ml_collections.ConfigDict, params: Any, workdir: str, directory: str, step: int) -> None:

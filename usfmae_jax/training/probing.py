@@ -20,15 +20,15 @@ from usfmae_jax.evaluation import results
 from usfmae_jax.evaluation.classification import positive_class
 from usfmae_jax.evaluation.report import embedding_points
 from usfmae_jax.training import features as feature_cache
-from usfmae_jax.training import looking, outcomes, probe_heads, testing
+from usfmae_jax.training import field_checks, looking, outcomes, probe_heads, testing
 from usfmae_jax.training.common import make_workdir, public_settings
 from usfmae_jax.training.inference import fitting_batch
 from usfmae_jax.training.members import names as names_of
+from usfmae_jax.training.members import only_note
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.outcomes import Outcome, Tested
 from usfmae_jax.training.weights import Weights, members, open_weights
 
-PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "finetuned")
 #: Names of config fields that hold paths.
 PATHS = ("checkpoint", "data.path", "split.path", "cache")
 
@@ -65,7 +65,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     Raises:
       InputError: something given cannot be used; raised before any features are computed.
     """
-    check(config)
+    field_checks.check_evaluate(config)
     mesh = make_mesh(**config.mesh)
     config = config.copy_and_resolve_references()
     config.batch_size = fitting_batch(config.batch_size, mesh, "config.batch_size")
@@ -79,7 +79,11 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         if weights:
             weights.encoder()
     frames = open_frames(config)
-    positive_class(frames.class_names, config.positive)
+    try:
+        positive_class(frames.class_names, config.positive)
+    except InputError as error:
+        raise InputError(f"config.{error}") from error
+    refuse_labels_seen(protocol, weights, frames)
     workdir = make_workdir(workdir)
     if protocol == "finetuned":
         outcome = testing.test(judges, config, frames, mesh)
@@ -91,32 +95,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
             splits.write_splits(f"{workdir}/splits/splits.csv", frames, plan.folds, plan.groups)
         outcome = probe(config, protocol, weights, frames, plan, mesh, cache)
     return report(config, workdir, protocol, weights, frames, outcome, command)
-
-
-def check(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a field that cannot be, as far as the config alone tells."""
-    if config.protocol not in PROTOCOLS:
-        raise InputError(f"config.protocol={config.protocol!r} must be one of {', '.join(PROTOCOLS)}")
-    if config.pool not in ("mean", "cls"):
-        raise InputError(f"config.pool={config.pool!r} must be 'mean' or 'cls'")
-    if config.linear.optimizer not in probe_heads.RATES:
-        raise InputError(f"config.linear.optimizer={config.linear.optimizer!r} must be 'lars' or 'adamw'")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"config.dtype={config.dtype!r} must be 'float32' or 'bfloat16'")
-    if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
-        raise InputError(f"config.fractions={tuple(config.fractions)} must be shares above 0 and up to 1")
-    if not config.seeds:
-        raise InputError("config.seeds is empty; give at least one, such as --config.seeds='(0,)'")
-    if not config.checkpoint:
-        raise InputError(
-            "config.checkpoint is missing: the workdir of a run, one of its checkpoints, an encoder or classifier "
-            "directory, or 'pixels' for the raw pixels that an encoder has to beat"
-        )
-    if not config.data.path:
-        raise InputError(
-            "config.data.path names no labelled shards."
-            "\n  Prepare some:  python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=parent"
-        )
 
 
 def open_frames(config: ml_collections.ConfigDict) -> Labelled:
@@ -131,6 +109,18 @@ def open_frames(config: ml_collections.ConfigDict) -> Labelled:
             f"config.data.path: {error}; make some with python -m data_prep.build --dataset={name} --input=DIR "
             "--output=data (--dataset=folder --labels=parent for your own)"
         ) from error
+
+
+def refuse_labels_seen(protocol: str, weights: Weights | None, frames: Labelled) -> None:
+    """Raises InputError if a probe would test features on frames whose labels they may have been trained on."""
+    if protocol == "finetuned" or not weights:
+        return
+    for dataset, jobs in provenance.seen_in(weights.lineage, [frames.shards]).items():
+        if "finetune" in jobs:
+            raise InputError(
+                f"these weights were fine-tuned on labels of {dataset}: a probe of them on it is no test; use "
+                "--config.protocol=finetuned, weights from before, or other data"
+            )
 
 
 def choose_protocol(config: ml_collections.ConfigDict) -> str:
@@ -164,7 +154,7 @@ def make_plan(config: ml_collections.ConfigDict, frames: Labelled, protocol: str
                     splits.take_fraction(frames, fold, groups, fraction, config.seed + seed) if fraction < 1 else fold
                 )
                 chosen.append((float(fraction), int(seed), part))
-    return Plan(folds, groups, chosen, excluded, note)
+    return Plan(folds, groups, chosen, excluded, note + only_note(config.split.only))
 
 
 def only(folds: list[splits.Fold], names: Sequence[str]) -> list[splits.Fold]:
@@ -266,8 +256,7 @@ def report(
     for dataset, jobs in provenance.seen_in(lineage, [frames.shards]).items():
         if "pretrain" in jobs:
             warnings.append(f"the encoder was pretrained on frames of {dataset}, without labels: no held-out result")
-    if frames.damaged:
-        warnings.append(f"{frames.damaged} records could not be read and were left out")
+    warnings += outcomes.cautions(frames)
     source = settings["checkpoint"]
     context = {
         "config": settings,
@@ -278,7 +267,7 @@ def report(
         "data": provenance.describe_data([frames.shards]),
         "fingerprint": frames.fingerprint,
         "warnings": warnings,
-        "excluded": outcome.excluded,
+        "excluded": outcome.excluded if protocol != "finetuned" else None,  # the run that trained it has looked
         "members": [{"fold": t.fold, "seed": t.seed, "fraction": t.fraction, **t.settings} for t in outcome.tested],
         "command": command,
     }

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from etils import epath
 from flax import nnx
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from usfmae_jax.data import augment, pipeline
 from usfmae_jax.data.records import Shards
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.encoder import flatten, read_encoder
+from usfmae_jax.interop.encoder import Lineage, flatten, read_encoder, read_lineage
 from usfmae_jax.models.mae import MAE, num_visible, training_flops
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.training import optimizers
@@ -23,6 +24,7 @@ from usfmae_jax.training.inspection import Inspector
 from usfmae_jax.training.parameters import load_parameters
 from usfmae_jax.training.state import State
 from usfmae_jax.training.step import Objective, make_features, make_reconstruct
+from usfmae_jax.training.weights import lineage_of
 
 
 def model_maker(config: ml_collections.ConfigDict) -> Callable[[nnx.Rngs], MAE]:
@@ -156,29 +158,44 @@ def make_optimizer(
     return schedule, optimizers.adamw(schedule, **{name: optimizer[name] for name in names})
 
 
-def with_weights(state: State, directory: str) -> tuple[State, str]:
+def with_weights(state: State, directory: str, model: ml_collections.ConfigDict) -> tuple[State, Lineage, str]:
     """Puts weights into a fresh state.
 
     Args:
       state: as initialised.
       directory: an encoder directory; or the workdir of a run or what `usfmae_jax.convert` wrote, which give the
         decoder too if they have one.
+      model: `config.model` of this run.
 
     Returns:
-      the state, and what was taken, for a person.
+      the state, the lineage of the weights, and what was taken, for a person.
 
     Raises:
-      InputError: the shapes differ; names the first that does.
+      InputError: shapes or numbers of heads differ; names the first that does.
     """
     if (epath.Path(directory) / "checkpoints").is_dir():
-        found = load_parameters(directory)[0]
+        found, config, step = load_parameters(directory)
+        lineage, about = lineage_of(directory, step), config["model"]
     else:
-        found = {"encoder": read_encoder(directory)[0]}
+        if not (epath.Path(directory) / "architecture.json").exists():
+            directory = f"{directory}/encoder"  # what convert writes of a classifier has both
+        encoder, architecture, preprocessing = read_encoder(directory)
+        found, lineage, about = {"encoder": encoder}, read_lineage(directory), architecture | preprocessing
     params = dict(state["params"])
     for part in [part for part in ("encoder", "decoder") if part in found]:
         params[part] = _fitted(found[part], params[part], directory, part)
+    # Heads leave no trace in the shapes.
+    for name in ("num_heads", "decoder_num_heads")[: len(found)]:
+        if about[name] != model[name]:
+            raise InputError(
+                f"config.init={directory} has {about[name]} heads: add --config.model.{name}={about[name]}"
+            )
     taken = "encoder and decoder" if "decoder" in found else "encoder, with a freshly initialised decoder,"
-    return state | {"params": params}, f"starting from the {taken} of {directory}"
+    said = f"starting from the {taken} of {directory}"
+    for name in ("mean", "std"):
+        if not np.allclose(about[name], model[name], atol=1e-3):
+            said += f"\nwarning: its pixels had another {name}: {tuple(about[name])}, here {tuple(model[name])}"
+    return state | {"params": params}, lineage, said
 
 
 def _fitted(new: Any, own: Any, directory: str, part: str) -> Any:

@@ -12,16 +12,16 @@ import optax
 from jax.sharding import Mesh
 
 from usfmae_jax import __version__
-from usfmae_jax.data import augment, labelled, splits
+from usfmae_jax.data import labelled, splits
 from usfmae_jax.data.duplicates import cached_near_duplicates
 from usfmae_jax.data.labelled import Labelled
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation.classification import NAMES, positive_class
-from usfmae_jax.training import classifiers, optimizers
+from usfmae_jax.evaluation.classification import defined, positive_class
+from usfmae_jax.training import classifiers, field_checks, optimizers, outcomes
 from usfmae_jax.training.common import public_settings
-from usfmae_jax.training.members import Member, names, plan_members
+from usfmae_jax.training.members import Member, names, only_note, plan_members
 from usfmae_jax.training.supervised_step import Supervision
 from usfmae_jax.training.weights import Weights
 
@@ -104,12 +104,17 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
     Raises:
       InputError: something given cannot be used.
     """
-    check_values(config)
+    field_checks.check_finetune(config)
     frames = open_frames(config)
     try:
-        positive_class(frames.class_names, config.positive)
+        two = positive_class(frames.class_names, config.positive) is not None
     except InputError as error:
         raise InputError(f"config.{error}") from error
+    if config.stop.metric not in defined(two):
+        raise InputError(
+            f"config.stop.metric={config.stop.metric!r} is not defined for {len(frames.class_names)} classes; use one "
+            f"of {', '.join(defined(two))}"
+        )
     weights = classifiers.read_init(config, frames.class_names)
     description, preprocessing = classifiers.describe_model(config, frames.class_names, weights)
     freeze = classifiers.trained_part(config, description)[0]
@@ -146,7 +151,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
         members=members,
         folds=tuple(folds),
         groups=groups,
-        split=note,
+        split=note + only_note(config.split.only),
         excluded=excluded,
         description=description,
         preprocessing=preprocessing,
@@ -155,40 +160,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
         lineage=[*before, stage | {"data": describe_data([frames.shards])}],
         warnings=find_warnings(config, frames, before),
     )
-
-
-def check_values(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for single fields that are out of their range."""
-    regular, stop = config.regularization, config.stop
-    for name, value, low, high in (
-        ("regularization.smoothing", regular.smoothing, 0, 0.99),
-        ("regularization.erasing", regular.erasing, 0, 1),
-        ("regularization.mixup", regular.mixup, 0, np.inf),
-        ("regularization.cutmix", regular.cutmix, 0, np.inf),
-        ("optimizer.warmup", config.optimizer.warmup, 0, 1),
-        ("optimizer.layer_decay", config.optimizer.layer_decay, 1e-3, 1),
-        ("stop.patience", stop.patience, 0, np.inf),
-        ("evaluate.batch_size", config.evaluate.batch_size, 1, np.inf),
-        ("evaluate.bootstrap", config.evaluate.bootstrap, 1, np.inf),
-        ("train.min_steps", config.train.min_steps, 0, np.inf),
-    ):
-        if not low <= value <= high:
-            bound = "at least {}" if high == np.inf else "between {} and {}"
-            raise InputError(f"config.{name}={value:g} must be {bound.format(low, high)}")
-    if stop.every <= 0:
-        raise InputError(f"config.stop.every={stop.every:g} must be more than 0 epochs")
-    if stop.metric not in NAMES:
-        raise InputError(f"config.stop.metric={stop.metric!r} must be one of {', '.join(NAMES)}")
-    if regular.class_weights not in ("none", "balanced"):
-        raise InputError(f"config.regularization.class_weights={regular.class_weights!r} must be 'none' or 'balanced'")
-    if config.augment.interpolation not in augment.INTERPOLATION:
-        raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"config.seeds={tuple(config.seeds)} must be one or more different numbers from 0 on")
-    if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
-        raise InputError(
-            f"config.fractions={tuple(config.fractions)} must be shares of the training patients in (0, 1]"
-        )
 
 
 def open_frames(config: ml_collections.ConfigDict) -> Labelled:
@@ -218,12 +189,7 @@ def find_warnings(config: ml_collections.ConfigDict, frames: Labelled, lineage: 
         "the results are no measure of new data"
         for dataset, jobs in seen_in(lineage, [frames.shards]).items()
     ]
-    unknown = int((frames.patient == "").sum())
-    if unknown:
-        found.append(f"{unknown} of {len(frames)} frames have no patient id and count as patients of their own")
-    if frames.damaged:
-        found.append(f"{frames.damaged} damaged records were left out")
-    return found
+    return found + outcomes.cautions(frames)
 
 
 def supervision(job: Job) -> Supervision:

@@ -109,8 +109,8 @@ def make_train_step(
         mix_rng, erase_rng, model_rng = jax.random.split(rng, 3)
         inputs = normalize_images(batch["image"], how.mean, how.std)
         targets = smoothed_targets(batch["label"], how.num_classes, how.smoothing)
+        inputs = erase(erase_rng, inputs, how.erasing)  # before they are mixed, as MAE's recipe has it
         inputs, targets = mix(mix_rng, inputs, targets, mixup=how.mixup, cutmix=how.cutmix)
-        inputs = erase(erase_rng, inputs, how.erasing)
         inputs, targets = jax.lax.with_sharding_constraint((inputs, targets), sharding)
         params, stats, weights = state["params"], state.get("stats", {}), member["class_weights"]
         part = pick_trained(params, trained)

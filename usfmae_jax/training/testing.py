@@ -210,6 +210,8 @@ def _allowed(
             held_out[number] = [n in member.held_out for n in names] & allowed[number]
     allowed = np.where(held_out.any(axis=0), held_out, allowed)
     note = "the run's own test parts" if held_out.any() else "all frames, none of whose patients was learnt from"
+    unnamed = int((allowed.any(axis=0) & ~held_out.any(axis=0)).sum())
+    note += f", and {unnamed} frames that it neither learnt from nor tested" if held_out.any() and unnamed else ""
     if chosen:
         options = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
         folds, _, _, note = splits.plan(frames, **options, seed=config.seed, pairs=None)

@@ -54,7 +54,8 @@ def open_weights(path: str, step: int | None = None) -> Weights:
 
     Args:
       path: a pretraining workdir (its `encoder/`, else its newest checkpoint), its `checkpoints/` or one checkpoint
-        there; an encoder or classifier directory; one member of a fine-tuning run, or a run with a single one.
+        there; an encoder or classifier directory, or what `usfmae_jax.convert` wrote; one member of a fine-tuning run,
+        or a run with a single one.
       step: of a run's checkpoints; None takes `encoder/` if there is one, else the newest.
 
     Raises:
@@ -68,7 +69,7 @@ def open_weights(path: str, step: int | None = None) -> Weights:
             "with an encoder or a classifier"
         )
     if step is None:
-        for directory in (root, root / "encoder", root / "classifier"):
+        for directory in (root, root / "classifier", root / "encoder"):  # convert writes both, of a classifier
             if (directory / "architecture.json").exists():
                 return _from_directory(os.fspath(directory))
     found = members(path)
@@ -76,7 +77,8 @@ def open_weights(path: str, step: int | None = None) -> Weights:
         return open_weights(found[0], step)
     if found:
         raise InputError(
-            f"{path} holds {len(found)} trained models; choose one of them, such as {os.path.relpath(found[0])}"
+            f"{path} holds {len(found)} trained models; choose one of them, such as "
+            f"{os.path.join(path, 'members', os.path.basename(found[0]))}"
         )
     if root.name.isdigit() and step is None:
         return _from_checkpoint(root.parent, int(root.name))
@@ -99,9 +101,9 @@ def members(path: str) -> list[str]:
     )
 
 
-def fingerprint(params: Any, stats: Any = None) -> str:
-    """Hash of names, shapes and values of parameters and statistics, 12 hex digits."""
-    digest = hashlib.sha256()
+def fingerprint(params: Any, stats: Any = None, *about: Any) -> str:
+    """Hash of names, shapes and values of parameters and statistics, and of JSON about them, 12 hex digits."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode() if about else b"")
     for prefix, tree in (("", params), ("stats.", stats or {})):
         for name, leaf in sorted(flatten(tree).items()):
             value = np.ascontiguousarray(leaf, np.float32)
@@ -115,7 +117,8 @@ def _from_directory(directory: str) -> Weights:
         from usfmae_jax.interop.classifier import read_classifier
 
         params, stats, description, preprocessing, lineage = read_classifier(directory)
-        return Weights("classifier", params, stats, description, preprocessing, lineage, fingerprint(params, stats))
+        mark = fingerprint(params, stats, description, preprocessing)
+        return Weights("classifier", params, stats, description, preprocessing, lineage, mark)
     params, architecture, preprocessing = read_encoder(directory)
     return _encoder(params, architecture, preprocessing, read_lineage(directory))
 
@@ -129,7 +132,8 @@ def _is_classifier(directory: str) -> bool:
 
 def _encoder(params: Any, architecture: dict[str, Any], preprocessing: dict[str, Any], lineage: Lineage) -> Weights:
     description = {"model": "vit", "encoder": architecture}
-    return Weights("encoder", params, {}, description, preprocessing, lineage, fingerprint(params))
+    mark = fingerprint(params, None, description, preprocessing)
+    return Weights("encoder", params, {}, description, preprocessing, lineage, mark)
 
 
 def _from_checkpoint(directory: epath.Path, step: int | None) -> Weights:
