@@ -73,14 +73,14 @@ def test_a_path_without_predictions_is_refused(tmp_path):
         read(tmp_path / "image.csv")
 
 
-def test_a_patient_without_an_id_is_its_own_and_ids_are_of_a_dataset(rng):
+def test_a_patient_without_an_id_is_its_videos_own_and_ids_are_of_a_dataset(rng):
     made = predictions(rng, patients=2, frames=2)
     made = dataclasses.replace(
         made,
         dataset=np.array(["a", "a", "b", "b"], object),
         patient=np.array(["1", "1", "1", ""], object),
     )
-    assert made.patient_key.tolist() == ["a/1", "a/1", "b/1", "b/v3/0"]
+    assert made.patient_key.tolist() == ["a/1", "a/1", "b/1", "b/v3"]
     assert made.frame_key.tolist() == ["a/v0/0", "a/v1/0", "b/v2/0", "b/v3/0"]
 
 

@@ -85,6 +85,12 @@ class Labelled:
         return _join(self.dataset, _join(long, self.index.astype(str)))
 
     @functools.cached_property
+    def frame_name(self) -> np.ndarray:
+        """The frame as files name it beside dataset and video: its id where those three are unique; str `[N]`."""
+        ids = np.stack([self.dataset, self.video, self.frame], axis=1)
+        return self.frame if len(np.unique(ids, axis=0)) == len(self) else self.frame_key
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """12 hex digits that change with rows, labels, ids and pixels, and not with where files lie."""
         digest = hashlib.sha256(json.dumps([self.shards.contents(), self.class_names]).encode())

@@ -5,7 +5,6 @@ import csv
 import dataclasses
 import io
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 
@@ -82,29 +81,28 @@ def write_splits(path: os.PathLike[str] | str, frames: Labelled, folds: Sequence
       folds: to write.
       groups: int `[N]`: who belongs together; for a person to see that no group is on two sides.
     """
-    ids = np.stack([frames.dataset, frames.video, frames.frame], axis=1)
-    named = frames.frame if len(np.unique(ids, axis=0)) == len(frames) else frames.frame_key
     lines = []
     for fold in folds:
         rows = np.concatenate(list(fold.parts().values()))
         parts = np.repeat(list(fold.parts()), [len(part) for part in fold.parts().values()])
         for at in np.argsort(rows, kind="stable"):
             row = rows[at]
-            names = frames.dataset[row], frames.patient[row], frames.video[row], named[row]
+            names = frames.dataset[row], frames.patient[row], frames.video[row], frames.frame_name[row]
             lines.append([*names, groups[row], frames.class_names[frames.label[row]], fold.name, parts[at]])
     write_csv(path, COLUMNS, lines)
 
 
 def write_csv(path: os.PathLike[str] | str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Writes a CSV file at once: who reads it finds all of it or what was there before."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-    temporary.replace(path)
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    temporary = target.parent / f"{target.name}.{os.getpid()}"
+    temporary.write_text(text.getvalue())
+    temporary.replace(target)
 
 
 def official_tables(frames: Labelled) -> list[epath.Path]:

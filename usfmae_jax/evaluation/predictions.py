@@ -73,9 +73,9 @@ class Predictions:
 
     @functools.cached_property
     def patient_key(self) -> np.ndarray:
-        """What names a patient in every run, dataset/patient: str `[N]`; a frame without one is its own patient."""
-        known = _join(self.dataset, self.patient)
-        return np.where(self.patient != "", known, self.frame_key)
+        """What names a patient in every run: str `[N]`; an unknown one is its video's, or the frame's."""
+        known = _join(self.dataset, np.where(self.patient != "", self.patient, self.video))
+        return np.where((self.patient != "") | (self.video != ""), known, self.frame_key)
 
     def select(self, rows: np.ndarray) -> "Predictions":
         """The rows of a bool mask or of indices."""

@@ -93,10 +93,11 @@ def validation(frames: Labelled, tested: Sequence[Tested]) -> Predictions | None
 
 def of_rows(frames: Labelled, member: Tested, rows: np.ndarray, probabilities: np.ndarray) -> Predictions:
     """A member's predictions of some rows."""
-    ids = {name: getattr(frames, name)[rows] for name in ("dataset", "patient", "video", "frame")}
+    ids = {name: getattr(frames, name)[rows] for name in ("dataset", "patient", "video")}
     return Predictions(
         classes=frames.class_names,
         **ids,
+        frame=frames.frame_name[rows],
         fold=np.full(len(rows), member.fold, object),
         label=frames.label[rows],
         probabilities=probabilities,

@@ -238,4 +238,4 @@ def _panels(judges: list[Member], allowed: np.ndarray) -> Iterator[tuple[list[in
 
 
 def _frame_names(frames: Labelled) -> list[tuple[str, str, str]]:
-    return list(zip(frames.dataset.tolist(), frames.video.tolist(), frames.frame.tolist(), strict=True))
+    return list(zip(frames.dataset.tolist(), frames.video.tolist(), frames.frame_name.tolist(), strict=True))
