@@ -7,6 +7,7 @@ import concurrent.futures
 import csv
 import itertools
 import pathlib
+import sys
 from collections.abc import Callable, Iterable
 
 import cv2
@@ -104,5 +105,8 @@ def cached_near_duplicates(frames: Labelled, path: pathlib.Path | str, progress:
         pass  # absent, or not what is written below
     found = near_duplicates(frames, progress)
     names = frames.frame_key[found].tolist()
-    write_csv(path, _COLUMNS, [[key, *pair] for pair in names or [["", ""]]])
+    try:
+        write_csv(path, _COLUMNS, [[key, *pair] for pair in names or [["", ""]]])
+    except OSError as error:
+        print(f"near-duplicates are not kept: {path} cannot be written: {error.strerror}", file=sys.stderr)
     return found

@@ -1,15 +1,43 @@
 """What the loops take from their configs alike."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from usfmae_jax.cli import public_path
+from usfmae_jax.data import duplicates
+from usfmae_jax.data.labelled import Labelled
 from usfmae_jax.errors import InputError
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Has process 0 write what all share; if it refuses to, all processes stop, and none waits for another.
+
+    Raises:
+      InputError: the action did, on process 0.
+    """
+    refusal: InputError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except InputError as error:
+            refusal = error
+    if multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None)):
+        raise refusal or InputError("process 0 of this job refuses to start; see what it says")
+
+
+def known_duplicates(frames: Labelled, path: str) -> np.ndarray:
+    """`duplicates.near_duplicates`, kept in the file `path` by process 0; int `[P, 2]`."""
+    if jax.process_index():
+        return duplicates.near_duplicates(frames, progress=False)
+    return duplicates.cached_near_duplicates(frames, path)
 
 
 def make_workdir(workdir: str) -> str:

@@ -15,8 +15,10 @@ from usfmae_jax.evaluation import predictions as tables
 from usfmae_jax.evaluation import results
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.evaluation.report import embedding_points
+from usfmae_jax.interop.encoder import write_lineage
 from usfmae_jax.models.vit import SIZES
 from usfmae_jax.training import checkpoints, looking, outcomes
+from usfmae_jax.training.common import on_first_process
 from usfmae_jax.training.inference import classifier_function
 from usfmae_jax.training.members import Member, write_splits
 from usfmae_jax.training.outcomes import Outcome, Tested
@@ -43,10 +45,20 @@ def is_finished(job: Job, member: Member) -> bool:
     return (epath.Path(folder(job, member)) / "predictions.csv").exists()
 
 
-def lineage(job: Job, member: Member) -> list[dict[str, Any]]:
-    """Where a member's weights come from."""
-    own = {"member": member.name, "step": member.total_steps}
+def lineage(job: Job, member: Member, step: int) -> list[dict[str, Any]]:
+    """Where a member's weights after `step` updates come from."""
+    own = {"member": member.name, "step": step}
     return [*job.lineage[:-1], job.lineage[-1] | own]
+
+
+def _write_start(job: Job) -> None:
+    root = epath.Path(job.workdir)
+    if (root / "config.json").exists():
+        stored = json.loads((root / "config.json").read_text())
+        checkpoints.check_resumable(stored, job.settings, job.workdir, RESUMABLE)
+    write_splits(job.workdir, job.frames, job.folds, job.groups, job.members)
+    (root / "config.json").write_text(json.dumps(job.settings, indent=2) + "\n")
+    write_lineage(job.workdir, job.lineage)
 
 
 def describe(job: Job, mesh: Mesh, unfinished: int) -> None:
@@ -55,14 +67,7 @@ def describe(job: Job, mesh: Mesh, unfinished: int) -> None:
     Raises:
       InputError: the workdir holds a run with other settings or another split.
     """
-    root = epath.Path(job.workdir)
-    if (root / "config.json").exists():
-        stored = json.loads((root / "config.json").read_text())
-        checkpoints.check_resumable(stored, job.settings, job.workdir, RESUMABLE)
-    if jax.process_index() == 0:
-        write_splits(job.workdir, job.frames, job.folds, job.groups, job.members)
-        (root / "config.json").write_text(json.dumps(job.settings, indent=2) + "\n")
-        (root / "lineage.json").write_text(json.dumps({"stages": job.lineage}, indent=2) + "\n")
+    on_first_process(lambda: _write_start(job))
     frames = job.frames
     counts = np.bincount(frames.label, minlength=len(frames.class_names))
     classes = ", ".join(f"{count} {name}" for name, count in zip(frames.class_names, counts, strict=True))

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from usfmae_jax.data import duplicates, provenance, splits
+from usfmae_jax.data import provenance, splits
 from usfmae_jax.data.labelled import Labelled, read_labelled
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import results
@@ -21,7 +21,7 @@ from usfmae_jax.evaluation.classification import positive_class
 from usfmae_jax.evaluation.report import embedding_points
 from usfmae_jax.training import features as feature_cache
 from usfmae_jax.training import field_checks, looking, outcomes, probe_heads, testing
-from usfmae_jax.training.common import make_workdir, public_settings
+from usfmae_jax.training.common import known_duplicates, make_workdir, public_settings
 from usfmae_jax.training.inference import fitting_batch
 from usfmae_jax.training.members import names as names_of
 from usfmae_jax.training.members import only_note
@@ -138,7 +138,7 @@ def make_plan(config: ml_collections.ConfigDict, frames: Labelled, protocol: str
     """Folds of the data and the members to fit; equal ones are made once."""
     pairs = None
     if config.split.duplicates:
-        pairs = duplicates.cached_near_duplicates(frames, f"{cache}/duplicates-{frames.fingerprint}.csv")
+        pairs = known_duplicates(frames, f"{cache}/duplicates-{frames.fingerprint}.csv")
     names = ("kind", "path", "folds", "validation", "test")
     folds, groups, excluded, note = splits.plan(
         frames, **{name: config.split[name] for name in names}, seed=config.seed, pairs=pairs

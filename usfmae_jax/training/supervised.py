@@ -80,20 +80,20 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         programs = compile_programs(job, mesh)
         with Preemption() as preemption:
             for member in unfinished:
-                best = train(job, member, programs, preemption)
-                if best is None:
+                trained = train(job, member, programs, preemption)
+                if trained is None:
                     return False
-                test(job, member, programs, best)
+                test(job, member, programs, *trained)
     if jax.process_index() == 0:
         member_reports.finish(job, command)
     return True
 
 
-def train(job: Job, member: Member, programs: Programs, preemption: Preemption) -> State | None:
+def train(job: Job, member: Member, programs: Programs, preemption: Preemption) -> tuple[State, int] | None:
     """Trains one member, or continues it.
 
     Returns:
-      parameters and statistics of the best evaluation; None when it was preempted after saving.
+      parameters and statistics of the best evaluation, and its step; None when it was preempted after saving.
     """
     config, folder = job.config, member_reports.folder(job, member)
     saver = checkpoints.open_checkpoints(make_workdir(folder) + "/checkpoints", keep_latest=1, keep_best=0)
@@ -175,7 +175,7 @@ def train(job: Job, member: Member, programs: Programs, preemption: Preemption) 
         batch = arrays = None  # a worker's shared memory goes back before the worker does
         score, at = best_score[config.stop.metric], best_score["step"]
         report.say(f"{member.name}: best validation {config.stop.metric} {score:.3f} at step {at} of {saved}")
-    return best | {"params": combine(state["params"], best["params"])}
+    return best | {"params": combine(state["params"], best["params"])}, at
 
 
 def compile_programs(job: Job, mesh: Mesh) -> Programs:
@@ -251,8 +251,11 @@ def training_batches(job: Job, member: Member) -> Any:
     )
 
 
-def test(job: Job, member: Member, programs: Programs, best: State) -> None:
-    """Writes what a finished member leaves; `predictions.csv` comes last and marks it."""
+def test(job: Job, member: Member, programs: Programs, best: State, step: int) -> None:
+    """Writes what a finished member leaves, whose `best` weights are those after `step` updates.
+
+    `predictions.csv` comes last and marks it.
+    """
     replicate = jax.jit(lambda tree: tree, out_shardings=replicated(programs.mesh))
     best = replicate(best)  # what other processes hold comes here
     parts = {
@@ -268,7 +271,7 @@ def test(job: Job, member: Member, programs: Programs, best: State) -> None:
         jax.device_get(best.get("stats", {})),
         job.description,
         job.preprocessing,
-        member_reports.lineage(job, member),
+        member_reports.lineage(job, member, step),
     )
     for name, found in parts.items():
         found.write(directory / f"{name}.csv")

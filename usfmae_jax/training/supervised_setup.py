@@ -13,14 +13,13 @@ from jax.sharding import Mesh
 
 from usfmae_jax import __version__
 from usfmae_jax.data import labelled, splits
-from usfmae_jax.data.duplicates import cached_near_duplicates
 from usfmae_jax.data.labelled import Labelled
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import defined, positive_class
 from usfmae_jax.training import classifiers, field_checks, optimizers, outcomes
-from usfmae_jax.training.common import public_settings
+from usfmae_jax.training.common import known_duplicates, public_settings
 from usfmae_jax.training.members import Member, names, only_note, plan_members
 from usfmae_jax.training.supervised_step import Supervision
 from usfmae_jax.training.weights import Weights
@@ -122,9 +121,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
         make_model = classifiers.model_maker(config, description, freeze)
         classifiers.check_weights(make_model, classifiers.loadable(weights, description), config.init)
     pairs = (
-        cached_near_duplicates(frames, f"{workdir}/duplicates.csv")
-        if config.split.duplicates
-        else np.zeros((0, 2), np.int64)
+        known_duplicates(frames, f"{workdir}/duplicates.csv") if config.split.duplicates else np.zeros((0, 2), np.int64)
     )
     split = config.split
     folds, groups, excluded, note = splits.plan(
