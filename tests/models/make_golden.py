@@ -8,6 +8,8 @@ import pathlib
 
 import numpy as np
 
+from usfmae_jax.interop.verification import declare_torchvision
+
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf_vit_mae.npz"
 SIZE = {
     "image_size": (32, 32), "patch_size": 8, "channels": 3, "width": 32, "depth": 2, "num_heads": 4,
@@ -20,6 +22,8 @@ def reference(seed: int = 0) -> dict[str, np.ndarray]:
     """Runs PyTorch; returns images `[B, H, W, C]`, noise `[B, N]`, loss, prediction, and parameters and their
     gradients under our names with the prefixes `params/` and `grads/`."""
     import torch
+
+    declare_torchvision()
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     torch.manual_seed(seed)
