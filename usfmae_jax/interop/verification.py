@@ -111,7 +111,7 @@ def declare_torchvision() -> None:
     Raises:
       ImportError: PyTorch is missing.
     """
-    import torch
+    from torch import library
 
     try:
         import torchvision  # noqa: F401
@@ -119,7 +119,7 @@ def declare_torchvision() -> None:
         return
     except RuntimeError:  # operator torchvision::nms does not exist
         if not _DECLARED:
-            _DECLARED.append(torch.library.Library("torchvision", "FRAGMENT"))
+            _DECLARED.append(library.Library("torchvision", "FRAGMENT"))
             for name in ("nms", "qnms"):
                 _DECLARED[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
