@@ -58,6 +58,26 @@ def keep_memory() -> None:
             mallopt(parameter, value)
 
 
+def train(loop: Callable[[], bool], kept: str) -> int:
+    """Runs a training loop that returns False when it was preempted; returns the exit code.
+
+    Args:
+      loop: see above.
+      kept: the folder of its checkpoints, for what is said when the loss is no number any more.
+    """
+    from usfmae_jax.training.monitor import DivergedError
+
+    try:
+        return DONE if loop() else PREEMPTED
+    except DivergedError as error:
+        print(
+            f"error: {error}; the last good checkpoint is kept in {kept}. "
+            "Try a lower --config.optimizer.learning_rate or --config.optimizer.clip_norm=1.0 in another --workdir.",
+            file=sys.stderr,
+        )
+        return 1
+
+
 def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
     """Checks and parses the flags `--config`, `--config.field`, `--workdir` and those of a distributed job.
 

@@ -7,7 +7,6 @@ Run the same command again to continue an interrupted run. Exit codes: 0 done; 2
 SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is no number among it.
 """
 
-import sys
 from typing import Any
 
 import ml_collections
@@ -17,19 +16,10 @@ from usfmae_jax import cli
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Starts the processes and runs the loop; returns the exit code."""
-    from usfmae_jax.training.monitor import DivergedError  # after the flags are known to be right
-    from usfmae_jax.training.supervised import finetune
+    from usfmae_jax.training.supervised import finetune  # after the flags are known to be right
 
     cli.start(flags)
-    try:
-        return cli.DONE if finetune(config, workdir, cli.command("usfmae_jax.finetune")) else cli.PREEMPTED
-    except DivergedError as error:
-        print(
-            f"error: {error}; the last good checkpoint is kept in {workdir}/members. "
-            "Try a lower --config.optimizer.learning_rate or --config.optimizer.clip_norm=1.0 in another --workdir.",
-            file=sys.stderr,
-        )
-        return 1
+    return cli.train(lambda: finetune(config, workdir, cli.command("usfmae_jax.finetune")), f"{workdir}/members")
 
 
 if __name__ == "__main__":

@@ -8,20 +8,14 @@ classifier/
   lineage.json          where the weights come from, see `interop.encoder`
 """
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-import safetensors
-import safetensors.numpy
-from etils import epath
 from flax import nnx
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.encoder import Lineage, flatten, read_lineage, unflatten, write_lineage
-from usfmae_jax.interop.tensors import from_array, write_safetensors
+from usfmae_jax.interop.encoder import Lineage, flatten, read_lineage, read_model, unflatten, write_model
 from usfmae_jax.models.heads import Classifier
 from usfmae_jax.models.resnet import ResNet
 
@@ -49,15 +43,8 @@ def save_classifier(
       preprocessing: image size, channels, mean and std.
       lineage: where the weights come from; stored in the safetensors metadata too.
     """
-    root = epath.Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    flat = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
-    flat |= {STATS + name: np.asarray(value, np.float32) for name, value in flatten(stats or {}).items()}
-    (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **description}, indent=2) + "\n")
-    (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
-    write_lineage(directory, lineage)
-    tensors = {name: from_array(value) for name, value in flat.items()}
-    write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(lineage)})
+    flat = flatten(params) | {STATS + name: value for name, value in flatten(stats or {}).items()}
+    write_model(directory, flat, {"format": FORMAT, **description}, preprocessing, lineage)
 
 
 def read_classifier(
@@ -71,15 +58,7 @@ def read_classifier(
     Raises:
       InputError: no classifier there, a damaged file, or a newer format.
     """
-    root = epath.Path(directory)
-    try:
-        description = json.loads((root / "architecture.json").read_text())
-        preprocessing = json.loads((root / "preprocessing.json").read_text())
-        flat = safetensors.numpy.load((root / "model.safetensors").read_bytes())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{directory} is not a classifier directory: {error}") from error
-    if description.pop("format", None) != FORMAT:
-        raise InputError(f"{directory} has another classifier format than {FORMAT}; update usfmae_jax")
+    flat, description, preprocessing = read_model(directory, "a classifier", FORMAT)
     if description.get("model") not in ("vit", "resnet50"):
         raise InputError(f"{directory} holds no classifier but other weights, such as an encoder's")
     stats = {name.removeprefix(STATS): flat.pop(name) for name in list(flat) if name.startswith(STATS)}

@@ -39,14 +39,7 @@ def save_encoder(
       preprocessing: image size, channels, mean and std.
       lineage: where the weights come from; stored in the safetensors metadata too, which stays with the weights.
     """
-    root = epath.Path(directory)
-    root.mkdir(parents=True, exist_ok=True)
-    flat = {name: np.asarray(value, np.float32) for name, value in flatten(params).items()}
-    (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **architecture}, indent=2) + "\n")
-    (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
-    write_lineage(directory, lineage)
-    tensors = {name: from_array(value) for name, value in flat.items()}
-    write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(lineage)})
+    write_model(directory, flatten(params), {"format": FORMAT, **architecture}, preprocessing, lineage)
 
 
 def read_encoder(directory: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -58,16 +51,55 @@ def read_encoder(directory: str) -> tuple[dict[str, Any], dict[str, Any], dict[s
     Raises:
       InputError: no encoder there, a damaged file, or a newer format.
     """
+    flat, architecture, preprocessing = read_model(directory, "an encoder", FORMAT)
+    return unflatten(flat), architecture, preprocessing
+
+
+def write_model(
+    directory: str, flat: dict[str, Any], about: dict[str, Any], preprocessing: dict[str, Any], lineage: Lineage
+) -> None:
+    """Writes the files that directories of encoders and of classifiers have alike.
+
+    Args:
+      directory: local or `gs://`; created if absent.
+      flat: arrays by name, stored as float32.
+      about: for `architecture.json`, with its `format`.
+      preprocessing: for `preprocessing.json`.
+      lineage: for `lineage.json` and the safetensors metadata.
+    """
+    root = epath.Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "architecture.json").write_text(json.dumps(about, indent=2) + "\n")
+    (root / "preprocessing.json").write_text(json.dumps(preprocessing, indent=2) + "\n")
+    write_lineage(directory, lineage)
+    tensors = {name: from_array(np.asarray(value, np.float32)) for name, value in flat.items()}
+    write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(lineage)})
+
+
+def read_model(directory: str, what: str, version: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Reads what `write_model` wrote.
+
+    Args:
+      directory: see there.
+      what: "an encoder" or "a classifier", for the message.
+      version: the format that is understood.
+
+    Returns:
+      arrays by name, what `architecture.json` holds but the format, and preprocessing.
+
+    Raises:
+      InputError: files are absent or damaged, or the format is another.
+    """
     root = epath.Path(directory)
     try:
-        architecture = json.loads((root / "architecture.json").read_text())
+        about = json.loads((root / "architecture.json").read_text())
         preprocessing = json.loads((root / "preprocessing.json").read_text())
         flat = safetensors.numpy.load((root / "model.safetensors").read_bytes())
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(f"{directory} is not an encoder directory: {error}") from error
-    if architecture.pop("format", None) != FORMAT:
-        raise InputError(f"{directory} has another encoder format than {FORMAT}; update usfmae_jax")
-    return unflatten(flat), architecture, preprocessing
+        raise InputError(f"{directory} is not {what} directory: {error}") from error
+    if about.pop("format", None) != version:
+        raise InputError(f"{directory} has another {what.split()[1]} format than {version}; update usfmae_jax")
+    return flat, about, preprocessing
 
 
 def write_lineage(directory: str, lineage: Lineage) -> None:
