@@ -4,10 +4,10 @@
     python -m usfmae_jax.finetune --config=configs/finetune.py:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=configs/finetune.py:busbra --config.model.arch=resnet50
 
-One command trains every member: each fold, seed and label fraction. It ends with results.json, results.md,
-predictions.csv and report.html in the workdir; splits/ holds who was trained and tested on. The weights with the best
-validation score are the ones that are tested. The same command continues what was interrupted; more seeds, fractions
-or folds may be added to a finished run.
+One command trains every member: each fold, seed and label fraction, and of a small model on a CPU as many at a time as
+there are cores. It ends with results.json, results.md, predictions.csv and report.html in the workdir; splits/ holds
+who was trained and tested on. The weights with the best validation score are the ones that are tested. The same command
+continues what was interrupted; more seeds, fractions or folds may be added to a finished run.
 
 Without --config.init the same model starts from random weights: the baseline to beat. Settings are meant for 500 to
 2,000 images and a small model on a CPU; they were tuned on no dataset.
@@ -104,10 +104,12 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.train = dict(batch_size=32, accumulate=1, epochs=25.0, steps=0, min_steps=200)
     # The best evaluation on the validation part is what is tested; patience: evaluations without a better one, 0 = off.
     config.stop = dict(metric="auroc", every=1.0, patience=0)  # every: epochs between evaluations
+    # Members trained at a time, on a CPU: 0 = as many as there are cores for, of a small model; 1 = one after another.
+    config.parallel = 0
     config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
     config.checkpoint = dict(every=5, keep_finished=False)  # evaluations; a finished member keeps its classifier/
     config.log = dict(every=20)
-    config.evaluate = dict(batch_size=128, bootstrap=1000)
+    config.evaluate = dict(batch_size=0, bootstrap=1000)  # images per call; 0 = what suits the devices
     VARIANTS[variant](config)
     return config
 

@@ -167,6 +167,18 @@ def test_a_fine_tuned_run_judges_every_frame_by_the_member_that_has_not_seen_it(
         np.testing.assert_allclose(one.probabilities, found.probabilities[found.fold == "2"], rtol=1e-5)
 
 
+def test_a_setting_of_probes_is_not_ignored_for_a_classifier(settings, tmp_path):
+    evaluate(settings, str(tmp_path / "probe"))
+    write_run(tmp_path / "run", tmp_path / "probe" / "splits" / "splits.csv", ("1",), int)
+    settings.checkpoint = str(tmp_path / "run")
+    for name, value in (("seeds", (0, 1)), ("fractions", (0.5,)), ("split.only", ("1",)), ("pool", "cls"), ("step", 5)):
+        changed = settings.copy_and_resolve_references()
+        changed.update_from_flattened_dict({name: value})
+        with pytest.raises(InputError, match=f"config.{name} is for probes"):
+            evaluate(changed, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_classifier_that_may_have_seen_the_data_needs_a_split(settings, tmp_path):
     evaluate(settings, str(tmp_path / "probe"))
     splits = tmp_path / "probe" / "splits" / "splits.csv"

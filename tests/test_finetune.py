@@ -17,7 +17,7 @@ from usfmae_jax.evaluation import predictions
 TINY = {
     "model.image_size": 32, "model.patch_size": 8, "model.width": 32, "model.depth": 2, "model.num_heads": 2,
     "train.batch_size": 16, "train.steps": 6, "split.folds": 2, "split.duplicates": False, "log.every": 1,
-    "stop.every": 3.2, "evaluate.bootstrap": 20, "seeds": "0,1",
+    "stop.every": 3.2, "evaluate.bootstrap": 20, "seeds": "0,1", "parallel": 2,
 }  # fmt: skip
 
 
@@ -84,8 +84,17 @@ def test_sigterm_saves_exits_75_and_resumes_bitwise(undisturbed, shards, tmp_pat
     assert _tested(tmp_path) == _tested(undisturbed[0])
 
 
+def test_members_trained_side_by_side_are_those_trained_one_after_another(undisturbed, shards, tmp_path):
+    done = _run(shards, tmp_path, parallel=1)
+    assert done.returncode == 0, done.stderr
+    assert _tested(tmp_path).keys() == _tested(undisturbed[0]).keys()
+    for name in _tested(tmp_path):
+        one, two = (predictions.read(run / "members" / name) for run in (undisturbed[0], tmp_path))
+        np.testing.assert_allclose(two.probabilities, one.probabilities, atol=1e-3)
+
+
 def test_the_door_exits_2_with_one_sentence(shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", _command(shards, tmp_path, split__folds=40)[2:])
+    monkeypatch.setattr(sys, "argv", _command(shards, tmp_path, split__folds=40, parallel=0)[2:])
     with pytest.raises(SystemExit) as end:
         cli.run(door.__doc__, "configs/finetune.py", door.main)
     assert end.value.code == 2
@@ -107,7 +116,7 @@ def test_two_processes_train_the_same_members_and_both_end(undisturbed, shards, 
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     job = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.mesh.fsdp=2"]
-    command = _command(shards, tmp_path, seeds=0)
+    command = _command(shards, tmp_path, seeds=0, parallel=0)
     processes = [
         subprocess.Popen([*command, *job, f"--process_id={i}"], env=environment(), stderr=subprocess.PIPE, text=True)
         for i in range(2)

@@ -116,8 +116,13 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
         raise InputError(str(error).strip().splitlines()[-1]) from error
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is not understood; every option is --name=value, see --help")
-    flags.FLAGS.mark_as_parsed()  # grain's worker processes want to know
+    mark_flags_as_parsed()
     return values
+
+
+def mark_flags_as_parsed() -> None:
+    """Says that there are no other flags to wait for: grain starts no worker processes before that."""
+    flags.FLAGS.mark_as_parsed()
 
 
 def command(module: str) -> str:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
     parser.add_argument("--format", default="safetensors", choices=FORMATS, help="default: %(default)s")
-    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder, or DIR-FORMAT")
+    parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder (or classifier), or DIR-FORMAT")
     args = parser.parse_args(argv)
     try:
         export(args.checkpoint, args.output, args.step, args.format)
@@ -128,7 +128,8 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
 def _default_output(checkpoint: str, form: str) -> str:
     inside = os.path.exists(os.path.join(checkpoint, "architecture.json"))
     if form == "safetensors" and not inside:
-        kind = "classifier" if os.path.isdir(os.path.join(checkpoint, "classifier")) else "encoder"
+        fine_tuned = any(os.path.isdir(os.path.join(checkpoint, name)) for name in ("classifier", "members"))
+        kind = "classifier" if fine_tuned else "encoder"
         return os.path.join(checkpoint, kind)
     return f"{os.path.normpath(checkpoint)}-{form}"
 

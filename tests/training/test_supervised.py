@@ -30,8 +30,7 @@ def compiled():
         parts = {name: job.settings[name] for name in ("model", "mode", "last_k", "optimizer", "regularization")}
         key = json.dumps([job.description, job.preprocessing, parts, job.config.train.batch_size])
         known[key] = known.get(key) or compile_programs(job, mesh)
-        rows, images = supervised.supervised_setup.whole_images(job, mesh)
-        return dataclasses.replace(known[key], rows=rows, images=images)
+        return dataclasses.replace(known[key], images=supervised.supervised_setup.whole_images(job))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised, "compile_programs", compile_once)
@@ -316,6 +315,8 @@ BAD = {
     "every": ({"stop.every": 0.0}, "config.stop.every"),
     "smoothing": ({"regularization.smoothing": 1.0}, "config.regularization.smoothing"),
     "weights": ({"regularization.class_weights": "log"}, "config.regularization.class_weights"),
+    "parallel": ({"parallel": 2}, "config.parallel=2 is for a CPU that is one device"),
+    "less than none": ({"parallel": -1}, "config.parallel=-1 must be at least 0"),
     "epochs": ({"train.epochs": -1.0}, "config.train.epochs=-1 must be at least 0"),
     "rate": ({"optimizer.learning_rate": -1.0}, "config.optimizer.learning_rate=-1"),
     "crop": ({"augment.crop_scale": (0.0, 0.5)}, "config.augment.crop_scale"),
@@ -332,6 +333,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(config, tmp_path, name
     with pytest.raises(InputError) as error:
         finetune(config, str(tmp_path / "run"))
     assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def _ranking(results: Mapping[str, Any], classes: list[str], positive: str) -> s
     return (
         f"Shown {_article(positive)} and {_article(other)} frame, the model gives the {positive} one the higher "
         f"probability of being {positive} {100 * value:.0f} times of 100 (AUROC {value:.3f}{interval}; guessing gives "
-        f"50). It was tested on {tested_on(results) or 'frames'} kept out of its training."
+        f"50). It was tested on {tested_on(results) or 'frames'} whose labels it was not trained on."
     )
 
 
@@ -94,7 +94,7 @@ def _found(results: Mapping[str, Any], classes: list[str], positive: str) -> lis
 
 def _naming(results: Mapping[str, Any], classes: int) -> str:
     accuracy, balanced = _metric(results, "accuracy"), _metric(results, "balanced_accuracy")
-    text = f"On {tested_on(results) or 'frames'} kept out of its training, the model "
+    text = f"On {tested_on(results) or 'frames'} whose labels it was not trained on, the model "
     if accuracy is not None:
         text += f"names the right one of {classes} classes for {accuracy:.0%} of the frames"
     if balanced is not None:

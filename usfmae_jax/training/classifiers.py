@@ -201,6 +201,12 @@ def model_maker(
     )
 
 
+def count_parameters(make_model: Callable[[nnx.Rngs], nnx.Module]) -> int:
+    """Numbers that a model learns, without making it."""
+    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(0)), nnx.Param)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
 def loadable(weights: Weights, description: dict[str, Any]) -> dict[str, Any]:
     """What weights have for a model: `params`, and `stats` if any.
 

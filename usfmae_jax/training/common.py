@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from usfmae_jax.cli import public_path
 from usfmae_jax.data import duplicates
-from usfmae_jax.data.labelled import Labelled
+from usfmae_jax.data.labelled import Labelled, read_labelled
 from usfmae_jax.errors import InputError
+from usfmae_jax.training.members import names
 
 
 def on_first_process(action: Callable[[], None]) -> None:
@@ -31,6 +32,28 @@ def on_first_process(action: Callable[[], None]) -> None:
             refusal = error
     if multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None)):
         raise refusal or InputError("process 0 of this job refuses to start; see what it says")
+
+
+def labelled_frames(config: ml_collections.ConfigDict) -> Labelled:
+    """The labelled frames of `config.data.path`.
+
+    Raises:
+      InputError: there are none, with how to make some, or they cannot be used.
+    """
+    path = config.data.path
+    last = path.rstrip("/").rpartition("/")[2]
+    public = last if last.isidentifier() else "bus_bra"
+    how_to = (
+        "\n  Prepare your own:  python -m data_prep.build --dataset=folder --input=DIR --labels=parent --output=data"
+        f"\n  or a public set:   python -m data_prep.build --dataset={public} --input=DIR --output=data"
+    )
+    if not path:
+        raise InputError("config.data.path names no labelled shards." + how_to)
+    try:
+        return read_labelled(path, config.data.split, names(config.classes))
+    except InputError as error:
+        text = str(error)
+        raise InputError(f"config.data.path: {text}." + how_to if "no shards match" in text else text) from error
 
 
 def known_duplicates(frames: Labelled, path: str) -> np.ndarray:

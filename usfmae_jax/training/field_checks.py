@@ -25,6 +25,9 @@ LEAST = {
     "attentive.patience": 1,
 }
 
+#: Config fields, and their defaults, that mean nothing for a classifier that is tested as it is.
+PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0}
+
 
 def check_finetune(config: ml_collections.ConfigDict) -> None:
     """Raises InputError for single fields that are out of their range."""
@@ -47,7 +50,7 @@ def check_finetune(config: ml_collections.ConfigDict) -> None:
         ("train.epochs", config.train.epochs, 0, np.inf),
         ("train.steps", config.train.steps, 0, np.inf),
         ("stop.patience", stop.patience, 0, np.inf),
-        ("evaluate.batch_size", config.evaluate.batch_size, 1, np.inf),
+        ("parallel", config.parallel, 0, np.inf),
         ("evaluate.bootstrap", config.evaluate.bootstrap, 1, np.inf),
         ("train.min_steps", config.train.min_steps, 0, np.inf),
     ):
@@ -96,8 +99,14 @@ def check_evaluate(config: ml_collections.ConfigDict) -> None:
             "config.checkpoint is missing: the workdir of a run, one of its checkpoints, an encoder or classifier "
             "directory, or 'pixels' for the raw pixels that an encoder has to beat"
         )
-    if not config.data.path:
-        raise InputError(
-            "config.data.path names no labelled shards."
-            "\n  Prepare some:  python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=parent"
-        )
+
+
+def check_finetuned(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for a field that only probes have, where a classifier is tested as it is."""
+    for name, default in PROBES_ONLY.items():
+        value = functools.reduce(operator.getitem, name.split("."), config)
+        if (tuple(value) if isinstance(default, tuple) else value) != default:
+            raise InputError(
+                f"config.{name} is for probes, and this checkpoint is a classifier that is tested as it was trained: "
+                "leave it out, or name a protocol such as --config.protocol=logistic"
+            )

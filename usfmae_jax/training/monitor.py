@@ -61,6 +61,7 @@ class Monitor:
       every: steps between two lines of the log.
       flops_per_image: training arithmetic; with a known peak it gives MFU.
       name: of the bar.
+      line: of the terminal that the bar is on, from the cursor down, where several runs share one.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Monitor:
         every: int,
         flops_per_image: float,
         name: str = "pretrain",
+        line: int = 0,
     ):
         self._batch_size, self._every, self._flops = batch_size, every, flops_per_image
         self._peak = peak_flops(jax.devices()[0])
@@ -90,6 +92,7 @@ class Monitor:
             initial=first_step,
             unit="step",
             desc=name,
+            position=line if interactive and line else None,
             smoothing=0.1,
             dynamic_ncols=interactive,
             # A log file wants a line now and then, not one per step.

@@ -88,7 +88,7 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"checkpoint {step} in {workdir} cannot be read: {str(error).splitlines()[0]}; try another --step"
+            f"checkpoint {step} in {workdir} cannot be read: {str(error).splitlines()[0]}; try another step"
         ) from error
     finally:
         saver.close()

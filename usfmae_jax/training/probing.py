@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from usfmae_jax.data import provenance, splits
-from usfmae_jax.data.labelled import Labelled, read_labelled
+from usfmae_jax.data.labelled import Labelled
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import results
 from usfmae_jax.evaluation.classification import positive_class
 from usfmae_jax.evaluation.report import embedding_points
 from usfmae_jax.training import features as feature_cache
 from usfmae_jax.training import field_checks, looking, outcomes, probe_heads, testing
-from usfmae_jax.training.common import known_duplicates, make_workdir, public_settings
+from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir, public_settings
 from usfmae_jax.training.inference import fitting_batch
 from usfmae_jax.training.members import names as names_of
 from usfmae_jax.training.members import only_note
@@ -72,13 +72,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     protocol = choose_protocol(config)
     cache = config.cache or feature_cache.default_cache()
     if protocol == "finetuned":
+        field_checks.check_finetuned(config)
         judges = testing.open_judges(config.checkpoint)
         weights: Weights | None = judges[0].weights
     else:
         weights = None if config.checkpoint == "pixels" else open_weights(config.checkpoint, config.step or None)
         if weights:
             weights.encoder()
-    frames = open_frames(config)
+    frames = labelled_frames(config)
     try:
         positive_class(frames.class_names, config.positive)
     except InputError as error:
@@ -95,20 +96,6 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
             splits.write_splits(f"{workdir}/splits/splits.csv", frames, plan.folds, plan.groups)
         outcome = probe(config, protocol, weights, frames, plan, mesh, cache)
     return report(config, workdir, protocol, weights, frames, outcome, command)
-
-
-def open_frames(config: ml_collections.ConfigDict) -> Labelled:
-    """The labelled frames of `config.data`; raises InputError, where there are none with how to make some."""
-    try:
-        return read_labelled(config.data.path, config.data.split, names_of(config.classes))
-    except InputError as error:
-        if "no shards match" not in str(error):
-            raise
-        name = config.data.path.rstrip("/").rpartition("/")[2]
-        raise InputError(
-            f"config.data.path: {error}; make some with python -m data_prep.build --dataset={name} --input=DIR "
-            "--output=data (--dataset=folder --labels=parent for your own)"
-        ) from error
 
 
 def refuse_labels_seen(protocol: str, weights: Weights | None, frames: Labelled) -> None:

@@ -1,59 +1,31 @@
 """The fine-tuning loop: for every member: restore, then batch, update, report, evaluate, save; then test the best."""
 
 import contextlib
-import dataclasses
+import io
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from clu import parameter_overview
 from etils import epath
-from jax.sharding import Mesh
 
 from usfmae_jax.data import augment, pipeline
 from usfmae_jax.data.supervised import supervised_dataset
 from usfmae_jax.evaluation.classification import LOSSES, NAMES, metrics, positive_class
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.interop.classifier import save_classifier
-from usfmae_jax.training import checkpoints, classifiers, member_reports, supervised_setup
+from usfmae_jax.training import checkpoints, classifiers, member_reports, side_by_side, supervised_setup
 from usfmae_jax.training.common import check_batch, make_workdir
-from usfmae_jax.training.inference import apply_batches
+from usfmae_jax.training.inference import apply_batches, fitting_batch
 from usfmae_jax.training.members import Member, class_weights
-from usfmae_jax.training.mesh import batch_sharding, global_batch, make_mesh, replicated
+from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
-from usfmae_jax.training.state import State, abstract_state, model_graph, state_maker
+from usfmae_jax.training.state import State
+from usfmae_jax.training.supervised_programs import Programs, compile_programs
 from usfmae_jax.training.supervised_setup import Job
-from usfmae_jax.training.supervised_step import combine, make_predict, make_train_step, pick_trained
-
-
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """What is compiled once and shared by all members.
-
-    Attributes:
-      mesh: devices.
-      start: a seed to a fresh state.
-      abstract: shapes and shardings of a state and of the best weights beside it.
-      step: the update.
-      predict: see `supervised_step.make_predict`.
-      best_of: copies from a state what is kept of the best evaluation: the trained parameters and the statistics.
-      images: batches of whole images of given rows.
-      rows: images in such a batch, at most.
-    """
-
-    mesh: Mesh
-    start: Callable[[int], State]
-    abstract: State
-    step: Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]
-    predict: Callable[[Any, jax.Array], jax.Array]
-    best_of: Callable[[State], State]
-    images: Callable[[np.ndarray], Iterator[np.ndarray]]
-    rows: int
+from usfmae_jax.training.supervised_step import combine
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> bool:
@@ -73,24 +45,45 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     """
     mesh = make_mesh(**config.mesh)
     check_batch(config, mesh)
-    job = supervised_setup.prepare(config, make_workdir(workdir))
+    side_by_side.check(config, mesh)
+    config = config.copy_and_resolve_references()
+    config.evaluate.batch_size = fitting_batch(config.evaluate.batch_size, mesh, "config.evaluate.batch_size")
+    job = supervised_setup.prepare(config, workdir)
     unfinished = [member for member in job.members if not member_reports.is_finished(job, member)]
     member_reports.describe(job, mesh, len(unfinished))
-    if unfinished:
-        programs = compile_programs(job, mesh)
-        with Preemption() as preemption:
-            for member in unfinished:
-                trained = train(job, member, programs, preemption)
-                if trained is None:
-                    return False
-                test(job, member, programs, *trained)
+    if not side_by_side.train(train_members, job, unfinished, side_by_side.how_many(job, mesh)):
+        return False
     if jax.process_index() == 0:
         member_reports.finish(job, command)
     return True
 
 
-def train(job: Job, member: Member, programs: Programs, preemption: Preemption) -> tuple[State, int] | None:
-    """Trains one member, or continues it.
+def train_members(job: Job, members: Sequence[Member], line: int = 0) -> bool:
+    """Trains and tests members, one after the other, with programs that are compiled once.
+
+    Args:
+      job: of the run.
+      members: to be trained.
+      line: of the terminal that shows the progress; the first one also says what is compiled.
+
+    Returns:
+      False when it was preempted after saving.
+    """
+    with contextlib.redirect_stderr(io.StringIO()) if line else contextlib.nullcontext():
+        programs = compile_programs(job, make_mesh(**job.config.mesh))
+    with Preemption() as preemption:
+        for member in members:
+            trained = train(job, member, programs, preemption, line)
+            if trained is None:
+                return False
+            test(job, member, programs, *trained)
+    return True
+
+
+def train(
+    job: Job, member: Member, programs: Programs, preemption: Preemption, line: int = 0
+) -> tuple[State, int] | None:
+    """Trains one member, or continues it; its progress is on a line of the terminal.
 
     Returns:
       parameters and statistics of the best evaluation, and its step; None when it was preempted after saving.
@@ -125,6 +118,7 @@ def train(job: Job, member: Member, programs: Programs, preemption: Preemption) 
         every=config.log.every,
         flops_per_image=classifiers.training_flops(job.description, job.size),
         name=f"{member.name} ({number + 1}/{len(job.members)})",
+        line=line,
     )
     saved = first_step
     with monitor as report, contextlib.closing(saver), contextlib.closing(batches):
@@ -135,8 +129,8 @@ def train(job: Job, member: Member, programs: Programs, preemption: Preemption) 
                 break
             with report.waiting_for_input():
                 batch = next(batches)
-                for line in damage.update(batch["damaged"]):
-                    report.say(line)
+                for message in damage.update(batch["damaged"]):
+                    report.say(message)
                 arrays = global_batch(programs.mesh, {"image": batch["image"], "label": batch["label"]})
             state, numbers = programs.step(state, arrays, constants)
             report.update(step, numbers)
@@ -176,62 +170,6 @@ def train(job: Job, member: Member, programs: Programs, preemption: Preemption) 
         score, at = best_score[config.stop.metric], best_score["step"]
         report.say(f"{member.name}: best validation {config.stop.metric} {score:.3f} at step {at} of {saved}")
     return best | {"params": combine(state["params"], best["params"])}, at
-
-
-def compile_programs(job: Job, mesh: Mesh) -> Programs:
-    """Compiles what all members share, and says what the model is and how long that took."""
-    config = job.config
-    rows, images = supervised_setup.whole_images(job, mesh)
-    freeze, trained, _ = classifiers.trained_part(config, job.description)
-    make_model = classifiers.model_maker(config, job.description, freeze)
-    optimizer = supervised_setup.make_optimizer(config, job.description)
-    how, graph = supervised_setup.supervision(job), model_graph(make_model)
-
-    def pick(params: Any) -> Any:
-        return pick_trained(params, trained)
-
-    @jax.jit
-    def best_of(state: State) -> State:
-        return jax.tree.map(jnp.copy, {name: pick(state[name]) if name == "params" else state[name] for name in kept})
-
-    abstract = abstract_state(make_model, optimizer, mesh, pick)
-    kept = [name for name in ("params", "stats") if name in abstract]
-    best = {name: pick(abstract[name]) if name == "params" else abstract[name] for name in kept}
-    step = make_train_step(
-        graph,
-        optimizer,
-        supervised_setup.learning_rate(config),
-        mesh,
-        how,
-        trained=trained,
-        accumulate=config.train.accumulate,
-    )
-    member_reports.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
-    member_reports.say("compiling the training step ...")
-    start = time.perf_counter()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    size, batch = (*job.size, config.data.channels), config.train.batch_size
-    examples = {
-        "image": jax.ShapeDtypeStruct((batch, *size), jnp.uint8, sharding=batch_sharding(mesh)),
-        "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(mesh)),
-    }
-    constants = {
-        "total_steps": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
-        "class_weights": jax.ShapeDtypeStruct((how.num_classes,), jnp.float32, sharding=replicated(mesh)),
-    }
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    compiled = jitted.lower(abstract, examples, constants).compile()
-    member_reports.say(f"compiling the training step took {time.perf_counter() - start:.1f} s")
-    return Programs(
-        mesh=mesh,
-        start=state_maker(make_model, optimizer, mesh, pick),
-        abstract=abstract | {"best": best},
-        step=compiled,
-        predict=make_predict(graph, how),
-        best_of=best_of,
-        images=images,
-        rows=rows,
-    )
 
 
 def training_batches(job: Job, member: Member) -> Any:
@@ -286,7 +224,7 @@ def predict(job: Job, member: Member, programs: Programs, variables: State, rows
         programs.predict,
         variables,
         programs.images(rows),
-        batch_size=programs.rows,
+        batch_size=job.config.evaluate.batch_size,
         total=len(rows),
         desc=member.name,
     )

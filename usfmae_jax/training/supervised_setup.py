@@ -9,7 +9,6 @@ import jax
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import Mesh
 
 from usfmae_jax import __version__
 from usfmae_jax.data import labelled, splits
@@ -19,8 +18,8 @@ from usfmae_jax.data.splits import Fold
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import defined, positive_class
 from usfmae_jax.training import classifiers, field_checks, optimizers, outcomes
-from usfmae_jax.training.common import known_duplicates, public_settings
-from usfmae_jax.training.members import Member, names, only_note, plan_members
+from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir, public_settings
+from usfmae_jax.training.members import Member, only_note, plan_members
 from usfmae_jax.training.supervised_step import Supervision
 from usfmae_jax.training.weights import Weights
 
@@ -28,6 +27,7 @@ from usfmae_jax.training.weights import Weights
 #: what is said of them, not what a member is.
 RESUMABLE = (
     "mesh",
+    "parallel",
     "log",
     "checkpoint",
     "evaluate",
@@ -98,13 +98,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
 
     Args:
       config: see `configs/finetune.py`.
-      workdir: absolute; exists.
+      workdir: is created, unless there is nothing to leave in it because something given cannot be used.
 
     Raises:
       InputError: something given cannot be used.
     """
     field_checks.check_finetune(config)
-    frames = open_frames(config)
+    frames = labelled_frames(config)
     try:
         two = positive_class(frames.class_names, config.positive) is not None
     except InputError as error:
@@ -120,9 +120,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
     if weights:
         make_model = classifiers.model_maker(config, description, freeze)
         classifiers.check_weights(make_model, classifiers.loadable(weights, description), config.init)
-    pairs = (
-        known_duplicates(frames, f"{workdir}/duplicates.csv") if config.split.duplicates else np.zeros((0, 2), np.int64)
-    )
+    pairs = np.zeros((0, 2), np.int64)
+    if config.split.duplicates:
+        pairs = known_duplicates(frames, f"{make_workdir(workdir)}/duplicates.csv")
     split = config.split
     folds, groups, excluded, note = splits.plan(
         frames,
@@ -143,7 +143,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
     stage = {"job": "finetune", "code": f"usfmae_jax {__version__}", "config": settings}
     return Job(
         config=config,
-        workdir=workdir,
+        workdir=make_workdir(workdir),
         frames=frames,
         members=members,
         folds=tuple(folds),
@@ -157,26 +157,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
         lineage=[*before, stage | {"data": describe_data([frames.shards])}],
         warnings=find_warnings(config, frames, before),
     )
-
-
-def open_frames(config: ml_collections.ConfigDict) -> Labelled:
-    """The labelled frames of `config.data.path`.
-
-    Raises:
-      InputError: there are none, with how to make some, or they cannot be used.
-    """
-    how_to = (
-        "\n  Prepare some:  python -m data_prep.build --dataset=folder --input=DIR --labels=... --output=data/mine"
-        "\n                 then add --config.data.path=data/mine"
-    )
-    if not config.data.path:
-        raise InputError("config.data.path names no labelled shards." + how_to)
-    try:
-        return labelled.read_labelled(config.data.path, config.data.split, names(config.classes))
-    except InputError as error:
-        text = str(error)
-        missing = "no shards match" in text
-        raise InputError(f"config.data.path: {text}." + how_to if missing else text) from error
 
 
 def find_warnings(config: ml_collections.ConfigDict, frames: Labelled, lineage: Sequence[dict[str, Any]]) -> list[str]:
@@ -229,19 +209,19 @@ def learning_rate(config: ml_collections.ConfigDict) -> Callable[[jax.Array, jax
     )
 
 
-def whole_images(job: Job, mesh: Mesh) -> tuple[int, Callable[[np.ndarray], Iterator[np.ndarray]]]:
+def whole_images(job: Job) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
     """How validation and test images are had.
 
     They are decoded now, so that a damaged one is refused now, and kept, unless they are very many.
 
     Returns:
-      Rows per batch, at most; and batches uint8 `[n, H, W, C]` of given rows of the table.
+      Batches uint8 `[n, H, W, C]` of given rows of the table.
 
     Raises:
       InputError: an image is damaged; says which.
     """
     config = job.config
-    batch_size = -(-config.evaluate.batch_size // mesh.size) * mesh.size
+    batch_size = config.evaluate.batch_size
 
     def decode(rows: np.ndarray) -> Iterator[np.ndarray]:
         return labelled.images(
@@ -255,7 +235,7 @@ def whole_images(job: Job, mesh: Mesh) -> tuple[int, Callable[[np.ndarray], Iter
 
     needed = np.unique(np.concatenate([rows for m in job.members for rows in (m.fold.validation, m.fold.test)]))
     if len(needed) * job.size[0] * job.size[1] * config.data.channels > KEPT_BYTES:
-        return batch_size, decode
+        return decode
     kept = np.concatenate(list(decode(needed)))
 
     def slices(rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -263,4 +243,4 @@ def whole_images(job: Job, mesh: Mesh) -> tuple[int, Callable[[np.ndarray], Iter
         for start in range(0, len(rows), batch_size):
             yield kept[places[start : start + batch_size]]
 
-    return batch_size, slices
+    return slices
