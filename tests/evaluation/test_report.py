@@ -1,15 +1,11 @@
 """The page that a clinician reads: honest sentences, nothing from outside, nothing that runs, any screen."""
 
-import html
-import html.parser
-import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 
+from tests.html_pages import Reader, layout, words
 from usfmae_jax.evaluation import report, results
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.evaluation.verdict import doubt, verdict
@@ -89,39 +85,9 @@ def pages(tmp_path_factory):
     }
 
 
-class _Reader(html.parser.HTMLParser):
-    def __init__(self, path):
-        super().__init__()
-        self.elements, self.text, self._open = [], "", []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += "" if self._open and self._open[-1] == "style" else data
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def words(path):
-    return " ".join(_Reader(path).text.split())
-
-
 def test_pages_load_nothing_run_nothing_and_escape_names(pages):
     for path in pages.values():
-        reader = _Reader(path)
+        reader = Reader(path)
         assert {"link", "script", "iframe", "object", "form", "base"}.isdisjoint(tag for tag, _ in reader.elements)
         assert not [one for _, attributes in reader.elements for one in attributes if one.startswith("on")]
         assert all(one["src"].startswith("data:image/jpeg;base64,") and one["alt"] for one in reader.all("img"))
@@ -133,7 +99,7 @@ def test_pages_load_nothing_run_nothing_and_escape_names(pages):
 
 def test_every_chart_says_what_it_is_and_every_link_arrives(pages):
     for path in pages.values():
-        reader = _Reader(path)
+        reader = Reader(path)
         charts = [one for one in reader.all("svg") if "aria-hidden" not in one]
         assert charts
         assert all(one["role"] == "img" and len(one["aria-label"]) > 20 for one in charts)
@@ -151,7 +117,7 @@ def test_a_full_report_has_everything(pages):
         CONTEXT["command"], "model.arch",
     ):  # fmt: skip
         assert section in text, section
-    reader = _Reader(pages["full"])
+    reader = Reader(pages["full"])
     assert len(reader.all("img")) == 10 + 9  # one example has no map
     assert "10%" in text
 
@@ -243,44 +209,8 @@ def test_features_with_nothing_to_see_give_no_points(features):
     assert points.shape == (0, 2)
 
 
-def _chromium():
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found:
-        pytest.skip("needs chromium, to lay the pages out")
-    return found
-
-
 def test_reports_fit_a_phone_and_a_desk_with_nothing_missing(pages, tmp_path):
-    browser = _chromium()
-    wrapped = "".join(
-        f'<iframe style="width:{width}px" srcdoc="{html.escape(path.read_text(encoding="utf-8"))}"></iframe>'
-        for path in pages.values()
-        for width in (390, 1280)
-    )
-    script = """
-        const measure = frame => {
-          const page = frame.contentDocument
-          for (const folded of page.querySelectorAll("details")) folded.open = true
-          const missing = [...page.images].filter(image => !image.complete || !image.naturalWidth).length
-          const charts = [...page.querySelectorAll("svg[role=img]")]
-          const outside = charts.flatMap(chart => [...chart.querySelectorAll("text")].filter(text => {
-            const box = text.getBoundingClientRect(), frame = chart.getBoundingClientRect()
-            return box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1
-          })).map(text => text.textContent)
-          const small = charts.filter(chart => chart.getBoundingClientRect().width < 230).length
-          return [frame.clientWidth, page.documentElement.scrollWidth, page.images.length, missing, outside, small]
-        }
-        onload = () => document.body.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(measure))
-    """
-    wrapper = tmp_path / "wrapper.html"
-    head = f'<!doctype html><meta charset="utf-8"><script>{script}</script>'
-    wrapper.write_text(f"{head}<body>{wrapped}</body>", encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--dump-dom", wrapper.as_uri()]
-    dump = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    measured = json.loads(html.unescape(re.search(r"<body>(\[.*\])</body>", dump.stdout, re.DOTALL)[1]))
-    assert [one[0] for one in measured] == [390, 1280] * 3
-    for width, scrolled, images, missing, outside, small in measured:
-        assert scrolled <= width
-        assert (missing, outside, small) == (0, [], 0)
-        assert images in (0, 19)
+    for found in layout(list(pages.values()), tmp_path):
+        assert found["scrolled"] <= found["width"]
+        assert (found["missing"], found["outside"], found["small"]) == (0, [], 0)
+        assert found["images"] in (0, 19)

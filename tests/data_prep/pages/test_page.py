@@ -1,13 +1,11 @@
 """The pages that people look at: the manifest's numbers, nothing from outside, nothing that runs, any screen."""
 
 import base64
-import html.parser
 import json
 import os
 import pathlib
 import re
 import shutil
-import subprocess
 
 import cv2
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 
 from data_prep.pages import page
 from tests.data_prep.builds import picture
+from tests.html_pages import Reader, layout, words
 from usfmae_jax.data import records, tfrecord
 from usfmae_jax.errors import InputError
 from usfmae_jax.pages import markup
@@ -92,50 +91,13 @@ def dataset(tmp_path):
     return folder
 
 
-class _Reader(html.parser.HTMLParser):
-    """Elements with their attributes, and all text; fails where tags do not match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.text, self._open = [], "", []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self._open:
-            self.text += data + " "
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-def read(path):
-    return _Reader(path.read_text(encoding="utf-8"))
-
-
-def words(path):
-    return " ".join(read(path).text.split())
-
-
 def tiles(path):
     found = re.findall(r'<div class="tile"><b>([\d,]+)</b><span>([^<]+)', path.read_text(encoding="utf-8"))
     return {name: int(number.replace(",", "")) for number, name in found}
 
 
 def pictures(path):
-    sources = [one["src"] for one in read(path).all("img")]
+    sources = [one["src"] for one in Reader(path).all("img")]
     data = [base64.b64decode(source.removeprefix("data:image/jpeg;base64,")) for source in sources]
     return [cv2.imdecode(np.frombuffer(one, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1] for one in data]
 
@@ -202,7 +164,7 @@ def test_nothing_in_a_name_becomes_markup(dataset):
     (dataset / "manifest.json").write_text(json.dumps(manifest))
     index = page.write_index([dataset], dataset.parent / "index.html")
     for written in (page.write_page(dataset), index):
-        reader = read(written)
+        reader = Reader(written)
         assert not reader.all("script")
         assert not [one for _, attributes in reader.elements for one in attributes if one.startswith("on")]
         assert {one.get("href", "")[:1] for one in reader.all("a")} <= {"#", "1"}
@@ -212,7 +174,7 @@ def test_nothing_in_a_name_becomes_markup(dataset):
 
 def test_pages_load_nothing_and_may_not(dataset):
     written = page.write_page(dataset)
-    reader, text = read(written), written.read_text(encoding="utf-8")
+    reader, text = Reader(written), written.read_text(encoding="utf-8")
     assert {"link", "script", "iframe", "object", "form", "base"}.isdisjoint(tag for tag, _ in reader.elements)
     assert all(one["src"].startswith("data:image/jpeg;base64,") and one["alt"] for one in reader.all("img"))
     assert "url(" not in text
@@ -223,7 +185,7 @@ def test_pages_load_nothing_and_may_not(dataset):
 
 
 def test_links_within_the_page_have_somewhere_to_go(dataset):
-    reader = read(page.write_page(dataset))
+    reader = Reader(page.write_page(dataset))
     targets = {attributes.get("id") for _, attributes in reader.elements}
     links = [one["href"][1:] for one in reader.all("a") if one["href"].startswith("#")]
     assert len(links) == 7
@@ -343,7 +305,7 @@ def test_the_index_adds_up_and_its_links_lead_to_the_pages(dataset, tmp_path):
     index = page.write_index([dataset, other], tmp_path / "index.html")
     assert index == tmp_path / "index.html"
     assert tiles(index) == {"datasets": 2, "frames": 1007, "patients": 1121, "patients not known": 1308}
-    links = [one["href"] for one in read(index).all("a")]
+    links = [one["href"] for one in Reader(index).all("a")]
     assert links == ["with%20%23odd%3F%20name/1.0.0/report.html", "one/1.2.3/report.html"]
     text = words(index)
     assert "lung 1,000" in text
@@ -351,44 +313,15 @@ def test_the_index_adds_up_and_its_links_lead_to_the_pages(dataset, tmp_path):
     assert page.write_index([other, dataset], tmp_path / "index.html").read_bytes() == index.read_bytes()
 
 
-def _chromium():
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found:
-        pytest.skip("needs chromium, to lay the pages out")
-    return found
-
-
 def test_pages_fit_a_phone_and_a_desk_without_sideways_scrolling(dataset, tmp_path):
-    browser = _chromium()
     long = {"x" * 300 + ".png": 3, "many words " * 30: 2} | {f"reason {number}": 1 for number in range(30)}
     manifest = MANIFEST | {"dropped": long, "rejected": long, "citation": "c" * 400, "label_names": ["l" * 90, "m"]}
     manifest |= {"arguments": {"a" * 80: "b" * 500}, "technical": {"Maker" * 20: {"v" * 200: 1}}, "title": "T" * 120}
     (dataset / "manifest.json").write_text(json.dumps(manifest))
     paths = [page.write_page(dataset), page.write_index([dataset], dataset / "index.html")]
-    wrapped = "".join(
-        f'<iframe style="width:{width}px" srcdoc="{html.escape(path.read_text(encoding="utf-8"))}"></iframe>'
-        for path in paths
-        for width in (390, 1280)
-    )
-    script = """
-        const measure = frame => {
-          const page = frame.contentDocument
-          for (const folded of page.querySelectorAll("details")) folded.open = true
-          const missing = [...page.images].filter(image => !image.complete || !image.naturalWidth).length
-          return [frame.clientWidth, page.documentElement.scrollWidth, page.images.length, missing]
-        }
-        onload = () => document.body.textContent = JSON.stringify([...document.querySelectorAll("iframe")].map(measure))
-    """
-    wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(f"<!doctype html><script>{script}</script><body>{wrapped}</body>", encoding="utf-8")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--dump-dom", wrapper.as_uri()]
-    dump = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    measured = json.loads(re.search(r"<body>(\[.*\])</body>", dump.stdout, re.DOTALL)[1])
-    assert [one[0] for one in measured] == [390, 1280, 390, 1280]
-    assert all(scrolled <= width for width, scrolled, _, _ in measured)
-    assert [one[2] for one in measured] == [7, 7, 0, 0]
-    assert all(missing == 0 for *_, missing in measured)
+    measured = layout(paths, tmp_path)
+    assert all(found["scrolled"] <= found["width"] and not found["missing"] for found in measured)
+    assert [found["images"] for found in measured] == [7, 7, 0, 0]
 
 
 def test_the_template_travels_with_the_module():
