@@ -51,6 +51,7 @@ def test_a_run_says_what_a_person_wants_to_know(undisturbed):
         "data: 48 frames of 24 patients: 24 0, 24 1",
         "split: cross-validation by patient",
         "members: 4, of which 4 are to be trained",
+        "2 members at a time",
         "head/kernel",
         "compiling the training step took",
         "fold-2-seed-1 (4/4)",

@@ -61,7 +61,7 @@ def _write_start(job: Job) -> None:
     write_lineage(job.workdir, job.lineage)
 
 
-def describe(job: Job, mesh: Mesh, unfinished: int) -> None:
+def describe(job: Job, mesh: Mesh, unfinished: int, at_a_time: int) -> None:
     """Writes settings, lineage and splits, and says what is about to run.
 
     Raises:
@@ -80,7 +80,7 @@ def describe(job: Job, mesh: Mesh, unfinished: int) -> None:
         f"model: {title(job)}\n"
         f"members: {len(job.members)}, of which {unfinished} are to be trained, "
         f"{min(m.total_steps for m in job.members)} to {max(m.total_steps for m in job.members)} steps of "
-        f"{job.config.train.batch_size} each\n"
+        f"{job.config.train.batch_size} each{f', {at_a_time} members at a time' if at_a_time > 1 else ''}\n"
         f"workdir: {job.workdir}"
     )
     for warning in job.warnings:

@@ -50,8 +50,9 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     config.evaluate.batch_size = fitting_batch(config.evaluate.batch_size, mesh, "config.evaluate.batch_size")
     job = supervised_setup.prepare(config, workdir)
     unfinished = [member for member in job.members if not member_reports.is_finished(job, member)]
-    member_reports.describe(job, mesh, len(unfinished))
-    if not side_by_side.train(train_members, job, unfinished, side_by_side.how_many(job, mesh)):
+    processes = side_by_side.how_many(job, mesh)
+    member_reports.describe(job, mesh, len(unfinished), processes)
+    if not side_by_side.train(train_members, job, unfinished, processes):
         return False
     if jax.process_index() == 0:
         member_reports.finish(job, command)
