@@ -7,7 +7,7 @@ r"""An encoder's features under a probe, or a fine-tuned classifier, on labelled
 Leaves results.json, results.md, predictions.csv, report.html and splits/splits.csv in the workdir. Features are
 computed once and kept for the other protocols. For BUS-BRA's 1,875 frames and the tiny encoder, two CPU cores with
 other work beside took 10 to 20 s for the features, 5 s for logistic regression of all five folds, 10 s for the linear
-probe and 2 minutes a fold for the attentive one.
+probe and 45 seconds a fold for the attentive one.
 
 Variants
   :folder   any labelled shards, --config.data.path=DIR
