@@ -165,8 +165,8 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tree, tmp_path, capsys,
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_build_leaves_nothing_that_opens_and_the_next_one_goes_on(tmp_path, how):
-    # TFRecord, because a part of such a file is readable.
-    flags = ["--dataset=phantom", "--frames=1", "--image_size=64", "--format=tfrecord", "--patients=400"]
+    # TFRecord: a part of such a file is readable. So many that a busy machine is not done before the signal comes.
+    flags = ["--dataset=phantom", "--frames=1", "--image_size=64", "--format=tfrecord", "--patients=1000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "data_prep.build", "--workers=2", f"--output={tmp_path / 'out'}", *flags],
         cwd=ROOT,

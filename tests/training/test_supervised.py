@@ -89,6 +89,7 @@ def _left(workdir):
         found[member.name] = (
             {name: value.tobytes() for name, value in params.items()},
             (member / "predictions.csv").read_text(),
+            (member / "validation.csv").read_text(),  # kept, or predicted again after a restart
             losses,
         )
     return found

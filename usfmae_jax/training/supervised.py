@@ -83,11 +83,12 @@ def train_members(job: Job, members: Sequence[Member], line: int = 0) -> bool:
 
 def train(
     job: Job, member: Member, programs: Programs, preemption: Preemption, line: int = 0
-) -> tuple[State, int] | None:
+) -> tuple[State, int, Predictions | None] | None:
     """Trains one member, or continues it; its progress is on a line of the terminal.
 
     Returns:
-      parameters and statistics of the best evaluation, and its step; None when it was preempted after saving.
+      parameters and statistics of the best evaluation, its step, and what it predicted of the validation part (None if
+      that was before a restart); None when it was preempted after saving.
     """
     config, folder = job.config, member_reports.folder(job, member)
     saver = checkpoints.open_checkpoints(make_workdir(folder) + "/checkpoints", keep_latest=1, keep_best=0)
@@ -103,6 +104,7 @@ def train(
             state = classifiers.with_weights(state, classifiers.loadable(job.weights, job.description))
         state = state | {"best": programs.best_of(state)}
     best, best_score, worse, done = state.pop("best"), position["best"], position["worse"], position["done"]
+    best_validation = None
     damage = pipeline.DamageReport([job.frames.shards], config.data.max_damaged, position["damaged"])
     dataset = training_batches(job, member)
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
@@ -140,11 +142,12 @@ def train(
             if evaluated:
                 report.flush()  # weights are evaluated only when their loss is known to be finite
                 with report.pause():
-                    score = validate(job, member, programs, state)
+                    score, predicted = validate(job, member, programs, state)
                     report.write(step, {f"validation/{name}": value for name, value in score.items()})
                     worse += 1
                     if better(config.stop.metric, score, best_score):
                         best, best_score, worse = programs.best_of(state), {"step": step, **score}, 0
+                        best_validation = predicted
                 done = step == member.total_steps or 0 < config.stop.patience <= worse
             due = evaluated and (member.evaluations.index(step) + 1) % config.checkpoint.every == 0
             if stop or done or due:
@@ -170,7 +173,7 @@ def train(
         batch = arrays = None  # a worker's shared memory goes back before the worker does
         score, at = best_score[config.stop.metric], best_score["step"]
         report.say(f"{member.name}: best validation {config.stop.metric} {score:.3f} at step {at} of {saved}")
-    return best | {"params": combine(state["params"], best["params"])}, at
+    return best | {"params": combine(state["params"], best["params"])}, at, best_validation
 
 
 def training_batches(job: Job, member: Member) -> Any:
@@ -190,17 +193,16 @@ def training_batches(job: Job, member: Member) -> Any:
     )
 
 
-def test(job: Job, member: Member, programs: Programs, best: State, step: int) -> None:
+def test(job: Job, member: Member, programs: Programs, best: State, step: int, validation: Predictions | None) -> None:
     """Writes what a finished member leaves, whose `best` weights are those after `step` updates.
 
-    `predictions.csv` comes last and marks it.
+    `predictions.csv` comes last and marks it. What `best` predicts of the validation part is asked again if not given.
     """
     replicate = jax.jit(lambda tree: tree, out_shardings=replicated(programs.mesh))
     best = replicate(best)  # what other processes hold comes here
-    parts = {
-        name: predict(job, member, programs, best, rows)
-        for name, rows in (("validation", member.fold.validation), ("predictions", member.fold.test))
-    }
+    if validation is None:
+        validation = predict(job, member, programs, best, member.fold.validation)
+    parts = {"validation": validation, "predictions": predict(job, member, programs, best, member.fold.test)}
     if jax.process_index():
         return
     directory = epath.Path(member_reports.folder(job, member))
@@ -232,14 +234,14 @@ def predict(job: Job, member: Member, programs: Programs, variables: State, rows
     return member_reports.predictions(job, member, rows, found)
 
 
-def validate(job: Job, member: Member, programs: Programs, state: State) -> dict[str, float]:
-    """Metrics of a state on the member's validation part; those that are not defined there are left out."""
+def validate(job: Job, member: Member, programs: Programs, state: State) -> tuple[dict[str, float], Predictions]:
+    """Metrics of a state on the member's validation part, without those that are not defined there; and predictions."""
     variables: State = {name: state[name] for name in ("params", "stats") if name in state}
     found = predict(job, member, programs, variables, member.fold.validation)
     positive = positive_class(found.classes, job.config.positive)
     values = metrics(found.label, found.probabilities, positive)
     scores = {name: float(values[name][0]) for name in NAMES if name in values}
-    return {name: value for name, value in scores.items() if math.isfinite(value)}
+    return {name: value for name, value in scores.items() if math.isfinite(value)}, found
 
 
 def better(metric: str, score: dict[str, float], best: dict[str, float]) -> bool:
