@@ -31,8 +31,8 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     from flax import nnx
 
     from usfmae_jax.data import splits
-    from usfmae_jax.data.labelled import read_labelled
     from usfmae_jax.data.records import decode_record
+    from usfmae_jax.data.table import read_labelled
     from usfmae_jax.interop.encoder import save_encoder
     from usfmae_jax.models.position import sincos_table
     from usfmae_jax.models.vit import SIZES, ViT
@@ -62,11 +62,11 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     import jax
 
     from usfmae_jax.data import splits
-    from usfmae_jax.data.labelled import read_labelled
-    from usfmae_jax.evaluation import probes
-    from usfmae_jax.training import features as feature_cache
+    from usfmae_jax.data.table import read_labelled
+    from usfmae_jax.interop.weights import open_weights
+    from usfmae_jax.probing import features as feature_cache
+    from usfmae_jax.training import probes
     from usfmae_jax.training.mesh import make_mesh
-    from usfmae_jax.training.weights import open_weights
 
     jax.devices()
     start = time.perf_counter()
@@ -75,7 +75,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     how: dict[str, Any] = {"pool": "mean", "batch_size": args.batch}
     run = feature_cache.extractor(weights, mesh=make_mesh(), **how)
     if args.images:
-        from usfmae_jax.data import labelled
+        from usfmae_jax.data import table as labelled
 
         size, channels = feature_cache.image_format(weights)
         batches = labelled.images(frames, range(args.images), size=size, channels=channels, batch_size=args.batch)

@@ -46,7 +46,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     """The command, with a clock on its loop."""
     import csv
 
-    from usfmae_jax.training import supervised
+    from usfmae_jax.finetuning import loop as supervised
 
     spent = []
     with tempfile.TemporaryDirectory() as workdir:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from configs.pretrain import get_config
 from usfmae_jax.models import layers, vit
-from usfmae_jax.training import setup
+from usfmae_jax.pretraining import build as setup
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.state import init_state
 from usfmae_jax.training.step import make_train_step

@@ -34,7 +34,7 @@ def test_overrides_reach_the_config():
 
 @pytest.mark.parametrize(("value", "size"), [("112", (112, 112)), ("(112,160)", (112, 160)), ("112,160", (112, 160))])
 def test_images_are_square_or_not(value, size):
-    from usfmae_jax.training import setup
+    from usfmae_jax.pretraining import build as setup
 
     assert setup.image_size(_parse(f"{CONFIG}:tiny", f"--config.model.image_size={value}").config) == size
 

@@ -7,12 +7,12 @@ from flax import nnx
 
 from tests.helpers import frame, write_shards
 from usfmae_jax import embed
-from usfmae_jax.data.labelled import read_labelled
+from usfmae_jax.data.table import read_labelled
 from usfmae_jax.interop.encoder import save_encoder
+from usfmae_jax.interop.weights import open_weights
 from usfmae_jax.models.vit import ViT
-from usfmae_jax.training import features
+from usfmae_jax.probing import features
 from usfmae_jax.training.mesh import make_mesh
-from usfmae_jax.training.weights import open_weights
 
 ARCHITECTURE = {"image_size": [32, 32], "patch_size": 8, "channels": 1, "width": 32, "depth": 1, "num_heads": 2}
 

@@ -17,7 +17,7 @@ from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.classifier import make_classifier, save_classifier
 from usfmae_jax.interop.encoder import save_encoder
 from usfmae_jax.models.vit import ViT
-from usfmae_jax.training.probing import evaluate
+from usfmae_jax.probing.loop import evaluate
 
 ARCHITECTURE = {
     "image_size": [32, 32],
@@ -217,7 +217,7 @@ def test_a_classifier_that_may_have_seen_the_data_needs_a_split(settings, tmp_pa
     ],
 )
 def test_bad_input_is_refused_before_any_features_are_computed(settings, change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("usfmae_jax.training.features.extract", lambda *args, **kwargs: pytest.fail("too late"))
+    monkeypatch.setattr("usfmae_jax.probing.features.extract", lambda *args, **kwargs: pytest.fail("too late"))
     settings.update_from_flattened_dict(change)
     with pytest.raises(InputError, match=message):
         evaluate(settings, str(tmp_path))

@@ -11,7 +11,7 @@ from tests.interop.torch_models import declare_torchvision, need
 from usfmae_jax import convert, export, load_encoder
 from usfmae_jax.data import provenance, records
 from usfmae_jax.interop.encoder import flatten, read_encoder, read_lineage
-from usfmae_jax.training.pretrain import pretrain
+from usfmae_jax.pretraining.loop import pretrain
 
 
 def test_the_export_of_a_checkpoint_is_the_encoder_of_that_step(config, tmp_path, capsys):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.training.runs import environment
+from tests.pretraining.runs import environment
 from usfmae_jax import cli
 from usfmae_jax import finetune as door
 from usfmae_jax.evaluation import predictions

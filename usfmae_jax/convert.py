@@ -162,9 +162,9 @@ def _print(model: "Model", account: "Account") -> None:
 def _write(model: "Model", output: str, lineage: list[dict[str, Any]]) -> None:
     import json
 
+    from usfmae_jax.interop.checkpoint import save_parameters
     from usfmae_jax.interop.classifier import save_classifier
     from usfmae_jax.interop.encoder import save_encoder, unflatten
-    from usfmae_jax.training.parameters import save_parameters
 
     for old in ("checkpoints", "classifier", "encoder"):  # of an earlier conversion: this one may not have them all
         shutil.rmtree(os.path.join(output, old), ignore_errors=True)

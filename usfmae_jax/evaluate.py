@@ -27,7 +27,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     import jax  # after the flags are known to be right
 
     from usfmae_jax.evaluation.results import table
-    from usfmae_jax.training.probing import evaluate
+    from usfmae_jax.probing.loop import evaluate
 
     cli.start(flags)
     results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))

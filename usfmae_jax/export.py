@@ -81,8 +81,8 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
         output holds something else; or the export differs from the model, which leaves no weights.
     """
     from usfmae_jax.interop import verification, writing  # after the flags are known to be right
+    from usfmae_jax.interop.opening import open_model
     from usfmae_jax.models.layers import NORM_EPS
-    from usfmae_jax.training.opening import open_model
 
     output = output or _default_output(checkpoint, form)
     check_output(output, WRITTEN)

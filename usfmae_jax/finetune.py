@@ -16,7 +16,7 @@ from usfmae_jax import cli
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Starts the processes and runs the loop; returns the exit code."""
-    from usfmae_jax.training.supervised import finetune  # after the flags are known to be right
+    from usfmae_jax.finetuning.loop import finetune  # after the flags are known to be right
 
     cli.start(flags)
     return cli.train(lambda: finetune(config, workdir, cli.command("usfmae_jax.finetune")), f"{workdir}/members")

@@ -16,7 +16,7 @@ from usfmae_jax import cli
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Starts the processes and runs the loop; returns the exit code."""
-    from usfmae_jax.training.pretrain import pretrain  # after the flags are known to be right
+    from usfmae_jax.pretraining.loop import pretrain  # after the flags are known to be right
 
     cli.start(flags)
     return cli.train(lambda: pretrain(config, workdir), f"{workdir}/checkpoints")

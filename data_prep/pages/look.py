@@ -14,7 +14,7 @@ import numpy as np
 
 from usfmae_jax.data import records
 from usfmae_jax.errors import DamagedRecord
-from usfmae_jax.pages import markup
+from usfmae_jax.reporting import markup
 
 _SAMPLE = 2000  # frames that are measured
 _SHEET = 60  # frames that are shown

@@ -17,7 +17,7 @@ from typing import Any
 from data_prep.pages import look
 from usfmae_jax.data import records
 from usfmae_jax.errors import InputError
-from usfmae_jax.pages import markup
+from usfmae_jax.reporting import markup
 
 _NAMES = 4  # of files per reason
 

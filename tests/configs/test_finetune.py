@@ -8,11 +8,13 @@ import pytest
 
 from configs import finetune
 from usfmae_jax.data import augment
-from usfmae_jax.training import classifiers, field_checks, supervised_setup
+from usfmae_jax.finetuning import build as supervised_setup
+from usfmae_jax.finetuning import classifiers
+from usfmae_jax.finetuning.step import Supervision, make_train_step, pick_trained
+from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training.common import check_batch
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.state import abstract_state, model_graph
-from usfmae_jax.training.supervised_step import Supervision, make_train_step, pick_trained
 
 
 @pytest.mark.parametrize("arch", ["", "base", "resnet50"])

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from configs import pretrain
-from usfmae_jax.training import common, setup
+from usfmae_jax.pretraining import build as setup
+from usfmae_jax.training import common
 from usfmae_jax.training import mesh as meshes
 from usfmae_jax.training.state import abstract_state, model_graph
 from usfmae_jax.training.step import make_train_step

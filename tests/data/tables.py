@@ -8,7 +8,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.helpers import record
 from usfmae_jax.data import records
-from usfmae_jax.data.labelled import Labelled
+from usfmae_jax.data.table import Labelled
 
 
 def write_records(

@@ -9,7 +9,7 @@ import pytest
 from tests.data.tables import write_records
 from tests.data_prep.trees import real_folder
 from usfmae_jax.data import duplicates, records
-from usfmae_jax.data.labelled import read_labelled
+from usfmae_jax.data.table import read_labelled
 
 
 def picture(seed: int) -> np.ndarray:

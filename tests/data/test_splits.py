@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.tables import made, table, write_records
 from usfmae_jax.data import splits
-from usfmae_jax.data.labelled import read_labelled
+from usfmae_jax.data.table import read_labelled
 from usfmae_jax.errors import InputError
 
 

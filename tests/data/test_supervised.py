@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.tables import made, write_records
 from usfmae_jax.data import augment, pipeline, supervised
-from usfmae_jax.data.labelled import read_labelled, whole_image
+from usfmae_jax.data.table import read_labelled, whole_image
 from usfmae_jax.errors import InputError
 
 WHOLE = augment.Augmentation(crop_scale=(1, 1), crop_ratio=(1.2, 1.2), hflip=0)  # what the frames are: 40 x 48

@@ -12,7 +12,7 @@ import pytest
 
 from tests.data_prep.builds import picture, read, run, write
 from usfmae_jax.data import records, splits
-from usfmae_jax.data.labelled import read_labelled
+from usfmae_jax.data.table import read_labelled
 
 #: Ids, names and counts of train and val as published; `OTU_2d/*_cls.txt` holds the ids.
 MMOTU = (

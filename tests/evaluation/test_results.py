@@ -8,8 +8,9 @@ import pytest
 
 from tests.evaluation.made import predictions
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import calibration, classification, report, results
+from usfmae_jax.evaluation import calibration, classification, results
 from usfmae_jax.evaluation.predictions import concatenate, read
+from usfmae_jax.reporting import run as report
 
 TASK = {"title": "Fine-tuned tiny ViT on made", "protocol": "finetune", "datasets": ["made"], "split": "official"}
 CONTEXT = {

@@ -7,10 +7,10 @@ import pytest
 
 from usfmae_jax import convert, export
 from usfmae_jax.errors import InputError
+from usfmae_jax.interop.checkpoint import load_parameters
 from usfmae_jax.interop.encoder import flatten, read_lineage
-from usfmae_jax.training.parameters import load_parameters
-from usfmae_jax.training.pretrain import pretrain
-from usfmae_jax.training.setup import with_weights
+from usfmae_jax.pretraining.build import with_weights
+from usfmae_jax.pretraining.loop import pretrain
 
 
 def test_pretraining_starts_from_converted_weights_decoder_included(config, tmp_path, capsys):

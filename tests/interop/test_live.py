@@ -13,15 +13,15 @@ from tests.interop import made, torch_models
 from tests.interop.torch_models import need
 from usfmae_jax import convert, export, load_encoder
 from usfmae_jax.interop import layout, names, verification
+from usfmae_jax.interop.checkpoint import load_parameters
 from usfmae_jax.interop.encoder import flatten
 from usfmae_jax.interop.model import graph, nested
+from usfmae_jax.interop.opening import open_model
 from usfmae_jax.interop.tensors import Tensor
 from usfmae_jax.models.layers import NORM_EPS
 from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.models.vit import SIZES
-from usfmae_jax.training.opening import open_model
-from usfmae_jax.training.parameters import load_parameters
 
 
 @pytest.fixture(scope="module")

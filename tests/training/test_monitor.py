@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from usfmae_jax.pretraining.pictures import encode_png, reconstruction_grid
 from usfmae_jax.training import monitor as monitors
-from usfmae_jax.training.pictures import encode_png, reconstruction_grid
 
 
 def _monitor(path, first_step=0, **options):

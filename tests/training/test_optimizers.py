@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.training.test_step import _mesh
-from usfmae_jax.training import optimizers, setup
+from usfmae_jax.pretraining import build as setup
+from usfmae_jax.training import optimizers
 from usfmae_jax.training.state import init_state
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from usfmae_jax.evaluation.probes import auroc
 from usfmae_jax.training import probe_heads
+from usfmae_jax.training.probes import auroc
 
 
 def linear_data(count, seed, classes=2):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.helpers import frame, tiny_config
+from usfmae_jax.pretraining import build as setup
 from usfmae_jax.training import mesh as meshes
-from usfmae_jax.training import optimizers, setup
+from usfmae_jax.training import optimizers
 from usfmae_jax.training.state import abstract_state, init_state
 from usfmae_jax.training.step import Objective, make_reconstruct, make_train_step
 

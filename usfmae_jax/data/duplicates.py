@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from usfmae_jax.data import fingerprints
-from usfmae_jax.data.labelled import Labelled, read_row
 from usfmae_jax.data.records import decode_image
 from usfmae_jax.data.split_files import write_csv
+from usfmae_jax.data.table import Labelled, read_row
 from usfmae_jax.errors import DamagedRecord
 
 _COLUMNS = ("data", "frame", "other")

@@ -10,8 +10,8 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from usfmae_jax.data.labelled import Labelled
 from usfmae_jax.data.split_files import Fold
+from usfmae_jax.data.table import Labelled
 from usfmae_jax.errors import InputError
 
 Excluded = dict[str, str]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from usfmae_jax.data.labelled import Labelled
+from usfmae_jax.data.table import Labelled
 from usfmae_jax.errors import InputError
 
 COLUMNS = ("dataset", "patient", "video", "frame", "group", "label", "fold", "part")

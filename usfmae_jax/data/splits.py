@@ -10,7 +10,6 @@ import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
 from usfmae_jax.data import split_files
-from usfmae_jax.data.labelled import Labelled
 from usfmae_jax.data.leaks import Excluded
 from usfmae_jax.data.leaks import check as check
 from usfmae_jax.data.leaks import groups as groups
@@ -18,6 +17,7 @@ from usfmae_jax.data.split_files import Fold as Fold
 from usfmae_jax.data.split_files import official as official
 from usfmae_jax.data.split_files import read_splits as read_splits
 from usfmae_jax.data.split_files import write_splits as write_splits
+from usfmae_jax.data.table import Labelled
 from usfmae_jax.errors import InputError
 
 KINDS = ("auto", "official", "shards", "group", "single")

@@ -8,9 +8,9 @@ import grain
 import numpy as np
 
 from usfmae_jax.data import augment
-from usfmae_jax.data.labelled import Labelled
 from usfmae_jax.data.pipeline import MAX_TRIES, Batch, HostRows, LoadView
 from usfmae_jax.data.records import decode_record
+from usfmae_jax.data.table import Labelled
 from usfmae_jax.errors import DamagedRecord, InputError
 
 

@@ -59,9 +59,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from usfmae_jax.evaluation import calibration, classification, report
+from usfmae_jax.evaluation import calibration, classification
 from usfmae_jax.evaluation.predictions import Predictions, concatenate
 from usfmae_jax.evaluation.summary import markdown, table
+from usfmae_jax.reporting import run as report
 
 __all__ = ["FORMAT", "finish", "summarise", "table"]
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from usfmae_jax.evaluation import classification, tables
-from usfmae_jax.evaluation.verdict import counted, tested_on
+from usfmae_jax.reporting.verdict import counted, tested_on
 
 _NAMES = classification.NAMES
 

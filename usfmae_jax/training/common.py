@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from usfmae_jax.cli import public_path
 from usfmae_jax.data import duplicates
-from usfmae_jax.data.labelled import Labelled, read_labelled
+from usfmae_jax.data.table import Labelled, read_labelled
 from usfmae_jax.errors import InputError
-from usfmae_jax.training.members import names
+from usfmae_jax.finetuning.members import names
 
 
 def on_first_process(action: Callable[[], None]) -> None:

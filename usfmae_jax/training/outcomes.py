@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from usfmae_jax.data.labelled import Labelled
+from usfmae_jax.data.table import Labelled
 from usfmae_jax.evaluation.predictions import Predictions, concatenate
-from usfmae_jax.training.weights import Weights
+from usfmae_jax.interop.weights import Weights
 
 #: uint8 `[n, H, W, C]` to maps float32 `[n, gh, gw]`.
 Attention = Callable[[np.ndarray], np.ndarray]

@@ -16,7 +16,7 @@ from tests.data_prep.builds import picture
 from tests.html_pages import Reader, layout, words
 from usfmae_jax.data import records, tfrecord
 from usfmae_jax.errors import InputError
-from usfmae_jax.pages import markup
+from usfmae_jax.reporting import markup
 
 EVIL = '<script>alert("1")</script>\'"><img src=x onerror=alert(2)>/\u202egnp.png'
 COLOUR = np.dstack([np.full((40, 60), value, np.uint8) for value in (200, 40, 20)])  # RGB

@@ -1,0 +1,355 @@
+"""The fine-tuning loop: what it refuses, what it leaves, and that however it is interrupted, nothing changes."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from configs import finetune as configs
+from tests.helpers import write_shards
+from tests.pretraining.runs import metrics
+from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation import predictions
+from usfmae_jax.finetuning import loop as supervised
+from usfmae_jax.finetuning.loop import better, finetune
+from usfmae_jax.interop.classifier import read_classifier
+from usfmae_jax.interop.encoder import flatten, save_encoder
+from usfmae_jax.training.monitor import DivergedError, Preemption
+
+compile_programs = supervised.compile_programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """Runs of equal models and recipes share what was compiled for the first: that takes longer than to train them."""
+    known = {}
+
+    def compile_once(job, mesh):
+        parts = {name: job.settings[name] for name in ("model", "mode", "last_k", "optimizer", "regularization")}
+        key = json.dumps([job.description, job.preprocessing, parts, job.config.train.batch_size])
+        known[key] = known.get(key) or compile_programs(job, mesh)
+        return dataclasses.replace(known[key], images=supervised.supervised_setup.whole_images(job))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervised, "compile_programs", compile_once)
+        yield
+
+
+@pytest.fixture
+def config(shards):
+    """Two folds of a model of two small blocks, ten updates each."""
+    config = configs.get_config("folder")
+    config.data.path = shards
+    config.model.update(image_size=(32, 32), patch_size=8, width=32, depth=2, num_heads=2)
+    config.split.update(folds=2, duplicates=False)  # simulated discs look alike
+    config.train.update(batch_size=16, steps=10)
+    config.stop.every = 1.6  # after 2, 4, ... updates
+    config.checkpoint.every = 2
+    config.log.every = 1
+    config.evaluate.update(batch_size=16, bootstrap=20)
+    return config
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    config = configs.get_config("folder")
+    config.update(_plain(shards))
+    assert finetune(config, str(workdir))
+    return workdir
+
+
+def _plain(shards):
+    return {
+        "data": {"path": shards},
+        "model": {"image_size": (32, 32), "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2},
+        "split": {"folds": 2, "duplicates": False},
+        "train": {"batch_size": 16, "steps": 10},
+        "stop": {"every": 1.6},
+        "checkpoint": {"every": 2},
+        "log": {"every": 1},
+        "evaluate": {"batch_size": 16, "bootstrap": 20},
+    }
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """For tests of members alone."""
+    monkeypatch.setattr(supervised.member_reports, "finish", lambda *args: None)
+
+
+def _left(workdir):
+    """What members leave, to compare; tensors, predictions, and losses by step."""
+    found = {}
+    for member in sorted((workdir / "members").iterdir()):
+        params = flatten(read_classifier(str(member / "classifier"))[0])
+        losses = {line["step"]: line["loss"] for line in metrics(member) if "loss" in line}
+        found[member.name] = (
+            {name: value.tobytes() for name, value in params.items()},
+            (member / "predictions.csv").read_text(),
+            (member / "validation.csv").read_text(),  # kept, or predicted again after a restart
+            losses,
+        )
+    return found
+
+
+def test_a_run_leaves_members_splits_and_results(undisturbed):
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["metrics"]["auroc"]["value"] > 0.9  # a bright disc or none
+    assert (results["counts"]["frames"], results["counts"]["folds"]) == (48, 2)
+    assert results["context"]["lineage"][-1]["job"] == "finetune"
+    assert {file.name for file in undisturbed.iterdir()} >= {
+        "report.html", "results.md", "predictions.csv", "config.json", "lineage.json", "splits", "members"
+    }  # fmt: skip
+    params, stats, description, preprocessing, lineage = read_classifier(
+        str(undisturbed / "members" / "fold-1" / "classifier")
+    )
+    assert params["head"]["kernel"].shape == (32, 2)
+    assert not stats
+    assert description["classes"] == ["0", "1"]
+    assert preprocessing["image_size"] == [32, 32]
+    assert lineage[-1]["member"] == "fold-1"
+    assert not (undisturbed / "members" / "fold-1" / "checkpoints").exists()
+
+
+def test_every_frame_is_tested_by_the_member_that_has_not_seen_its_patient(undisturbed):
+    tested = predictions.read(undisturbed)
+    assert len(tested) == len(set(tested.frame_key)) == 48
+    seen = {"1": set(), "2": set()}
+    for row in csv.DictReader((undisturbed / "splits" / "splits.csv").open()):
+        if row["part"] != "test":
+            seen[row["fold"]].add(row["patient"])
+    for patient, fold in zip(tested.patient, tested.fold, strict=True):
+        assert patient not in seen[fold]
+
+
+def test_evaluations_are_logged_and_the_best_is_what_is_tested(undisturbed):
+    for member in (undisturbed / "members").iterdir():
+        scores = {line["step"]: line for line in metrics(member) if "validation/auroc" in line}
+        assert sorted(scores) == [2, 4, 6, 8, 10]
+        best = max(scores.values(), key=lambda line: (line["validation/auroc"], -line["validation/log_loss"]))
+        again = predictions.read(member / "validation.csv")
+        loss = -np.log(again.probabilities[np.arange(len(again)), again.label]).mean()
+        np.testing.assert_allclose(loss, best["validation/log_loss"], rtol=1e-5)
+
+
+# Before a checkpoint; on one; at the end of a member; in the next one.
+@pytest.mark.parametrize("after", [1, 4, 10, 13])
+def test_a_stopped_run_ends_bitwise_as_the_undisturbed_one(
+    undisturbed, config, tmp_path, monkeypatch, after, no_report
+):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "requested", lambda self: asked.append(None) or len(asked) == after)
+        done = finetune(config, str(tmp_path))
+    assert not done
+    config.data.threads = 1  # may change
+    assert finetune(config, str(tmp_path))
+    assert _left(tmp_path) == _left(undisturbed)
+
+
+def test_a_killed_run_starts_at_its_last_checkpoint(undisturbed, config, tmp_path, monkeypatch, no_report):
+    real, calls = supervised.validate, []
+
+    def fail_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "validate", fail_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(config, str(tmp_path))
+    assert finetune(config, str(tmp_path))
+    assert _left(tmp_path) == _left(undisturbed)
+
+
+def test_a_finished_run_takes_more_seeds_fractions_and_folds(config, tmp_path, capfd, monkeypatch):
+    config.split.only = ("1",)
+    config.train.steps = 2
+    assert finetune(config, str(tmp_path))
+    first = _left(tmp_path)["fold-1"]
+    capfd.readouterr()
+    config.split.only = ()
+    config.seeds, config.fractions = (0, 2), (0.5, 1.0)
+    assert finetune(config, str(tmp_path))
+    assert "members: 8, of which 7 are to be trained" in capfd.readouterr().err
+    assert _left(tmp_path)["fold-1"] == first
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [entry["fraction"] for entry in results["fractions"]] == [0.5, 1.0]
+    assert [entry["seed"] for entry in results["seeds"]] == [0, 2]
+    patients = {}
+    for name in ("splits", "fractions/fraction-50-seed-0", "fractions/fraction-50-seed-2"):
+        rows = csv.DictReader((tmp_path / "splits" / f"{name}.csv").open())
+        patients[name] = {row["patient"] for row in rows if (row["part"], row["fold"]) == ("train", "1")}
+    whole, half, other = patients.values()
+    assert half < whole
+    assert abs(len(half) - len(whole) / 2) <= 1
+    assert half != other
+
+
+def test_compiling_happens_once_for_all_members(config, tmp_path, capfd, no_report, monkeypatch):
+    monkeypatch.setattr(supervised, "compile_programs", compile_programs)
+    config.split.only = ("1",)
+    config.fractions = (0.5, 1.0)
+    config.train.steps = 2
+    assert finetune(config, str(tmp_path))
+    assert capfd.readouterr().err.count("compiling the training step took") == 1
+
+
+def test_patience_stops_early(config, tmp_path, monkeypatch, no_report):
+    config.split.only = ("1",)
+    config.train.steps = 40
+    config.stop.patience = 2
+    monkeypatch.setattr(supervised, "better", lambda metric, score, best: not best)  # never better than at first
+    assert finetune(config, str(tmp_path))
+    steps = [line["step"] for line in metrics(tmp_path / "members" / "fold-1") if "validation/auroc" in line]
+    assert len(steps) == 3
+
+
+def test_the_better_evaluation_has_the_better_metric_then_the_lower_loss():
+    assert better("auroc", {"auroc": 0.7, "log_loss": 9.0}, {})
+    assert better("auroc", {"auroc": 0.7, "log_loss": 9.0}, {"auroc": 0.6, "log_loss": 1.0})
+    assert better("auroc", {"auroc": 0.7, "log_loss": 0.9}, {"auroc": 0.7, "log_loss": 1.0})
+    assert not better("auroc", {"auroc": 0.7, "log_loss": 1.0}, {"auroc": 0.7, "log_loss": 1.0})
+    assert better("brier", {"brier": 0.1, "log_loss": 1.0}, {"brier": 0.2, "log_loss": 1.0})
+
+
+def test_resuming_with_another_config_names_the_fields(undisturbed, config):
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(InputError, match=r"optimizer\.learning_rate is 0\.5 but was"):
+        finetune(config, str(undisturbed))
+
+
+def test_non_finite_loss_names_the_step(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(supervised, "class_weights", lambda *args: np.full(2, np.inf, np.float32))
+    with pytest.raises(DivergedError, match=r"(loss|grad_norm) is (nan|inf) at step \d+"):
+        finetune(config, str(tmp_path))
+
+
+def _encoder(directory):
+    """A tiny encoder directory with random weights that has seen a dataset."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from usfmae_jax.models.vit import ViT
+
+    kwargs = dict(image_size=(32, 32), patch_size=8, channels=1, width=32, depth=2, num_heads=2, mlp_ratio=4.0)
+    params = nnx.to_pure_dict(nnx.state(ViT(**kwargs, dtype=jnp.float32, rngs=nnx.Rngs(7)), nnx.Param))
+    preprocessing = {"image_size": [32, 32], "channels": 1, "mean": [0.3], "std": [0.1]}
+    lineage = [{"job": "pretrain", "data": [{"dataset": "made", "shards": []}]}]
+    save_encoder(str(directory), params, kwargs, preprocessing, lineage)
+    return str(directory)
+
+
+def test_it_starts_from_an_encoder_and_warns_when_that_has_seen_the_test_data(config, tmp_path, capfd):
+    config.init = _encoder(tmp_path / "encoder")
+    config.model.update(image_size=(), patch_size=0, width=0, depth=0, num_heads=0)  # as the encoder has it
+    config.mode = "frozen"
+    config.split.only = ("2",)
+    config.train.steps = 3
+    assert finetune(config, str(tmp_path / "run"))
+    assert "warning: the starting weights have seen made" in capfd.readouterr().err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert any("have seen made" in text for text in results["context"]["warnings"])
+    assert [stage["job"] for stage in results["context"]["lineage"]] == ["pretrain", "finetune"]
+    params, _, _, preprocessing, _ = read_classifier(str(tmp_path / "run" / "members" / "fold-2" / "classifier"))
+    assert preprocessing["mean"] == [0.3]
+    from usfmae_jax.interop.encoder import read_encoder
+
+    for name, value in flatten(read_encoder(config.init)[0]).items():
+        np.testing.assert_array_equal(flatten(params["encoder"])[name], value, err_msg=name)
+
+
+def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, monkeypatch, no_report):
+    config.model.update(arch="resnet50", width=4, depth=1, channels=1, patch_size=0, num_heads=0)
+    config.split.only = ("1",)
+    config.train.steps = 4
+    assert finetune(config, str(tmp_path / "whole"))
+    stats = flatten(read_classifier(str(tmp_path / "whole" / "members" / "fold-1" / "classifier"))[1])
+    assert any(np.abs(value).max() > 0 for name, value in stats.items() if name.endswith("mean"))
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "requested", lambda self: asked.append(None) or len(asked) == 2)
+        assert not finetune(config, str(tmp_path / "stopped"))
+    assert finetune(config, str(tmp_path / "stopped"))
+    assert _left(tmp_path / "stopped") == _left(tmp_path / "whole")
+
+
+def test_near_duplicates_are_left_out_of_training_and_listed(config, tmp_path):
+    write_shards(tmp_path, 48)
+    config.data.path = str(tmp_path)
+    config.split.update(duplicates=True, kind="single")
+    with pytest.raises(InputError):  # all simulated discs are alike: nothing is left to learn from
+        finetune(config, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "duplicates.csv").exists()
+
+
+BAD = {
+    "no path": ({"data.path": ""}, "names no labelled shards"),
+    "nothing there": ({"data.path": "/nonexistent/*"}, "no shards match"),
+    "classes": ({"classes": ("0", "1", "2")}, "class '2' has 0 patients"),
+    "positive": ({"positive": "GIST"}, "config.positive='GIST' is no class"),
+    "arch": ({"model.arch": "vgg"}, "config.model.arch='vgg' must be one of tiny"),
+    "pool": ({"model.pool": "max"}, "config.model.pool"),
+    "drop path": ({"model.drop_path": 1.0}, "config.model.drop_path"),
+    "patch": ({"model.image_size": (30, 32)}, "not divisible by patch size 8"),
+    "heads": ({"model.num_heads": 5}, "config.model.num_heads=5"),
+    "channels": ({"data.channels": 3}, "config.data.channels=3"),
+    "mean": ({"model.mean": (0.1, 0.2)}, "config.model.mean"),
+    "dtype": ({"model.dtype": "float8"}, "config.model.dtype"),
+    "mode": ({"mode": "half"}, "config.mode='half'"),
+    "last_k": ({"mode": "last_k", "last_k": 3}, "config.last_k=3 must lie between 1 and the 2 blocks"),
+    "init": ({"init": "/nonexistent"}, "config.init: "),
+    "init file": ({"init": "vit.pth"}, "arch=resnet50"),
+    "batch": ({"train.batch_size": 12}, "cannot be divided among 8 devices"),
+    "no steps": ({"train.steps": 0, "train.min_steps": 0, "train.epochs": 0.0}, "0 steps"),
+    "folds": ({"split.folds": 30}, "config.split.folds=30"),
+    "no such fold": ({"split.only": ("7",)}, "no fold '7', only 1, 2"),
+    "split kind": ({"split.kind": "random"}, "config.split.kind"),
+    "fractions": ({"fractions": (0.0,)}, "config.fractions"),
+    "seeds": ({"seeds": (1, 1)}, "config.seeds"),
+    "metric": ({"stop.metric": "auc"}, "config.stop.metric='auc' must be one of auroc"),
+    "every": ({"stop.every": 0.0}, "config.stop.every"),
+    "smoothing": ({"regularization.smoothing": 1.0}, "config.regularization.smoothing"),
+    "weights": ({"regularization.class_weights": "log"}, "config.regularization.class_weights"),
+    "parallel": ({"parallel": 2}, "config.parallel=2 is for a CPU that is one device"),
+    "less than none": ({"parallel": -1}, "config.parallel=-1 must be at least 0"),
+    "epochs": ({"train.epochs": -1.0}, "config.train.epochs=-1 must be at least 0"),
+    "rate": ({"optimizer.learning_rate": -1.0}, "config.optimizer.learning_rate=-1"),
+    "crop": ({"augment.crop_scale": (0.0, 0.5)}, "config.augment.crop_scale"),
+    "interpolation": ({"augment.interpolation": "sinc"}, "config.augment.interpolation"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_compiled(config, tmp_path, name, monkeypatch):
+    monkeypatch.setattr(supervised, "compile_programs", lambda *a: pytest.fail("compiled before refusing"))
+    changes, message = BAD[name]
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(InputError) as error:
+        finetune(config, str(tmp_path / "run"))
+    assert message in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.width": 64}, "config.model.width is 64, but 32 in config.init="),
+        ({"model.arch": "base"}, "config.model.arch=base, whose patch_size is 16, but 8"),
+        ({"model.arch": "resnet50"}, "holds a vit"),
+    ],
+)
+def test_an_encoder_of_another_shape_is_refused_with_both_values(config, tmp_path, changes, message, monkeypatch):
+    monkeypatch.setattr(supervised, "compile_programs", lambda *a: pytest.fail("compiled before refusing"))
+    config.init = _encoder(tmp_path / "encoder")
+    config.model.update(image_size=(), patch_size=0, width=0, depth=0, num_heads=0)
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(InputError) as error:
+        finetune(config, str(tmp_path / "run"))
+    assert message in str(error.value)

@@ -1,0 +1,185 @@
+"""The update of a classifier: what it minimises, what it trains and what it leaves alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.training.test_step import _mesh
+from usfmae_jax.finetuning.classifiers import trained_part
+from usfmae_jax.finetuning.step import Supervision, cross_entropy, make_predict, make_train_step, pick_trained
+from usfmae_jax.interop.classifier import make_classifier
+from usfmae_jax.interop.encoder import flatten
+from usfmae_jax.training import optimizers
+from usfmae_jax.training.state import model_graph, state_maker
+
+VIT = {
+    "model": "vit",
+    "encoder": dict(image_size=[32, 32], patch_size=8, channels=1, width=32, depth=3, num_heads=2, mlp_ratio=4.0),
+    "pool": "mean",
+    "classes": ["a", "b"],
+}
+RESNET = {"model": "resnet50", "resnet": dict(channels=1, depths=(1, 1, 1, 1), width=8), "classes": ["a", "b"]}
+HOW = Supervision(num_classes=2, mean=(0.25,), std=(0.2,), smoothing=0.1)
+
+
+def _batch(count=16):
+    rng = np.random.default_rng(0)
+    labels = np.arange(count) % 4 // 3  # three of one class for each of the other
+    images = rng.integers(0, 60, (count, 32, 32, 1), np.uint8) + (100 * labels[:, None, None, None]).astype(np.uint8)
+    return {"image": images, "label": labels.astype(np.int32)}
+
+
+def _member(weights=(1.0, 1.0), total=100):
+    return {"total_steps": jnp.asarray(total), "class_weights": jnp.asarray(weights, jnp.float32)}
+
+
+@functools.cache
+def _parts(kind="vit", mode="full", last_k=1, accumulate=1, how=HOW, devices=1, pool="mean"):
+    description = {"vit": VIT | {"pool": pool}, "resnet": RESNET}[kind]
+    from configs.finetune import get_config
+
+    config = get_config()
+    config.mode, config.last_k = mode, last_k
+    freeze, trained, last_blocks = trained_part(config, description)
+    make = make_classifier(description, freeze=freeze)
+    optimizer = optimizers.adamw(lambda step: 1.0, weight_decay=0.5, last_blocks=last_blocks)
+    mesh = _mesh(devices)
+    graph = model_graph(make)
+    step = make_train_step(
+        graph,
+        optimizer,
+        lambda step, total: jnp.asarray(0.01) * (step >= 0),
+        mesh,
+        how,
+        trained=trained,
+        accumulate=accumulate,
+    )
+    start = state_maker(make, optimizer, mesh, lambda params: pick_trained(params, trained))
+    return start, jax.jit(step), jax.jit(make_predict(graph, how))
+
+
+def test_the_loss_is_the_weighted_mean_over_labels():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(6, 3)), jnp.float32)
+    labels = jnp.asarray([0, 1, 2, 0, 0, 1])
+    error, count = cross_entropy(logits, jax.nn.one_hot(labels, 3), jnp.ones(3))
+    np.testing.assert_allclose(
+        error / count, optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), rtol=1e-6
+    )
+    weights = jnp.asarray([0.5, 2.0, 1.0])
+    error, count = cross_entropy(logits, jax.nn.one_hot(labels, 3), weights)
+    each = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    np.testing.assert_allclose(error / count, (each * weights[labels]).sum() / weights[labels].sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_training_learns_and_predicts(kind):
+    start, step, predict = _parts(kind)
+    state, losses = start(0), []
+    for _ in range(12):
+        state, metrics = step(state, _batch(), _member())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.6 * losses[0]
+    assert int(state["step"]) == 12
+    assert ("stats" in state) == (kind == "resnet")
+    found = predict({name: state[name] for name in ("params", "stats") if name in state}, _batch()["image"])
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+    if kind == "vit":  # running statistics lag behind after a dozen steps
+        np.testing.assert_array_equal(found.argmax(axis=1), _batch()["label"])
+
+
+def test_accumulation_gives_the_update_of_the_whole_batch():
+    batch, member = _batch(), _member((0.7, 2.0))
+    whole = _parts()[1](_parts()[0](0), batch, member)
+    parts = _parts(accumulate=4)[1](_parts()[0](0), batch, member)
+    np.testing.assert_allclose(parts[1]["loss"], whole[1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(parts[1]["grad_norm"], whole[1]["grad_norm"], rtol=1e-4)
+
+
+def test_eight_devices_compute_what_one_does():
+    one, eight = _parts(), _parts(devices=8)
+    a, b = one[1](one[0](0), _batch(), _member()), eight[1](eight[0](0), _batch(), _member())
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(a[1][name], b[1][name], rtol=1e-4)
+
+
+def _moved(kind, mode, last_k=1, pool="mean"):
+    """Names of the parameters and statistics that two steps change, and of all; stacked blocks one by one."""
+    start, step, _ = _parts(kind, mode, last_k, pool=pool)
+    state = before = start(0)
+    for _ in range(2):
+        state, _ = step(state, _batch(), _member())
+    moved, everything = set(), set()
+    for group in ("params", "stats"):
+        for name, old in flatten(before.get(group, {})).items():
+            new = flatten(state[group])[name]
+            rows = enumerate(zip(old, new, strict=True)) if "blocks." in name else [("", (old, new))]
+            for row, (x, y) in rows:
+                everything.add(f"{name}{row}")
+                if np.asarray(x).tobytes() != np.asarray(y).tobytes():
+                    moved.add(f"{name}{row}")
+    return moved, everything
+
+
+def test_full_trains_all_of_a_vit_but_the_norm_that_mean_pooling_does_not_use():
+    moved, everything = _moved("vit", "full")
+    assert everything - moved == {"encoder.norm.scale", "encoder.norm.bias", "encoder.cls_token"} - moved
+    assert "encoder.patch_embed.kernel" in moved
+
+
+def test_frozen_leaves_the_encoder_bitwise():
+    moved, _ = _moved("vit", "frozen")
+    assert moved == {"head.kernel", "head.bias", "head_norm.scale", "head_norm.bias"}
+    moved, everything = _moved("resnet", "frozen")
+    assert moved == {"head.kernel", "head.bias"}
+    assert any("var" in name for name in everything)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_last_k_leaves_earlier_blocks_bitwise(pool):
+    moved, everything = _moved("vit", "last_k", 2, pool)
+    blocks = {name for name in everything if name.startswith("encoder.blocks.") and not name.endswith("0")}
+    assert blocks <= moved
+    assert not [name for name in moved if name.startswith("encoder.blocks.") and name.endswith("0")]
+    assert not {name for name in moved if name.startswith(("encoder.patch_embed", "encoder.cls"))}
+    assert ("encoder.norm.scale" in moved) == (pool == "cls")
+
+
+def test_last_k_of_a_resnet_counts_stages():
+    moved, everything = _moved("resnet", "last_k", 1)
+    assert moved == {name for name in everything if name.startswith(("layer4.", "head."))}
+
+
+def test_the_optimiser_keeps_nothing_for_what_is_frozen():
+    state = _parts("vit", "frozen")[0](0)
+    sizes = {leaf.size for leaf in jax.tree.leaves(state["opt_state"])}
+    assert max(sizes) == 64  # of the head
+
+
+def test_randomness_is_that_of_the_step_and_the_seed():
+    how = Supervision(2, (0.25,), (0.2,), 0.1, mixup=0.8, cutmix=1.0, erasing=0.5)
+    start, step, _ = _parts(how=how)
+
+    def losses(seed):
+        state, found = start(seed), []
+        for _ in range(3):
+            state, metrics = step(state, _batch(), _member())
+            found.append(float(metrics["loss"]))
+        return found
+
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+def test_the_schedule_with_a_traced_length_is_the_schedule():
+    expected = optimizers.warmup_cosine(2e-3, 1e-5, 12, 120)
+    rate = jax.jit(functools.partial(optimizers.warmup_cosine_rate, learning_rate=2e-3, floor=1e-5, warmup=0.1))
+    steps = (0, 1, 6, 12, 13, 60, 119, 120)
+    np.testing.assert_allclose([rate(s, 120) for s in steps], [expected(s) for s in steps], rtol=2e-5)
+    np.testing.assert_allclose(
+        optimizers.warmup_cosine_rate(0, 5, learning_rate=1.0, floor=0.0, warmup=0.0), 1.0, rtol=1e-6
+    )

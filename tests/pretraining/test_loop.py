@@ -1,0 +1,168 @@
+"""The loop: what it refuses before anything is compiled, and what it does with what it is given."""
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.helpers import write_shards
+from tests.pretraining.runs import losses, metrics
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.encoder import flatten, read_encoder
+from usfmae_jax.pretraining.loop import pretrain
+from usfmae_jax.training.monitor import DivergedError
+
+
+def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(config, tmp_path):
+    config.optimizer.update(learning_rate=1e12, warmup=0.0)
+    config.checkpoint.every = 1
+    with pytest.raises(DivergedError, match=r"(loss|grad_norm) is (nan|inf) at step \d+"):
+        pretrain(config, str(tmp_path))
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept
+    assert all(np.isfinite(losses(tmp_path)[step]) for step in kept)
+
+
+def test_an_evaluation_set_is_not_trained_on_unless_asked_for(config, tmp_path):
+    config.data.exclude = ("made",)  # what the shards of the tests are called
+    with pytest.raises(InputError, match="nothing but what is excluded: made") as error:
+        pretrain(config, str(tmp_path))
+    assert "--config.data.exclude='()'" in str(error.value)
+    assert "data_prep.build" not in str(error.value)
+
+
+def test_resuming_with_another_config_names_the_fields(config, tmp_path):
+    config.train.steps = 2
+    config.checkpoint.every = 2
+    assert pretrain(config, str(tmp_path))
+    config.optimizer.learning_rate = 0.5
+    config.mask.ratio = 0.5
+    config.mesh.fsdp = 2  # may change
+    with pytest.raises(InputError) as error:
+        pretrain(config, str(tmp_path))
+    assert "mask.ratio is 0.5 but was 0.75" in str(error.value)
+    assert "optimizer.learning_rate is 0.5 but was" in str(error.value)
+    assert "mesh" not in str(error.value)
+
+
+def test_checkpoints_are_kept_by_policy(config, tmp_path):
+    config.train.steps = 7
+    config.checkpoint.update(every=1)
+    config.checkpoint.keep.update(keep_latest=1, keep_every=3, keep_best=0)
+    assert pretrain(config, str(tmp_path))
+    assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {3, 6, 7}
+
+
+def test_a_finished_run_is_not_run_again(config, tmp_path, capfd):
+    config.train.steps = 2
+    assert pretrain(config, str(tmp_path))
+    capfd.readouterr()
+    assert pretrain(config, str(tmp_path))
+    assert "already finished" in capfd.readouterr().err
+
+
+def test_damaged_records_are_named_and_skipped_up_to_the_limit(config, tmp_path, capfd):
+    paths = write_shards(tmp_path, 48, damaged=(5, 20))
+    config.data.update(path=str(tmp_path), max_damaged=0.05)
+    config.train.steps = 6
+    assert pretrain(config, str(tmp_path / "run"))
+    text = capfd.readouterr().err
+    assert f"damaged record skipped: number 2 of {paths[1]}" in text
+    assert f"damaged record skipped: number 10 of {paths[0]}" in text
+    config.data.max_damaged = 0.01
+    with pytest.raises(InputError, match=r"records are damaged, more than config\.data\.max_damaged=0\.01"):
+        pretrain(config, str(tmp_path / "strict"))
+
+
+def test_pictures_and_probe_appear_in_the_logs(config, tmp_path, shards):
+    config.train.steps = 4
+    config.log.pictures_every = 4
+    config.probe.update(every=4)
+    config.probe.data.path = shards
+    assert pretrain(config, str(tmp_path))
+    picture = cv2.imread(str(tmp_path / "reconstructions" / "step_0000004.png"))
+    assert picture.shape[1] > 4 * 32
+    probes = {line["step"]: line for line in metrics(tmp_path) if "probe/knn_auroc" in line}
+    assert set(probes) == {0, 4}
+    assert probes[4]["probe/logistic_auroc"] > 0.9  # a bright disc or none: even a small model's features tell
+    assert probes[4]["probe/rankme"] >= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colour_models_train_on_views_that_are_not_square(config, tmp_path, channels):
+    config.model.update(image_size=(32, 48), channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
+    config.data.channels = channels  # 1: grey frames, repeated on the device
+    config.train.steps = 2
+    config.log.pictures_every = 2
+    assert pretrain(config, str(tmp_path))
+    assert read_encoder(str(tmp_path / "encoder"))[0]["patch_embed"]["kernel"].shape == (8 * 8 * 3, 32)
+    assert cv2.imread(str(tmp_path / "reconstructions" / "step_0000002.png")) is not None
+
+
+def test_pretraining_starts_from_an_encoder(config, tmp_path):
+    config.train.steps = 2
+    assert pretrain(config, str(tmp_path / "first"))
+    config.init = str(tmp_path / "first" / "encoder")
+    config.optimizer.learning_rate = 0.0
+    assert pretrain(config, str(tmp_path / "second"))
+    first, second = (flatten(read_encoder(str(tmp_path / run / "encoder"))[0]) for run in ("first", "second"))
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value)
+    config.model.width = 64
+    with pytest.raises(InputError, match=r"is .* there and .* in this config"):
+        pretrain(config, str(tmp_path / "third"))
+
+
+BAD = {
+    "no path": ({"data.path": ""}, "names no shards"),
+    "nothing there": ({"data.path": "/nonexistent/*"}, "no shards match"),
+    "no such split": ({"data.split": "tset"}, "no split 'tset'"),
+    "patch": ({"model.image_size": (30, 32)}, "not divisible by patch size 8"),
+    "image size": ({"model.image_size": (32, 32, 1)}, "one positive integer"),
+    "no batch": ({"train.batch_size": 0}, "config.train.batch_size=0 must be 1 or more"),
+    "no micro-batches": ({"train.accumulate": 0}, "config.train.accumulate=0 must be 1 or more"),
+    "never saved": ({"checkpoint.every": 0}, "config.checkpoint.every=0 must be 1 or more"),
+    "never logged": ({"log.every": 0}, "config.log.every=0 must be 1 or more"),
+    "batch": ({"train.batch_size": 12}, "cannot be divided among 8 devices"),
+    "mesh": ({"mesh.fsdp": 3}, "does not lay out 8 devices"),
+    "heads": ({"model.num_heads": 5}, "config.model.num_heads=5"),
+    "ratio": ({"mask.ratio": 1.0}, "config.mask.ratio"),
+    "channels": ({"model.channels": 3}, "config.model.mean"),
+    "dtype": ({"model.dtype": "float8"}, "config.model.dtype"),
+    "weights": ({"data.weights": (1.0, 2.0)}, "config.data.weights"),
+    "no steps": ({"train.steps": 0, "train.epochs": 0}, "0 steps"),
+    "probe": ({"probe.data.path": "/nonexistent"}, "config.probe.data.path"),
+    "init": ({"init": "/nonexistent"}, "is not an encoder directory"),
+    "interpolation": ({"augment.interpolation": "sinc"}, "config.augment.interpolation"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_before_anything_is_compiled(config, tmp_path, name, monkeypatch):
+    import usfmae_jax.pretraining.loop as module
+
+    monkeypatch.setattr(module, "compile_step", lambda *a: pytest.fail("compiled before refusing"))
+    changes, message = BAD[name]
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    with pytest.raises(InputError, match=message):
+        pretrain(config, str(tmp_path / "run"))
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        pretrain(config, str(tmp_path / "file" / "run"))
+
+
+def test_shards_of_another_schema_are_refused(config, tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    example.features.feature["text"].bytes_list.value.append(b"hello")
+    writer = ArrayRecordWriter(str(tmp_path / "x-train.array_record-00000-of-00001"), "group_size:1")
+    writer.write(example.SerializeToString())
+    writer.close()
+    config.data.path = str(tmp_path)
+    with pytest.raises(InputError, match=r"another schema: expected an encoded 'image', found \['text'\]"):
+        pretrain(config, str(tmp_path / "run"))

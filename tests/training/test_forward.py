@@ -1,0 +1,101 @@
+"""Features over many images are those of each image alone, whatever the batches, and are computed once."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from usfmae_jax.data import table as labelled
+from usfmae_jax.interop.encoder import save_encoder
+from usfmae_jax.interop.weights import open_weights
+from usfmae_jax.models.vit import ViT
+from usfmae_jax.probing import features
+from usfmae_jax.training.forward import apply_batches
+from usfmae_jax.training.mesh import make_mesh
+
+ARCHITECTURE = {
+    "image_size": (32, 32),
+    "patch_size": 8,
+    "channels": 1,
+    "width": 32,
+    "depth": 2,
+    "num_heads": 2,
+    "mlp_ratio": 4.0,
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("encoder"))
+    params = nnx.to_pure_dict(nnx.state(ViT(**ARCHITECTURE, rngs=nnx.Rngs(0)), nnx.Param))
+    preprocessing = {"image_size": [32, 32], "channels": 1, "mean": [0.25], "std": [0.2]}
+    save_encoder(directory, params, ARCHITECTURE, preprocessing, [])
+    return open_weights(directory)
+
+
+def batches(images, size):
+    return (images[start : start + size] for start in range(0, len(images), size))
+
+
+def test_every_image_gets_its_own_result_and_padding_leaves_no_trace():
+    images = np.arange(21, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    found = apply_batches(
+        make_mesh(),
+        lambda scale, x: {"sum": scale * x.sum(axis=(1, 2, 3))},
+        np.float32(2),
+        batches(images, 8),
+        batch_size=8,
+        total=21,
+    )
+    np.testing.assert_array_equal(found["sum"], 2 * np.arange(21))
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "patches"])
+def test_features_are_those_of_the_encoder(weights, pool, rng):
+    images = rng.integers(0, 255, (5, 32, 32, 1), np.uint8)
+    run = features.extractor(weights, pool, mesh=make_mesh(), batch_size=8)
+    model = ViT(**ARCHITECTURE, rngs=nnx.Rngs(0))
+    tokens = np.asarray(model((images / np.float32(255) - 0.25) / 0.2))
+    expected = {"mean": tokens[:, 1:].mean(axis=1), "cls": tokens[:, 0], "patches": tokens[:, 1:]}[pool]
+    np.testing.assert_allclose(run(batches(images, 8), 5, ""), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_features_are_computed_once_for_the_same_weights_and_frames(weights, shards, tmp_path):
+    frames = labelled.read_labelled(shards)
+    calls = []
+
+    def run(images, total, name):
+        calls.append(total)
+        return np.concatenate([batch.reshape(len(batch), -1)[:, :4] for batch in images]).astype(np.float32)
+
+    how = {"pool": "mean", "batch_size": 8, "cache": str(tmp_path)}
+    first = features.extract(run, weights, frames, **how)
+    np.testing.assert_array_equal(features.extract(run, weights, frames, **how), first)
+    assert calls == [48]
+    features.extract(run, weights, frames, **how | {"pool": "cls"})
+    features.extract(run, None, frames, **how)
+    assert len(calls) == 3
+    (kept,) = tmp_path.glob("features-pixels-*")
+    kept.write_bytes(b"damaged")
+    features.extract(run, None, frames, **how)
+    assert len(calls) == 4
+
+
+def test_raw_pixels_are_the_shrunk_image(rng):
+    images = rng.integers(0, 255, (3, 32, 32, 1), np.uint8)
+    run = features.extractor(None, "mean", mesh=make_mesh(), batch_size=8)
+    np.testing.assert_allclose(run(batches(images, 2), 3, ""), images.reshape(3, -1) / 255, rtol=1e-6)
+
+
+def test_a_function_is_compiled_once_for_several_passes():
+    traced = []
+
+    def double(variables, images):
+        traced.append(images.shape)
+        return images * 2
+
+    mesh, images = make_mesh(), np.ones((16, 2, 2, 1), np.uint8)
+    for _ in range(2):
+        apply_batches(mesh, double, {}, batches(images, 8), batch_size=8, total=16)
+    assert len(traced) == 1
+    assert jax.device_count() == mesh.size

@@ -1,0 +1,1 @@
+"""Learning from labels: every fold, seed and label fraction is trained and tested."""

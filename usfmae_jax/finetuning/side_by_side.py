@@ -1,0 +1,158 @@
+"""Members of a run trained at the same time, each in a process with cores of its own.
+
+A small model leaves much of a CPU idle: its products are too short to be worth dividing. Folds, seeds and fractions do
+not need each other, so that about as many of them as there are cores are trained side by side.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
+from typing import Any
+
+import jax
+import ml_collections
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from usfmae_jax import cli
+from usfmae_jax.errors import InputError
+from usfmae_jax.finetuning import classifiers
+from usfmae_jax.finetuning.build import Job
+from usfmae_jax.finetuning.members import Member
+from usfmae_jax.training.monitor import DivergedError, Preemption
+
+#: Models of more parameters than this keep several cores busy by themselves, and fill the memory if there are many.
+SMALL = 10_000_000
+
+#: `(job, members, line)` to False when it was preempted after saving; `line` of the terminal is its own.
+Action = Callable[[Job, Sequence[Member], int], bool]
+
+
+def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+    """Raises InputError if several members at a time are asked for where they are not on a single CPU device."""
+    if config.parallel > 1 and not _alone(mesh):
+        raise InputError(
+            f"config.parallel={config.parallel} is for a CPU that is one device; here members are trained one after "
+            "another, each on all devices: leave it out"
+        )
+
+
+def how_many(job: Job, mesh: Mesh) -> int:
+    """How many members are trained at a time; it follows from the run, not from how far it is.
+
+    A member's arithmetic depends on the number of its threads in the last bits, and is to be the same after a restart.
+
+    Args:
+      job: with `config.parallel`: 0 = what keeps all cores busy, if the model is small.
+      mesh: one device, or members share all of them one after the other.
+    """
+    if not _alone(mesh):
+        return 1
+    if job.config.parallel:
+        return min(job.config.parallel, len(job.members))
+    size = classifiers.count_parameters(classifiers.model_maker(job.config, job.description, 0))
+    return quickest(len(job.members), _cores()) if size <= SMALL else 1
+
+
+def quickest(members: int, cores: int) -> int:
+    """The smallest number of processes that are done with so many members first.
+
+    Of five members on two cores, two processes have three and two to train: for a third of the time a core idles. Three
+    processes that take turns on the two cores end together.
+    """
+
+    def duration(processes: int) -> float:
+        rounds, rest = divmod(members, processes)
+        return rounds * max(1.0, processes / cores) + (max(1.0, rest / cores) if rest else 0.0)
+
+    return min(range(min(cores, members), min(2 * cores, members) + 1), key=duration)
+
+
+def train(action: Action, job: Job, unfinished: Sequence[Member], processes: int) -> bool:
+    """Trains members in so many processes; returns False when they were preempted after saving.
+
+    Args:
+      action: trains the members that it is given one after another; a function of a module.
+      job: of the run.
+      unfinished: those to be trained.
+      processes: from `how_many`; 1 = this one.
+
+    Raises:
+      InputError, DivergedError: a process met it; the others have saved and stopped.
+      RuntimeError: a process ended in another way.
+    """
+    if processes == 1 or not unfinished:
+        return not unfinished or action(job, unfinished, 0)
+    context = multiprocessing.get_context("spawn")  # JAX has threads, and a fork copies none of them
+    failures, lock = context.SimpleQueue(), context.RLock()
+    threads = max(_cores() // processes, 1)
+    workers = [
+        context.Process(target=_work, args=(action, job, unfinished[line::processes], line, threads, lock, failures))
+        for line in range(min(processes, len(unfinished)))
+    ]
+    told = False
+    with Preemption() as preemption:
+        try:
+            for worker in workers:
+                worker.start()
+            while alive := [worker for worker in workers if worker.exitcode is None]:
+                connection.wait([worker.sentinel for worker in alive], timeout=0.5)
+                if not told and (preemption.requested() or any(worker.exitcode for worker in workers)):
+                    told = True
+                    for worker in alive:
+                        worker.terminate()  # SIGTERM: they save first
+        finally:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.terminate()
+                    worker.join()
+        asked = preemption.requested()
+    if not failures.empty():
+        raise failures.get()
+    if asked or not any(worker.exitcode for worker in workers):
+        return not asked
+    told_to = (cli.DONE, cli.PREEMPTED, -signal.SIGTERM)
+    codes = [worker.exitcode for worker in workers if worker.exitcode not in told_to] or [-signal.SIGTERM]
+    raise RuntimeError(
+        f"a process that trained members ended with status {codes[0]}; what it said is above, unless the system ended "
+        "it for want of memory. The same command continues the run, with --config.parallel=1 one member after another"
+    )
+
+
+def _work(
+    action: Action, job: Job, members: Sequence[Member], line: int, threads: int, lock: Any, failures: Any
+) -> None:
+    os.setsid()  # Ctrl-C is for the parent, which passes it on
+    os.environ["NPROC"] = str(threads)  # of XLA's pool, which starts with the first array
+    cli.keep_memory()
+    cli.mark_flags_as_parsed()
+    tqdm.set_lock(lock)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        code = cli.DONE if action(job, members, line) else cli.PREEMPTED
+    except (InputError, DivergedError) as error:
+        failures.put(error)
+        code = cli.BAD_INPUT
+    raise SystemExit(code)
+
+
+def _end_with_parent() -> None:
+    """Saves and stops when the parent was killed: what it would be started again for must not be written twice."""
+    parent = multiprocessing.parent_process()
+    if parent:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _alone(mesh: Mesh) -> bool:
+    return jax.default_backend() == "cpu" and mesh.size == jax.process_count() == 1
+
+
+def _cores() -> int:
+    with contextlib.suppress(AttributeError):  # Linux alone tells which cores a process may use
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

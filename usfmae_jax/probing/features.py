@@ -1,0 +1,144 @@
+"""Features of labelled frames from a frozen encoder, computed once and kept by what they follow from."""
+
+import os
+import pathlib
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from usfmae_jax.data import table as labelled
+from usfmae_jax.data.table import Labelled
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.weights import Weights
+from usfmae_jax.training.forward import apply_batches, encoder_function
+from usfmae_jax.training.mesh import replicated
+
+Extractor = Callable[[Iterator[np.ndarray], int, str], np.ndarray]
+
+#: Changes when the same weights and frames would give other features.
+FORMAT = 2
+#: Side of the images whose pixels are the features of the floor that any encoder has to beat.
+PIXELS = 32
+#: Patch tokens are kept whole in memory: of more than this, bytes, another pooling is asked for.
+MOST_TOKENS = 16 * 2**30
+
+
+def image_format(weights: Weights | None) -> tuple[tuple[int, int], int]:
+    """(height, width) and channels of the images that weights take; None stands for raw pixels."""
+    if weights is None:
+        return (PIXELS, PIXELS), 1
+    height, width = weights.preprocessing["image_size"]
+    return (int(height), int(width)), int(weights.preprocessing["channels"])
+
+
+def extractor(
+    weights: Weights | None, pool: str, *, mesh: Mesh, batch_size: int, dtype: Any = jnp.float32
+) -> Extractor:
+    """What computes features of batches uint8 `[n, H, W, C]` in the format of `image_format`; compiled once.
+
+    Args:
+      weights: with an encoder; None takes the pixels of the shrunk image.
+      pool: 'mean', 'cls' or 'patches', see `inference.encoder_function`.
+      mesh: devices; they must divide `batch_size`.
+      batch_size: images per call.
+      dtype: of the arithmetic.
+
+    Returns:
+      `(batches, number of images, name for the bar) -> features`: float32 `[N, D]`; of patches float16 `[N, T, D]`.
+    """
+    if weights is None:
+        return lambda batches, total, name: np.concatenate(
+            [batch.reshape(len(batch), -1).astype(np.float32) / 255 for batch in batches]
+        )
+    function, params = encoder_function(weights, pool, dtype=dtype)
+    params = jax.device_put(params, replicated(mesh))
+    return lambda batches, total, name: apply_batches(
+        mesh, function, params, batches, batch_size=batch_size, total=total, desc=name
+    )
+
+
+def extract(
+    run: Extractor,
+    weights: Weights | None,
+    frames: Labelled,
+    *,
+    pool: str,
+    batch_size: int,
+    threads: int = 2,
+    dtype: Any = jnp.float32,
+    cache: str = "",
+) -> np.ndarray:
+    """Features of all frames, read from the cache if they were computed before.
+
+    Args:
+      run: from `extractor`, of the same weights, pool, batch size and dtype.
+      weights: see there.
+      frames: the table.
+      pool: see there.
+      batch_size: see there.
+      dtype: see there.
+      threads: that decode.
+      cache: folder; "" keeps nothing.
+    """
+    (height, width), channels = image_format(weights)
+    name = f"{frames.fingerprint}-{pool}-{height}x{width}x{channels}-{jnp.dtype(dtype).name}"
+    path = pathlib.Path(cache, f"features-{weights.fingerprint if weights else 'pixels'}-{name}.npz")
+    found = _read(path, len(frames)) if cache else None
+    # Hosts may have homes of their own: all compute unless all have the file.
+    if np.all(multihost_utils.process_allgather(np.bool_(found is not None))) and found is not None:
+        print(f"features: computed before, {path}", file=sys.stderr)
+        return found
+    images = labelled.images(
+        frames, range(len(frames)), size=(height, width), channels=channels, batch_size=batch_size, threads=threads
+    )
+    features = run(images, len(frames), "features")
+    if cache and jax.process_index() == 0:
+        _write(path, features)
+    return features
+
+
+def check_tokens(weights: Weights | None, frames: int) -> None:
+    """Raises InputError if the patch tokens of so many frames are too many to be kept."""
+    if weights is None:
+        raise InputError("raw pixels have no patch tokens; probe them with --config.protocol=logistic")
+    (height, width), _ = image_format(weights)
+    architecture = weights.encoder()[1]
+    size = 2 * frames * (height // architecture["patch_size"]) * (width // architecture["patch_size"])
+    size *= architecture["width"]
+    if size > MOST_TOKENS:
+        raise InputError(
+            f"the patch tokens of {frames} frames take {size / 2**30:.0f} GiB; use --config.protocol=logistic, or a "
+            "smaller --config.data.split"
+        )
+
+
+def default_cache() -> str:
+    """Where features are kept unless the person says otherwise."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "usfmae_jax")
+
+
+def _read(path: pathlib.Path, count: int) -> np.ndarray | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            features = stored["features"]
+            return features if int(stored["format"]) == FORMAT and len(features) == count else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # absent, or left over from another version: computed anew
+
+
+def _write(path: pathlib.Path, features: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".incomplete", delete=False) as file:
+            np.savez(file, features=features, format=FORMAT)
+        os.replace(file.name, path)
+    except OSError as error:
+        print(f"warning: features are not kept for the next time: {error}", file=sys.stderr)
