@@ -21,10 +21,10 @@ from flax import nnx
 
 from configs.pretrain import get_config
 from usfmae_jax.models import layers, vit
-from usfmae_jax.pretraining import build as setup
+from usfmae_jax.pretraining import build
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.state import init_state
-from usfmae_jax.training.step import make_train_step
+from usfmae_jax.training.update import make_update
 
 
 @contextlib.contextmanager
@@ -51,12 +51,13 @@ ARRANGEMENTS: dict[str, Callable[[], Any]] = {
 
 def _compile(config: Any, batch: int) -> tuple[Any, Any, jax.Array]:
     mesh = make_mesh()
-    schedule, optimizer = setup.make_optimizer(config, 1000)
-    graph, state = init_state(setup.model_maker(config), optimizer, mesh, 0)
-    step = make_train_step(graph, optimizer, schedule, mesh, setup.objective(config))
-    size = (batch, *setup.image_size(config), config.data.channels)
+    objective = build.objective(config)
+    optimizer, learning_rate = build.make_optimizer(config)
+    graph, state = init_state(objective.make, optimizer, mesh, 0)
+    update = make_update(graph, objective, optimizer, learning_rate, mesh)
+    size = (batch, *build.encoder(config)["image_size"], config.data.channels)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 255, size, np.uint8))
-    return jax.jit(step).lower(state, images).compile(), state, images
+    return jax.jit(update).lower(state, images, 1000).compile(), state, images
 
 
 def _peak(rounds: int = 5) -> float:
@@ -88,10 +89,10 @@ def main() -> None:
     for round_number in range(args.rounds + 1):
         for name, (step, state, images) in compiled.items():
             start = time.perf_counter()
-            jax.block_until_ready(step(state, images))
+            jax.block_until_ready(step(state, images, 1000))
             if round_number:  # the first one warms up
                 speeds[name].append(args.batch / (time.perf_counter() - start))
-    floor = _peak() / setup.count_flops(config)
+    floor = _peak() / build.objective(config).flops()
     print(f"{jax.devices()[0].device_kind}, {args.variant}, batch {args.batch}, {args.rounds} rounds")
     print("| arrangement | images/s (median) | ours / this (min, median, max) |\n|---|---|---|")
     for name, values in speeds.items():

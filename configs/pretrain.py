@@ -23,6 +23,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
     config.seed = 0
+    config.objective = "mae"  # what is learnt, see usfmae_jax/objectives
     # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote.
     config.init = ""  # "" starts from random weights
     config.model = dict(

@@ -10,11 +10,12 @@ from configs import finetune
 from usfmae_jax.data import augment
 from usfmae_jax.finetuning import build as supervised_setup
 from usfmae_jax.finetuning import classifiers
-from usfmae_jax.finetuning.step import Supervision, make_train_step, pick_trained
+from usfmae_jax.tasks.classification import Classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training.common import check_batch
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.state import abstract_state, model_graph
+from usfmae_jax.training.update import make_update, pick
 
 
 @pytest.mark.parametrize("arch", ["", "base", "resnet50"])
@@ -27,7 +28,7 @@ def test_every_recipe_and_model_steps_under_eval_shape(variant, arch):
     check_batch(config, mesh)
     description, preprocessing = classifiers.describe_model(config, ("a", "b", "c"), None)
     regular = config.regularization
-    how = Supervision(
+    how = Classification(
         3,
         tuple(preprocessing["mean"]),
         tuple(preprocessing["std"]),
@@ -38,14 +39,14 @@ def test_every_recipe_and_model_steps_under_eval_shape(variant, arch):
     )
     make = classifiers.model_maker(config, description, 0)
     optimizer = supervised_setup.make_optimizer(config, description)
-    state = abstract_state(make, optimizer, mesh, lambda params: pick_trained(params, ()))
-    step = make_train_step(model_graph(make), optimizer, supervised_setup.learning_rate(config), mesh, how)
+    state = abstract_state(make, optimizer, mesh, lambda params: pick(params, ()))
+    step = make_update(model_graph(make), how, optimizer, supervised_setup.learning_rate(config), mesh)
     batch = {
         "image": jax.ShapeDtypeStruct((config.train.batch_size, *preprocessing["image_size"], 1), "uint8"),
         "label": jax.ShapeDtypeStruct((config.train.batch_size,), "int32"),
+        "weight": jax.ShapeDtypeStruct((config.train.batch_size, 3), "float32"),
     }
-    member = {"total_steps": jnp.int32(10), "class_weights": jnp.ones(3)}
-    new, metrics = jax.eval_shape(step, state, batch, member)
+    new, metrics = jax.eval_shape(step, state, batch, 10)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
 

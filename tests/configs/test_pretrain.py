@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from configs import pretrain
-from usfmae_jax.pretraining import build as setup
+from usfmae_jax.pretraining import build
 from usfmae_jax.training import common
 from usfmae_jax.training import mesh as meshes
 from usfmae_jax.training.state import abstract_state, model_graph
-from usfmae_jax.training.step import make_train_step
+from usfmae_jax.training.update import make_update
 
 
 @pytest.mark.parametrize("variant", pretrain.VARIANTS)
@@ -17,14 +17,13 @@ def test_every_variant_builds_and_steps_under_eval_shape(variant):
     config = pretrain.get_config(variant)
     mesh = meshes.make_mesh(**config.mesh)
     common.check_batch(config, mesh)
-    make = setup.model_maker(config)
-    schedule, optimizer = setup.make_optimizer(config, total_steps=1000)
-    state = abstract_state(make, optimizer, mesh)
-    step = make_train_step(
-        model_graph(make), optimizer, schedule, mesh, setup.objective(config), config.train.accumulate
-    )
+    objective = build.objective(config)
+    optimizer, rate = build.make_optimizer(config)
+    state = abstract_state(objective.make, optimizer, mesh)
+    graph = model_graph(objective.make)
+    step = make_update(graph, objective, optimizer, rate, mesh, accumulate=config.train.accumulate)
     shape = (config.train.batch_size, *common.image_size(config), config.data.channels)
-    new_state, metrics = jax.eval_shape(step, state, jax.ShapeDtypeStruct(shape, "uint8"))
+    new_state, metrics = jax.eval_shape(step, state, jax.ShapeDtypeStruct(shape, "uint8"), 1000)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
 
@@ -32,7 +31,7 @@ def test_every_variant_builds_and_steps_under_eval_shape(variant):
 def _parameters(variant):
     config = pretrain.get_config(variant)
     mesh = meshes.make_mesh(-1, 1)
-    state = abstract_state(setup.model_maker(config), setup.make_optimizer(config, 10)[1], mesh)
+    state = abstract_state(build.objective(config).make, build.make_optimizer(config)[0], mesh)
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state["params"]["encoder"]))
 
 
@@ -42,7 +41,8 @@ def test_models_have_the_published_sizes(variant, millions):
 
 
 def test_the_relative_arithmetic_in_the_docstring_is_true():
-    flops = {variant: setup.count_flops(pretrain.get_config(variant)) for variant in ("base", "small", "large", "huge")}
+    variants = ("base", "small", "large", "huge")
+    flops = {variant: build.objective(pretrain.get_config(variant)).flops() for variant in variants}
     ratios = {variant: round(value / flops["base"], 1) for variant, value in flops.items()}
     assert ratios == {"base": 1.0, "small": 0.2, "large": 2.1, "huge": 5.0}
     assert f"{flops['base'] * 360_000 * 100:.1e}" == "2.1e+18"
@@ -50,9 +50,9 @@ def test_the_relative_arithmetic_in_the_docstring_is_true():
 
 def test_the_published_recipe_is_the_published_recipe():
     config = pretrain.get_config("paper")
-    schedule, _ = setup.make_optimizer(config, total_steps=1000)
-    assert schedule(100) == pytest.approx(1.5e-4)  # 3e-4 x 128 / 256, after 10% of the steps
-    assert schedule(1000) == pytest.approx(1e-5)
+    _, rate = build.make_optimizer(config)
+    assert rate(100, 1000) == pytest.approx(1.5e-4)  # 3e-4 x 128 / 256, after 10% of the steps
+    assert rate(1000, 1000) == pytest.approx(1e-5)
     assert (config.optimizer.b1, config.optimizer.b2) == (0.9, 0.999)
     assert not config.loss.normalize_targets
     assert config.train.batch_size == 64

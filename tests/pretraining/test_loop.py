@@ -140,7 +140,7 @@ BAD = {
 def test_bad_input_is_refused_before_anything_is_compiled(config, tmp_path, name, monkeypatch):
     import usfmae_jax.pretraining.loop as module
 
-    monkeypatch.setattr(module, "compile_step", lambda *a: pytest.fail("compiled before refusing"))
+    monkeypatch.setattr(module, "compile_update", lambda *a: pytest.fail("compiled before refusing"))
     changes, message = BAD[name]
     with config.unlocked():
         config.update_from_flattened_dict(changes)

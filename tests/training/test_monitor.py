@@ -5,10 +5,8 @@ import signal
 import time
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from usfmae_jax.pretraining.pictures import encode_png, reconstruction_grid
 from usfmae_jax.training import monitor as monitors
 
 
@@ -126,20 +124,3 @@ def test_sigterm_is_noticed_once_and_handlers_are_put_back():
         assert preemption.requested()
         assert signal.getsignal(signal.SIGTERM) == before  # a second one does what it always did
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_the_grid_shows_four_columns(rng):
-    images = rng.integers(0, 255, (2, 32, 48, 1), np.uint8)
-    predicted = np.full_like(images, 7)
-    hidden = np.zeros((2, 32, 48), bool)
-    hidden[:, :16] = True
-    grid = reconstruction_grid(images, predicted, hidden, side=48)
-    tile = grid[22 + 2 : 22 + 2 + 32]
-    columns = [tile[:, i * 52 + 2 : i * 52 + 50, 0] for i in range(4)]
-    np.testing.assert_array_equal(columns[0], images[0, ..., 0])
-    assert (columns[1][:16] == 128).all()
-    np.testing.assert_array_equal(columns[1][16:], images[0, 16:, :, 0])
-    assert (columns[2] == 7).all()
-    np.testing.assert_array_equal(columns[3][16:], images[0, 16:, :, 0])
-    assert (columns[3][:16] == 7).all()
-    assert encode_png(grid).startswith(b"\x89PNG")

@@ -1,25 +1,34 @@
 """Schedule, decay mask and layer-wise scales of the MAE recipes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from tests.training.test_step import _mesh
-from usfmae_jax.pretraining import build as setup
+from tests.training.test_update import _mesh
+from usfmae_jax.pretraining import build
 from usfmae_jax.training import optimizers
 from usfmae_jax.training.state import init_state
 
 
 @pytest.fixture
 def params(config):
-    return init_state(setup.model_maker(config), optimizers.adamw(lambda step: 0.0), _mesh(1), seed=0)[1]["params"]
+    return init_state(build.objective(config).make, optimizers.adamw(), _mesh(1), seed=0)[1]["params"]
 
 
-def test_schedule_warms_up_linearly_and_ends_at_the_floor():
-    schedule = optimizers.warmup_cosine(1.0, 0.1, 10, 110)
-    np.testing.assert_allclose([schedule(s) for s in (0, 5, 10, 60, 110, 200)], [0, 0.5, 1, 0.55, 0.1, 0.1], atol=1e-6)
-    assert optimizers.warmup_cosine(1.0, 0.1, 0, 100)(0) == 1.0
+@pytest.mark.parametrize("total", [110, 120])
+def test_schedule_warms_up_linearly_and_ends_at_the_floor(total):
+    rate = functools.partial(optimizers.warmup_cosine, learning_rate=2.0, floor=0.1, warmup=0.1)
+    rising = round(0.1 * total)
+    expected = optax.warmup_cosine_decay_schedule(0.0, 2.0, rising, total, 0.1)
+    steps = (0, 1, 5, rising, rising + 1, 60, total - 1, total, 200)
+    np.testing.assert_allclose([rate(s, total) for s in steps], [expected(s) for s in steps], rtol=2e-5)
+    np.testing.assert_allclose([rate(s, 110) for s in (0, 11, 110, 200)], [0, 2, 0.1, 0.1], rtol=1e-6)
+    assert optimizers.warmup_cosine(0, 100, learning_rate=1.0, floor=0.1, warmup=0.0) == 1.0
+    assert optimizers.warmup_cosine(7, 100, learning_rate=0.0, floor=0.0, warmup=0.0) == 0.0
 
 
 def test_biases_norms_and_tokens_are_not_decayed(params):
@@ -35,11 +44,11 @@ def test_biases_norms_and_tokens_are_not_decayed(params):
 
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_weight_decay_is_decoupled_and_follows_the_mask(params, decay_all):
-    optimizer = optimizers.adamw(lambda step: 0.1, weight_decay=0.5, decay_all=decay_all)
+    optimizer = optimizers.adamw(weight_decay=0.5, decay_all=decay_all)
     params = jax.tree.map(jnp.ones_like, params)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
-    np.testing.assert_allclose(updates["encoder"]["patch_embed"]["kernel"], -0.05)
-    np.testing.assert_allclose(updates["encoder"]["patch_embed"]["bias"], -0.05 if decay_all else 0.0)
+    np.testing.assert_allclose(updates["encoder"]["patch_embed"]["kernel"], -0.5)
+    np.testing.assert_allclose(updates["encoder"]["patch_embed"]["bias"], -0.5 if decay_all else 0.0)
 
 
 def test_layer_scales_fall_by_depth(params):
@@ -58,7 +67,7 @@ def test_layer_decay_scales_the_update(params):
     gradients = jax.tree.map(jnp.ones_like, params)
 
     def update(layer_decay):
-        optimizer = optimizers.adamw(lambda step: 0.1, layer_decay=layer_decay, weight_decay=0.0)
+        optimizer = optimizers.adamw(layer_decay=layer_decay, weight_decay=0.0)
         return optimizer.update(gradients, optimizer.init(params), params)[0]["encoder"]
 
     plain, scaled = update(1.0), update(0.5)
@@ -69,7 +78,7 @@ def test_layer_decay_scales_the_update(params):
 
 def test_clipping_bounds_the_gradient_norm(params):
     gradients = jax.tree.map(lambda p: jnp.full_like(p, 1e3), params)
-    optimizer = optimizers.adamw(lambda step: 1.0, clip_norm=1.0, b1=0.0, b2=0.0, weight_decay=0.0)
+    optimizer = optimizers.adamw(clip_norm=1.0, b1=0.0, b2=0.0, weight_decay=0.0)
     state = optimizer.update(gradients, optimizer.init(params), params)[1]
     first_moment = state[1].mu
     np.testing.assert_allclose(np.sqrt(sum(float((m**2).sum()) for m in jax.tree.leaves(first_moment))), 1.0, rtol=1e-4)

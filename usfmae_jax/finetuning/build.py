@@ -20,8 +20,8 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import defined, positive_class
 from usfmae_jax.finetuning import classifiers
 from usfmae_jax.finetuning.members import Member, only_note, plan_members
-from usfmae_jax.finetuning.step import Supervision
 from usfmae_jax.interop.weights import Weights
+from usfmae_jax.tasks.classification import Classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import optimizers, outcomes
 from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir, public_settings
@@ -172,10 +172,10 @@ def find_warnings(config: ml_collections.ConfigDict, frames: Labelled, lineage: 
     return found + outcomes.cautions(frames)
 
 
-def supervision(job: Job) -> Supervision:
+def supervision(job: Job) -> Classification:
     """How the model is taught."""
     regular = job.config.regularization
-    return Supervision(
+    return Classification(
         num_classes=len(job.frames.class_names),
         mean=tuple(job.preprocessing["mean"]),
         std=tuple(job.preprocessing["std"]),
@@ -191,7 +191,6 @@ def make_optimizer(config: ml_collections.ConfigDict, description: dict[str, Any
     optimizer = config.optimizer
     vit_layers = description["model"] == "vit" and config.mode != "frozen"
     return optimizers.adamw(
-        lambda step: 1.0,
         weight_decay=optimizer.weight_decay,
         b1=optimizer.b1,
         b2=optimizer.b2,
@@ -205,7 +204,7 @@ def learning_rate(config: ml_collections.ConfigDict) -> Callable[[jax.Array, jax
     """Learning rate by step and length of the run; the rate in the config is per 256 images."""
     optimizer = config.optimizer
     return functools.partial(
-        optimizers.warmup_cosine_rate,
+        optimizers.warmup_cosine,
         learning_rate=optimizer.learning_rate * config.train.batch_size / 256,
         floor=optimizer.floor,
         warmup=optimizer.warmup,

@@ -21,7 +21,6 @@ from usfmae_jax.finetuning import results as member_reports
 from usfmae_jax.finetuning.build import Job
 from usfmae_jax.finetuning.members import Member, class_weights
 from usfmae_jax.finetuning.programs import Programs, compile_programs
-from usfmae_jax.finetuning.step import combine
 from usfmae_jax.interop.classifier import save_classifier
 from usfmae_jax.training import checkpoints
 from usfmae_jax.training.common import check_batch, make_workdir
@@ -29,6 +28,7 @@ from usfmae_jax.training.forward import apply_batches, fitting_batch
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
 from usfmae_jax.training.state import State
+from usfmae_jax.training.update import combine
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> bool:
@@ -111,10 +111,8 @@ def train(
     damage = pipeline.DamageReport([job.frames.shards], config.data.max_damaged, position["damaged"])
     dataset = training_batches(job, member)
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
-    constants = jax.device_put(
-        {"total_steps": np.int32(member.total_steps), "class_weights": class_weights(job.config, job.frames, member)},
-        replicated(programs.mesh),
-    )
+    length = jax.device_put(np.int32(member.total_steps), replicated(programs.mesh))
+    weights = class_weights(job.config, job.frames, member)
     number = job.members.index(member)
     monitor = Monitor(
         folder,
@@ -137,8 +135,10 @@ def train(
                 batch = next(batches)
                 for message in damage.update(batch["damaged"]):
                     report.say(message)
-                arrays = global_batch(programs.mesh, {"image": batch["image"], "label": batch["label"]})
-            state, numbers = programs.step(state, arrays, constants)
+                weight = np.broadcast_to(weights, (len(batch["label"]), len(weights)))
+                arrays: Any = {"image": batch["image"], "label": batch["label"], "weight": weight}
+                arrays = global_batch(programs.mesh, arrays)
+            state, numbers = programs.step(state, arrays, length)
             report.update(step, numbers)
             stop = preemption.requested()
             evaluated = step in member.evaluations
@@ -165,7 +165,8 @@ def train(
                     }
                     loss = report.mean_loss_since_save()
                     whole = state | {"best": best}
-                    checkpoints.save(saver, whole, step, position=position, config=job.settings, loss=loss)
+                    metadata = {"position": position, "config": job.settings, "about": {"kind": "classification"}}
+                    checkpoints.save(saver, whole, step, metadata, loss=loss)
                     saved = step
             if stop:
                 report.say(
@@ -234,7 +235,7 @@ def predict(job: Job, member: Member, programs: Programs, variables: State, rows
         total=len(rows),
         desc=member.name,
     )
-    return member_reports.predictions(job, member, rows, found)
+    return member_reports.predictions(job, member, rows, found["probabilities"])
 
 
 def validate(job: Job, member: Member, programs: Programs, state: State) -> tuple[dict[str, float], Predictions]:

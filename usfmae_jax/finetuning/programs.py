@@ -1,7 +1,6 @@
 """What is compiled once for all members of a fine-tuning run that have a process in common."""
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
+from flax import nnx
 from jax.sharding import Mesh
 
 from usfmae_jax.finetuning import build as supervised_setup
 from usfmae_jax.finetuning import classifiers
 from usfmae_jax.finetuning import results as member_reports
 from usfmae_jax.finetuning.build import Job
-from usfmae_jax.finetuning.step import make_predict, make_train_step, pick_trained
-from usfmae_jax.training.mesh import batch_sharding, replicated
+from usfmae_jax.training.mesh import batch_sharding
 from usfmae_jax.training.state import State, abstract_state, model_graph, state_maker
+from usfmae_jax.training.update import compile_update, make_update
+from usfmae_jax.training.update import pick as pick_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Programs:
       start: a seed to a fresh state.
       abstract: shapes and shardings of a state and of the best weights beside it.
       step: the update.
-      predict: see `supervised_step.make_predict`.
+      predict: `(variables, images)` to what the task predicts.
       best_of: copies from a state what is kept of the best evaluation: the trained parameters and the statistics.
       images: batches of whole images of given rows.
     """
@@ -38,7 +39,7 @@ class Programs:
     start: Callable[[int], State]
     abstract: State
     step: Callable[[State, Any, Any], tuple[State, dict[str, jax.Array]]]
-    predict: Callable[[Any, jax.Array], jax.Array]
+    predict: Callable[[Any, jax.Array], dict[str, jax.Array]]
     best_of: Callable[[State], State]
     images: Callable[[np.ndarray], Iterator[np.ndarray]]
 
@@ -62,37 +63,33 @@ def compile_programs(job: Job, mesh: Mesh) -> Programs:
     abstract = abstract_state(make_model, optimizer, mesh, pick)
     kept = [name for name in ("params", "stats") if name in abstract]
     best = {name: pick(abstract[name]) if name == "params" else abstract[name] for name in kept}
-    step = make_train_step(
+    step = make_update(
         graph,
+        how,
         optimizer,
         supervised_setup.learning_rate(config),
         mesh,
-        how,
         trained=trained,
         accumulate=config.train.accumulate,
     )
     member_reports.say(parameter_overview.get_parameter_overview(abstract["params"], include_stats=False))
-    member_reports.say("compiling the training step ...")
-    start = time.perf_counter()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    size, batch = (*job.size, config.data.channels), config.train.batch_size
+    size, batch, over = (*job.size, config.data.channels), config.train.batch_size, batch_sharding(mesh)
     examples = {
-        "image": jax.ShapeDtypeStruct((batch, *size), jnp.uint8, sharding=batch_sharding(mesh)),
-        "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(mesh)),
+        "image": jax.ShapeDtypeStruct((batch, *size), jnp.uint8, sharding=over),
+        "label": jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=over),
+        "weight": jax.ShapeDtypeStruct((batch, how.num_classes), jnp.float32, sharding=over),
     }
-    constants = {
-        "total_steps": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
-        "class_weights": jax.ShapeDtypeStruct((how.num_classes,), jnp.float32, sharding=replicated(mesh)),
-    }
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    compiled = jitted.lower(abstract, examples, constants).compile()
-    member_reports.say(f"compiling the training step took {time.perf_counter() - start:.1f} s")
+    compiled = compile_update(step, abstract, examples, member_reports.say)
+
+    def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+        return how.predict(nnx.merge(graph, *variables.values()), images)
+
     return Programs(
         mesh=mesh,
         start=state_maker(make_model, optimizer, mesh, pick),
         abstract=abstract | {"best": best},
         step=compiled,
-        predict=make_predict(graph, how),
+        predict=predict,
         best_of=best_of,
         images=images,
     )

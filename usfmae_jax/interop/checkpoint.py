@@ -41,7 +41,7 @@ def save_parameters(workdir: str, params: dict[str, Any], config: dict[str, Any]
     context.array.saving.use_compression = False  # float32 weights hardly shrink, and it takes most of the time
     with context:
         saver = checkpoints.open_checkpoints(str(folder))
-        checkpoints.save(saver, {"params": params}, 0, position={}, config=config, loss=0.0)
+        checkpoints.save(saver, {"params": params}, 0, {"position": {}, "config": config}, loss=0.0)
         saver.close()
     (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -1,5 +1,6 @@
 """From a config to the parts of a pretraining run, refusing what cannot work before anything is compiled."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import ml_collections
 import numpy as np
 import optax
 from etils import epath
-from flax import nnx
 from jax.sharding import Mesh
 
 from usfmae_jax.data import augment, pipeline
@@ -18,17 +18,71 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import load_parameters
 from usfmae_jax.interop.encoder import Lineage, flatten, read_encoder, read_lineage
 from usfmae_jax.interop.weights import lineage_of
-from usfmae_jax.models.mae import MAE, num_visible, training_flops
+from usfmae_jax.models.mae import num_visible
 from usfmae_jax.models.patches import check_patches
-from usfmae_jax.pretraining.inspect import Inspector
+from usfmae_jax.objectives import Objective
+from usfmae_jax.objectives.mae import MaskedAutoencoding
+from usfmae_jax.pretraining import inspect
 from usfmae_jax.training import optimizers
 from usfmae_jax.training.common import check_computation, image_size, public_settings
 from usfmae_jax.training.state import State
-from usfmae_jax.training.step import Objective, make_features, make_reconstruct
+
+#: Config fields that a resumed run may change: they alter where and how fast it computes, not what.
+RESUMABLE = (
+    "mesh",
+    "log",
+    "checkpoint",
+    "probe",
+    "init",
+    "data.path",  # the shards may have moved; their fingerprint is compared instead
+    "data.workers",
+    "data.threads",
+    "data.max_damaged",
+    "model.scan",
+    "model.remat",
+    "model.attention",
+)
 
 
-def model_maker(config: ml_collections.ConfigDict) -> Callable[[nnx.Rngs], MAE]:
-    """Checks the model part of a config and returns what builds the model.
+def objective(config: ml_collections.ConfigDict) -> Objective:
+    """What the run learns, from the entry of `OBJECTIVES` that `config.objective` names.
+
+    Raises:
+      InputError: there is none of that name, or names the field that cannot be.
+    """
+    if config.objective not in OBJECTIVES:
+        raise InputError(f"config.objective={config.objective!r} must be one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[config.objective](config)
+
+
+def masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoencoding:
+    """The masked autoencoder of `config.model`, `.mask` and `.loss`."""
+    model = config.model
+    decoder = {name: model[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
+    shape = encoder(config)
+    _check_heads(model, "decoder_width", "decoder_num_heads")
+    (height, width), patch = shape["image_size"], shape["patch_size"]
+    try:
+        num_visible((height // patch) * (width // patch), config.mask.ratio)
+    except ValueError as error:
+        raise InputError(f"config.mask.ratio: {error}") from error
+    return MaskedAutoencoding(
+        shape,
+        decoder,
+        config.mask.ratio,
+        tuple(model.mean),
+        tuple(model.std),
+        config.mask.fan_aware,
+        config.loss.normalize_targets,
+        computation(config),
+    )
+
+
+OBJECTIVES: dict[str, Callable[[ml_collections.ConfigDict], Objective]] = {"mae": masked_autoencoding}
+
+
+def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `vit.ViT` that fix the encoder's parameters.
 
     Raises:
       InputError: names the field that cannot be.
@@ -43,55 +97,47 @@ def model_maker(config: ml_collections.ConfigDict) -> Callable[[nnx.Rngs], MAE]:
         raise InputError(
             f"config.data.channels={config.data.channels} must be 1 or config.model.channels={model.channels}"
         )
-    for width, heads in (("width", "num_heads"), ("decoder_width", "decoder_num_heads")):
-        if model[width] % model[heads] or model[width] % 4:
-            raise InputError(
-                f"config.model.{width}={model[width]} must be divisible by 4 and by config.model.{heads}={model[heads]}"
-            )
+    _check_heads(model, "width", "num_heads")
+    size = image_size(config)
     try:
-        check_patches(image_size(config), model.patch_size)
+        check_patches(size, model.patch_size)
     except ValueError as error:
         raise InputError(f"{error}: change config.model.image_size or config.model.patch_size") from error
-    try:
-        num_visible(num_patches(config), config.mask.ratio)
-    except ValueError as error:
-        raise InputError(f"config.mask.ratio: {error}") from error
-    check_computation(model)
-    return lambda rngs: MAE(
-        **architecture(config),
-        decoder_width=model.decoder_width,
-        decoder_depth=model.decoder_depth,
-        decoder_num_heads=model.decoder_num_heads,
-        dtype=jnp.dtype(model.dtype),
-        attention=model.attention or None,
-        scan=model.scan,
-        remat=model.remat,
-        rngs=rngs,
-    )
-
-
-def objective(config: ml_collections.ConfigDict) -> Objective:
-    """What the model is trained to do."""
-    return Objective(
-        patch_size=config.model.patch_size,
-        mask_ratio=config.mask.ratio,
-        fan_aware=config.mask.fan_aware,
-        normalize_targets=config.loss.normalize_targets,
-        mean=tuple(config.model.mean),
-        std=tuple(config.model.std),
-    )
-
-
-def architecture(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `vit.ViT` that fix the encoder's parameters."""
     names = ("patch_size", "channels", "width", "depth", "num_heads", "mlp_ratio")
-    return {"image_size": image_size(config)} | {name: config.model[name] for name in names}
+    return {"image_size": size} | {name: model[name] for name in names}
 
 
-def num_patches(config: ml_collections.ConfigDict) -> int:
-    """Patches of one view."""
-    height, width = image_size(config)
-    return (height // config.model.patch_size) * (width // config.model.patch_size)
+def _check_heads(model: ml_collections.ConfigDict, width: str, heads: str) -> None:
+    if model[width] % model[heads] or model[width] % 4:
+        raise InputError(
+            f"config.model.{width}={model[width]} must be divisible by 4 and by config.model.{heads}={model[heads]}"
+        )
+
+
+def computation(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `vit.ViT` that say how it computes, and change no parameter."""
+    model = config.model
+    check_computation(model)
+    how = {"dtype": jnp.dtype(model.dtype), "attention": model.attention or None}
+    return how | {"scan": model.scan, "remat": model.remat}
+
+
+def preprocessing(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """How pixels become the model's input, for those who use the encoder."""
+    model = config.model
+    return {
+        "image_size": image_size(config),
+        "channels": config.data.channels,
+        "resize": "area, aspect not kept",
+        "scale": 1 / 255,
+        "mean": list(model.mean),
+        "std": list(model.std),
+    }
+
+
+def about(config: ml_collections.ConfigDict, learn: Objective) -> dict[str, Any]:
+    """What a checkpoint says of itself: what kind of run wrote it, what its model is, and what the model sees."""
+    return {"kind": config.objective, "description": learn.describe(), "preprocessing": preprocessing(config)}
 
 
 def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
@@ -138,24 +184,33 @@ def settings(config: ml_collections.ConfigDict, sources: list[Shards]) -> dict[s
     return public | {"data_fingerprint": [s.fingerprint() for s in sources]}
 
 
-def make_optimizer(
-    config: ml_collections.ConfigDict, total_steps: int
-) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """Learning-rate schedule and AdamW; the rate in the config is per 256 images.
+def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int:
+    """Updates of the whole run.
 
     Raises:
-      InputError: the run would have no steps.
+      InputError: there would be none.
     """
-    if total_steps < 1:
+    train = config.train
+    total = train.steps or train.epochs * sum(map(len, sources)) // train.batch_size
+    if total < 1:
         raise InputError(
-            f"the run has {total_steps} steps: config.train.epochs={config.train.epochs} of the data is less than one "
-            f"batch of {config.train.batch_size}; raise the epochs, set config.train.steps or lower the batch size"
+            f"the run has {total} steps: config.train.epochs={train.epochs} of the data is less than one "
+            f"batch of {train.batch_size}; raise the epochs, set config.train.steps or lower the batch size"
         )
+    return total
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, Callable[..., jax.Array]]:
+    """AdamW, and the learning rate by step and length of the run; the rate in the config is per 256 images."""
     optimizer = config.optimizer
-    rate = optimizer.learning_rate * config.train.batch_size / 256
-    schedule = optimizers.warmup_cosine(rate, optimizer.floor, round(optimizer.warmup * total_steps), total_steps)
     names = ("weight_decay", "b1", "b2", "clip_norm", "layer_decay", "decay_all")
-    return schedule, optimizers.adamw(schedule, **{name: optimizer[name] for name in names})
+    rate = functools.partial(
+        optimizers.warmup_cosine,
+        learning_rate=optimizer.learning_rate * config.train.batch_size / 256,
+        floor=optimizer.floor,
+        warmup=optimizer.warmup,
+    )
+    return optimizers.adamw(**{name: optimizer[name] for name in names}), rate
 
 
 def with_weights(state: State, directory: str, model: ml_collections.ConfigDict) -> tuple[State, Lineage, str]:
@@ -209,49 +264,29 @@ def _fitted(new: Any, own: Any, directory: str, part: str) -> Any:
     return jax.tree.map(lambda value, old: jax.device_put(value, old.sharding), new, own)
 
 
-def make_inspector(
+def inspections(
     config: ml_collections.ConfigDict, graph: Any, mesh: Mesh, sources: list[Shards], dataset: Any, workdir: str
-) -> Inspector:
-    """Loads what the run looks at while it trains."""
-    labelled, note = None, ""
+) -> list[tuple[int, inspect.Look]]:
+    """What looks at the run while it trains, with the steps between two looks."""
+    found = []
+    learn = objective(config)
+    if config.log.pictures_every:
+        # Some pictures are drawn; every device needs as many.
+        rows = -(-8 // mesh.size) * len(mesh.local_devices)
+        images, folder = dataset[0]["image"][:rows], epath.Path(workdir) / "reconstructions"
+        found.append((config.log.pictures_every, inspect.pictures(learn, graph, mesh, images, folder, config.seed)))
     if config.probe.data.path:
         try:
             shards = pipeline.open_shards(config.probe.data.path, config.probe.data.split)
         except InputError as error:
             raise InputError(f"config.probe.data.path: {error}") from error
         trained_on = {shard for source in sources for shard in source.contents()}
+        note = ""
         if trained_on.intersection(shards.contents()):
             note = "warning: the probe's frames are also trained on, if without labels: no held-out result"
         labelled = pipeline.load_labelled(
             shards, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
         )
-    # Some pictures are drawn; every device needs as many.
-    rows = -(-8 // mesh.size) * len(mesh.local_devices)
-    return Inspector(
-        mesh,
-        workdir,
-        reconstruct=make_reconstruct(graph, objective(config)),
-        images=dataset[0]["image"][:rows],
-        pictures_every=config.log.pictures_every,
-        features=make_features(graph, objective(config)),
-        labelled=labelled,
-        note=note,
-        probe_every=config.probe.every,
-        batch_size=-(-128 // mesh.size) * mesh.size,
-        seed=config.seed,
-    )
-
-
-def count_flops(config: ml_collections.ConfigDict) -> float:
-    """Training arithmetic of one image."""
-    model = config.model
-    return training_flops(
-        num_patches=num_patches(config),
-        patch_dim=model.patch_size**2 * model.channels,
-        mask_ratio=config.mask.ratio,
-        width=model.width,
-        depth=model.depth,
-        decoder_width=model.decoder_width,
-        decoder_depth=model.decoder_depth,
-        mlp_ratio=model.mlp_ratio,
-    )
+        if config.probe.every:
+            found.append((config.probe.every, inspect.probe(learn, graph, mesh, labelled, note, config.seed)))
+    return found

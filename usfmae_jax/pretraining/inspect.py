@@ -1,97 +1,106 @@
-"""Looks at a model during training: reconstruction pictures and frozen-feature probes."""
+"""Looks at a model during training: pictures of what it does, and probes of its frozen features."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import cv2
 import jax
 import numpy as np
 from etils import epath
+from flax import nnx
 from jax.sharding import Mesh
 
-from usfmae_jax.pretraining.pictures import encode_png, reconstruction_grid
+from usfmae_jax.models.patches import normalize_images
+from usfmae_jax.objectives import Objective
 from usfmae_jax.training import probes
+from usfmae_jax.training.forward import apply_batches
 from usfmae_jax.training.mesh import global_batch, replicated
 from usfmae_jax.training.monitor import Monitor
 from usfmae_jax.training.state import State
 
+#: Looks at the parameters after a step: `(report, params, step)`.
+Look = Callable[[Monitor, Any, int], None]
 
-class Inspector:
-    """Draws and probes at its own intervals; holds the same images and masks for the whole run, to compare over time.
+
+def look(looks: Sequence[tuple[int, Look]], report: Monitor, state: State, step: int, *, last: bool = False) -> None:
+    """Does what is due after `step` updates; everything at step 0 and at the last.
 
     Args:
-      mesh: devices of the run.
-      workdir: pictures go to `reconstructions/`.
-      reconstruct: from `step.make_reconstruct`.
-      images: uint8 `[n, H, W, C]`, this process's part of the images to draw.
-      pictures_every: steps; 0 = never.
-      features: from `step.make_features`.
-      labelled: from `pipeline.load_labelled`; None = no probe.
-      note: said with the first probe.
-      probe_every: steps; 0 = never.
-      batch_size: of feature extraction; the devices must divide it.
-      seed: of masks and folds.
+      looks: with the steps between two of each.
+      report: of the run; the time is no training time.
+      state: after the step.
+      step: see above.
+      last: whether it is the last.
     """
-
-    def __init__(
-        self,
-        mesh: Mesh,
-        workdir: str,
-        *,
-        reconstruct: Any,
-        images: np.ndarray,
-        pictures_every: int,
-        features: Any,
-        labelled: dict[str, Any] | None,
-        note: str,
-        probe_every: int,
-        batch_size: int,
-        seed: int,
-    ):
-        self._mesh, self._directory, self._seed = mesh, epath.Path(workdir) / "reconstructions", seed
-        self._images, self._pictures_every = images, pictures_every
-        self._labelled, self._probe_every, self._batch_size = labelled, probe_every, batch_size
-        self._note = note
-        self._reconstruct = jax.jit(reconstruct, out_shardings=replicated(mesh))
-        self._features = jax.jit(features, out_shardings=replicated(mesh))
-        if labelled:  # a bad split is found now, not after hours
-            probes.group_folds(labelled["label"], labelled["patient"], seed=seed)
-
-    def run(self, report: Monitor, state: State, step: int, *, last: bool = False) -> None:
-        """Does what is due after `step` updates; everything at step 0 and at the last."""
-
-        def due(every: int) -> bool:
-            return bool(every) and (last or step % every == 0)
-
-        if not due(self._pictures_every) and not (self._labelled and due(self._probe_every)):
-            return
+    due = [one for every, one in looks if last or step % every == 0]
+    if due:
         report.flush()
         with report.pause():
-            if due(self._pictures_every):
-                self._draw(report, state["params"], step)
-            if self._labelled and due(self._probe_every):
-                self._probe(report, state["params"], step)
+            for one in due:
+                one(report, state["params"], step)
 
-    def _draw(self, report: Monitor, params: Any, step: int) -> None:
-        images = global_batch(self._mesh, self._images)
-        predicted, hidden = self._reconstruct(params, images, jax.random.key(self._seed))
-        shown = jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(self._mesh))(images))
-        if jax.process_index():
+
+def pictures(objective: Objective, graph: Any, mesh: Mesh, images: np.ndarray, folder: epath.Path, seed: int) -> Look:
+    """Draws the objective's pictures of the same images with the same randomness, to compare over time.
+
+    Args:
+      objective: what is learnt.
+      graph: of the model.
+      mesh: devices of the run.
+      images: uint8 `[n, H, W, C]`, this process's part of the images to draw.
+      folder: receives `step_NNNNNNN.png`.
+      seed: of the randomness.
+    """
+    captions: list[str] = []
+
+    def draw(params: Any, images: jax.Array, rng: jax.Array) -> list[jax.Array]:
+        columns = objective.pictures(nnx.merge(graph, params), images, rng) or {}
+        captions[:] = columns  # in their order, which a dict loses on its way out of a compiled function
+        return list(columns.values())
+
+    compiled = jax.jit(draw, out_shardings=replicated(mesh))
+
+    def run(report: Monitor, params: Any, step: int) -> None:
+        columns = compiled(params, global_batch(mesh, images), jax.random.key(seed))
+        if not columns or jax.process_index():
             return
-        grid = reconstruction_grid(shown[:8], np.asarray(predicted)[:8], np.asarray(hidden)[:8])
-        self._directory.mkdir(parents=True, exist_ok=True)
-        (self._directory / f"step_{step:07d}.png").write_bytes(encode_png(grid))
+        grid = picture_grid({name: np.asarray(one)[:8] for name, one in zip(captions, columns, strict=True)})
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"step_{step:07d}.png").write_bytes(encode_png(grid))
         report.write_image(step, "reconstruction", grid)
 
-    def _probe(self, report: Monitor, params: Any, step: int) -> None:
-        assert self._labelled
-        scores = probes.probe(
-            self.extract(params, self._labelled["image"]),
-            self._labelled["label"],
-            self._labelled["patient"],
-            seed=self._seed,
-        )
-        if self._note:
-            report.say(self._note)
-            self._note = ""
+    return run
+
+
+def probe(objective: Objective, graph: Any, mesh: Mesh, labelled: Mapping[str, Any], note: str, seed: int) -> Look:
+    """Probes the mean patch token of labelled images; see `probes.probe`.
+
+    Args:
+      objective: what is learnt.
+      graph: of the model, which has an `encoder`.
+      mesh: devices of the run.
+      labelled: from `pipeline.load_labelled`.
+      note: said with the first probe.
+      seed: of the folds.
+
+    Raises:
+      InputError: the frames cannot be split; it is found now, not after hours.
+    """
+    images, labels, patients = (labelled[name] for name in ("image", "label", "patient"))
+    probes.group_folds(labels, patients, seed=seed)
+    notes = [note] if note else []
+
+    def features(params: Any, images: jax.Array) -> jax.Array:
+        inputs = normalize_images(images, objective.mean, objective.std)
+        return nnx.merge(graph, params).encoder(inputs)[:, 1:].mean(axis=1)
+
+    def run(report: Monitor, params: Any, step: int) -> None:
+        size = -(-128 // mesh.size) * mesh.size
+        batches = (images[start : start + size] for start in range(0, len(images), size))
+        found = apply_batches(mesh, features, params, batches, batch_size=size, total=len(images), desc="probe")
+        scores = probes.probe(found, labels, patients, seed=seed)
+        while notes:
+            report.say(notes.pop())
         report.write(step, {f"probe/{name}": value for name, value in scores.items()})
         intervals = {
             name: [scores[f"{name}_auroc{end}"] for end in ("", "_low", "_high")] for name in ("knn", "logistic")
@@ -99,13 +108,38 @@ class Inspector:
         auroc = ", ".join(f"{name} {v:.3f} [{low:.3f}, {high:.3f}]" for name, (v, low, high) in intervals.items())
         report.say(f"step {step}: probe AUROC {auroc}; effective rank {scores['rankme']:.1f}")
 
-    def extract(self, params: Any, images: np.ndarray) -> np.ndarray:
-        """Features float32 `[N, D]` of uint8 images `[N, H, W, C]` that every process holds."""
-        rows = self._batch_size // jax.process_count()
-        found = []
-        for start in range(0, len(images), self._batch_size):
-            chunk = images[start : start + self._batch_size]
-            padded = np.concatenate([chunk, np.zeros((self._batch_size - len(chunk), *images.shape[1:]), np.uint8)])
-            local = padded[jax.process_index() * rows : (jax.process_index() + 1) * rows]
-            found.append(np.asarray(self._features(params, global_batch(self._mesh, local)))[: len(chunk)])
-        return np.concatenate(found)
+    return run
+
+
+def picture_grid(columns: Mapping[str, np.ndarray], side: int = 192) -> np.ndarray:
+    """One row per image, one column per kind of picture.
+
+    Args:
+      columns: uint8 `[B, H, W, C]` by caption.
+      side: the longer side of an image as it is shown, in pixels.
+
+    Returns:
+      uint8 RGB `[rows, columns, 3]`, with a caption above each column.
+    """
+    count, height, width = next(iter(columns.values())).shape[:3]
+    scale = side / max(height, width)
+    size = (round(width * scale), round(height * scale))
+
+    def tile(image: np.ndarray) -> np.ndarray:
+        rgb = np.repeat(image, 3, axis=-1) if image.shape[-1] == 1 else image
+        return np.pad(
+            cv2.resize(rgb, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC),
+            ((2, 2), (2, 2), (0, 0)),
+        )
+
+    rows = [np.hstack([tile(column[i]) for column in columns.values()]) for i in range(count)]
+    caption = np.zeros((22, rows[0].shape[1], 3), np.uint8)
+    for number, name in enumerate(columns):
+        place = (number * (size[0] + 4) + 4, 16)
+        cv2.putText(caption, name, place, cv2.FONT_HERSHEY_SIMPLEX, 0.42, (230, 230, 230), 1, cv2.LINE_AA)
+    return np.vstack([caption, *rows])
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG bytes of a uint8 RGB picture."""
+    return cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()

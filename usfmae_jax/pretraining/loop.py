@@ -3,13 +3,11 @@
 import contextlib
 import json
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import optax
+import numpy as np
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
@@ -19,16 +17,16 @@ from usfmae_jax.data import pipeline
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
 from usfmae_jax.interop.encoder import Lineage, read_lineage, save_encoder, write_lineage
-from usfmae_jax.pretraining import build as setup
+from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, common
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
 from usfmae_jax.training.state import State, abstract_state, init_state, model_graph
-from usfmae_jax.training.step import make_train_step
+from usfmae_jax.training.update import compile_update, make_update
 
 
 def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
-    """Pretrains a masked autoencoder and leaves `<workdir>/encoder/`.
+    """Pretrains an encoder by the objective of the config and leaves it in `<workdir>/encoder/`.
 
     Args:
       config: see `configs/pretrain.py`.
@@ -41,47 +39,54 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
       InputError: something given cannot be used; raised before anything is compiled.
       DivergedError: loss or gradient norm is not finite; the last good checkpoint stays.
     """
-    make_model = setup.model_maker(config)
+    objective = build.objective(config)
     mesh = make_mesh(**config.mesh)
     common.check_batch(config, mesh)
-    sources, dataset = setup.open_data(config)
-    total_steps = config.train.steps or config.train.epochs * sum(map(len, sources)) // config.train.batch_size
-    schedule, optimizer = setup.make_optimizer(config, total_steps)
-    settings = setup.settings(config, sources)
+    sources, dataset = build.open_data(config)
+    total_steps = build.count_steps(config, sources)
+    optimizer, learning_rate = build.make_optimizer(config)
+    settings, about = build.settings(config, sources), build.about(config, objective)
     saver = checkpoints.open_checkpoints(common.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     found = checkpoints.latest_metadata(saver)
     if found:
         first_step, position, stored = found
-        checkpoints.check_resumable(stored, settings, workdir)
-        graph = model_graph(make_model)
-        state = checkpoints.restore(saver, abstract_state(make_model, optimizer, mesh), first_step)
+        checkpoints.check_resumable({"objective": "mae"} | stored, settings, workdir, build.RESUMABLE)
+        graph = model_graph(objective.make)
+        state = checkpoints.restore(saver, abstract_state(objective.make, optimizer, mesh), first_step)
     else:
         first_step, position = 0, {"next_batch": 0, "damaged": []}
         ancestors: Lineage = []
-        graph, state = init_state(make_model, optimizer, mesh, config.seed)
+        graph, state = init_state(objective.make, optimizer, mesh, config.seed)
         if config.init:
-            state, ancestors, taken = setup.with_weights(state, config.init, config.model)
+            state, ancestors, taken = build.with_weights(state, config.init, config.model)
             print(taken, file=sys.stderr)
         if jax.process_index() == 0:  # now: a resumed run may not find its first weights any more
             write_lineage(workdir, [*ancestors, stage(settings, total_steps, sources)])
-    inspector = setup.make_inspector(config, graph, mesh, sources, dataset, workdir)
+    looks = build.inspections(config, graph, mesh, sources, dataset, workdir)
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
+    update = make_update(graph, objective, optimizer, learning_rate, mesh, accumulate=config.train.accumulate)
     report = Monitor(
         workdir,
         total_steps=total_steps,
         first_step=first_step,
         batch_size=config.train.batch_size,
         every=config.log.every,
-        flops_per_image=setup.count_flops(config),
+        flops_per_image=objective.flops(),
     )
+    length = jax.device_put(np.int32(total_steps), replicated(mesh))
     train_step, step = None, first_step
 
     with Preemption() as preemption, report, contextlib.closing(saver), contextlib.closing(batches):
-        describe(report, config, settings, mesh, sources, state, first_step, total_steps, workdir)
-        if first_step == 0:
-            inspector.run(report, state, 0)
+        if jax.process_index() == 0:
+            epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        describe(report, config, mesh, sources, state, total_steps)
+        report.say(f"workdir: {workdir}")
+        if first_step:
+            report.say("already finished" if first_step == total_steps else f"resuming after step {first_step}")
+        else:
+            inspect.look(looks, report, state, 0)
         for step in range(first_step + 1, total_steps + 1):
             with report.waiting_for_input():
                 batch = next(batches)
@@ -90,66 +95,38 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                 images = global_batch(mesh, batch["image"])
             if train_step is None:
                 with report.pause():
-                    train_step = compile_step(report, config, graph, optimizer, schedule, mesh, state, images)
-            state, metrics = train_step(state, images)
+                    train_step = compile_update(update, state, images, report.say)
+            state, metrics = train_step(state, images, length)
             report.update(step, metrics)
             stop = preemption.requested()
             if stop or step == total_steps or step % config.checkpoint.every == 0:
                 report.flush()  # a state is saved only after its loss is known to be finite
                 with report.pause():
                     position = {"next_batch": step, "damaged": sorted(damage.found)}
-                    checkpoints.save(
-                        saver, state, step, position=position, config=settings, loss=report.mean_loss_since_save()
-                    )
+                    metadata = {"position": position, "config": settings, "about": about}
+                    checkpoints.save(saver, state, step, metadata, loss=report.mean_loss_since_save())
             if stop and step < total_steps:
                 report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
                 break
-            inspector.run(report, state, step, last=step == total_steps)
+            inspect.look(looks, report, state, step, last=step == total_steps)
         batch = images = None  # a worker's shared memory goes back before the worker does
         if damage.found:
             report.say(f"{len(damage.found)} damaged records were skipped in all")
     if step < total_steps:
         return False
-    export(config, state["params"]["encoder"], workdir, f"{workdir}/encoder", total_steps)
+    export(about, state["params"]["encoder"], workdir, total_steps)
     return True
-
-
-def compile_step(
-    report: Monitor,
-    config: ml_collections.ConfigDict,
-    graph: Any,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    state: State,
-    images: jax.Array,
-) -> Callable[[State, jax.Array], tuple[State, dict[str, jax.Array]]]:
-    """Compiles the update for the shapes and shardings at hand, and says how long that took."""
-    step = make_train_step(graph, optimizer, schedule, mesh, setup.objective(config), config.train.accumulate)
-    report.say("compiling the training step ...")
-    start = time.perf_counter()
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    compiled = (
-        jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))).lower(state, images).compile()
-    )
-    report.say(f"compiling the training step took {time.perf_counter() - start:.1f} s")
-    return compiled
 
 
 def describe(
     report: Monitor,
     config: ml_collections.ConfigDict,
-    settings: dict[str, Any],
     mesh: Mesh,
     sources: list[Shards],
     state: State,
-    first_step: int,
     total_steps: int,
-    workdir: str,
 ) -> None:
-    """Says what is about to run, and writes it to `<workdir>/config.json`."""
-    if jax.process_index() == 0:
-        epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    """Says what is about to run."""
     report.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
     device = jax.devices()[0]
     frames = sum(map(len, sources))
@@ -158,11 +135,8 @@ def describe(
         f"{jax.process_count()} processes\n"
         f"data: {frames} frames from {len(sources)} sources; {total_steps} steps of {config.train.batch_size} "
         f"= {total_steps * config.train.batch_size / frames:.1f} epochs\n"
-        f"evaluation sets kept out of it: {', '.join(config.data.exclude) or 'none'}\n"
-        f"workdir: {workdir}"
+        f"evaluation sets kept out of it: {', '.join(config.data.exclude) or 'none'}"
     )
-    if first_step:
-        report.say("already finished" if first_step == total_steps else f"resuming after step {first_step}")
 
 
 def stage(settings: dict[str, Any], total_steps: int, sources: list[Shards]) -> dict[str, Any]:
@@ -172,23 +146,15 @@ def stage(settings: dict[str, Any], total_steps: int, sources: list[Shards]) -> 
     return {"job": "pretrain", "code": code, "step": total_steps, "config": settings, "data": data}
 
 
-def export(config: ml_collections.ConfigDict, params: Any, workdir: str, directory: str, step: int) -> None:
-    """Writes the encoder's parameters after `step` updates of the run in `workdir` to an encoder directory."""
+def export(about: dict[str, Any], params: Any, workdir: str, step: int) -> None:
+    """Writes the encoder's parameters after `step` updates of the run in `workdir` to `<workdir>/encoder/`."""
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         params = jax.jit(lambda p: p, out_shardings=replicated(mesh))(params)  # other hosts' shards come here
     if jax.process_index():
         return
-    model = config.model
-    preprocessing = {
-        "image_size": common.image_size(config),
-        "channels": config.data.channels,
-        "resize": "area, aspect not kept",
-        "scale": 1 / 255,
-        "mean": list(model.mean),
-        "std": list(model.std),
-    }
     lineage = read_lineage(workdir)
     lineage[-1:] = [stage | {"step": step} for stage in lineage[-1:]]
-    save_encoder(directory, jax.device_get(params), setup.architecture(config), preprocessing, lineage)
+    directory = f"{workdir}/encoder"
+    save_encoder(directory, jax.device_get(params), about["description"]["encoder"], about["preprocessing"], lineage)
     print(f"encoder after step {step}: {directory}", file=sys.stderr)

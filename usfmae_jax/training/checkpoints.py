@@ -9,22 +9,6 @@ from orbax.checkpoint import v1 as orbax
 from usfmae_jax.errors import InputError
 from usfmae_jax.training.state import State
 
-#: Config fields that a resumed pretraining run may change: they alter where and how fast it computes, not what.
-RESUMABLE = (
-    "mesh",
-    "log",
-    "checkpoint",
-    "probe",
-    "init",
-    "data.path",  # the shards may have moved; their fingerprint is compared instead
-    "data.workers",
-    "data.threads",
-    "data.max_damaged",
-    "model.scan",
-    "model.remat",
-    "model.attention",
-)
-
 
 def open_checkpoints(
     directory: str, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 1, read_only: bool = False
@@ -54,13 +38,7 @@ def open_checkpoints(
 
 
 def save(
-    checkpoints: orbax.training.Checkpointer,
-    state: State,
-    step: int,
-    *,
-    position: dict[str, Any],
-    config: dict[str, Any],
-    loss: float,
+    checkpoints: orbax.training.Checkpointer, state: State, step: int, metadata: dict[str, Any], *, loss: float
 ) -> None:
     """Starts saving and returns as soon as the arrays are copied off the devices.
 
@@ -68,15 +46,13 @@ def save(
       checkpoints: from `open_checkpoints`.
       state: the train state.
       step: finished updates; names the checkpoint.
-      position: of the data, JSON.
-      config: of the run, JSON; compared on resume.
+      metadata: JSON: `position` of the data; `config` of the run, compared on resume; and `about`, which says what kind
+        of run wrote it and what the model is, see `interop.checkpoint`.
       loss: ranks checkpoints for `keep_best`.
     """
     if checkpoints.latest is not None and checkpoints.latest.step == step:
         return  # saved already, by schedule, before the run was told to stop
-    checkpoints.save_async(
-        step, state, metrics={"loss": loss}, custom_metadata={"position": position, "config": config}
-    )
+    checkpoints.save_async(step, state, metrics={"loss": loss}, custom_metadata=metadata)
 
 
 def latest_metadata(checkpoints: orbax.training.Checkpointer) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
@@ -104,7 +80,7 @@ def restore(checkpoints: orbax.training.Checkpointer, abstract: State, step: int
 
 
 def check_resumable(
-    stored: Mapping[str, Any], current: Mapping[str, Any], workdir: str, resumable: Sequence[str] = RESUMABLE
+    stored: Mapping[str, Any], current: Mapping[str, Any], workdir: str, resumable: Sequence[str]
 ) -> None:
     """Refuses to resume with a config that would compute something else.
 

@@ -64,7 +64,7 @@ def apply_batches(
     Args:
       mesh: batches are spread over it; its devices must divide `batch_size`.
       function: returns an array or a dict of arrays, the first axis that of the images.
-      variables: parameters (and statistics) as `function` takes them.
+      variables: parameters (and statistics) as `function` takes them; arrays of the mesh stay as they are sharded.
       batches: uint8 `[n, H, W, C]` with n <= `batch_size`, the same ones in every process.
       batch_size: rows per call.
       total: images in all, for the progress bar.
@@ -74,7 +74,8 @@ def apply_batches(
       numpy array `[N, ...]`, or a dict of them, as `function` returns.
     """
     run = _compiled(function, mesh)
-    variables = jax.device_put(variables, replicated(mesh))
+    if not all(_lies_on(mesh, leaf) for leaf in jax.tree.leaves(variables)):
+        variables = jax.device_put(variables, replicated(mesh))
     rows = batch_size // jax.process_count()
     first = jax.process_index() * rows
     found: list[Any] = []
@@ -98,6 +99,10 @@ def apply_batches(
     if not found:
         raise ValueError("no images")
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def _lies_on(mesh: Mesh, leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat)
 
 
 @functools.lru_cache(16)  # the same function over other images is not compiled again

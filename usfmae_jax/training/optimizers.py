@@ -9,23 +9,14 @@ import jax.numpy as jnp
 import optax
 
 
-def warmup_cosine(learning_rate: float, floor: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Linear from 0 to `learning_rate` over the warm-up, half a cosine down to `floor` at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        0.0 if warmup_steps else learning_rate, learning_rate, warmup_steps, max(total_steps, warmup_steps + 1), floor
-    )
-
-
-def warmup_cosine_rate(
+def warmup_cosine(
     step: jax.Array, total_steps: jax.Array, *, learning_rate: float, floor: float, warmup: float
 ) -> jax.Array:
-    """The rate of `warmup_cosine` at a step, with the length of the run as an array.
-
-    Runs of different lengths share one compiled program this way.
+    """Linear from 0 to `learning_rate` over the warm-up, half a cosine down to `floor` at the last step.
 
     Args:
       step: int scalar.
-      total_steps: int scalar.
+      total_steps: int scalar; an array, so that runs of different lengths share one compiled program.
       learning_rate: the highest.
       floor: at the last step.
       warmup: share of all steps.
@@ -36,8 +27,9 @@ def warmup_cosine_rate(
     step, total = jnp.asarray(step, jnp.float32), jnp.asarray(total_steps, jnp.float32)
     rising = jnp.round(warmup * total)
     progress = jnp.clip((step - rising) / jnp.maximum(total - rising, 1), 0, 1)
-    falling = floor + (learning_rate - floor) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    return jnp.where(step < rising, learning_rate * step / jnp.maximum(rising, 1), falling)
+    low = floor / learning_rate if learning_rate else 0.0
+    falling = learning_rate * ((1 - low) * (0.5 * (1 + jnp.cos(jnp.pi * progress))) + low)
+    return jnp.where(step < rising, learning_rate - learning_rate * (1 - step / jnp.maximum(rising, 1)), falling)
 
 
 def decay_mask(params: Any) -> Any:
@@ -75,7 +67,6 @@ def layer_scales(params: Any, decay: float) -> Any:
 
 
 def adamw(
-    schedule: optax.Schedule,
     *,
     weight_decay: float = 0.05,
     b1: float = 0.9,
@@ -85,10 +76,9 @@ def adamw(
     decay_all: bool = False,
     last_blocks: int = 0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019).
+    """AdamW (Loshchilov & Hutter 2019) with a learning rate of 1: `update` multiplies by that of the step.
 
     Args:
-      schedule: learning rate per step.
       weight_decay: decoupled, scaled by the learning rate, on matrices only.
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -104,7 +94,8 @@ def adamw(
         parts.append(_scale(lambda updates: layer_scales(updates, layer_decay)))
     if last_blocks:
         parts.append(_scale(lambda updates: _last_blocks(updates, last_blocks)))
-    return optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    # A schedule that is constant keeps the count that optimiser states have had since version 0.1.
+    return optax.chain(*parts, optax.scale_by_learning_rate(lambda count: 1.0))
 
 
 def _last_blocks(params: Any, count: int) -> Any:

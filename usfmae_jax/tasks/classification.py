@@ -1,9 +1,67 @@
-"""What keeps a classifier from learning its training set by heart: mixed, erased and smoothed examples."""
+"""Classification: which of some classes a frame is of."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from usfmae_jax.models.patches import normalize_images
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """How a classifier is taught, and how it sees pixels.
+
+    Attributes:
+      num_classes: outputs of the model.
+      mean: per channel of the model's input.
+      std: per channel.
+      smoothing: of the labels, in [0, 1).
+      mixup: see `mix`; 0 = off.
+      cutmix: see `mix`; 0 = off.
+      erasing: probability, see `erase`.
+    """
+
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erasing: float = 0.0
+
+    def prepare(self, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Normalises, erases and mixes `image` uint8 `[B, H, W, c]`, and makes a `target` `[B, C]` of `label`."""
+        mix_rng, erase_rng, model_rng = jax.random.split(rng, 3)
+        inputs = normalize_images(batch["image"], self.mean, self.std)
+        targets = smoothed_targets(batch["label"], self.num_classes, self.smoothing)
+        inputs = erase(erase_rng, inputs, self.erasing)  # before they are mixed, as MAE's recipe has it
+        inputs, targets = mix(mix_rng, inputs, targets, mixup=self.mixup, cutmix=self.cutmix)
+        return {"image": inputs, "target": targets, "weight": batch["weight"]}, model_rng
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The cross entropy weighted by `weight` `[B, C]`, and the sum of the weights."""
+        return cross_entropy(model(batch["image"], rng=rng, train=True), batch["target"], batch["weight"])
+
+    def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+        """uint8 `[B, H, W, c]` to `probabilities` float32 `[B, C]`."""
+        return {"probabilities": jax.nn.softmax(model(normalize_images(images, self.mean, self.std)))}
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy in float32 as (weighted sum, sum of weights); their quotient is the loss.
+
+    Kept apart so that gradients of micro-batches add up to that of the whole batch.
+
+    Args:
+      logits: `[B, C]`.
+      targets: `[B, C]`, rows add up to 1.
+      weights: of the classes, `[C]` or `[B, C]`.
+    """
+    weighted = targets * weights
+    return -(weighted * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(), weighted.sum()
 
 
 def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.helpers import frame, tiny_config
-from usfmae_jax.pretraining import build as setup
+from usfmae_jax.models.patches import unpatchify
+from usfmae_jax.pretraining import build
 from usfmae_jax.training import mesh as meshes
 from usfmae_jax.training import optimizers
 from usfmae_jax.training.state import abstract_state, init_state
-from usfmae_jax.training.step import Objective, make_reconstruct, make_train_step
+from usfmae_jax.training.update import make_update
 
 
 def _mesh(devices, fsdp=1):
@@ -30,20 +32,26 @@ def _split_small_arrays(monkeypatch):
     monkeypatch.setattr(meshes, "MIN_SHARDED_SIZE", 64)  # so that even the tiny model is really split
 
 
+def _objective(fan_aware=False, mean=0.5, std=0.25):
+    config = tiny_config("")
+    config.mask.fan_aware = fan_aware
+    config.model.update(mean=(mean,), std=(std,))
+    return build.objective(config)
+
+
 @functools.cache
 def train(devices=1, fsdp=1, steps=3, accumulate=1, fan_aware=False, learning_rate=1e-2):
     """Updates on the same 16 images: losses, gradient norms and the last state."""
     mesh = _mesh(devices, fsdp)
-    schedule = optimizers.warmup_cosine(learning_rate, 0.0, 0, 10**6)
-    optimizer = optimizers.adamw(schedule, clip_norm=1.0)
-    graph, state = init_state(setup.model_maker(tiny_config("")), optimizer, mesh, seed=0)
-    objective = Objective(8, 0.75, fan_aware, normalize_targets=True, mean=(0.5,), std=(0.25,))
-    step = make_train_step(graph, optimizer, schedule, mesh, objective, accumulate)
-    step = jax.jit(step, out_shardings=(meshes.state_sharding(mesh, state), meshes.replicated(mesh)))
+    optimizer, objective = optimizers.adamw(clip_norm=1.0), _objective(fan_aware)
+    graph, state = init_state(objective.make, optimizer, mesh, seed=0)
+    rate = functools.partial(optimizers.warmup_cosine, learning_rate=learning_rate, floor=0.0, warmup=0.0)
+    update = make_update(graph, objective, optimizer, rate, mesh, accumulate=accumulate)
+    update = jax.jit(update, out_shardings=(meshes.state_sharding(mesh, state), meshes.replicated(mesh)))
     images = meshes.global_batch(mesh, _images())
     metrics = []
     for _ in range(steps):
-        state, values = step(state, images)
+        state, values = update(state, images, 10**6)
         metrics.append(jax.device_get(values))
     return [m["loss"] for m in metrics], [m["grad_norm"] for m in metrics], state
 
@@ -88,9 +96,9 @@ def test_every_step_draws_new_masks():
 
 def test_state_is_born_in_its_shards(config, monkeypatch):
     monkeypatch.setattr(meshes, "MIN_SHARDED_SIZE", 64)
-    optimizer = optimizers.adamw(lambda step: 1e-3)
+    optimizer = optimizers.adamw()
     mesh = _mesh(8, 8)
-    make = setup.model_maker(config)
+    make = build.objective(config).make
     _, state = init_state(make, optimizer, mesh, seed=0)
     abstract = abstract_state(make, optimizer, mesh)
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
@@ -100,12 +108,17 @@ def test_state_is_born_in_its_shards(config, monkeypatch):
     assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
 
 
-def test_reconstruction_shows_visible_pixels_where_nothing_is_hidden(config):
-    graph, state = init_state(setup.model_maker(config), optimizers.adamw(lambda s: 0.0), _mesh(1), seed=0)
-    reconstruct = make_reconstruct(graph, Objective(8, 0.75, False, True, (0.2,), (0.2,)))
-    predicted, hidden = jax.jit(reconstruct)(state["params"], jnp.asarray(_images()), jax.random.key(0))
-    assert predicted.dtype == jnp.uint8
-    assert predicted.shape == (16, 32, 32, 1)
+def test_pictures_show_visible_pixels_where_nothing_is_hidden():
+    objective = _objective(mean=0.2, std=0.2)
+    graph, state = init_state(objective.make, optimizers.adamw(), _mesh(1), seed=0)
+    images = jnp.asarray(_images())
+    draw = jax.jit(lambda params: objective.pictures(nnx.merge(graph, params), images, jax.random.key(0)))
+    shown = jax.device_get(draw(state["params"]))
+    assert set(shown) == {"input", "masked", "reconstruction", "pasted"}
+    assert {(column.dtype, column.shape) for column in shown.values()} == {(np.dtype(np.uint8), (16, 32, 32, 1))}
+    batch, _ = objective.prepare(images, jax.random.key(0))
+    hidden = np.asarray(unpatchify(jnp.repeat(batch["mask"][..., None], 64, axis=-1), (4, 4), 8)) > 0
     assert hidden.mean() == 0.75
-    patches = np.asarray(hidden).reshape(16, 4, 8, 4, 8)
-    assert (patches.all(axis=(2, 4)) | ~patches.any(axis=(2, 4))).all()  # whole patches are hidden
+    np.testing.assert_array_equal(shown["input"], images)
+    np.testing.assert_array_equal(shown["masked"], np.where(hidden, 128, images))
+    np.testing.assert_array_equal(shown["pasted"], np.where(hidden, shown["reconstruction"], images))

@@ -1,0 +1,1 @@
+"""What is learnt with labels: one file for each task."""

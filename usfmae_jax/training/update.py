@@ -1,0 +1,117 @@
+"""One update, whatever is learnt: gradient of a (sum, count) loss, accumulation, optimiser, metrics."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from usfmae_jax.interop.encoder import flatten, unflatten
+from usfmae_jax.training.mesh import batch_sharding, replicated
+from usfmae_jax.training.state import State
+
+Metrics = dict[str, jax.Array]
+#: `(state, batch, total_steps)` to the next state and what the step was like.
+Update = Callable[[State, Any, Any], tuple[State, Metrics]]
+
+
+def pick(params: Any, trained: tuple[str, ...]) -> Any:
+    """The part of `params` whose names start with one of `trained`; () = all."""
+    if not trained:
+        return params
+    return unflatten({name: leaf for name, leaf in flatten(params).items() if name.startswith(trained)})
+
+
+def combine(params: Any, part: Any) -> Any:
+    """`params` with the leaves of `part`, a subtree of it, in their places."""
+    return unflatten(flatten(params) | flatten(part))
+
+
+def make_update(
+    graph: Any,
+    learn: Any,
+    optimizer: optax.GradientTransformation,
+    learning_rate: Callable[[jax.Array, jax.Array], jax.Array],
+    mesh: Mesh,
+    *,
+    trained: tuple[str, ...] = (),
+    accumulate: int = 1,
+) -> Update:
+    """Builds the update `(state, batch, total_steps) -> (state, metrics)`.
+
+    Args:
+      graph: of the model, from `state.model_graph`.
+      learn: an objective or a task: `prepare(batch, rng) -> (arrays, rng)` draws what is random, for the whole batch,
+        and `loss(model, arrays, rng) -> (sum, count)`.
+      optimizer: what `state["opt_state"]` belongs to, with a learning rate of 1.
+      learning_rate: `(step, total_steps) -> rate`; the length is an argument, so that runs of different lengths share
+        one compiled program.
+      mesh: the batch is spread over it.
+      trained: beginnings of the names of the parameters that are trained, () = all; no gradient is computed for others.
+      accumulate: micro-batches per update; the update is that of the whole batch (batch norm sees micro-batches).
+    """
+    sharding = batch_sharding(mesh)
+
+    def summed(part: Any, params: Any, stats: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graph, combine(params, part), *([stats] if stats else []))
+        total, count = learn.loss(model, batch, rng)
+        return total, (count, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
+
+    gradient = jax.value_and_grad(summed, has_aux=True)
+
+    def split(x: jax.Array) -> jax.Array:
+        # Strided, so that every micro-batch is spread over all devices and nothing moves.
+        return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def update(state: State, batch: Any, total_steps: Any) -> tuple[State, Metrics]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
+        batch, rng = learn.prepare(batch, rng)
+        batch = jax.lax.with_sharding_constraint(batch, sharding)
+        params, stats = state["params"], state.get("stats", {})
+        part = pick(params, trained)
+        if accumulate == 1:
+            (total, (count, stats)), gradients = gradient(part, params, stats, batch, rng)
+        else:
+
+            def add(carry: Any, micro: Any) -> tuple[Any, None]:
+                sums, stats = carry
+                (total, (count, stats)), gradients = gradient(part, params, stats, *micro)
+                return (jax.tree.map(jnp.add, sums, ((total, count), gradients)), stats), None
+
+            zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, part))
+            micro = (jax.tree.map(split, batch), jax.random.split(rng, accumulate))
+            (((total, count), gradients), stats), _ = jax.lax.scan(add, (zero, stats), micro)
+        # The count does not depend on the parameters: dividing last gives the gradient of the mean.
+        gradients = jax.tree.map(lambda g: g / count, gradients)
+        updates, opt_state = optimizer.update(gradients, state["opt_state"], part)
+        rate = learning_rate(state["step"], total_steps)
+        part = optax.apply_updates(part, jax.tree.map(lambda u: u * rate, updates))
+        metrics = {"loss": total / count, "learning_rate": rate, "grad_norm": optax.tree.norm(gradients)}
+        new = {"step": state["step"] + 1, "params": combine(params, part), "opt_state": opt_state}
+        return state | new | ({"stats": stats} if stats else {}), metrics
+
+    return update
+
+
+def compile_update(update: Update, state: Any, batch: Any, say: Callable[[str], None]) -> Update:
+    """Compiles the update for the shapes and shardings at hand, and says how long that took.
+
+    Args:
+      update: from `make_update`.
+      state: arrays, or shapes with shardings, of the train state; it is donated.
+      batch: likewise, on the mesh.
+      say: takes a line for a person.
+    """
+    say("compiling the training step ...")
+    start = time.perf_counter()
+    everywhere = replicated(jax.tree.leaves(state)[0].sharding.mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    length = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, everywhere))
+    compiled = jitted.lower(state, batch, length).compile()
+    say(f"compiling the training step took {time.perf_counter() - start:.1f} s")
+    return compiled
