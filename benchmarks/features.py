@@ -32,10 +32,11 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
 
     from usfmae_jax.data import splits
     from usfmae_jax.data.records import decode_record
-    from usfmae_jax.data.table import read_labelled
+    from usfmae_jax.data.table import read_table
     from usfmae_jax.interop.encoder import save_encoder
     from usfmae_jax.models.position import sincos_table
     from usfmae_jax.models.vit import SIZES, ViT
+    from usfmae_jax.tasks import classification
 
     architecture = dict(SIZES[args.model])
     params = nnx.to_pure_dict(nnx.state(ViT(**architecture, rngs=nnx.Rngs(0))))
@@ -44,8 +45,8 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     save_encoder(str(folder / "encoder"), params, architecture, pixels | levels, [])
     grid = [side // architecture["patch_size"] for side in architecture["image_size"]]
     np.save(folder / "encoder/position.npy", np.asarray(sincos_table((grid[0], grid[1]), architecture["width"])))
-    frames = read_labelled(args.data)
-    folds, *_ = splits.plan(frames)
+    frames = classification.select(read_table(args.data))
+    folds, *_ = splits.plan(frames, classification.strata(frames))
     files = []
     (folder / "images").mkdir()
     for row in range(len(frames)):
@@ -62,16 +63,17 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     import jax
 
     from usfmae_jax.data import splits
-    from usfmae_jax.data.table import read_labelled
+    from usfmae_jax.data.table import read_table
     from usfmae_jax.interop.weights import open_weights
     from usfmae_jax.probing import features as feature_cache
+    from usfmae_jax.tasks import classification
     from usfmae_jax.training import probes
     from usfmae_jax.training.mesh import make_mesh
 
     jax.devices()
     start = time.perf_counter()
     weights = open_weights(args.work + "/encoder")
-    frames = read_labelled(args.data)
+    frames = classification.select(read_table(args.data))
     how: dict[str, Any] = {"pool": "mean", "batch_size": args.batch}
     run = feature_cache.extractor(weights, mesh=make_mesh(), **how)
     if args.images:
@@ -89,9 +91,9 @@ def ours(args: argparse.Namespace) -> alternate.Result:
         return times
     start = time.perf_counter()
     scores = []
-    for fold in splits.plan(frames)[0]:
+    for fold in splits.plan(frames, classification.strata(frames))[0]:
         parts = [(features[rows], frames.label[rows]) for rows in (fold.train, fold.validation, fold.test)]
-        head = probes.logistic(parts[0], parts[1], len(frames.class_names))
+        head = probes.logistic(parts[0], parts[1], len(frames.label_names))
         scores.append(probes.auroc(parts[2][1], head.predict(parts[2][0])))
     return times | {"regression": time.perf_counter() - start, "auroc": float(np.mean(scores))}
 

@@ -18,9 +18,8 @@ from usfmae_jax.data.records import Shards, decode_record
 
 
 def _ours(sources: list[Shards], size: int, batches: int, batch: int, seed: int) -> float:
-    dataset = pipeline.training_dataset(
-        sources, size=(size, size), channels=1, batch_size=batch, how=augment.Augmentation(), seed=seed
-    )
+    load = pipeline.LoadView(pipeline.all_rows(sources), (size, size), 1, augment.Augmentation())
+    dataset = pipeline.training_batches(load, batch_size=batch, seed=seed)
     start = time.perf_counter()
     for step in range(batches):
         dataset[step]

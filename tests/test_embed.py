@@ -7,7 +7,7 @@ from flax import nnx
 
 from tests.helpers import frame, write_shards
 from usfmae_jax import embed
-from usfmae_jax.data.table import read_labelled
+from usfmae_jax.data.table import read_table
 from usfmae_jax.interop.encoder import save_encoder
 from usfmae_jax.interop.weights import open_weights
 from usfmae_jax.models.vit import ViT
@@ -34,7 +34,7 @@ def read(path):
 
 def test_features_of_shards_are_those_that_are_evaluated(encoder, shards, tmp_path):
     assert embed.main([f"--checkpoint={encoder}", f"--data={shards}", f"--output={tmp_path / 'new' / 'f.npz'}"]) == 0
-    found, frames, weights = read(tmp_path / "new" / "f.npz"), read_labelled(shards), open_weights(encoder)
+    found, frames, weights = read(tmp_path / "new" / "f.npz"), read_table(shards), open_weights(encoder)
     run = features.extractor(weights, "mean", mesh=make_mesh(), batch_size=64)
     expected = features.extract(run, weights, frames, pool="mean", batch_size=64)
     np.testing.assert_allclose(found["features"], expected, rtol=1e-5, atol=1e-5)

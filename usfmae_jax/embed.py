@@ -9,7 +9,7 @@ Read it with numpy.load(FILE) or pandas.read_parquet(FILE). Exit codes: 0 done; 
 
 import argparse
 import collections
-import concurrent.futures
+import contextlib
 import os
 import pathlib
 import sys
@@ -24,7 +24,6 @@ from usfmae_jax.errors import DamagedRecord, InputError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 #: Columns beside `features`, in order.
 COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
-_PIECE = 16  # images that a thread decodes at a time
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,55 +189,35 @@ def _load(
     import cv2
 
     from usfmae_jax.data import augment
+    from usfmae_jax.data.pipeline import decode_ahead
     from usfmae_jax.data.records import decode_image
 
     cv2.setNumThreads(1)  # the parallelism is over images
 
-    def load(indices: range) -> list[tuple[dict[str, Any], np.ndarray] | str]:
-        found: list[tuple[dict[str, Any], np.ndarray] | str] = []
-        for index in indices:
-            try:
-                record = items[index]
-                pixels = decode_image(record["image"], channels)
-                found.append(({name: record[name] for name in COLUMNS}, augment.resize(pixels, size)))
-            except DamagedRecord as error:
-                found.append(f"{items.name(index)} is left out: {error}")
-        return found
+    def load(index: int) -> tuple[dict[str, Any], np.ndarray] | str:
+        try:
+            record = items[index]
+            return record, augment.resize(decode_image(record["image"], channels), size)
+        except DamagedRecord as error:
+            return f"{items.name(index)} is left out: {error}"
 
-    waiting: list[np.ndarray] = []
-    pieces = (range(i, min(i + _PIECE, len(items))) for i in range(0, len(items), _PIECE))
-    ahead: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-    damaged = 0
-    with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
-        for piece in pieces:
-            ahead.append(pool.submit(load, piece))
-            if len(ahead) <= 2 * batch_size // _PIECE + threads:
+    batch: list[np.ndarray] = []
+    with contextlib.closing(decode_ahead(load, range(len(items)), threads, 2 * batch_size)) as loaded:
+        for item in loaded:
+            if isinstance(item, str):
+                print(f"warning: {item}", file=sys.stderr)
                 continue
-            damaged += _take(ahead.popleft().result(), columns, waiting)
-            if len(waiting) >= batch_size:
-                yield np.stack(waiting[:batch_size])
-                del waiting[:batch_size]
-        while ahead:
-            damaged += _take(ahead.popleft().result(), columns, waiting)
-            while len(waiting) >= batch_size or (waiting and not ahead):
-                yield np.stack(waiting[:batch_size])
-                del waiting[:batch_size]
-    if damaged == len(items):
+            record, image = item
+            for name in COLUMNS:
+                columns[name].append(record[name])
+            batch.append(image)
+            if len(batch) == batch_size:
+                yield np.stack(batch)
+                batch = []
+    if batch:
+        yield np.stack(batch)
+    if not columns:
         raise InputError("none of the images can be read")
-
-
-def _take(loaded: list[Any], columns: dict[str, list[Any]], waiting: list[np.ndarray]) -> int:
-    damaged = 0
-    for item in loaded:
-        if isinstance(item, str):
-            print(f"warning: {item}", file=sys.stderr)
-            damaged += 1
-            continue
-        ids, image = item
-        for name, value in ids.items():
-            columns[name].append(value)
-        waiting.append(image)
-    return damaged
 
 
 def _pyarrow() -> Any:

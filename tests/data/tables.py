@@ -1,4 +1,4 @@
-"""Tables of labelled frames for tests: in memory, or from shards."""
+"""Tables of frames for tests: in memory, or from shards."""
 
 import pathlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.helpers import record
 from usfmae_jax.data import records
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 
 
 def write_records(
@@ -32,16 +32,17 @@ def made(count: int, first: int = 0, **fields: object) -> list[records.Record]:
     return [record(i, **({"frame": f"f{i}"} | fields)) for i in range(first, first + count)]
 
 
-def table(patient: Sequence[object], label: Sequence[int], classes: int = 2, **columns: Sequence[object]) -> Labelled:
+def table(patient: Sequence[object], label: Sequence[int], classes: int = 2, **columns: Sequence[object]) -> Table:
     """A table without shards: ids of patients as they come, every frame its own video."""
     count = len(patient)
     names = [f"f{i}" for i in range(count)]
     texts = {"dataset": ["made"] * count, "video": names, "frame": names, "source": names} | columns
     texts |= {"patient": patient, "split": columns.get("split", ["train"] * count), "sha256": names}
-    return Labelled(
+    return Table(
         records.Shards([]),
         np.arange(count),
         np.asarray(label, np.int64),
+        np.zeros((count, 32), np.uint8),
         **{name: np.asarray([str(value) for value in values], np.str_) for name, values in texts.items()},
-        class_names=tuple("abcdefgh"[:classes]),
+        label_names=tuple("abcdefgh"[:classes]),
     )

@@ -9,7 +9,7 @@ import pytest
 from tests.data.tables import write_records
 from tests.data_prep.trees import real_folder
 from usfmae_jax.data import duplicates, records
-from usfmae_jax.data.table import read_labelled
+from usfmae_jax.data.table import read_table
 
 
 def picture(seed: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def frames(tmp_path_factory):
         frame(equal, "plains", "p8", sha256="same"),
         frame(black, "broken", "p9", image=b"\x89PNG broken"),
     ]
-    return read_labelled(str(write_records(tmp_path_factory.mktemp("pictures"), written)))
+    return read_table(str(write_records(tmp_path_factory.mktemp("pictures"), written)))
 
 
 def names(frames, pairs):
@@ -91,7 +91,7 @@ def test_bus_bra_has_three_patients_twice(tmp_path):
                 data = (folder / "Images" / f"{row['ID']}.png").read_bytes()
                 label = int(row["Pathology"] == "malignant")
                 written.append(frame(np.zeros((1, 1), np.uint8), row["ID"], row["Case"], image=data, label=label))
-    frames = read_labelled(str(write_records(tmp_path, written)))
+    frames = read_table(str(write_records(tmp_path, written)))
     pairs = duplicates.near_duplicates(frames, progress=False)
     assert {(frames.patient[i], frames.patient[j]) for i, j in pairs} == {("44", "65"), ("56", "91"), ("341", "356")}
     assert len(pairs) == 6

@@ -1,4 +1,4 @@
-"""Batches follow from (seed, step) and the shards alone."""
+"""Batches follow from (seed, step) and the rows alone, and every image keeps its label."""
 
 import itertools
 
@@ -6,19 +6,37 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.data.tables import made, write_records
 from tests.helpers import frame, write_shards
-from usfmae_jax.data import augment, pipeline, records
+from usfmae_jax.data import augment, pipeline
+from usfmae_jax.data.table import read_table, whole_image
 from usfmae_jax.errors import InputError
 
+WHOLE = augment.Augmentation(crop_scale=(1, 1), crop_ratio=(1.2, 1.2), hflip=0)  # what the frames are: 40 x 48
+ROWS = np.asarray([0, 1, 2, 3, 8, 9, 10, 12, 13, 20])  # labels 0 0 1 1 0 0 1 0 0 0
 
-def _dataset(sources, **options):
-    defaults = {"size": (16, 16), "channels": 1, "batch_size": 8, "how": augment.Augmentation(), "seed": 0}
-    return pipeline.training_dataset(sources, **(defaults | options))
+
+def _dataset(sources, size=(16, 16), channels=1, how=augment.Augmentation(), **options):  # noqa: B008  it is frozen
+    load = pipeline.LoadView(pipeline.all_rows(sources), size, channels, how)
+    return pipeline.training_batches(load, **({"batch_size": 8, "seed": 0} | options))
+
+
+def _labelled(frames, rows=ROWS, how=WHOLE, balanced=False, **options):
+    label = frames.label[rows].astype(np.int32)
+    source = pipeline.Rows(frames.shards, frames.index[rows], {"label": label})
+    load = pipeline.LoadView((source,), (40, 48), 1, how)
+    strata = label if balanced else None
+    return pipeline.training_batches(load, strata=strata, **({"batch_size": 4, "seed": 0} | options))
 
 
 @pytest.fixture(scope="module")
 def sources(shards):
     return pipeline.open_sources(shards, "train")
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    return read_table(str(write_records(tmp_path_factory.mktemp("made"), made(24))))
 
 
 def _take(dataset, start, count, workers=0, threads=2):
@@ -160,25 +178,111 @@ def test_shards_written_by_tensorflow_datasets_are_read(tmp_path):
     builder.download_and_prepare()
     sources = pipeline.open_sources(str(tmp_path / "tfds"), "train")
     assert _dataset(sources)[3]["image"].max() > 0
-    labelled = pipeline.load_labelled(sources[0], size=(16, 16), channels=1, limit=100)
-    assert sorted(labelled["label"]) == [0] * 6 + [1] * 6
+    assert sorted(read_table(str(tmp_path / "tfds"), "train").label) == [0] * 6 + [1] * 6
 
 
-def test_labelled_frames_are_spread_over_the_shards(sources):
-    found = pipeline.load_labelled(sources[0], size=(16, 24), channels=1, limit=16)
-    assert found["image"].shape == (16, 16, 24, 1)
-    assert len(set(found["patient"])) == 8
-    assert set(found["label"]) == {0, 1}
+def rows_of(frames, batch):
+    """Which rows a batch shows, by their pixels; the labels must be those of the rows."""
+    pictures = np.stack([whole_image(frames, row, (40, 48), 1) for row in range(len(frames))])
+    differences = np.abs(batch["image"][:, None].astype(int) - pictures[None]).mean(axis=(2, 3, 4))
+    assert (differences.min(axis=1) < 1).all()
+    found = differences.argmin(axis=1)
+    np.testing.assert_array_equal(batch["label"], frames.label[found])
+    return found.tolist()
 
 
-def test_a_probe_needs_two_classes(tmp_path):
-    from array_record.python.array_record_module import ArrayRecordWriter
+def test_every_epoch_shows_every_row_once_with_its_label(frames):
+    data = _labelled(frames)
+    assert data[0]["image"].dtype == np.uint8
+    assert data[0]["label"].dtype == np.int32
+    seen = [row for step in range(5) for row in rows_of(frames, data[step])]  # 20 places: two epochs
+    assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(ROWS.tolist())
+    assert seen[:10] != seen[10:]
 
-    from tests.helpers import record
 
-    writer = ArrayRecordWriter(str(tmp_path / "x-train.array_record-00000-of-00001"), "group_size:1")
-    for i in range(6):
-        writer.write(records.encode_record(record(i, label=-1 if i % 2 else 1)))
-    writer.close()
-    with pytest.raises(InputError, match="fewer than two labelled classes"):
-        pipeline.load_labelled(records.open_shards(str(tmp_path)), size=(16, 16), channels=1, limit=100)
+@pytest.mark.parametrize(("workers", "threads"), [(0, 1), (0, 3), (1, 1)])
+def test_labelled_batches_do_not_depend_on_workers_or_where_they_start(frames, workers, threads):
+    data = _labelled(frames, how=augment.Augmentation(brightness=(-0.1, 0.1), randaugment_magnitude=9))
+    batches = list(itertools.islice(pipeline.iterate(data, 3, workers, threads), 3))
+    for step, batch in enumerate(batches, start=3):
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(batch[name], data[step][name])
+
+
+def test_hosts_divide_a_labelled_batch(frames):
+    parts = [_labelled(frames, host=host, hosts=2)[5] for host in range(2)]
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), _labelled(frames)[5][name])
+
+
+def test_seeds_differ(frames):
+    assert rows_of(frames, _labelled(frames)[0]) != rows_of(frames, _labelled(frames, seed=1)[0])
+
+
+def test_a_balanced_set_shows_classes_equally_often(frames):
+    data = _labelled(frames, balanced=True)
+    labels = np.concatenate([data[step]["label"] for step in range(15)])
+    assert labels.mean() == pytest.approx(0.5, abs=0.02)
+    assert set(itertools.chain(*(rows_of(frames, data[step]) for step in range(15)))) == set(ROWS.tolist())
+    assert _labelled(frames, [0, 1], balanced=True)[0]["label"].tolist() == [0] * 4  # one class is no reason to fail
+
+
+def test_a_damaged_record_is_replaced_by_another_row_with_that_rows_label(tmp_path):
+    written = made(12)
+    written[4]["image"] = b"\xff\xd8\xff broken"
+    frames = read_table(str(write_records(tmp_path, written)))
+    data = _labelled(frames, [2, 3, 4, 5, 6, 7], batch_size=6)
+    report = pipeline.DamageReport([frames.shards], limit=0.5)
+    for step in range(4):
+        batch = data[step]
+        report.update(batch["damaged"])
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            alike = [
+                row
+                for row in (2, 3, 5, 6, 7)
+                if np.abs(image.astype(int) - whole_image(frames, row, (40, 48), 1)).mean() < 1
+            ]
+            assert [frames.label[row] for row in alike] == [label]
+    assert report.found == {(0, 4)}
+
+
+def test_without_rows_there_is_nothing_to_train_on(frames):
+    with pytest.raises(InputError, match="no frames to train on"):
+        _labelled(frames, ROWS[:0])
+
+
+def test_batches_are_those_of_earlier_versions(tmp_path):
+    """A run that is continued after an update sees what it would have seen. Grey levels tell records apart."""
+    written = made(24)
+    for i, one in enumerate(written):
+        one["image"] = cv2.imencode(".png", np.full((40, 48), 60 + 5 * i, np.uint8))[1].tobytes()
+    written[9]["image"] = b"\xff\xd8\xff broken"
+    paths = str(write_records(tmp_path, written))
+    how = augment.Augmentation(crop_scale=(0.5, 0.9), brightness=(-0.1, 0.1))
+    options = {"how": how, "batch_size": 12, "seed": 3}
+    mixed = _dataset(pipeline.open_sources(paths, "train") * 2, weights=(1, 2), **options)
+    balanced = _labelled(read_table(paths), balanced=True, **options)
+    assert [dataset[step]["image"][:, 1, 2, 0].tolist() for dataset in (mixed, balanced) for step in (0, 7)] == [
+        [85, 41, 85, 195, 100, 178, 150, 147, 167, 114, 138, 152],
+        [169, 90, 125, 127, 71, 193, 148, 130, 151, 99, 98, 72],
+        [125, 51, 175, 135, 65, 78, 110, 87, 137, 94, 165, 82],  # the last but one replaces the damaged record
+        [64, 105, 110, 92, 86, 88, 73, 60, 151, 89, 45, 107],
+    ]
+    assert balanced[0]["damaged"][:, 0].tolist() == [[-1, -1]] * 10 + [[0, 9], [-1, -1]]
+
+
+@pytest.mark.parametrize(("threads", "ahead"), [(1, 0), (3, 50), (2, 1000)])
+def test_what_is_loaded_ahead_comes_in_order_and_an_error_in_its_place(threads, ahead):
+    assert list(pipeline.decode_ahead(lambda i: i * i, range(100), threads, ahead)) == [i * i for i in range(100)]
+    loaded = pipeline.decode_ahead(lambda i: 1 / (40 - i), range(100), threads, ahead)
+    assert list(itertools.islice(loaded, 32)) == [1 / (40 - i) for i in range(32)]  # threads take 16 at a time
+    with pytest.raises(ZeroDivisionError):
+        next(loaded)
+
+
+def test_loading_ahead_ends_when_it_is_closed():
+    loaded = []
+    ahead = pipeline.decode_ahead(loaded.append, range(10_000), 2, 64)
+    next(ahead)
+    ahead.close()
+    assert len(loaded) <= 64 + 2 * 16

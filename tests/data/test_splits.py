@@ -8,8 +8,9 @@ import pytest
 
 from tests.data.tables import made, table, write_records
 from usfmae_jax.data import splits
-from usfmae_jax.data.table import read_labelled
+from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
+from usfmae_jax.tasks.classification import select, strata
 
 
 def many(patients: int = 60, classes: int = 2, seed: int = 0, **columns):
@@ -19,6 +20,10 @@ def many(patients: int = 60, classes: int = 2, seed: int = 0, **columns):
     labels = rng.choice(classes, patients, p=np.arange(classes, 0, -1) / sum(range(classes + 1)))
     labels[: 8 * classes] = np.arange(8 * classes) % classes
     return table(np.repeat([f"p{i}" for i in range(patients)], sizes), np.repeat(labels, sizes), classes, **columns)
+
+
+def plan(frames, **options):
+    return splits.plan(frames, strata(frames), **options)
 
 
 def sides(fold, key):
@@ -41,7 +46,7 @@ PAIRS = np.asarray([[0, 30], [30, 60], [5, 100]])
 @pytest.mark.parametrize("classes", [2, 4])
 def test_a_group_is_never_on_two_sides(options, seed, classes):
     frames = many(classes=classes, seed=seed)
-    folds, groups, excluded, _ = splits.plan(frames, seed=seed, pairs=PAIRS, **options)
+    folds, groups, excluded, _ = plan(frames, seed=seed, pairs=PAIRS, **options)
     assert not excluded
     for one, other in PAIRS:
         assert groups[one] == groups[other]
@@ -54,16 +59,30 @@ def test_a_group_is_never_on_two_sides(options, seed, classes):
             assert (np.diff(rows) > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["group", "single"])
+def test_without_classes_patients_alone_are_split(kind):
+    frames = many()
+    one = splits.Strata(np.zeros(len(frames), np.int64), ("",))
+    folds, groups, *_ = splits.plan(frames, one, kind=kind)
+    for fold in folds:
+        assert sum(len(set(groups[rows].tolist())) for rows in fold.parts().values()) == 60
+    part = splits.take_fraction(one, folds[0], groups, 0.1, seed=0)
+    count = len(np.unique(groups[folds[0].train]))
+    assert len(np.unique(groups[part.train])) == round(0.1 * count)
+    with pytest.raises(InputError, match=r"config.split.folds=61 needs .* groups: the data has 60 patients"):
+        splits.plan(frames, one, kind="group", folds=61)
+
+
 def test_every_frame_is_tested_once_and_draws_follow_the_seed():
     frames = many()
-    folds, *_ = splits.plan(frames, kind="group", seed=1)
+    folds, *_ = plan(frames, kind="group", seed=1)
     assert [fold.name for fold in folds] == ["1", "2", "3", "4", "5"]
     assert sorted(np.concatenate([fold.test for fold in folds]).tolist()) == list(range(len(frames)))
     for fold in folds:
         assert sum(map(len, fold.parts().values())) == len(frames)
         assert len(fold.validation) == pytest.approx(0.2 * (len(frames) - len(fold.test)), rel=0.3)
-    assert same(folds, splits.plan(frames, kind="group", seed=1)[0])
-    assert not same(folds, splits.plan(frames, kind="group", seed=2)[0])
+    assert same(folds, plan(frames, kind="group", seed=1)[0])
+    assert not same(folds, plan(frames, kind="group", seed=2)[0])
 
 
 def test_patients_of_one_video_and_videos_of_one_patient_belong_together():
@@ -76,9 +95,11 @@ def test_patients_of_one_video_and_videos_of_one_patient_belong_together():
 
 def test_fractions_are_nested_and_have_every_class():
     frames = many(100, classes=3)
-    fold = splits.plan(frames, kind="single")[0][0]
+    fold = plan(frames, kind="single")[0][0]
     groups = splits.groups(frames)
-    shares = [splits.take_fraction(frames, fold, groups, fraction, seed=3) for fraction in (0.01, 0.05, 0.1, 0.25, 1)]
+    shares = [
+        splits.take_fraction(strata(frames), fold, groups, fraction, seed=3) for fraction in (0.01, 0.05, 0.1, 0.25, 1)
+    ]
     counts = [len(np.unique(groups[share.train])) for share in shares]
     assert counts[0] == 3  # one of each class
     assert counts[3] == pytest.approx(0.25 * counts[4], abs=2)
@@ -90,7 +111,7 @@ def test_fractions_are_nested_and_have_every_class():
         assert share.validation is fold.validation
         assert share.test is fold.test
     assert shares[4] is fold
-    other = splits.take_fraction(frames, fold, groups, 0.25, seed=4)
+    other = splits.take_fraction(strata(frames), fold, groups, 0.25, seed=4)
     assert set(other.train) != set(shares[3].train)
 
 
@@ -99,26 +120,26 @@ def test_a_class_that_is_always_a_minority_is_drawn_too():
     rows = np.arange(30)
     fold = splits.Fold("1", rows, rows[:0], rows[:0])
     for seed in range(5):
-        part = splits.take_fraction(frames, fold, splits.groups(frames), 0.1, seed)
+        part = splits.take_fraction(strata(frames), fold, splits.groups(frames), 0.1, seed)
         assert set(frames.label[part.train]) == {0, 1}
 
 
 @pytest.mark.parametrize("fraction", [0, -1, 1.5])
 def test_a_fraction_is_a_share(fraction):
     frames = many()
-    fold = splits.plan(frames, kind="single")[0][0]
+    fold = plan(frames, kind="single")[0][0]
     with pytest.raises(InputError, match=r"config\.fractions"):
-        splits.take_fraction(frames, fold, splits.groups(frames), fraction, 0)
+        splits.take_fraction(strata(frames), fold, splits.groups(frames), fraction, 0)
 
 
 def test_what_is_written_is_read_again(tmp_path):
     frames = many(frame=[str(i % 3) for i in range(len(many()))])  # names that only videos tell apart
-    folds, groups, *_ = splits.plan(frames, kind="group", seed=5)
+    folds, groups, *_ = plan(frames, kind="group", seed=5)
     path = tmp_path / "splits" / "splits.csv"
     splits.write_splits(path, frames, folds, groups)
     assert same(splits.read_splits(path, frames), folds)
     assert same(splits.read_splits(path.parent, frames), folds)
-    assert same(splits.plan(frames, path=str(path))[0], folds)
+    assert same(plan(frames, path=str(path))[0], folds)
     with path.open() as file:
         row = next(csv.DictReader(file))
     assert list(row) == ["dataset", "patient", "video", "frame", "group", "label", "fold", "part"]
@@ -143,7 +164,7 @@ def test_a_file_of_frames_and_parts_is_one_fold(tmp_path):
     (fold,) = splits.read_splits(tmp_path / "mine.csv", ten())
     assert [rows.tolist() for rows in fold.parts().values()] == [[0, 1], [2, 3], [4, 5]]
     assert fold.name == "single"
-    _, _, _, note = splits.plan(ten(), path=str(tmp_path / "mine.csv"))
+    _, _, _, note = plan(ten(), path=str(tmp_path / "mine.csv"))
     assert "mine.csv: 1 fold" in note
     assert "4 frames are in no part" in note
 
@@ -181,7 +202,7 @@ def test_a_bad_file_is_refused_in_one_sentence(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        splits.plan(ten(), path=str(path))
+        plan(ten(), path=str(path))
     assert "\n" not in str(caught.value)
 
 
@@ -196,21 +217,14 @@ def test_a_video_on_two_sides_is_refused():
     frames = table(list("abcdef"), [0, 1] * 3, video=list("uvwxyu"))
     fold = splits.Fold("7", np.asarray([0, 1]), np.asarray([2, 3]), np.asarray([4, 5]))
     with pytest.raises(InputError, match="fold 7: video made/u is in train and in test"):
-        splits.check([fold], frames, splits.groups(frames))
+        splits.check([fold], frames, strata(frames), splits.groups(frames))
 
 
 def test_copies_of_tested_pictures_leave_train_with_their_patient():
     frames = table(list("aabbccddee"), [0, 1] * 5)
     fold = splits.Fold("1", np.asarray([0, 1, 2, 3]), np.asarray([4, 5, 6, 7]), np.asarray([8, 9]))
     pairs = np.asarray([[0, 8], [2, 4], [7, 7]])
-    (checked,), excluded = splits.check(
-        [
-            fold,
-        ][:1],
-        frames,
-        splits.groups(frames),
-        pairs[:1],
-    )
+    (checked,), excluded = splits.check([fold], frames, strata(frames), splits.groups(frames), pairs[:1])
     assert [rows.tolist() for rows in checked.parts().values()] == [[2, 3], [4, 5, 6, 7], [8, 9]]
     assert [(one["frame"], one["part"], one["of"]) for one in excluded] == [
         ("f0", "train", "f8"),
@@ -219,7 +233,7 @@ def test_copies_of_tested_pictures_leave_train_with_their_patient():
     assert excluded[0]["reason"] == "the same picture as f8 in test"
     assert "of a patient" in excluded[1]["reason"]
     with pytest.raises(InputError, match="fold 1 has no frame of class 'a' in train"):
-        splits.check([fold], frames, splits.groups(frames), pairs)
+        splits.check([fold], frames, strata(frames), splits.groups(frames), pairs)
 
 
 @pytest.mark.parametrize(
@@ -238,18 +252,18 @@ def test_copies_of_tested_pictures_leave_train_with_their_patient():
 )
 def test_a_split_that_cannot_be_is_refused(options, message):
     with pytest.raises(InputError, match=message):
-        splits.plan(ten(), **options)
+        plan(ten(), **options)
 
 
 def test_the_splits_of_shards_are_honoured_and_validation_is_carved_out_of_train():
     number = [int(patient[1:]) for patient in many().patient]
     frames = many(split=np.where(np.asarray(number) % 3 == 0, "test", "train"))
-    (fold,), _, _, note = splits.plan(frames)
+    (fold,), _, _, note = plan(frames)
     assert note.startswith("train and test splits of the shards")
     assert fold.test.tolist() == np.flatnonzero(frames.split == "test").tolist()
     assert len(fold.validation) == pytest.approx(0.2 * (frames.split == "train").sum(), rel=0.3)
     three = many(split=np.asarray(["train", "val", "test"])[np.asarray(number) % 3])
-    (fold,), *_ = splits.plan(three)
+    (fold,), *_ = plan(three)
     assert fold.validation.tolist() == np.flatnonzero(three.split == "val").tolist()
 
 
@@ -265,19 +279,19 @@ def built(tmp_path):
                 part = "test" if i // 4 % count == fold else rest[i // 4 // count % len(rest)]
                 lines.append(f"f{i},{fold},{part}")
         (tmp_path / "splits" / f"{name}.csv").write_text("\n".join(lines) + "\n")
-    return read_labelled(str(tmp_path))
+    return select(read_table(str(tmp_path)))
 
 
 def test_official_folds_are_found_beside_the_shards(built):
-    folds, _, _, note = splits.plan(built)
+    folds, _, _, note = plan(built)
     assert note.startswith("official split two: 2 folds; validation is 20%")
     assert [fold.name for fold in folds] == ["0", "1"]
     assert all(len(fold.validation) for fold in folds)
-    five, _, _, note = splits.plan(built, kind="official", path="five")
+    five, _, _, note = plan(built, kind="official", path="five")
     assert note == "official split five: 5 folds"
     assert [len(fold.test) for fold in five] == [8] * 5
     with pytest.raises(InputError, match="no official split 'ten', only five, two"):
-        splits.plan(built, kind="official", path="ten")
+        plan(built, kind="official", path="ten")
 
 
 def test_an_official_validation_that_shares_patients_with_train_is_drawn_anew_and_test_stays(built, tmp_path):
@@ -285,8 +299,8 @@ def test_an_official_validation_that_shares_patients_with_train_is_drawn_anew_an
     for table_ in (tmp_path / "splits").iterdir():
         table_.unlink()
     (tmp_path / "splits" / "mixed.csv").write_text("\n".join(["frame,fold,part", *rows]))
-    (fold,), _, _, note = splits.plan(built)
+    (fold,), _, _, note = plan(built)
     assert "shares 14 patients with train and is drawn anew" in note
     assert fold.test.tolist() == list(range(12))
     with pytest.raises(InputError, match="in train and in validation, and so are 13 others"):
-        splits.plan(built, path=str(tmp_path / "splits" / "mixed.csv"))
+        plan(built, path=str(tmp_path / "splits" / "mixed.csv"))

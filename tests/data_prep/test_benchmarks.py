@@ -12,7 +12,8 @@ import pytest
 
 from tests.data_prep.builds import picture, read, run, write
 from usfmae_jax.data import records, splits
-from usfmae_jax.data.table import read_labelled
+from usfmae_jax.data.table import read_table
+from usfmae_jax.tasks import classification
 
 #: Ids, names and counts of train and val as published; `OTU_2d/*_cls.txt` holds the ids.
 MMOTU = (
@@ -208,8 +209,8 @@ def test_names_of_categories_are_compared_without_case(tmp_path):
 
 
 def test_mmotu_is_tested_on_its_published_val_part_and_chooses_on_some_of_train(mmotu):
-    frames = read_labelled(str(mmotu[0]))
-    folds, _, excluded, _ = splits.plan(frames)
+    frames = classification.select(read_table(str(mmotu[0])))
+    folds, _, excluded, _ = splits.plan(frames, classification.strata(frames))
     assert len(folds) == 1
     assert excluded == []
     parts = {part: {int(frames.frame[row]) for row in getattr(folds[0], part)} for part in PARTS}
@@ -221,8 +222,8 @@ def test_mmotu_is_tested_on_its_published_val_part_and_chooses_on_some_of_train(
 
 
 def test_gist_is_tested_on_its_five_published_folds_and_chooses_on_some_of_train(gist):
-    frames = read_labelled(str(gist[0]))
-    folds, _, excluded, _ = splits.plan(frames)
+    frames = classification.select(read_table(str(gist[0])))
+    folds, _, excluded, _ = splits.plan(frames, classification.strata(frames))
     assert [fold.name for fold in folds] == ["0", "1", "2", "3", "4"]
     assert excluded == []
     for number, fold in enumerate(folds):

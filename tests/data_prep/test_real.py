@@ -68,9 +68,7 @@ def test_every_other_set_goes_through_its_entry_and_becomes_batches(
     if frames is not None:
         assert found["kept"] == frames
     sources = pipeline.open_sources(str(out), "train")
-    dataset = pipeline.training_dataset(
-        sources, size=(64, 64), channels=1, batch_size=8, how=augment.Augmentation(), seed=0
-    )
-    batch = dataset[0]
+    load = pipeline.LoadView(pipeline.all_rows(sources), (64, 64), 1, augment.Augmentation())
+    batch = pipeline.training_batches(load, batch_size=8, seed=0)[0]
     assert (batch["damaged"] == -1).all()
     assert np.ptp(batch["image"]) > 100

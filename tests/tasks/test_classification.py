@@ -1,6 +1,7 @@
-"""The update of a classifier: what it minimises, what it trains and what it leaves alone."""
+"""Which frames have a class; and the update of a classifier: what it minimises, trains and leaves alone."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,22 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.data.tables import made, write_classes, write_records
 from tests.training.test_update import _mesh
+from usfmae_jax.data.table import read_table
+from usfmae_jax.errors import InputError
 from usfmae_jax.finetuning.classifiers import trained_part
 from usfmae_jax.interop.classifier import make_classifier
 from usfmae_jax.interop.encoder import flatten
-from usfmae_jax.tasks.classification import Classification, cross_entropy, erase, mix, smoothed_targets
+from usfmae_jax.tasks.classification import (
+    Classification,
+    cross_entropy,
+    erase,
+    labelled_images,
+    mix,
+    select,
+    smoothed_targets,
+)
 from usfmae_jax.training import optimizers
 from usfmae_jax.training.state import model_graph, state_maker
 from usfmae_jax.training.update import make_update, pick
@@ -225,3 +237,102 @@ def test_some_images_lose_a_rectangle_of_up_to_a_third():
     noise = erased[holes]
     assert abs(noise.mean()) < 0.05
     assert abs(noise.std() - 1) < 0.05
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """30 frames of two classes, and one without a label."""
+    folder = write_records(tmp_path_factory.mktemp("labelled"), [*made(10), *made(1, 10, label=-1), *made(20, 11)])
+    write_classes(folder, ["Benign", "malignant"])
+    return folder
+
+
+def selected(paths, classes=()):
+    return select(read_table(str(paths)), classes)
+
+
+def test_frames_without_a_label_are_left_out_and_counted(folder):
+    frames = selected(folder)
+    assert (len(frames), frames.left_out, frames.damaged) == (30, 1, 0)
+    assert set(frames.label) == {0, 1}
+    assert frames.index.tolist() == [*range(10), *range(11, 31)]
+    assert frames.label_names == ("Benign", "malignant")
+
+
+def test_the_fingerprint_of_labelled_frames_is_that_of_earlier_versions(tmp_path):
+    written = [one | {"image": b"not decoded %d" % i, "sha256": f"{i}"} for i, one in enumerate(made(6))]
+    written[2]["label"] = -1
+    write_classes(write_records(tmp_path, written), ["Benign", "malignant"])
+    assert selected(tmp_path).fingerprint == "5e91da43c39d"  # runs are continued and features kept by it
+
+
+def test_classes_without_names_are_numbers(tmp_path):
+    assert selected(write_records(tmp_path, made(8))).label_names == ("0", "1")
+
+
+def test_class_names_may_come_from_the_manifest(tmp_path):
+    write_records(tmp_path, made(8))
+    (tmp_path / "manifest.json").write_text(json.dumps({"label_names": ["x", "y"]}))
+    assert selected(tmp_path).label_names == ("x", "y")
+    (tmp_path / "manifest.json").unlink()
+    assert selected(tmp_path, ("u", "v")).label_names == ("u", "v")
+
+
+def test_expected_classes_do_not_mind_case(folder):
+    assert selected(folder, ("BENIGN", "Malignant")).label_names == ("Benign", "malignant")
+
+
+@pytest.mark.parametrize("classes", [("malignant", "benign"), ("benign",), ("benign", "malignant", "normal")])
+def test_other_classes_than_expected_are_refused(folder, classes):
+    with pytest.raises(InputError, match=r"config.classes=.*" + classes[-1] + r".* but the shards have .*Benign,mal"):
+        selected(folder, classes)
+
+
+def test_data_without_labels_is_refused(tmp_path):
+    write_records(tmp_path, made(4, label=-1))
+    with pytest.raises(InputError, match="--labels"):
+        selected(tmp_path)
+
+
+def test_one_class_only_is_refused(tmp_path):
+    write_records(tmp_path, made(4, label=1))
+    write_classes(tmp_path, ["a", "b"])
+    with pytest.raises(InputError, match="one class only, 'b'"):
+        selected(tmp_path)
+
+
+def test_a_label_outside_of_the_class_list_is_refused(tmp_path):
+    write_records(tmp_path, [*made(4), *made(1, 4, label=2)])
+    write_classes(tmp_path, ["a", "b"])
+    with pytest.raises(InputError, match="label 2 is outside the class list, whose 2 names are a, b"):
+        selected(tmp_path)
+
+
+def test_sources_with_different_classes_are_refused(folder, tmp_path):
+    other = write_records(tmp_path, made(4), "other")
+    with pytest.raises(InputError, match="some sources name their classes"):
+        selected(f"{folder},{other}")
+    write_classes(other, ["no", "yes"])
+    with pytest.raises(InputError, match="different classes: Benign, malignant and no, yes"):
+        selected(f"{folder},{other}")
+
+
+def test_images_for_a_probe_are_spread_over_the_labelled_frames(folder):
+    found = labelled_images(read_table(str(folder)), size=(16, 24), channels=1, limit=10)
+    assert found["image"].shape == (10, 16, 24, 1)
+    assert len(set(found["patient"])) == 10
+    assert set(found["label"]) == {0, 1}
+
+
+def test_a_probe_passes_over_damaged_images(tmp_path):
+    written = made(8)
+    written[3]["image"] = b"\xff\xd8\xff broken"
+    table = read_table(str(write_records(tmp_path, written)))
+    found = labelled_images(table, size=(16, 16), channels=1, limit=100)
+    np.testing.assert_array_equal(found["label"], [0, 0, 1, 0, 0, 1, 1])
+
+
+def test_a_probe_needs_two_classes(tmp_path):
+    write_records(tmp_path, [*made(3, label=-1), *made(3, 3, label=1)])
+    with pytest.raises(InputError, match="fewer than two labelled classes"):
+        labelled_images(read_table(str(tmp_path)), size=(16, 16), channels=1, limit=100)

@@ -61,7 +61,7 @@ def test_features_are_those_of_the_encoder(weights, pool, rng):
 
 
 def test_features_are_computed_once_for_the_same_weights_and_frames(weights, shards, tmp_path):
-    frames = labelled.read_labelled(shards)
+    frames = labelled.read_table(shards)
     calls = []
 
     def run(images, total, name):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from usfmae_jax.data import fingerprints
 from usfmae_jax.data.records import decode_image
 from usfmae_jax.data.split_files import write_csv
-from usfmae_jax.data.table import Labelled, read_row
+from usfmae_jax.data.table import Table, read_row
 from usfmae_jax.errors import DamagedRecord
 
 _COLUMNS = ("data", "frame", "other")
@@ -25,7 +25,7 @@ _BLOCK = 8192  # candidate pairs at a time, so that the views of at most twice a
 _MANY = 2_000  # frames from which it takes long enough to show progress
 
 
-def near_duplicates(frames: Labelled, progress: bool = True, threads: int = 2) -> np.ndarray:
+def near_duplicates(frames: Table, progress: bool = True, threads: int = 2) -> np.ndarray:
     """Finds frames of different patients with equal pixels, or that are the same picture but for size, crop or gain.
 
     Candidates are pairs whose hashes differ in up to `fingerprints.NEAR` bits; those are compared, and are the same
@@ -62,7 +62,7 @@ def near_duplicates(frames: Labelled, progress: bool = True, threads: int = 2) -
     return np.unique(np.concatenate(same), axis=0)
 
 
-def _views(frames: Labelled, row: int) -> np.ndarray:
+def _views(frames: Table, row: int) -> np.ndarray:
     try:
         return fingerprints.views(decode_image(read_row(frames, row)["image"]))
     except DamagedRecord:
@@ -76,7 +76,7 @@ def _confirmed(block: np.ndarray, seen: dict[int, np.ndarray], run: Callable[...
     return np.fromiter(run(alike, block), bool, len(block))
 
 
-def _equal_pixels(frames: Labelled, patient: np.ndarray) -> np.ndarray:
+def _equal_pixels(frames: Table, patient: np.ndarray) -> np.ndarray:
     """All pairs of equal, known `sha256` and different patients."""
     _, codes = np.unique(frames.sha256, return_inverse=True)
     order = np.argsort(codes, kind="stable")
@@ -86,7 +86,7 @@ def _equal_pixels(frames: Labelled, patient: np.ndarray) -> np.ndarray:
     return np.asarray(pairs, np.int64).reshape(-1, 2)
 
 
-def cached_near_duplicates(frames: Labelled, path: pathlib.Path | str, progress: bool = True) -> np.ndarray:
+def cached_near_duplicates(frames: Table, path: pathlib.Path | str, progress: bool = True) -> np.ndarray:
     """`near_duplicates`, read from the CSV file `path` if it was written for the same rows, else found and written.
 
     The file has a row for each pair: the data's fingerprint with the thresholds, and the `frame_key` of both frames;

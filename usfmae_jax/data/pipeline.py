@@ -6,10 +6,10 @@ each batch.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
-import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import grain
@@ -21,8 +21,11 @@ from usfmae_jax.errors import DamagedRecord, InputError
 
 #: How many records may be tried for one place in a batch before the data counts as unreadable.
 MAX_TRIES = 8
+_PIECE = 16  # items that a thread loads at a time
 
 Batch = dict[str, np.ndarray]
+Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 
 
 def open_sources(paths: str, split: str | None, exclude: Sequence[str] = ()) -> list[Shards]:
@@ -30,36 +33,58 @@ def open_sources(paths: str, split: str | None, exclude: Sequence[str] = ()) -> 
     return [open_shards(path.strip(), split, exclude) for path in paths.split(",")]
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadView(grain.transforms.RandomMap):
-    """(source, record) to one training view; a damaged record is replaced by another one of its source.
+class Rows(NamedTuple):
+    """Records to train on, and what goes beside their images in a batch.
 
     Attributes:
-      sources: what the record numbers refer to.
+      shards: where the records lie.
+      records: R numbers of records in `shards`.
+      targets: arrays `[R, ...]` by name.
+    """
+
+    shards: Shards
+    records: Sequence[int] | np.ndarray
+    targets: dict[str, np.ndarray]
+
+
+def all_rows(sources: Sequence[Shards]) -> tuple[Rows, ...]:
+    """All records of every source, with no targets."""
+    return tuple(Rows(shards, range(len(shards)), {}) for shards in sources)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadView(grain.transforms.RandomMap):
+    """(source, place in its rows) to one training view; a damaged record is replaced by another one of its source.
+
+    Attributes:
+      sources: what is trained on; all with the same targets.
       size: (height, width) of the view.
       channels: 1 for grey, 3 for colour.
       how: the augmentation.
     """
 
-    sources: Sequence[Shards]
+    sources: Sequence[Rows]
     size: tuple[int, int]
     channels: int
     how: augment.Augmentation
 
     def random_map(self, element: tuple[int, int], rng: np.random.Generator) -> Batch:
-        """Returns `image` uint8 `[H, W, C]` and `damaged` int64 `[MAX_TRIES, 2]`: (source, record) or -1."""
+        """`image` uint8 `[H, W, C]`, the targets, and `damaged` int64 `[MAX_TRIES, 2]`: (source, record) or -1."""
         cv2.setNumThreads(1)  # the parallelism is over images
-        source, index = element
+        source, place = element
+        shards, records, targets = self.sources[source]
         damaged = np.full((MAX_TRIES, 2), -1, np.int64)
         for attempt in range(MAX_TRIES):
+            number = int(records[place])
             try:
-                image = self.draw(decode_record(self.sources[source][index]), rng)
+                image = self.draw(decode_record(shards[number]), rng)
             except DamagedRecord:
-                damaged[attempt] = source, index
-                index = int(rng.integers(len(self.sources[source])))
+                damaged[attempt] = source, number
+                place = int(rng.integers(len(records)))
             else:
-                return {"image": image, "damaged": damaged}
-        path, number = self.sources[source].locate(index)
+                beside = {name: np.asarray(values[place]) for name, values in targets.items()}
+                return {"image": image, "damaged": damaged} | beside
+        path, number = shards.locate(number)
         raise InputError(
             f"{MAX_TRIES} records in a row are damaged, the last is number {number} of {path}; rebuild the shards"
         )
@@ -96,48 +121,54 @@ class HostRows(grain.MapDataset):
         return self._parent[step * self._batch_size + self._first + row]
 
 
-def training_dataset(
-    sources: Sequence[Shards],
+def training_batches(
+    load: LoadView,
     *,
-    size: tuple[int, int],
-    channels: int,
     batch_size: int,
-    how: augment.Augmentation,
     seed: int,
     weights: Sequence[float] = (),
+    strata: np.ndarray | None = None,
     host: int = 0,
     hosts: int = 1,
 ) -> grain.MapDataset:
     """The endless sequence of this host's batches; `dataset[step]` is random access.
 
+    A batch has `image` uint8 `[B, H, W, C]`, the targets `[B, ...]` and `damaged` int64 `[B, MAX_TRIES, 2]` for a
+    `DamageReport`. Every epoch is a fresh shuffle; the last incomplete batch of one runs over into the next.
+
     Args:
-      sources: opened shards, one or several.
-      size: (height, width) of the views.
-      channels: 1 or 3.
+      load: what to train on, and how it is seen.
       batch_size: of the global batch, over all hosts.
-      how: augmentation.
       seed: fixes order and augmentation.
       weights: share of each source in the mixture; empty = by their sizes.
+      strata: int `[R]`, of the rows of the only source: all strata are shown equally often, by repeating the rare ones;
+        an epoch is then as long as before. None = every row equally often.
       host: number of this host.
       hosts: how many there are; must divide `batch_size`.
 
     Raises:
-      InputError: hosts do not divide the batch, or weights do not fit the sources.
+      InputError: hosts do not divide the batch, weights do not fit the sources, or there are no rows.
     """
     if batch_size % hosts:
         raise InputError(f"a batch of {batch_size} cannot be divided among {hosts} hosts")
-    weights = list(weights) or [len(source) for source in sources]
-    if len(weights) != len(sources) or min(weights) <= 0:
-        raise InputError(f"config.data.weights needs {len(sources)} positive numbers, one per source, not {weights}")
+    sizes = [len(source.records) for source in load.sources]
+    if not all(sizes):
+        raise InputError("there are no frames to train on; choose another split")
+    weights = list(weights) or sizes
+    if len(weights) != len(sizes) or min(weights) <= 0:
+        raise InputError(f"config.data.weights needs {len(sizes)} positive numbers, one per source, not {weights}")
+    places: list[tuple[int, Sequence[int] | np.ndarray]] = [(source, range(size)) for source, size in enumerate(sizes)]
+    if strata is not None:
+        places = [(0, np.flatnonzero(strata == stratum)) for stratum in np.unique(strata)]
+        weights = [1] * len(places)
     orders = [
-        grain.MapDataset.range(len(source)).seed(seed + number).shuffle().repeat().map(_Pair(number))
-        for number, source in enumerate(sources)
+        grain.MapDataset.source(chosen).seed(seed + number).shuffle().repeat().map(_Pair(source))
+        for number, (source, chosen) in enumerate(places)
     ]
     mixed = (
         grain.MapDataset.mix(orders, [weight / sum(weights) for weight in weights]) if len(orders) > 1 else orders[0]
     )
-    views = mixed.seed(seed).random_map(LoadView(tuple(sources), size, channels, how))
-    return HostRows(views, batch_size, host, hosts).batch(batch_size // hosts)
+    return HostRows(mixed.seed(seed).random_map(load), batch_size, host, hosts).batch(batch_size // hosts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +183,7 @@ def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 
     """Batches from number `start` on, prepared ahead; to be closed, which ends the workers.
 
     Args:
-      dataset: from `training_dataset`.
+      dataset: from `training_batches`.
       start: first batch, 0 for a new run.
       workers: processes; 0 decodes in `threads` threads of this process, best when cores are few.
       threads: see above.
@@ -200,28 +231,25 @@ class DamageReport:
         return lines
 
 
-def load_labelled(shards: Shards, *, size: tuple[int, int], channels: int, limit: int) -> dict[str, Any]:
-    """Decodes labelled frames whole, for a probe: at most `limit`, spread evenly over the shards.
+def decode_ahead(
+    load: Callable[[Item], Loaded], items: Sequence[Item], threads: int, ahead: int
+) -> Generator[Loaded, None, None]:
+    """`load(item)` of every item, in order, from threads that work ahead; to be closed, which ends them.
 
-    Returns:
-      `image` uint8 `[N, H, W, C]`, `label` int `[N]`, `patient` list of N ids (made unique by their dataset).
-
-    Raises:
-      InputError: fewer than two classes are labelled.
+    Args:
+      load: what a thread does. What it raises is raised here, and nothing comes after it.
+      items: what to load.
+      threads: how many; what comes out does not depend on them.
+      ahead: items that may wait for being taken, about.
     """
-    found: dict[str, list[Any]] = collections.defaultdict(list)
-    stride = max(1, -(-len(shards) // limit))
-    for index in itertools.islice(range(0, len(shards), stride), limit):
-        try:
-            record = decode_record(shards[index])
-            if record["label"] < 0:
-                continue
-            pixels = decode_image(record["image"], channels)
-        except DamagedRecord:
-            continue
-        found["image"].append(augment.resize(pixels, size))
-        found["label"].append(record["label"])
-        found["patient"].append(f"{record['dataset']}/{record['patient'] or index}")
-    if len(set(found["label"])) < 2:
-        raise InputError("config.probe.data.path holds fewer than two labelled classes; build it with --labels")
-    return {"image": np.stack(found["image"]), "label": np.asarray(found["label"]), "patient": found["patient"]}
+    waiting: collections.deque[concurrent.futures.Future[list[Loaded]]] = collections.deque()
+    pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1))
+    try:
+        for start in range(0, len(items), _PIECE):
+            waiting.append(pool.submit(lambda piece: list(map(load, piece)), items[start : start + _PIECE]))
+            if len(waiting) > max(ahead // _PIECE, threads):
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 
 COLUMNS = ("dataset", "patient", "video", "frame", "group", "label", "fold", "part")
@@ -43,7 +43,7 @@ class Fold:
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
-def read_splits(path: os.PathLike[str] | str, frames: Labelled, spare: int = 0) -> list[Fold]:
+def read_splits(path: os.PathLike[str] | str, frames: Table, spare: int = 0) -> list[Fold]:
     """Reads folds from one CSV file, or from all those of a folder.
 
     Columns: `frame`, `part` (train, validation or test) and, where there are several folds, `fold`; `dataset` and
@@ -53,7 +53,7 @@ def read_splits(path: os.PathLike[str] | str, frames: Labelled, spare: int = 0) 
     Args:
       path: of the file or folder. Without the column `fold`, a file of a folder is a fold of its name.
       frames: what the rows are of.
-      spare: how many frames may be named that are not there: those that are known to be damaged or without a label.
+      spare: how many frames may be named that are not there: those that are known to be damaged or left out.
 
     Returns:
       Folds by number, then name; `validation` is empty where the file has none.
@@ -72,7 +72,7 @@ def read_splits(path: os.PathLike[str] | str, frames: Labelled, spare: int = 0) 
     return sorted(folds, key=lambda fold: (not fold.name.isdecimal(), fold.name.zfill(9)))
 
 
-def write_splits(path: os.PathLike[str] | str, frames: Labelled, folds: Sequence[Fold], groups: np.ndarray) -> None:
+def write_splits(path: os.PathLike[str] | str, frames: Table, folds: Sequence[Fold], groups: np.ndarray) -> None:
     """Writes folds as one CSV file that `read_splits` reads to the same folds; see `COLUMNS`.
 
     Args:
@@ -88,7 +88,7 @@ def write_splits(path: os.PathLike[str] | str, frames: Labelled, folds: Sequence
         for at in np.argsort(rows, kind="stable"):
             row = rows[at]
             names = frames.dataset[row], frames.patient[row], frames.video[row], frames.frame_name[row]
-            lines.append([*names, groups[row], frames.class_names[frames.label[row]], fold.name, parts[at]])
+            lines.append([*names, groups[row], frames.label_name[row], fold.name, parts[at]])
     write_csv(path, COLUMNS, lines)
 
 
@@ -105,13 +105,13 @@ def write_csv(path: os.PathLike[str] | str, header: Sequence[str], rows: Sequenc
     temporary.replace(target)
 
 
-def official_tables(frames: Labelled) -> list[epath.Path]:
+def official_tables(frames: Table) -> list[epath.Path]:
     """The `splits/*.csv` that a build left beside the shards; [] where shards lie in several folders."""
     folders = {epath.Path(path).parent for path in frames.shards.paths}
     return sorted((folders.pop() / "splits").glob("*.csv")) if len(folders) == 1 else []
 
 
-def official(frames: Labelled, name: str = "") -> tuple[str, list[Fold]]:
+def official(frames: Table, name: str = "") -> tuple[str, list[Fold]]:
     """The split that the makers of the data published.
 
     Args:
@@ -131,13 +131,13 @@ def official(frames: Labelled, name: str = "") -> tuple[str, list[Fold]]:
         )
     if name and name not in tables:
         raise InputError(f"there is no official split {name!r}, only {', '.join(tables)}; set config.split.path")
-    spare = frames.damaged + frames.unlabelled  # they may be in the table, and have no row
+    spare = frames.damaged + frames.left_out  # they may be in the table, and have no row
     read = {one: read_splits(tables[one], frames, spare) for one in ([name] if name else tables)}
     chosen = min(read, key=lambda one: (len(read[one]), one))
     return chosen, read[chosen]
 
 
-def _read_table(file: epath.Path, frames: Labelled, spare: int, prefix: str) -> list[Fold]:
+def _read_table(file: epath.Path, frames: Table, spare: int, prefix: str) -> list[Fold]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -170,7 +170,7 @@ def _name(prefix: str, fold: str, count: int) -> str:
     return name
 
 
-def _fold(name: str, parts: dict[str, list[int]], frames: Labelled) -> Fold:
+def _fold(name: str, parts: dict[str, list[int]], frames: Table) -> Fold:
     arrays = {part: np.unique(np.asarray(parts.get(part, ()), np.int64)) for part in ("train", "validation", "test")}
     values, counts = np.unique(np.concatenate(list(arrays.values())), return_counts=True)
     if (counts > 1).any():
@@ -179,7 +179,7 @@ def _fold(name: str, parts: dict[str, list[int]], frames: Labelled) -> Fold:
     return Fold(name, **arrays)
 
 
-def _find_rows(table: list[dict[str, str]], frames: Labelled, where: str, spare: int) -> list[int]:
+def _find_rows(table: list[dict[str, str]], frames: Table, where: str, spare: int) -> list[int]:
     """The row of every line, -1 where there is none; by the reading of `frame` that knows most of them."""
     best: tuple[int, list[int], list[str], list[str]] | None = None
     ids = [name for name in ("dataset", "video") if name in table[0]]

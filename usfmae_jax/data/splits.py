@@ -1,69 +1,116 @@
 """Who is trained on and who is tested: folds that keep patients, videos and near-duplicates on one side.
 
-`plan` decides which folds a run has, wherever they come from, and lets none pass that `leaks.check` refuses.
+Frames of one patient are no independent evidence, and neither are two copies of a picture: what belongs together is a
+group, and a group is on one side of a split. `plan` decides which folds a run has, wherever they come from, and lets
+none pass that `check` refuses.
 """
 
 import os
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import StratifiedGroupKFold
 
 from usfmae_jax.data import split_files
-from usfmae_jax.data.leaks import Excluded
-from usfmae_jax.data.leaks import check as check
-from usfmae_jax.data.leaks import groups as groups
 from usfmae_jax.data.split_files import Fold as Fold
 from usfmae_jax.data.split_files import official as official
 from usfmae_jax.data.split_files import read_splits as read_splits
 from usfmae_jax.data.split_files import write_splits as write_splits
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 
 KINDS = ("auto", "official", "shards", "group", "single")
+_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+Excluded = dict[str, str]
 
 
-def group_folds(frames: Labelled, groups: np.ndarray, count: int, validation: float, seed: int) -> list[Fold]:
-    """Cross-validation: every group is tested in one of `count` folds, with classes as even as groups allow.
+class Strata(NamedTuple):
+    """What every part of a split has some of, and shares of which are as even as groups allow: classes, if any.
+
+    Attributes:
+      code: int `[N]`, the stratum of every row of a table, in [0, S).
+      names: S names. With one stratum, splits are by patient alone.
+    """
+
+    code: np.ndarray
+    names: tuple[str, ...]
+
+    def called(self, stratum: int) -> str:
+        """A stratum as sentences name it."""
+        return f"class {self.names[stratum]!r}" if len(self.names) > 1 else "the data"
+
+
+def groups(frames: Table, pairs: np.ndarray | None = None) -> np.ndarray:
+    """Numbers what belongs together: connected components over patients, videos and pairs of rows.
 
     Args:
       frames: N rows.
+      pairs: int `[P, 2]`, rows that show the same picture; None = none.
+
+    Returns:
+      int64 `[N]`, counted in the order of the rows.
+    """
+    return _components([frames.patient_key, frames.video_key], pairs)
+
+
+def _components(keys: Sequence[np.ndarray], pairs: np.ndarray | None) -> np.ndarray:
+    """Rows that share a value of any key, or a pair, share a number."""
+    count = len(keys[0])
+    edges = [np.asarray(pairs if pairs is not None else (), np.int64).reshape(-1, 2)]
+    for key in keys:
+        _, first, codes = np.unique(key, return_index=True, return_inverse=True)
+        edges.append(np.column_stack([np.arange(count), first[codes]]))
+    one, other = np.concatenate(edges).T
+    graph = coo_array((np.ones(len(one), bool), (one, other)), (count, count))
+    _, first, codes = np.unique(connected_components(graph, directed=False)[1], return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[codes]
+
+
+def group_folds(strata: Strata, groups: np.ndarray, count: int, validation: float, seed: int) -> list[Fold]:
+    """Cross-validation: every group is tested in one of `count` folds, with strata as even as groups allow.
+
+    Args:
+      strata: of N rows.
       groups: int `[N]`.
       count: of folds, at least 2.
       validation: share of the groups that are not tested, in (0, 1), by which a fold chooses.
       seed: of the draw.
 
     Raises:
-      InputError: a class has fewer groups than there are folds.
+      InputError: a stratum has fewer groups than there are folds.
     """
     _check_share("validation", validation)
-    per_class = [len(np.unique(groups[frames.label == label])) for label in range(len(frames.class_names))]
-    fewest = int(np.argmin(per_class))
-    if not 2 <= count <= per_class[fewest]:
+    each = [len(np.unique(groups[strata.code == stratum])) for stratum in range(len(strata.names))]
+    fewest = int(np.argmin(each))
+    if not 2 <= count <= each[fewest]:
         raise InputError(
-            f"config.split.folds={count} needs 2 folds or more and not more than groups: class "
-            f"{frames.class_names[fewest]!r} has {per_class[fewest]} patients or groups"
-            f"{' of patients that share a video or a picture' if per_class[fewest] else ''}"
+            f"config.split.folds={count} needs 2 folds or more and not more than groups: {strata.called(fewest)} has "
+            f"{each[fewest]} patients or groups"
+            f"{' of patients that share a video or a picture' if each[fewest] else ''}"
         )
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     folds = []
-    for number, (rest, test) in enumerate(splitter.split(frames.label, frames.label, groups)):
-        part = _draw(frames, rest, groups, validation, seed + number)
+    for number, (rest, test) in enumerate(splitter.split(strata.code, strata.code, groups)):
+        part = _draw(strata, rest, groups, validation, seed + number)
         folds.append(Fold(str(number + 1), rest[~part], rest[part], np.asarray(test)))
     return folds
 
 
-def single(frames: Labelled, groups: np.ndarray, validation: float, test: float, seed: int) -> list[Fold]:
+def single(strata: Strata, groups: np.ndarray, validation: float, test: float, seed: int) -> list[Fold]:
     """One split: a share `test` of the groups is tested, and a share `validation` of the others chooses."""
     _check_share("validation", validation)
     _check_share("test", test)
-    rows = np.arange(len(frames))
-    tested = _draw(frames, rows, groups, test, seed)
-    chosen = _draw(frames, rows[~tested], groups, validation, seed + 1)
+    rows = np.arange(len(groups))
+    tested = _draw(strata, rows, groups, test, seed)
+    chosen = _draw(strata, rows[~tested], groups, validation, seed + 1)
     return [Fold("single", rows[~tested][~chosen], rows[~tested][chosen], rows[tested])]
 
 
-def from_shards(frames: Labelled, groups: np.ndarray, validation: float, seed: int) -> list[Fold]:
+def from_shards(frames: Table, strata: Strata, groups: np.ndarray, validation: float, seed: int) -> list[Fold]:
     """The TFDS splits that the shards are named for; where there is no validation, a share of the training groups.
 
     Raises:
@@ -77,21 +124,18 @@ def from_shards(frames: Labelled, groups: np.ndarray, validation: float, seed: i
                 f"the shards have no {part} split, only {', '.join(there) or 'unnamed ones'}; leave config.data.split "
                 "empty, or use --config.split.kind=group"
             )
-    return _with_validation([Fold("single", **named)], frames, groups, validation, seed)
-
-
-_SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+    return _with_validation([Fold("single", **named)], strata, groups, validation, seed)
 
 
 def _with_validation(
-    folds: Sequence[Fold], frames: Labelled, groups: np.ndarray, validation: float, seed: int
+    folds: Sequence[Fold], strata: Strata, groups: np.ndarray, validation: float, seed: int
 ) -> list[Fold]:
     """Carves a validation part out of train, by group, in those folds that have none."""
     result = []
     for number, fold in enumerate(folds):
         if not len(fold.validation):
             _check_share("validation", validation)
-            part = _draw(frames, fold.train, groups, validation, seed + number)
+            part = _draw(strata, fold.train, groups, validation, seed + number)
             fold = Fold(fold.name, fold.train[~part], fold.train[part], fold.test)
         result.append(fold)
     return result
@@ -102,28 +146,28 @@ def _check_share(name: str, share: float) -> None:
         raise InputError(f"config.split.{name}={share:g} is a share of the patients; give one above 0 and below 1")
 
 
-def _draw(frames: Labelled, rows: np.ndarray, groups: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which of `rows` a share of their groups has, of every class the same share but one at least: bool `[len(rows)]`.
+def _draw(strata: Strata, rows: np.ndarray, groups: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Which of `rows` a share of their groups has, the same of every stratum but one at least: bool `[len(rows)]`.
 
-    A group belongs to the class that most of its frames have. A larger share of the same seed contains a smaller one.
+    A group belongs to the stratum that most of its frames have. A larger share of the same seed contains a smaller one.
     """
     _, codes = np.unique(groups[rows], return_inverse=True)
-    counts = np.zeros((codes.max(initial=-1) + 1, len(frames.class_names)), np.int64)
-    np.add.at(counts, (codes, frames.label[rows]), 1)
+    counts = np.zeros((codes.max(initial=-1) + 1, len(strata.names)), np.int64)
+    np.add.at(counts, (codes, strata.code[rows]), 1)
     order = np.random.default_rng(seed).permutation(len(counts))
     chosen = np.zeros(len(counts), bool)
-    for label in range(counts.shape[1]):
-        own = order[counts[order].argmax(axis=1) == label]
+    for stratum in range(counts.shape[1]):
+        own = order[counts[order].argmax(axis=1) == stratum]
         chosen[own[: max(1, round(share * len(own)))]] = True
-        # A class that no group has most of comes with the first group that has it at all.
-        chosen[order[counts[order, label] > 0][:1]] = True
+        # A stratum that no group has most of comes with the first group that has it at all.
+        chosen[order[counts[order, stratum] > 0][:1]] = True
     return chosen[codes]
 
 
-def take_fraction(frames: Labelled, fold: Fold, groups: np.ndarray, fraction: float, seed: int) -> Fold:
+def take_fraction(strata: Strata, fold: Fold, groups: np.ndarray, fraction: float, seed: int) -> Fold:
     """The fold with a share of its training groups; validation and test stay.
 
-    Stratified by class, at least one group of each. For one seed, 1% is part of 5%, which is part of 10%.
+    Stratified, at least one group of each stratum. For one seed, 1% is part of 5%, which is part of 10%.
 
     Raises:
       InputError: the fraction is not in (0, 1].
@@ -132,11 +176,12 @@ def take_fraction(frames: Labelled, fold: Fold, groups: np.ndarray, fraction: fl
         raise InputError(f"config.fractions has {fraction:g}; give shares of the training patients above 0, 1 at most")
     if fraction == 1:
         return fold
-    return Fold(fold.name, fold.train[_draw(frames, fold.train, groups, fraction, seed)], fold.validation, fold.test)
+    return Fold(fold.name, fold.train[_draw(strata, fold.train, groups, fraction, seed)], fold.validation, fold.test)
 
 
 def plan(
-    frames: Labelled,
+    frames: Table,
+    strata: Strata,
     *,
     kind: str = "auto",
     path: str = "",
@@ -150,6 +195,7 @@ def plan(
 
     Args:
       frames: N rows.
+      strata: of the rows.
       kind: 'official' (the makers' table beside the shards), 'shards' (their TFDS splits), 'group' (cross-validation
         by patient) or 'single' (one split by patient); 'auto' takes `path` if given, else the first that is there.
       path: a file or folder for `read_splits`; or, with 'official', the table's name.
@@ -164,7 +210,7 @@ def plan(
       says which split it is.
 
     Raises:
-      InputError: no such split, or one that leaks or lacks a class.
+      InputError: no such split, or one that leaks or lacks a stratum.
     """
     if kind not in KINDS:
         raise InputError(f"config.split.kind={kind!r} is not known; give one of {', '.join(KINDS)}")
@@ -180,16 +226,17 @@ def plan(
         note = f"official split {name}"
         note += f" (its validation shares {shared} patients with train and is drawn anew)" if shared else ""
     elif kind == "auto":
-        found = read_splits(path, frames, frames.damaged + frames.unlabelled)
+        found = read_splits(path, frames, frames.damaged + frames.left_out)
         note = f"split of {os.path.basename(path.rstrip('/'))}"
     elif kind == "shards":
-        found, note = from_shards(frames, together, validation, seed), "train and test splits of the shards"
+        found, note = from_shards(frames, strata, together, validation, seed), "train and test splits of the shards"
     elif kind == "group":
-        found, note = group_folds(frames, together, folds, validation, seed), "cross-validation by patient"
+        found, note = group_folds(strata, together, folds, validation, seed), "cross-validation by patient"
     else:
-        found, note = single(frames, together, validation, test, seed), "one split by patient"
+        found, note = single(strata, together, validation, test, seed), "one split by patient"
     drawn = kind in ("group", "single") or any(not len(fold.validation) for fold in found)
-    found, excluded = check(_with_validation(found, frames, together, validation, seed), frames, patients, pairs)
+    found = _with_validation(found, strata, together, validation, seed)
+    found, excluded = check(found, frames, strata, patients, pairs)
     used = min(sum(map(len, fold.parts().values())) for fold in found)
     note += f": {len(found)} fold{'s' if len(found) > 1 else ''}"
     note += f"; validation is {validation:.0%} of the other patients" if drawn else ""
@@ -211,3 +258,96 @@ def _without_shared_validation(folds: Sequence[Fold], patients: np.ndarray) -> t
         for fold, count in zip(folds, shared, strict=True)
     ]
     return mended, max(shared)
+
+
+def check(
+    folds: Sequence[Fold],
+    frames: Table,
+    strata: Strata,
+    patient_groups: np.ndarray,
+    pairs: np.ndarray | None = None,
+) -> tuple[list[Fold], list[Excluded]]:
+    """Refuses folds that leak or cannot be learnt from, and takes copies of what is tested out of the rest.
+
+    Where patients are connected by pictures that both have, they are one person under two names: then only the frames
+    in test stay, or those in validation if none is in test. So official test parts stay as they were published.
+
+    Args:
+      folds: to check.
+      frames: N rows.
+      strata: of the rows.
+      patient_groups: int `[N]`, `groups` without pairs.
+      pairs: int `[P, 2]`, rows that show the same picture.
+
+    Returns:
+      The folds without copies; and what was taken out: `fold`, `part`, `dataset`, `patient`, `video`, `frame`, and in
+      `of` and `reason` because of which frame of which part.
+
+    Raises:
+      InputError: a patient or video is on two sides, or a part lacks a stratum.
+    """
+    persons = _components([patient_groups], pairs)
+    checked, excluded = [], []
+    for fold in folds:
+        sides = np.zeros(len(frames), np.int64)  # 0 = none
+        for side, rows in enumerate(fold.parts().values(), start=1):
+            sides[rows] = side
+        _refuse_leaks(fold, frames, sides, patient_groups)
+        highest = np.zeros(persons.max() + 1, np.int64)
+        np.maximum.at(highest, persons, sides)
+        copies = np.flatnonzero((sides > 0) & (sides < highest[persons]))
+        excluded += [_reason(fold, frames, int(row), sides, persons, pairs) for row in copies]
+        fold = Fold(fold.name, **{part: np.setdiff1d(rows, copies) for part, rows in fold.parts().items()})
+        _refuse_missing_strata(fold, frames, strata)
+        checked.append(fold)
+    return checked, excluded
+
+
+def _refuse_leaks(fold: Fold, frames: Table, sides: np.ndarray, patient_groups: np.ndarray) -> None:
+    used = np.flatnonzero(sides)
+    parts = ["", *fold.parts()]
+    keys = {"patient": frames.patient_key, "video": frames.video_key, "group": patient_groups}
+    for kind, key in keys.items():
+        names, codes = np.unique(key[used], return_inverse=True)
+        low, high = np.full(len(names), len(parts)), np.zeros(len(names), np.int64)
+        np.minimum.at(low, codes, sides[used])
+        np.maximum.at(high, codes, sides[used])
+        if len(split := np.flatnonzero(low < high)):
+            one = split[0]
+            raise InputError(
+                f"fold {fold.name}: {kind} {names[one]} is in {parts[low[one]]} and in {parts[high[one]]}"
+                f"{f', and so are {len(split) - 1} others' if len(split) > 1 else ''}; give all frames of a {kind} the "
+                "same part, or use --config.split.kind=group"
+            )
+
+
+def _refuse_missing_strata(fold: Fold, frames: Table, strata: Strata) -> None:
+    for part, rows in fold.parts().items():
+        counts = np.bincount(strata.code[rows], minlength=len(strata.names))
+        if not counts.all():
+            stratum = int(np.argmin(counts))
+            patients = len(np.unique(frames.patient_key[strata.code == stratum]))
+            raise InputError(
+                f"fold {fold.name} has no frame of {strata.called(stratum)} in {part} ({patients} patients "
+                "have it in all); use fewer folds, or another split"
+            )
+
+
+def _reason(
+    fold: Fold, frames: Table, row: int, sides: np.ndarray, persons: np.ndarray, pairs: np.ndarray | None
+) -> Excluded:
+    """Says because of which frame a row cannot stay: one that shows the same, or else one of a connected patient."""
+    parts = ["", *fold.parts()]
+    kept = np.flatnonzero((persons == persons[row]) & (sides == sides[persons == persons[row]].max()))
+    edges = np.asarray(pairs if pairs is not None else (), np.int64).reshape(-1, 2)
+    partners = np.concatenate([edges[edges[:, 0] == row, 1], edges[edges[:, 1] == row, 0]])
+    direct = np.intersect1d(partners, kept)
+    other = int(direct[0] if len(direct) else kept[0])
+    what = "the same picture as" if len(direct) else "of a patient who has the same picture as the patient of"
+    return {
+        "fold": fold.name,
+        "part": parts[sides[row]],
+        **{name: str(getattr(frames, name)[row]) for name in ("dataset", "patient", "video", "frame")},
+        "of": str(frames.frame_key[other]),
+        "reason": f"{what} {frames.frame_key[other]} in {parts[sides[other]]}",
+    }

@@ -1,13 +1,14 @@
-"""The labelled frames of some shards as one table: what splits, fine-tuning and evaluation choose rows from."""
+"""All records of some shards as one table: what splits, tasks and evaluation choose rows from."""
 
-import collections
-import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,55 +16,68 @@ from etils import epath
 from tqdm import tqdm
 
 from usfmae_jax.data import augment
-from usfmae_jax.data.pipeline import open_sources
+from usfmae_jax.data.pipeline import decode_ahead, open_sources
 from usfmae_jax.data.provenance import read_manifest
 from usfmae_jax.data.records import Record, Shards, dataset_name, decode_image, decode_record
 from usfmae_jax.errors import DamagedRecord, InputError
 
 _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 _TEXTS = ("dataset", "patient", "video", "frame", "source", "sha256")
+_COLUMNS = ("index", "label", "digest", "split", *_TEXTS)
 _MANY = 20_000  # records from which reading takes long enough to show progress
-_PIECE = 16  # images that a thread decodes at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Labelled:
-    """Frames with a label, one a row, in the order of the shards. N = number of rows.
+class Table:
+    """Frames, one a row, in the order of the shards. N = number of rows.
 
     Attributes:
       shards: where the records lie.
       index: int64 `[N]`, record number in `shards`.
-      label: int64 `[N]`, in [0, C).
+      label: int64 `[N]`; -1 = none.
+      digest: uint8 `[N, 32]`, SHA-256 of the encoded image; `sha256` is of its source, before it was cleaned.
+      split: str `[N]`, TFDS split by the shard's name; empty where it names none.
       dataset: str `[N]`, as all below; the shard's name where the record has none.
       patient: id as in the record; empty = unknown.
       video: likewise.
       frame: likewise.
       source: path inside the dataset.
-      split: TFDS split by the shard's name; empty where it names none.
       sha256: of the decoded pixels; may be empty in shards made by others.
-      class_names: C names, in the order of the labels.
-      unlabelled: number of records that were left out since they have no label.
-      damaged: number of records that were left out since they cannot be read.
-      stored: SHA-256 of all encoded images; `sha256` is of their sources, before they were cleaned and shrunk.
+      label_names: in the order of the labels; () where nobody says, or not all say the same.
+      left_out: number of readable records that are no rows here, see `take`.
+      damaged: number of records that cannot be read.
+      path: the sources as they were asked for.
     """
 
     shards: Shards
     index: np.ndarray
     label: np.ndarray
+    digest: np.ndarray
+    split: np.ndarray
     dataset: np.ndarray
     patient: np.ndarray
     video: np.ndarray
     frame: np.ndarray
     source: np.ndarray
-    split: np.ndarray
     sha256: np.ndarray
-    class_names: tuple[str, ...]
-    unlabelled: int = 0
+    label_names: tuple[str, ...] = ()
+    left_out: int = 0
     damaged: int = 0
-    stored: str = ""
+    path: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def take(self, rows: np.ndarray) -> "Table":
+        """The table of some rows, int `[M]`, none of them twice."""
+        columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
+        return dataclasses.replace(self, **columns, left_out=self.left_out + len(self) - len(rows))
+
+    @functools.cached_property
+    def label_name(self) -> np.ndarray:
+        """Every label's name, or its number where it has none; empty without a label; str `[N]`."""
+        unnamed = range(len(self.label_names), self.label.max(initial=-1) + 1)
+        return np.asarray([*self.label_names, *map(str, unnamed), ""])[self.label]
 
     @functools.cached_property
     def video_key(self) -> np.ndarray:
@@ -93,8 +107,8 @@ class Labelled:
     @functools.cached_property
     def fingerprint(self) -> str:
         """12 hex digits that change with rows, labels, ids and pixels, and not with where files lie."""
-        digest = hashlib.sha256(json.dumps([self.shards.contents(), self.class_names]).encode())
-        digest.update(self.stored.encode())
+        digest = hashlib.sha256(json.dumps([self.shards.contents(), self.label_names]).encode())
+        digest.update(hashlib.sha256(self.digest.tobytes()).hexdigest().encode())
         digest.update(np.stack([self.index, self.label]).astype("<i8").tobytes())
         for name in _TEXTS:
             digest.update("\n".join(getattr(self, name)).encode())
@@ -109,90 +123,45 @@ def _join(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.char.add(np.char.add(a, "/"), b)
 
 
-def read_labelled(paths: str, split: str = "", classes: Sequence[str] = ()) -> Labelled:
-    """Reads what all records say of themselves, without decoding an image.
+def read_table(paths: str, split: str = "") -> Table:
+    """Reads what all records say of themselves, without decoding an image; damaged ones are left out and counted.
 
     Args:
       paths: sources with commas between them, see `records.open_shards`.
       split: only shards of this TFDS split; empty takes all.
-      classes: the class names that are expected, in order; empty takes what is there. Case does not count.
 
     Raises:
-      InputError: nothing to read, no labels, one class only, a label outside the class list, or sources (or `classes`)
-        that disagree about the classes.
+      InputError: nothing to read.
     """
     files = [path for source in open_sources(paths, split or None) for path in source.paths]
     shards = Shards(list(dict.fromkeys(files)))
-    found: dict[str, list[str]] = collections.defaultdict(list)
-    index, label, unlabelled, damaged, stored = [], [], 0, 0, hashlib.sha256()
+    texts: dict[str, list[str]] = {name: [] for name in ("split", *_TEXTS)}
+    index, label, digests = [], [], []
     for number in tqdm(range(len(shards)), "reading ids", unit="record", disable=len(shards) <= _MANY):
         try:
             record = decode_record(shards[number])
         except DamagedRecord:
-            damaged += 1
-            continue
-        if record["label"] < 0:
-            unlabelled += 1
             continue
         path, _ = shards.locate(number)
-        record["dataset"] = record["dataset"] or dataset_name(path)
-        for name in _TEXTS:
-            found[name].append(record[name])
         match = _SPLIT.search(path.rpartition("/")[2])
-        found["split"].append(match[1] if match else "")
-        found["folder"].append(path.rpartition("/")[0])
+        record["dataset"] = record["dataset"] or dataset_name(path)
+        record["split"] = match[1] if match else ""
+        for name, values in texts.items():
+            values.append(record[name])
         index.append(number)
         label.append(record["label"])
-        stored.update(hashlib.sha256(record["image"]).digest())
-    if not index:
-        raise InputError(f"config.data.path={paths!r} has no labels in {len(shards)} records; build it with --labels")
-    names = _class_names(sorted(set(found.pop("folder"))), max(label), classes)
-    if len(set(label)) < 2:
-        raise InputError(
-            f"config.data.path={paths!r} has labelled frames of one class only, {names[label[0]]!r}; "
-            "two or more are needed"
-        )
-    texts = {name: np.asarray(values, np.str_) for name, values in found.items()}
-    return Labelled(
-        shards,
-        np.asarray(index),
-        np.asarray(label),
-        **texts,
-        class_names=names,
-        unlabelled=unlabelled,
-        damaged=damaged,
-        stored=stored.hexdigest(),
-    )
+        digests.append(hashlib.sha256(record["image"]).digest())
+    columns: dict[str, Any] = {name: np.asarray(values, np.str_) for name, values in texts.items()}
+    columns["index"], columns["label"] = np.asarray(index, np.int64), np.asarray(label, np.int64)
+    columns["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+    table = Table(shards, **columns, damaged=len(shards) - len(index), path=paths)
+    named = {names for folder in folders(table) if (names := names_beside(folder))}
+    return dataclasses.replace(table, label_names=named.pop() if len(named) == 1 else ())
 
 
-def _class_names(folders: Sequence[str], highest: int, expected: Sequence[str]) -> tuple[str, ...]:
-    """The one list of names that all folders of shards agree on, and the person, if they said."""
-    lists = {folder: names_beside(folder) for folder in folders}
-    named = {folder: names for folder, names in lists.items() if names}
-    first = next(iter(named.values()), ())
-    for names in named.values():
-        if names != first:
-            raise InputError(
-                f"sources have different classes: {', '.join(first)} and {', '.join(names)}; name one of them only in "
-                "config.data.path, or build them with the same labels"
-            )
-    if named and len(named) < len(lists) and not expected:
-        raise InputError(
-            "some sources name their classes and others do not; say with config.classes what all of them have: "
-            f"{', '.join(first)}?"
-        )
-    if named and expected and [name.casefold() for name in first] != [name.casefold() for name in expected]:
-        raise InputError(
-            f"config.classes={','.join(expected)} but the shards have the classes {','.join(first)}; they must be the "
-            "same in the same order"
-        )
-    names = first or tuple(expected) or tuple(map(str, range(highest + 1)))
-    if highest >= len(names):
-        raise InputError(
-            f"label {highest} is outside the class list, whose {len(names)} names are {', '.join(names)} (0 to "
-            f"{len(names) - 1}); build the shards again, or set config.classes"
-        )
-    return names
+def folders(frames: Table) -> list[str]:
+    """The folders that the rows come from."""
+    return sorted({frames.shards.locate(number)[0].rpartition("/")[0] for number in frames.index.tolist()})
 
 
 def names_beside(folder: str) -> tuple[str, ...]:
@@ -206,7 +175,7 @@ def names_beside(folder: str) -> tuple[str, ...]:
 
 
 def images(
-    frames: Labelled,
+    frames: Table,
     rows: Sequence[int] | np.ndarray,
     *,
     size: tuple[int, int],
@@ -231,40 +200,23 @@ def images(
       InputError: an image is damaged; says which.
     """
     cv2.setNumThreads(1)  # the parallelism is over images
-    rows = np.asarray(rows, np.int64)
 
-    def fill(batch: np.ndarray, chosen: np.ndarray) -> None:
-        for place, row in enumerate(chosen):
-            batch[place] = whole_image(frames, int(row), size, channels)
+    def load(row: int) -> np.ndarray:
+        return whole_image(frames, row, size, channels)
 
-    ahead: collections.deque[tuple[np.ndarray, list[concurrent.futures.Future[None]]]] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1))
-    try:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            batch = np.empty((len(chosen), *size, channels), np.uint8)
-            pieces = [slice(i, i + _PIECE) for i in range(0, len(chosen), _PIECE)]
-            ahead.append((batch, [pool.submit(fill, batch[piece], chosen[piece]) for piece in pieces]))
-            if len(ahead) > 2:
-                yield _finished(*ahead.popleft())
-        while ahead:
-            yield _finished(*ahead.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with contextlib.closing(
+        decode_ahead(load, np.asarray(rows, np.int64).tolist(), threads, 2 * batch_size)
+    ) as decoded:
+        while batch := list(itertools.islice(decoded, batch_size)):
+            yield np.stack(batch)
 
 
-def _finished(batch: np.ndarray, pieces: list[concurrent.futures.Future[None]]) -> np.ndarray:
-    for piece in pieces:
-        piece.result()
-    return batch
-
-
-def read_row(frames: Labelled, row: int) -> Record:
+def read_row(frames: Table, row: int) -> Record:
     """The whole record of a row, image and mask included."""
     return decode_record(frames.shards[int(frames.index[row])])
 
 
-def whole_image(frames: Labelled, row: int, size: tuple[int, int], channels: int) -> np.ndarray:
+def whole_image(frames: Table, row: int, size: tuple[int, int], channels: int) -> np.ndarray:
     """One frame, whole, in `size`: uint8 `[H, W, C]`; raises InputError if it is damaged."""
     try:
         pixels = decode_image(read_row(frames, row)["image"], channels)

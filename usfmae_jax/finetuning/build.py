@@ -15,16 +15,16 @@ from usfmae_jax.data import splits
 from usfmae_jax.data import table as labelled
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import defined, positive_class
 from usfmae_jax.finetuning import classifiers
-from usfmae_jax.finetuning.members import Member, only_note, plan_members
+from usfmae_jax.finetuning.members import Member, names, only_note, plan_members
 from usfmae_jax.interop.weights import Weights
-from usfmae_jax.tasks.classification import Classification
+from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import optimizers, outcomes
-from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir, public_settings
+from usfmae_jax.training.common import known_duplicates, make_workdir, public_settings, read_frames
 
 #: Config fields that a continued run may change: they alter where and how fast it computes, which members it has, or
 #: what is said of them, not what a member is.
@@ -76,7 +76,7 @@ class Job:
 
     config: ml_collections.ConfigDict
     workdir: str
-    frames: Labelled
+    frames: Table
     members: tuple[Member, ...]
     folds: tuple[Fold, ...]
     groups: np.ndarray
@@ -107,18 +107,18 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
       InputError: something given cannot be used.
     """
     field_checks.check_finetune(config)
-    frames = labelled_frames(config)
+    frames = classification.select(read_frames(config), names(config.classes))
     try:
-        two = positive_class(frames.class_names, config.positive) is not None
+        two = positive_class(frames.label_names, config.positive) is not None
     except InputError as error:
         raise InputError(f"config.{error}") from error
     if config.stop.metric not in defined(two):
         raise InputError(
-            f"config.stop.metric={config.stop.metric!r} is not defined for {len(frames.class_names)} classes; use one "
+            f"config.stop.metric={config.stop.metric!r} is not defined for {len(frames.label_names)} classes; use one "
             f"of {', '.join(defined(two))}"
         )
-    weights = classifiers.read_init(config, frames.class_names)
-    description, preprocessing = classifiers.describe_model(config, frames.class_names, weights)
+    weights = classifiers.read_init(config, frames.label_names)
+    description, preprocessing = classifiers.describe_model(config, frames.label_names, weights)
     freeze = classifiers.trained_part(config, description)[0]
     if weights:
         make_model = classifiers.model_maker(config, description, freeze)
@@ -129,6 +129,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
     split = config.split
     folds, groups, excluded, note = splits.plan(
         frames,
+        classification.strata(frames),
         kind=split.kind,
         path=split.path,
         folds=split.folds,
@@ -162,7 +163,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
     )
 
 
-def find_warnings(config: ml_collections.ConfigDict, frames: Labelled, lineage: Sequence[dict[str, Any]]) -> list[str]:
+def find_warnings(config: ml_collections.ConfigDict, frames: Table, lineage: Sequence[dict[str, Any]]) -> list[str]:
     """What a reader of the results has to know."""
     found = [
         f"the starting weights have seen {dataset}, whose frames are tested here ({', '.join(jobs)}): "
@@ -172,11 +173,11 @@ def find_warnings(config: ml_collections.ConfigDict, frames: Labelled, lineage: 
     return found + outcomes.cautions(frames)
 
 
-def supervision(job: Job) -> Classification:
+def supervision(job: Job) -> classification.Classification:
     """How the model is taught."""
     regular = job.config.regularization
-    return Classification(
-        num_classes=len(job.frames.class_names),
+    return classification.Classification(
+        num_classes=len(job.frames.label_names),
         mean=tuple(job.preprocessing["mean"]),
         std=tuple(job.preprocessing["std"]),
         smoothing=regular.smoothing,

@@ -12,7 +12,6 @@ import numpy as np
 from etils import epath
 
 from usfmae_jax.data import augment, pipeline
-from usfmae_jax.data.supervised import supervised_dataset
 from usfmae_jax.evaluation.classification import LOSSES, NAMES, metrics, positive_class
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.finetuning import build as supervised_setup
@@ -181,19 +180,18 @@ def train(
 
 
 def training_batches(job: Job, member: Member) -> Any:
-    """This process's endless batches of a member; see `data.supervised`."""
+    """This process's endless batches of a member; see `pipeline.training_batches`."""
     config = job.config
-    return supervised_dataset(
-        job.frames,
-        member.fold.train,
-        size=job.size,
-        channels=config.data.channels,
+    rows = member.fold.train
+    label = job.frames.label[rows].astype(np.int32)
+    source = pipeline.Rows(job.frames.shards, job.frames.index[rows], {"label": label})
+    return pipeline.training_batches(
+        pipeline.LoadView((source,), job.size, config.data.channels, augment.Augmentation(**config.augment)),
         batch_size=config.train.batch_size,
-        how=augment.Augmentation(**config.augment),
         seed=config.seed + member.seed,
+        strata=label if config.regularization.balanced_sampling else None,
         host=jax.process_index(),
         hosts=jax.process_count(),
-        balanced=config.regularization.balanced_sampling,
     )
 
 

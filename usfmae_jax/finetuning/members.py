@@ -10,8 +10,9 @@ from etils import epath
 
 from usfmae_jax.data import splits
 from usfmae_jax.data.splits import Fold
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
+from usfmae_jax.tasks import classification
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ def only_note(only: Sequence[Any]) -> str:
 
 
 def plan_members(
-    config: ml_collections.ConfigDict, frames: Labelled, folds: Sequence[Fold], groups: np.ndarray
+    config: ml_collections.ConfigDict, frames: Table, folds: Sequence[Fold], groups: np.ndarray
 ) -> tuple[Member, ...]:
     """One member for each seed, fraction and fold.
 
@@ -70,7 +71,9 @@ def plan_members(
                 name += f"-seed-{seed}" if seed else ""
                 name += f"-fraction-{100 * fraction:g}" if fraction < 1 else ""
                 if fraction < 1:
-                    fold = splits.take_fraction(frames, fold, groups, fraction, config.seed + seed)
+                    fold = splits.take_fraction(
+                        classification.strata(frames), fold, groups, fraction, config.seed + seed
+                    )
                 members.append(Member(name, fold, seed, fraction, *_lengths(config, len(fold.train))))
     return tuple(members)
 
@@ -90,9 +93,9 @@ def _lengths(config: ml_collections.ConfigDict, images: int) -> tuple[int, tuple
     return total, tuple(sorted({round(total * (i + 1) / count) for i in range(count)} - {0}))
 
 
-def class_weights(config: ml_collections.ConfigDict, frames: Labelled, member: Member) -> np.ndarray:
+def class_weights(config: ml_collections.ConfigDict, frames: Table, member: Member) -> np.ndarray:
     """Weights of the classes in the loss, float32 `[C]`; balanced: inverse to their share of the training part."""
-    classes = len(frames.class_names)
+    classes = len(frames.label_names)
     counts = np.bincount(frames.label[member.fold.train], minlength=classes)
     if config.regularization.class_weights == "none":
         return np.ones(classes, np.float32)
@@ -100,7 +103,7 @@ def class_weights(config: ml_collections.ConfigDict, frames: Labelled, member: M
 
 
 def write_splits(
-    workdir: str, frames: Labelled, folds: Sequence[Fold], groups: np.ndarray, members: Sequence[Member]
+    workdir: str, frames: Table, folds: Sequence[Fold], groups: np.ndarray, members: Sequence[Member]
 ) -> None:
     """Leaves who is trained and tested on: `splits/splits.csv`, and what label fractions keep in `splits/fractions/`.
 

@@ -70,13 +70,13 @@ def describe(job: Job, mesh: Mesh, unfinished: int, at_a_time: int) -> None:
     """
     on_first_process(lambda: _write_start(job))
     frames = job.frames
-    counts = np.bincount(frames.label, minlength=len(frames.class_names))
-    classes = ", ".join(f"{count} {name}" for name, count in zip(frames.class_names, counts, strict=True))
+    counts = np.bincount(frames.label, minlength=len(frames.label_names))
+    classes = ", ".join(f"{count} {name}" for name, count in zip(frames.label_names, counts, strict=True))
     say(
         f"{jax.devices()[0].device_kind}: {mesh.size} devices as data={mesh.shape['data']} x "
         f"fsdp={mesh.shape['fsdp']}, {jax.process_count()} processes\n"
         f"data: {len(frames)} frames of {len(np.unique(frames.patient_key))} patients: {classes}"
-        + (f"; {frames.unlabelled} without a label are left out" if frames.unlabelled else "")
+        + (f"; {frames.left_out} without a label are left out" if frames.left_out else "")
         + f"\nsplit: {job.split}\n"
         f"model: {title(job)}\n"
         f"members: {len(job.members)}, of which {unfinished} are to be trained, "

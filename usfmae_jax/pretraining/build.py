@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from usfmae_jax.data import augment, pipeline
 from usfmae_jax.data.records import Shards
+from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import load_parameters
 from usfmae_jax.interop.encoder import Lineage, flatten, read_encoder, read_lineage
@@ -23,6 +24,7 @@ from usfmae_jax.models.patches import check_patches
 from usfmae_jax.objectives import Objective
 from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
+from usfmae_jax.tasks import classification
 from usfmae_jax.training import optimizers
 from usfmae_jax.training.common import check_computation, image_size, public_settings
 from usfmae_jax.training.state import State
@@ -161,12 +163,10 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
         raise InputError(f"config.data.path: {error}." + how_to) from error
     if config.augment.interpolation not in augment.INTERPOLATION:
         raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
-    dataset = pipeline.training_dataset(
-        sources,
-        size=image_size(config),
-        channels=config.data.channels,
+    how = augment.Augmentation(**config.augment)
+    dataset = pipeline.training_batches(
+        pipeline.LoadView(pipeline.all_rows(sources), image_size(config), config.data.channels, how),
         batch_size=config.train.batch_size,
-        how=augment.Augmentation(**config.augment),
         seed=config.seed,
         weights=config.data.weights,
         host=jax.process_index(),
@@ -277,15 +277,15 @@ def inspections(
         found.append((config.log.pictures_every, inspect.pictures(learn, graph, mesh, images, folder, config.seed)))
     if config.probe.data.path:
         try:
-            shards = pipeline.open_shards(config.probe.data.path, config.probe.data.split)
+            table = read_table(config.probe.data.path, config.probe.data.split)
         except InputError as error:
             raise InputError(f"config.probe.data.path: {error}") from error
         trained_on = {shard for source in sources for shard in source.contents()}
         note = ""
-        if trained_on.intersection(shards.contents()):
+        if trained_on.intersection(table.shards.contents()):
             note = "warning: the probe's frames are also trained on, if without labels: no held-out result"
-        labelled = pipeline.load_labelled(
-            shards, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
+        labelled = classification.labelled_images(
+            table, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
         )
         if config.probe.every:
             found.append((config.probe.every, inspect.probe(learn, graph, mesh, labelled, note, config.seed)))

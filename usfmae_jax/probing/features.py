@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from usfmae_jax.data import table as labelled
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.weights import Weights
 from usfmae_jax.training.forward import apply_batches, encoder_function
@@ -68,7 +68,7 @@ def extractor(
 def extract(
     run: Extractor,
     weights: Weights | None,
-    frames: Labelled,
+    frames: Table,
     *,
     pool: str,
     batch_size: int,

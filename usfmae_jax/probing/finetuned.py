@@ -15,13 +15,14 @@ from scipy.special import softmax
 
 from usfmae_jax.data import provenance, splits
 from usfmae_jax.data import table as labelled
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.weights import Weights, members, open_weights
 from usfmae_jax.probing import inspect as looking
 from usfmae_jax.probing.features import image_format
 from usfmae_jax.reporting.run import embedding_points
+from usfmae_jax.tasks import classification
 from usfmae_jax.training import outcomes
 from usfmae_jax.training.forward import apply_batches, classifier_function
 from usfmae_jax.training.outcomes import Outcome, Tested
@@ -91,7 +92,7 @@ def _member(folder: str, weights: Weights) -> Member:
     )
 
 
-def test(judges: list[Member], config: ml_collections.ConfigDict, frames: Labelled, mesh: Mesh) -> Outcome:
+def test(judges: list[Member], config: ml_collections.ConfigDict, frames: Table, mesh: Mesh) -> Outcome:
     """Predicts every frame by the members that have not seen its patient; of several by their mean probability.
 
     On a run's own data that is the member of the fold in whose test part a frame is; on other data it is all of them.
@@ -107,10 +108,10 @@ def test(judges: list[Member], config: ml_collections.ConfigDict, frames: Labell
     """
     description = judges[0].weights.description
     classes = [name.casefold() for name in description["classes"]]
-    if classes != [name.casefold() for name in frames.class_names]:
+    if classes != [name.casefold() for name in frames.label_names]:
         raise InputError(
             f"the classifier tells {', '.join(description['classes'])} apart, but the data has the classes "
-            f"{', '.join(frames.class_names)}"
+            f"{', '.join(frames.label_names)}"
         )
     allowed, note, warnings = _allowed(judges, config, frames)
     names = _frame_names(frames)
@@ -188,7 +189,7 @@ def test(judges: list[Member], config: ml_collections.ConfigDict, frames: Labell
 
 
 def _allowed(
-    judges: list[Member], config: ml_collections.ConfigDict, frames: Labelled
+    judges: list[Member], config: ml_collections.ConfigDict, frames: Table
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """Which member may judge which frame, bool `[M, N]`; where the split comes from; what to warn of."""
     known = all(member.seen for member in judges)
@@ -216,7 +217,7 @@ def _allowed(
     note += f", and {unnamed} frames that it neither learnt from nor tested" if held_out.any() and unnamed else ""
     if chosen:
         options = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
-        folds, _, _, note = splits.plan(frames, **options, seed=config.seed, pairs=None)
+        folds, _, _, note = splits.plan(frames, classification.strata(frames), **options, seed=config.seed, pairs=None)
         tested = np.unique(np.concatenate([fold.test for fold in folds]))
         allowed &= np.isin(np.arange(len(frames)), tested)
     left_out = int((~allowed.any(axis=0)).sum())
@@ -239,5 +240,5 @@ def _panels(judges: list[Member], allowed: np.ndarray) -> Iterator[tuple[list[in
                 yield panel, np.flatnonzero(which.ravel() == pattern)
 
 
-def _frame_names(frames: Labelled) -> list[tuple[str, str, str]]:
+def _frame_names(frames: Table) -> list[tuple[str, str, str]]:
     return list(zip(frames.dataset.tolist(), frames.video.tolist(), frames.frame_name.tolist(), strict=True))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from usfmae_jax.data import table as labelled
 from usfmae_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.evaluation.classification import summarise
 from usfmae_jax.evaluation.predictions import concatenate
 from usfmae_jax.interop.weights import Weights
@@ -54,7 +54,7 @@ def _follower(
     )
 
 
-def errors(frames: Labelled, outcome: Outcome, count: int) -> list[dict[str, Any]]:
+def errors(frames: Table, outcome: Outcome, count: int) -> list[dict[str, Any]]:
     """The most confident errors, most confident first, for `reporting.run.write_report`."""
     wrong = []
     for number in outcomes.foremost(outcome.tested):
@@ -63,7 +63,7 @@ def errors(frames: Labelled, outcome: Outcome, count: int) -> list[dict[str, Any
         for place in np.flatnonzero(predicted != frames.label[member.rows]):
             probability = float(member.probabilities[place, predicted[place]])
             wrong.append((-probability, int(member.rows[place]), int(predicted[place]), number))
-    (size, channels), names = outcome.image_format, frames.class_names
+    (size, channels), names = outcome.image_format, frames.label_names
     found = []
     for probability, row, predicted_class, number in sorted(wrong)[:count]:
         image = labelled.whole_image(frames, row, size, channels)
@@ -82,7 +82,7 @@ def errors(frames: Labelled, outcome: Outcome, count: int) -> list[dict[str, Any
 
 
 def sweep(
-    frames: Labelled,
+    frames: Table,
     tested: Sequence[Tested],
     predict: Predict,
     *,
@@ -142,7 +142,7 @@ def corrupted(
 
 
 def _metrics(
-    frames: Labelled, tested: Sequence[Tested], probabilities: Sequence[np.ndarray], config: ml_collections.ConfigDict
+    frames: Table, tested: Sequence[Tested], probabilities: Sequence[np.ndarray], config: ml_collections.ConfigDict
 ) -> dict[str, float | None]:
     parts = [
         outcomes.of_rows(frames, member, member.rows, found)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from usfmae_jax.data import provenance, splits
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import results
 from usfmae_jax.evaluation.classification import positive_class
@@ -25,9 +25,10 @@ from usfmae_jax.probing import features as feature_cache
 from usfmae_jax.probing import finetuned as testing
 from usfmae_jax.probing import inspect as looking
 from usfmae_jax.reporting.run import embedding_points
+from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import outcomes, probe_heads
-from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir, public_settings
+from usfmae_jax.training.common import known_duplicates, make_workdir, public_settings, read_frames
 from usfmae_jax.training.forward import fitting_batch
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.outcomes import Outcome, Tested
@@ -82,9 +83,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         weights = None if config.checkpoint == "pixels" else open_weights(config.checkpoint, config.step or None)
         if weights:
             weights.encoder()
-    frames = labelled_frames(config)
+    frames = classification.select(read_frames(config), names_of(config.classes))
     try:
-        positive_class(frames.class_names, config.positive)
+        positive_class(frames.label_names, config.positive)
     except InputError as error:
         raise InputError(f"config.{error}") from error
     refuse_labels_seen(protocol, weights, frames)
@@ -101,7 +102,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     return report(config, workdir, protocol, weights, frames, outcome, command)
 
 
-def refuse_labels_seen(protocol: str, weights: Weights | None, frames: Labelled) -> None:
+def refuse_labels_seen(protocol: str, weights: Weights | None, frames: Table) -> None:
     """Raises InputError if a probe would test features on frames whose labels they may have been trained on."""
     if protocol == "finetuned" or not weights:
         return
@@ -124,14 +125,15 @@ def choose_protocol(config: ml_collections.ConfigDict) -> str:
     return "finetuned" if open_weights(config.checkpoint, config.step or None).kind == "classifier" else "logistic"
 
 
-def make_plan(config: ml_collections.ConfigDict, frames: Labelled, protocol: str, cache: str) -> Plan:
+def make_plan(config: ml_collections.ConfigDict, frames: Table, protocol: str, cache: str) -> Plan:
     """Folds of the data and the members to fit; equal ones are made once."""
     pairs = None
     if config.split.duplicates:
         pairs = known_duplicates(frames, f"{cache}/duplicates-{frames.fingerprint}.csv")
     names = ("kind", "path", "folds", "validation", "test")
+    strata = classification.strata(frames)
     folds, groups, excluded, note = splits.plan(
-        frames, **{name: config.split[name] for name in names}, seed=config.seed, pairs=pairs
+        frames, strata, **{name: config.split[name] for name in names}, seed=config.seed, pairs=pairs
     )
     folds = only(folds, names_of(config.split.only))
     chosen = []
@@ -141,7 +143,7 @@ def make_plan(config: ml_collections.ConfigDict, frames: Labelled, protocol: str
         for seed in seeds:
             for fold in folds:
                 part = (
-                    splits.take_fraction(frames, fold, groups, fraction, config.seed + seed) if fraction < 1 else fold
+                    splits.take_fraction(strata, fold, groups, fraction, config.seed + seed) if fraction < 1 else fold
                 )
                 chosen.append((float(fraction), int(seed), part))
     return Plan(folds, groups, chosen, excluded, note + only_note(config.split.only))
@@ -161,7 +163,7 @@ def probe(
     config: ml_collections.ConfigDict,
     protocol: str,
     weights: Weights | None,
-    frames: Labelled,
+    frames: Table,
     plan: Plan,
     mesh: Mesh,
     cache: str,
@@ -180,7 +182,7 @@ def probe(
             protocol,
             (features[fold.train], frames.label[fold.train]),
             (features[fold.validation], frames.label[fold.validation]),
-            len(frames.class_names),
+            len(frames.label_names),
             num_heads=weights.encoder()[1]["num_heads"] if protocol == "attentive" and weights else 0,
             seed=seed,
             options={name: dict(config[name]) for name in ("linear", "attentive")},
@@ -234,7 +236,7 @@ def report(
     workdir: str,
     protocol: str,
     weights: Weights | None,
-    frames: Labelled,
+    frames: Table,
     outcome: Outcome,
     command: str,
 ) -> dict[str, Any]:

@@ -2,11 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from usfmae_jax.data.pipeline import decode_ahead
+from usfmae_jax.data.splits import Strata
+from usfmae_jax.data.table import Table, folders, names_beside, whole_image
+from usfmae_jax.errors import InputError
 from usfmae_jax.models.patches import normalize_images
 
 
@@ -48,6 +55,103 @@ class Classification:
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
         """uint8 `[B, H, W, c]` to `probabilities` float32 `[B, C]`."""
         return {"probabilities": jax.nn.softmax(model(normalize_images(images, self.mean, self.std)))}
+
+
+def select(table: Table, classes: Sequence[str] = ()) -> Table:
+    """The frames that have a label; all their labels are in [0, C), and `label_names` are C names.
+
+    Args:
+      table: all frames.
+      classes: the class names that are expected, in order; empty takes what is there. Case does not count.
+
+    Raises:
+      InputError: no labels, one class only, or see `class_names`.
+    """
+    labelled = table.take(np.flatnonzero(table.label >= 0))
+    if not len(labelled):
+        raise InputError(
+            f"config.data.path={table.path!r} has no labels in {len(table.shards)} records; build it with --labels"
+        )
+    names = class_names(labelled, classes)
+    if len(np.unique(labelled.label)) < 2:
+        raise InputError(
+            f"config.data.path={table.path!r} has labelled frames of one class only, {names[labelled.label[0]]!r}; "
+            "two or more are needed"
+        )
+    return dataclasses.replace(labelled, label_names=names)
+
+
+def class_names(labelled: Table, expected: Sequence[str] = ()) -> tuple[str, ...]:
+    """The one list of names that all folders of shards agree on, and the person, if they said.
+
+    Args:
+      labelled: frames that have a label.
+      expected: see `select`.
+
+    Raises:
+      InputError: sources (or `expected`) that disagree about the classes, or a label outside of the class list.
+    """
+    lists = {folder: names_beside(folder) for folder in folders(labelled)}
+    named = {folder: names for folder, names in lists.items() if names}
+    first = next(iter(named.values()), ())
+    for names in named.values():
+        if names != first:
+            raise InputError(
+                f"sources have different classes: {', '.join(first)} and {', '.join(names)}; name one of them only in "
+                "config.data.path, or build them with the same labels"
+            )
+    if named and len(named) < len(lists) and not expected:
+        raise InputError(
+            "some sources name their classes and others do not; say with config.classes what all of them have: "
+            f"{', '.join(first)}?"
+        )
+    if named and expected and [name.casefold() for name in first] != [name.casefold() for name in expected]:
+        raise InputError(
+            f"config.classes={','.join(expected)} but the shards have the classes {','.join(first)}; they must be the "
+            "same in the same order"
+        )
+    highest = int(labelled.label.max())
+    names = first or tuple(expected) or tuple(map(str, range(highest + 1)))
+    if highest >= len(names):
+        raise InputError(
+            f"label {highest} is outside the class list, whose {len(names)} names are {', '.join(names)} (0 to "
+            f"{len(names) - 1}); build the shards again, or set config.classes"
+        )
+    return names
+
+
+def strata(table: Table) -> Strata:
+    """The classes of a table from `select`: every part of a split has some of each."""
+    return Strata(table.label, table.label_names)
+
+
+def labelled_images(table: Table, *, size: tuple[int, int], channels: int, limit: int) -> dict[str, Any]:
+    """Decodes labelled frames whole, for a probe: at most `limit`, spread evenly; damaged ones are passed over.
+
+    Returns:
+      `image` uint8 `[N, H, W, C]`, `label` int `[N]`, `patient` list of N ids (made unique by their dataset).
+
+    Raises:
+      InputError: fewer than two classes are labelled.
+    """
+    rows = np.flatnonzero(table.label >= 0)
+    rows = rows[:: max(1, -(-len(rows) // limit))]
+
+    def load(row: int) -> np.ndarray | None:
+        try:
+            return whole_image(table, row, size, channels)
+        except InputError:  # damaged
+            return None
+
+    decoded = list(decode_ahead(load, rows.tolist(), threads=2, ahead=limit))
+    rows = rows[[image is not None for image in decoded]]
+    if len(np.unique(table.label[rows])) < 2:
+        raise InputError("config.probe.data.path holds fewer than two labelled classes; build it with --labels")
+    return {
+        "image": np.stack([image for image in decoded if image is not None]),
+        "label": table.label[rows],
+        "patient": table.patient_key[rows].tolist(),
+    }
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

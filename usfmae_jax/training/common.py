@@ -13,9 +13,8 @@ from jax.sharding import Mesh
 
 from usfmae_jax.cli import public_path
 from usfmae_jax.data import duplicates
-from usfmae_jax.data.table import Labelled, read_labelled
+from usfmae_jax.data.table import Table, read_table
 from usfmae_jax.errors import InputError
-from usfmae_jax.finetuning.members import names
 
 
 def on_first_process(action: Callable[[], None]) -> None:
@@ -34,8 +33,8 @@ def on_first_process(action: Callable[[], None]) -> None:
         raise refusal or InputError("process 0 of this job refuses to start; see what it says")
 
 
-def labelled_frames(config: ml_collections.ConfigDict) -> Labelled:
-    """The labelled frames of `config.data.path`.
+def read_frames(config: ml_collections.ConfigDict) -> Table:
+    """All frames of `config.data.path`.
 
     Raises:
       InputError: there are none, with how to make some, or they cannot be used.
@@ -50,13 +49,13 @@ def labelled_frames(config: ml_collections.ConfigDict) -> Labelled:
     if not path:
         raise InputError("config.data.path names no labelled shards." + how_to)
     try:
-        return read_labelled(path, config.data.split, names(config.classes))
+        return read_table(path, config.data.split)
     except InputError as error:
         text = str(error)
         raise InputError(f"config.data.path: {text}." + how_to if "no shards match" in text else text) from error
 
 
-def known_duplicates(frames: Labelled, path: str) -> np.ndarray:
+def known_duplicates(frames: Table, path: str) -> np.ndarray:
     """`duplicates.near_duplicates`, kept in the file `path` by process 0; int `[P, 2]`."""
     if jax.process_index():
         return duplicates.near_duplicates(frames, progress=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from usfmae_jax.data.table import Labelled
+from usfmae_jax.data.table import Table
 from usfmae_jax.evaluation.predictions import Predictions, concatenate
 from usfmae_jax.interop.weights import Weights
 
@@ -78,12 +78,12 @@ def parted(features: np.ndarray, tested: Sequence[Tested], chosen: Sequence[int]
     return np.split(features, np.cumsum([len(tested[number].rows) for number in chosen])[:-1])
 
 
-def predictions(frames: Labelled, tested: Sequence[Tested]) -> Predictions:
+def predictions(frames: Table, tested: Sequence[Tested]) -> Predictions:
     """Of the test rows."""
     return concatenate([of_rows(frames, t, t.rows, t.probabilities) for t in tested])
 
 
-def validation(frames: Labelled, tested: Sequence[Tested]) -> Predictions | None:
+def validation(frames: Table, tested: Sequence[Tested]) -> Predictions | None:
     """Of the validation rows; None if there are none."""
     parts = [
         of_rows(frames, t, t.validation_rows, t.validation_probabilities) for t in tested if len(t.validation_rows)
@@ -91,11 +91,11 @@ def validation(frames: Labelled, tested: Sequence[Tested]) -> Predictions | None
     return concatenate(parts) if len(parts) == len(tested) else None
 
 
-def of_rows(frames: Labelled, member: Tested, rows: np.ndarray, probabilities: np.ndarray) -> Predictions:
+def of_rows(frames: Table, member: Tested, rows: np.ndarray, probabilities: np.ndarray) -> Predictions:
     """A member's predictions of some rows."""
     ids = {name: getattr(frames, name)[rows] for name in ("dataset", "patient", "video")}
     return Predictions(
-        classes=frames.class_names,
+        classes=frames.label_names,
         **ids,
         frame=frames.frame_name[rows],
         fold=np.full(len(rows), member.fold, object),
@@ -106,20 +106,20 @@ def of_rows(frames: Labelled, member: Tested, rows: np.ndarray, probabilities: n
     )
 
 
-def embedding(frames: Labelled, outcome: Outcome) -> dict[str, Any] | None:
+def embedding(frames: Table, outcome: Outcome) -> dict[str, Any] | None:
     """The map of features for the report; None without points."""
     if not len(outcome.rows):
         return None
     return {
         "points": outcome.points,
-        "label": np.asarray(frames.class_names)[frames.label[outcome.rows]],
+        "label": frames.label_name[outcome.rows],
         "dataset": frames.dataset[outcome.rows],
         "frame": frames.frame_key[outcome.rows],
         "space": outcome.space,
     }
 
 
-def cautions(frames: Labelled) -> list[str]:
+def cautions(frames: Table) -> list[str]:
     """What a reader of any result on these frames has to know of them."""
     found = []
     # Without an id, a build writes the path of the file.
