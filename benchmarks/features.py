@@ -61,6 +61,7 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
 def ours(args: argparse.Namespace) -> alternate.Result:
     """What `usfmae_jax.evaluate` does between its settings and its report."""
     import jax
+    from sklearn.metrics import roc_auc_score
 
     from usfmae_jax.data import splits
     from usfmae_jax.data.table import read_table
@@ -94,7 +95,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     for fold in splits.plan(frames, classification.strata(frames))[0]:
         parts = [(features[rows], frames.label[rows]) for rows in (fold.train, fold.validation, fold.test)]
         head = probes.logistic(parts[0], parts[1], len(frames.label_names))
-        scores.append(probes.auroc(parts[2][1], head.predict(parts[2][0])))
+        scores.append(roc_auc_score(parts[2][1], head.predict(parts[2][0])[:, 1]))
     return times | {"regression": time.perf_counter() - start, "auroc": float(np.mean(scores))}
 
 

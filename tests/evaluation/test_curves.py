@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from usfmae_jax.evaluation import curves
+from usfmae_jax.evaluation import classification
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def scored():
 def test_roc_is_scikit_learns_under_weights(scored):
     truth, scores, weights = scored
     x = np.linspace(0, 1, 101)
-    found = curves.roc(truth, scores, weights, x)
+    found = classification.roc(truth, scores, weights, x)
     for row, weight in zip(found, weights, strict=True):
         rates, hits, _ = metrics.roc_curve(truth, scores, sample_weight=weight, drop_intermediate=False)
         np.testing.assert_allclose(row, np.interp(x, rates, hits), atol=1e-12)
@@ -26,7 +26,7 @@ def test_roc_is_scikit_learns_under_weights(scored):
 def test_the_area_under_the_curve_is_the_auroc(scored):
     truth, scores, weights = scored
     x = np.linspace(0, 1, 20001)
-    area = np.trapezoid(curves.roc(truth, scores, weights, x), x, axis=1)
+    area = np.trapezoid(classification.roc(truth, scores, weights, x), x, axis=1)
     expected = [metrics.roc_auc_score(truth, scores, sample_weight=weight) for weight in weights]
     np.testing.assert_allclose(area, expected, atol=1e-4)
 
@@ -39,32 +39,32 @@ def test_precision_and_recall_are_scikit_learns_under_weights(scored):
         keep = np.unique(recall, return_index=True)[0]
         keep = keep[keep > 0]
         expected = [precision[np.flatnonzero(recall == one).max()] for one in keep]
-        np.testing.assert_allclose(curves.precision_recall(truth, scores, weight[None], keep)[0], expected)
+        np.testing.assert_allclose(classification.precision_recall(truth, scores, weight[None], keep)[0], expected)
 
 
 def test_a_curve_is_not_defined_for_one_class():
     ones = np.ones((1, 4), int)
-    assert np.isnan(curves.roc(np.ones(4, bool), np.arange(4.0), ones)).all()
-    assert np.isnan(curves.precision_recall(np.zeros(4, bool), np.arange(4.0), ones)).all()
+    assert np.isnan(classification.roc(np.ones(4, bool), np.arange(4.0), ones)).all()
+    assert np.isnan(classification.precision_recall(np.zeros(4, bool), np.arange(4.0), ones)).all()
 
 
 def test_a_band_holds_the_curve_and_several_seeds_are_averaged(scored):
     truth, scores, _ = scored
     patients = np.array([f"p{i // 3}" for i in range(300)])
-    one = curves.with_band(curves.roc, truth, scores, patients, np.zeros(300, int), resamples=100)
+    one = classification.with_band(classification.roc, truth, scores, patients, np.zeros(300, int), resamples=100)
     assert (one.low <= one.y + 0.02).all()
     assert (one.high >= one.y - 0.02).all()
     assert (one.high - one.low).max() > 0.02
     noise = scores + np.random.default_rng(1).normal(size=300)
     both = [np.concatenate(pair) for pair in ((truth, truth), (scores, noise), (patients, patients))]
     seeds = np.repeat([0, 1], 300)
-    mean = curves.with_band(curves.roc, *both, seeds, resamples=0)
-    other = curves.with_band(curves.roc, truth, noise, patients, seeds[:300], resamples=0)
+    mean = classification.with_band(classification.roc, *both, seeds, resamples=0)
+    other = classification.with_band(classification.roc, truth, noise, patients, seeds[:300], resamples=0)
     np.testing.assert_allclose(mean.y, (one.y + other.y) / 2)
     assert not len(mean.low)
 
 
 def test_one_patient_gives_no_band(scored):
     truth, scores, _ = scored
-    alone = curves.with_band(curves.roc, truth, scores, np.full(300, "p"), np.zeros(300, int))
+    alone = classification.with_band(classification.roc, truth, scores, np.full(300, "p"), np.zeros(300, int))
     assert not len(alone.low)

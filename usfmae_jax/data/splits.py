@@ -92,12 +92,19 @@ def group_folds(strata: Strata, groups: np.ndarray, count: int, validation: floa
             f"{each[fewest]} patients or groups"
             f"{' of patients that share a video or a picture' if each[fewest] else ''}"
         )
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     folds = []
-    for number, (rest, test) in enumerate(splitter.split(strata.code, strata.code, groups)):
+    for number, (rest, test) in enumerate(cross_validation(strata.code, groups, count, seed)):
         part = _draw(strata, rest, groups, validation, seed + number)
-        folds.append(Fold(str(number + 1), rest[~part], rest[part], np.asarray(test)))
+        folds.append(Fold(str(number + 1), rest[~part], rest[part], test))
     return folds
+
+
+def cross_validation(
+    strata: np.ndarray, groups: np.ndarray, count: int, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(rest, test) rows of `count` folds of N rows: every group is tested in one, strata as even as groups allow."""
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
+    return list(splitter.split(strata, strata, groups))
 
 
 def single(strata: Strata, groups: np.ndarray, validation: float, test: float, seed: int) -> list[Fold]:

@@ -7,7 +7,8 @@ The predicted class is the most probable one. Metrics agree with scikit-learn's 
 a class that they need has no frame.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ LOSSES = frozenset({"ece", "brier", "log_loss"})
 MAIN = ("auroc", "average_precision", "balanced_accuracy", "sensitivity", "specificity", "f1", "f1_macro", "ece")
 PER_CLASS = ("precision", "recall", "f1", "specificity", "auroc", "average_precision")
 
+_GRID = np.linspace(0, 1, 251)  # of curves
 _AT_ONCE = 1 << 19  # weights at a time: stays in the cache, and small however many frames there are
 
 
@@ -142,14 +144,7 @@ def _rankings(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
     classes = probabilities.shape[1]
     found = {name: np.full((len(weights), classes), np.nan) for name in ("auroc", "average_precision")}
     for c in range(classes):
-        order = np.argsort(-probabilities[:, c], kind="stable")
-        score = probabilities[order, c]
-        last = np.flatnonzero(np.append(np.diff(score) != 0, True))  # of each run of equal scores
-        hits = weights[:, order]
-        alarms = hits * (labels[order] != c)
-        hits -= alarms
-        # Hits and false alarms at every threshold; frames with the same score pass it together.
-        hits, alarms = (np.cumsum(one, axis=1, out=one)[:, last] for one in (hits, alarms))
+        hits, alarms = _passed(labels == c, probabilities[:, c], weights)
         positives, negatives = hits[:, -1], alarms[:, -1]
         gained = np.diff(hits, axis=1, prepend=0)
         passed = hits + alarms
@@ -162,6 +157,17 @@ def _rankings(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
         any_hit = positives > 0
         found["average_precision"][any_hit, c] = (gained * precision).sum(axis=1)[any_hit] / positives[any_hit]
     return found
+
+
+def _passed(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many of the class, and how many others, lie at or above each of T distinct scores: `[R, T]`, from the top."""
+    order = np.argsort(-scores, kind="stable")
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores pass together
+    hits = np.asarray(weights[:, order], np.float64)
+    alarms = hits * ~truth[order]
+    hits -= alarms
+    hits, alarms = (np.cumsum(one, axis=1, out=one)[:, last] for one in (hits, alarms))
+    return hits, alarms
 
 
 def bootstrap_weights(patients: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
@@ -266,3 +272,90 @@ def by_fold(predictions: Predictions, positive: str = "") -> dict[str, Any]:
         spread = number(values.std(ddof=1)) if len(values) > 1 else None
         found[name] = {"mean": number(values.mean()), "std": spread, "values": [number(one) for one in values]}
     return {"names": names, "metrics": found}
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A curve over a fixed grid.
+
+    Attributes:
+      x: float `[G]`, rising from 0 to 1.
+      y: float `[G]`; NaN where the curve is not defined.
+      low: lower edge of the pointwise 95% band, float `[G]`; empty without one.
+      high: upper edge of it.
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def roc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray, x: np.ndarray = _GRID) -> np.ndarray:
+    """Sensitivity at given false-positive rates.
+
+    Args:
+      truth: bool `[N]`, whether a frame is of the class.
+      scores: float `[N]`, its probability for the class.
+      weights: `[R, N]`, how often each replicate holds a frame.
+      x: false-positive rates `[G]`.
+
+    Returns:
+      float `[R, G]`: between thresholds on a straight line, as the area under the curve is defined; NaN for
+      replicates of one class only.
+    """
+    hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from none up
+    y = np.full((len(weights), len(x)), np.nan)
+    for i in np.flatnonzero((hits[:, -1] > 0) & (alarms[:, -1] > 0)):
+        y[i] = np.interp(x, alarms[i] / alarms[i, -1], hits[i] / hits[i, -1])
+    return y
+
+
+def precision_recall(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray, x: np.ndarray = _GRID) -> np.ndarray:
+    """Precision at given recalls, as `roc`: that of the highest threshold that reaches the recall.
+
+    Nothing is interpolated, as a straight line between two thresholds would be too good (Davis & Goadrich 2006).
+    """
+    hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from none up
+    y = np.full((len(weights), len(x)), np.nan)
+    for i in np.flatnonzero(hits[:, -1] > 0):
+        first = np.searchsorted(hits[i], np.maximum(x * hits[i, -1] - 1e-9, 1e-9))
+        y[i] = hits[i, first] / (hits[i, first] + alarms[i, first])
+    return y
+
+
+def with_band(
+    curve: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    truth: np.ndarray,
+    scores: np.ndarray,
+    patients: np.ndarray,
+    seeds: np.ndarray,
+    *,
+    resamples: int = 200,
+    seed: int = 0,
+) -> Curve:
+    """A curve, the mean over seeds (Fawcett 2006, vertical averaging), with a band over resampled patients.
+
+    Args:
+      curve: `roc` or `precision_recall`.
+      truth: bool `[N]`.
+      scores: float `[N]`.
+      patients: str `[N]`.
+      seeds: int `[N]`, of the member that gave the score.
+      resamples: bootstrap replicates; 0 = no band.
+      seed: of the replicates.
+    """
+    groups = [np.flatnonzero(seeds == one) for one in np.unique(seeds)]
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        return np.mean([curve(truth[rows], scores[rows], weights[:, rows]) for rows in groups], axis=0)
+
+    y = mean(np.ones((1, len(truth))))[0]
+    if not resamples or len(np.unique(patients)) < 2:
+        return Curve(_GRID, y, np.zeros(0), np.zeros(0))
+    drawn = np.concatenate([mean(weights) for weights in bootstrap_chunks(patients, resamples, seed)])
+    drawn = drawn[np.isfinite(drawn).all(axis=1)]
+    if len(drawn) < 20:  # nearly every replicate lacks a class: there is no band to speak of
+        return Curve(_GRID, y, np.zeros(0), np.zeros(0))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return Curve(_GRID, y, low, high)

@@ -27,7 +27,7 @@ from usfmae_jax.probing import inspect as looking
 from usfmae_jax.reporting.run import embedding_points
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks as field_checks
-from usfmae_jax.training import outcomes, probe_heads
+from usfmae_jax.training import outcomes, probes
 from usfmae_jax.training.common import known_duplicates, make_workdir, public_settings, read_frames
 from usfmae_jax.training.forward import fitting_batch
 from usfmae_jax.training.mesh import make_mesh
@@ -178,7 +178,7 @@ def probe(
     features = feature_cache.extract(run, weights, frames, threads=config.data.threads, cache=cache, **how)
     tested, fitted = [], []
     for fraction, seed, fold in tqdm(plan.members, protocol, unit="fit", delay=2, leave=False):
-        head = probe_heads.fit(
+        head = probes.fit(
             protocol,
             (features[fold.train], frames.label[fold.train]),
             (features[fold.validation], frames.label[fold.validation]),

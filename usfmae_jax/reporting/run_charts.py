@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from usfmae_jax.evaluation import curves
+from usfmae_jax.evaluation import classification
 from usfmae_jax.evaluation.classification import NAMES
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.reporting import charts, markup
@@ -56,12 +56,12 @@ def threshold_curves(predictions: Predictions, results: Mapping[str, Any]) -> st
 
 
 _AREAS = {"auroc": "AUROC", "average_precision": "AP"}
-_CURVES = {"auroc": curves.roc, "average_precision": curves.precision_recall}
+_CURVES = {"auroc": classification.roc, "average_precision": classification.precision_recall}
 
 
 def _curve(which: str, predictions: Predictions, results: Mapping[str, Any], index: int, band: bool) -> charts.Line:
     name = predictions.classes[index]
-    curve = curves.with_band(
+    curve = classification.with_band(
         _CURVES[which],
         predictions.label == index,
         predictions.probabilities[:, index],

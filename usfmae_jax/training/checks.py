@@ -9,7 +9,7 @@ import numpy as np
 from usfmae_jax.data import augment
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import NAMES
-from usfmae_jax.training import probe_heads
+from usfmae_jax.training import probes
 
 PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "finetuned")
 #: Smallest values of config fields.
@@ -82,7 +82,7 @@ def check_evaluate(config: ml_collections.ConfigDict) -> None:
         raise InputError(f"config.protocol={config.protocol!r} must be one of {', '.join(PROTOCOLS)}")
     if config.pool not in ("mean", "cls"):
         raise InputError(f"config.pool={config.pool!r} must be 'mean' or 'cls'")
-    if config.linear.optimizer not in probe_heads.RATES:
+    if config.linear.optimizer not in probes.RATES:
         raise InputError(f"config.linear.optimizer={config.linear.optimizer!r} must be 'lars' or 'adamw'")
     if config.dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.dtype={config.dtype!r} must be 'float32' or 'bfloat16'")

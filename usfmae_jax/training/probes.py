@@ -1,24 +1,32 @@
-"""What frozen features know: logistic regression, k-NN and effective rank.
+"""What frozen features know: logistic regression, k-NN, a linear layer, an attentive pool, and effective rank.
 
 Settings of a probe are chosen by the log loss of validation frames: predictions of several folds are pooled, and a fold
-whose settings were chosen by rank alone may give probabilities of another scale than the others.
+whose settings were chosen by rank alone may give probabilities of another scale than the others. All probes see
+features that were computed once, so without augmentation. Of those that are trained by gradient descent, several
+learning rates are trained side by side in one program.
 """
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from scipy.special import softmax
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import Normalizer, StandardScaler
 
+from usfmae_jax.data.splits import cross_validation
 from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation.classification import bootstrap_chunks, metrics
+from usfmae_jax.models.heads import AttentivePool
+from usfmae_jax.training.state import model_graph
+
+Data = tuple[np.ndarray, np.ndarray]
 
 #: Inverse strengths of regularisation that are tried, as the DINO evaluations do.
 REGULARIZATION = tuple(10.0**power for power in range(-6, 6))
@@ -26,6 +34,10 @@ REGULARIZATION = tuple(10.0**power for power in range(-6, 6))
 NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07
 #: Newton's method factorises a square matrix of this many rows at most; above it L-BFGS is quicker.
 LARGEST_HESSIAN = 1600
+#: Learning rates per 256 frames that are tried: LARS takes large ones.
+RATES = {"lars": (0.1, 0.3, 1.0, 3.0, 10.0), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
+#: Of the attentive probe, for its batch as it is.
+ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,38 +53,71 @@ class Probe:
     settings: dict[str, float]
 
 
+def fit(
+    protocol: str,
+    train: Data,
+    validation: Data,
+    num_classes: int,
+    *,
+    num_heads: int,
+    seed: int,
+    options: Mapping[str, Mapping[str, Any]],
+) -> Probe:
+    """Fits the head of a protocol.
+
+    Args:
+      protocol: 'logistic', 'knn', 'linear' or 'attentive'.
+      train: features float `[N, D]` (of 'attentive' tokens `[N, T, D]`) and labels int `[N]`.
+      validation: the same of other patients; chooses the settings.
+      num_classes: labels are below it.
+      num_heads: of the attentive pool.
+      seed: of the linear and the attentive probe.
+      options: of those two, by their names.
+    """
+    if protocol == "logistic":
+        return logistic(train, validation, num_classes)
+    if protocol == "knn":
+        return knn(train, validation, num_classes)
+    if protocol == "linear":
+        return linear(train, validation, num_classes, **options["linear"], seed=seed)
+    return attentive(train, validation, num_classes, num_heads=num_heads, **options["attentive"], seed=seed)
+
+
 def logistic(
-    train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], num_classes: int
+    train: Data, validation: Data | None, num_classes: int, strengths: Sequence[float] = REGULARIZATION
 ) -> Probe:
     """Multinomial logistic regression on standardised features, its regularisation chosen on validation frames.
 
-    Inverse strengths C of 10^-6 to 10^5 are fitted on the training frames alone, each starting from the one before; the
+    Inverse strengths C are fitted on the training frames alone, each starting from the one before; the
     lowest validation log loss wins and is kept as it is: validation frames are not added to the fit, so that a label
     fraction is that fraction, and every protocol learns from the same frames.
 
     Args:
       train: features float `[N, D]` and labels int `[N]` with every class in it.
-      validation: the same of other patients.
+      validation: the same of other patients; None where there is but one strength.
       num_classes: labels are below it.
+      strengths: that are tried.
     """
     mean, scale = train[0].mean(axis=0, dtype=np.float64), train[0].std(axis=0, dtype=np.float64)
     scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
     x = (train[0] - mean) / scale
     # With an L2 penalty the weights lie in the span of the training frames: fewer frames than features, fewer unknowns.
     basis = np.linalg.svd(x, full_matrices=False)[2].T if len(x) < x.shape[1] else np.eye(x.shape[1])
-    x, held_out = x @ basis, (validation[0] - mean) / scale @ basis
+    x = x @ basis
+    held_out = (validation[0] - mean) / scale @ basis if validation else None
     unknowns = (x.shape[1] + 1) * (num_classes if num_classes > 2 else 1)
     model = LogisticRegression(
         solver="newton-cholesky" if unknowns <= LARGEST_HESSIAN else "lbfgs", max_iter=1000, warm_start=True
     )
-    best = (np.inf, 0.0, np.empty(0), np.empty(0))
-    for strength in REGULARIZATION:
+    best: tuple[float, float, np.ndarray, np.ndarray] | None = None
+    for strength in strengths:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # hardly regularised and separable: the weights grow without end
             model.set_params(C=strength).fit(x, train[1])
-        loss = validation_loss(validation[1], model.predict_proba(held_out))
-        if loss < best[0]:
+        loss = validation_loss(validation[1], model.predict_proba(held_out)) if validation else 0.0
+        if best is None or loss < best[0]:
             best = (loss, strength, model.coef_.copy(), model.intercept_.copy())
+    assert best
     loss, strength, weights, bias = best
     kernel = basis @ weights.T / scale[:, None]
     bias = bias - mean @ kernel
@@ -84,18 +129,19 @@ def logistic(
     return Probe(predict, {"C": strength, "validation_log_loss": loss})
 
 
-def knn(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.ndarray], num_classes: int) -> Probe:
+def knn(train: Data, validation: Data | None, num_classes: int, counts: Sequence[int] = NEIGHBOURS) -> Probe:
     """Weighted vote of the nearest training frames by cosine similarity (Wu et al. 2018, eq. 4), temperature 0.07.
 
-    The number of neighbours, 10 to 200, is chosen by the log loss of validation frames.
+    The number of neighbours is chosen by the log loss of validation frames.
 
     Args:
       train: features float `[N, D]` and labels int `[N]` with every class in it.
-      validation: the same of other patients.
+      validation: the same of other patients; None where there is but one number.
       num_classes: labels are below it.
+      counts: numbers that are tried; no more than N are taken.
     """
     known, votes = _unit(train[0]), np.eye(num_classes)[train[1]]
-    counts = sorted({min(count, len(known)) for count in NEIGHBOURS})
+    counts = sorted({min(count, len(known)) for count in counts})
 
     def predict(features: np.ndarray, count: int) -> np.ndarray:
         found = np.empty((len(features), num_classes))
@@ -110,7 +156,7 @@ def knn(train: tuple[np.ndarray, np.ndarray], validation: tuple[np.ndarray, np.n
             )
         return found
 
-    losses = [validation_loss(validation[1], predict(validation[0], count)) for count in counts]
+    losses = [validation_loss(validation[1], predict(validation[0], count)) if validation else 0.0 for count in counts]
     best = counts[int(np.argmin(losses))]
     return Probe(lambda features: predict(features, best), {"k": best, "validation_log_loss": min(losses)})
 
@@ -139,8 +185,8 @@ def rankme(features: np.ndarray) -> float:
 def probe(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], *, seed: int = 0) -> dict[str, float]:
     """Scores frozen features by 5-fold cross-validation with every group in one fold.
 
-    Two classifiers with fixed settings, so that nothing is tuned on what is measured: k-NN (k = 20, cosine similarity
-    weighted with temperature 0.07) and logistic regression on standardised features (C = 0.01).
+    Two probes with fixed settings, so that nothing is tuned on what is measured: `knn` of 20 neighbours and `logistic`
+    with C = 0.01.
 
     Args:
       features: float `[N, D]`.
@@ -150,30 +196,28 @@ def probe(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], *, se
 
     Returns:
       `{knn,logistic}_{auroc,balanced_accuracy}` over the pooled held-out predictions (AUROC one-vs-rest, macro); the
-      ends of the AUROC's 95% interval, `{knn,logistic}_auroc_{low,high}`; and `rankme`.
+      ends of the AUROC's 95% interval over patients, `{knn,logistic}_auroc_{low,high}`; and `rankme`.
 
     Raises:
       InputError: a class has frames of fewer than two groups.
     """
     folds = group_folds(labels, groups, seed=seed)
-    classifiers = {
-        "knn": make_pipeline(Normalizer(), KNeighborsClassifier(20, weights=_temperature)),
-        "logistic": make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300)),
-    }
-    classes = np.unique(labels)
-    scores = {}
-    for name, classifier in classifiers.items():
+    classes, codes = np.unique(labels, return_inverse=True)
+    positive = 1 if len(classes) == 2 else None
+    fits = {"knn": functools.partial(knn, counts=(20,)), "logistic": functools.partial(logistic, strengths=(0.01,))}
+    scores: dict[str, float] = {}
+    for name, fit_head in fits.items():
         held_out = np.zeros((len(labels), len(classes)))
         for train, test in folds:
-            if name == "knn":
-                classifier.set_params(kneighborsclassifier__n_neighbors=min(20, len(train)))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # early in a run features are ill-conditioned
-                held_out[test] = classifier.fit(features[train], labels[train]).predict_proba(features[test])
-        scores[f"{name}_auroc"] = auroc(labels, held_out)
-        low, high = _bootstrap_auroc(labels, held_out, groups, seed)
-        scores |= {f"{name}_auroc_low": low, f"{name}_auroc_high": high}
-        scores[f"{name}_balanced_accuracy"] = float(balanced_accuracy_score(labels, classes[held_out.argmax(axis=1)]))
+            head = fit_head((features[train], codes[train]), None, len(classes))
+            held_out[test] = head.predict(features[test])
+        value = metrics(codes, held_out, positive)
+        drawn = [
+            metrics(codes, held_out, positive, w)["auroc"] for w in bootstrap_chunks(np.asarray(groups), 200, seed)
+        ]
+        low, high = np.nanpercentile(np.concatenate(drawn), [2.5, 97.5])
+        scores |= {f"{name}_{metric}": float(value[metric][0]) for metric in ("auroc", "balanced_accuracy")}
+        scores |= {f"{name}_auroc_low": float(low), f"{name}_auroc_high": float(high)}
     return scores | {"rankme": rankme(features)}
 
 
@@ -191,38 +235,187 @@ def group_folds(
         raise InputError(
             f"class {fewest[1]} has frames of one patient only, so that it cannot be tested on another one"
         )
-    splitter = StratifiedGroupKFold(min(count, fewest[0]), shuffle=True, random_state=seed)
-    folds = list(splitter.split(labels, labels, group_array))
+    folds = cross_validation(labels, group_array, min(count, fewest[0]), seed)
     if any(len(np.unique(labels[train])) < len(np.unique(labels)) for train, _ in folds):
         raise InputError(f"class {fewest[1]} has too few patients ({fewest[0]}) to be in every training fold")
     return folds
 
 
-def _temperature(distances: np.ndarray) -> np.ndarray:
-    # On the unit sphere a squared distance is 2 - 2 cos; the constant cancels.
-    return np.exp(-(distances**2) / 2 / 0.07)
+def linear(
+    train: Data,
+    validation: Data,
+    num_classes: int,
+    *,
+    optimizer: str = "lars",
+    epochs: int = 90,
+    batch_size: int = 256,
+    seed: int = 0,
+) -> Probe:
+    """MAE's linear probe (He et al. 2022): BatchNorm without affine parameters (eps 1e-6) and a linear layer.
+
+    LARS (momentum 0.9) or AdamW, no weight decay, a tenth of the epochs to warm up, a cosine down to 0. Training
+    standardises each batch; evaluation takes mean and variance of all training frames, which the running averages of a
+    long training tend to when features do not change.
+
+    Args:
+      train: features float `[N, D]` and labels int `[N]`.
+      validation: the same of other patients.
+      num_classes: labels are below it.
+      optimizer: 'lars' or 'adamw'.
+      epochs: over the training frames.
+      batch_size: at most; a smaller training set is one batch.
+      seed: of the initial weights and the order.
+    """
+    x, y = jnp.asarray(train[0], jnp.float32), jnp.asarray(train[1])
+    batch_size = min(batch_size, len(x))
+    order = _order(len(x), batch_size, epochs, seed)
+    rates = np.asarray(RATES[optimizer], np.float32) * batch_size / 256
+    kernel = 0.01 * jax.random.truncated_normal(jax.random.key(seed), -2, 2, (x.shape[1], num_classes))
+    params = jax.device_get(_train_linear(x, y, order, kernel, rates, optimizer))
+    mean, variance = train[0].mean(axis=0, dtype=np.float64), train[0].var(axis=0, dtype=np.float64)
+
+    def logits(features: np.ndarray, number: int) -> np.ndarray:
+        standard = (features.astype(np.float64) - mean) / np.sqrt(variance + 1e-6)
+        return standard @ params["kernel"][number] + params["bias"][number]
+
+    losses = [validation_loss(validation[1], softmax(logits(validation[0], r), axis=1)) for r in range(len(rates))]
+    best = int(np.argmin(losses))
+    return Probe(
+        lambda features: softmax(logits(features, best), axis=1),
+        {"learning_rate": float(RATES[optimizer][best]), "epochs": epochs, "validation_log_loss": losses[best]},
+    )
 
 
-def _bootstrap_auroc(
-    labels: np.ndarray, probabilities: np.ndarray, groups: Sequence[str], seed: int, resamples: int = 200
-) -> tuple[float, float]:
-    """Percentile interval over resampled patients: frames of one patient are no independent evidence."""
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _train_linear(
+    x: jax.Array, y: jax.Array, order: jax.Array, kernel: jax.Array, rates: jax.Array, optimizer: str
+) -> Any:
+    """Parameters of every rate, `[R, ...]`."""
+    schedule = _schedule(len(order))
+    # Decay is off, and so is the scaling of biases by their norm, which starts at 0.
+    base = (
+        optax.lars(schedule, weight_decay=0.0, trust_coefficient=0.001, trust_ratio_mask=_matrices, momentum=0.9)
+        if optimizer == "lars"
+        else optax.adamw(schedule, weight_decay=0.0)
+    )
+    params = {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])}
+    params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(rates), *leaf.shape)), params)
+
+    def loss(params: Any, features: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = features @ params["kernel"] + params["bias"]
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def update(params: Any, state: Any, rate: jax.Array, features: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        updates, state = base.update(jax.grad(loss)(params, features, labels), state, params)
+        return jax.tree.map(lambda p, u: p + rate * u, params, updates), state
+
+    def step(carry: Any, rows: jax.Array) -> tuple[Any, None]:
+        params, states = carry
+        features = x[rows]
+        features = (features - features.mean(axis=0)) / jnp.sqrt(features.var(axis=0) + 1e-6)
+        return jax.vmap(update, in_axes=(0, 0, 0, None, None))(params, states, rates, features, y[rows]), None
+
+    return jax.lax.scan(step, (params, jax.vmap(base.init)(params)), order)[0][0]
+
+
+def attentive(
+    train: Data,
+    validation: Data,
+    num_classes: int,
+    *,
+    num_heads: int,
+    epochs: int = 30,
+    batch_size: int = 64,
+    patience: int = 5,
+    seed: int = 0,
+) -> Probe:
+    """Attentive probe: `models.heads.AttentivePool` on the patch tokens of a frozen encoder.
+
+    AdamW with weight decay 0.05 on matrices, cosine after a tenth of warm-up. After every epoch the validation frames
+    are scored; the best epoch of the best rate is kept, and training ends when none has improved for `patience` epochs.
+
+    Args:
+      train: tokens float `[N, T, D]` and labels int `[N]`.
+      validation: the same of other patients.
+      num_classes: labels are below it.
+      num_heads: of the pool; divides D.
+      epochs: at most.
+      batch_size: at most; a smaller training set is one batch.
+      patience: epochs.
+      seed: of the initial weights and the order.
+    """
+    batch_size = min(batch_size, len(train[0]))
+    order = _order(len(train[0]), batch_size, epochs, seed)
+    steps = len(order) // epochs
+    width = train[0].shape[-1]
+
+    def make(rngs: nnx.Rngs) -> AttentivePool:
+        return AttentivePool(width, num_heads, num_classes, rngs=rngs)
+
+    graph = model_graph(make)
+    update, forward, optimizer = _attentive_program(graph, len(order))
+    first = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed)), nnx.Param))
+    params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(ATTENTIVE_RATES), *leaf.shape)), first)
+    state = jax.vmap(optimizer.init)(params)
+    best: tuple[float, int, Any] = (np.inf, 0, jax.tree.map(lambda leaf: leaf[None], first))
+    settings: dict[str, float] = {}
+    for epoch in range(epochs):
+        for rows in order[epoch * steps : (epoch + 1) * steps]:
+            params, state = update(params, state, train[0][rows], train[1][rows])
+        predicted = softmax(_by_batches(forward, params, validation[0]), axis=-1)  # [N, R, C]
+        losses = [validation_loss(validation[1], predicted[:, r]) for r in range(len(ATTENTIVE_RATES))]
+        number = int(np.argmin(losses))
+        if losses[number] < best[0]:
+            best = (losses[number], epoch, jax.tree.map(lambda leaf, i=number: np.asarray(leaf[i : i + 1]), params))
+            settings = {"learning_rate": ATTENTIVE_RATES[number], "epoch": epoch + 1, "validation_log_loss": best[0]}
+        elif epoch - best[1] >= patience:
+            break
+    return Probe(lambda tokens: softmax(_by_batches(forward, best[2], tokens)[:, 0], axis=-1), settings)
+
+
+@functools.lru_cache(4)  # folds of equal shapes share the compiled programs
+def _attentive_program(graph: Any, steps: int) -> tuple[Any, Any, optax.GradientTransformation]:
+    optimizer = optax.adamw(_schedule(steps), weight_decay=0.05, mask=_matrices)
+    rates = jnp.asarray(ATTENTIVE_RATES, jnp.float32)
+
+    def loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = nnx.merge(graph, params)(tokens.astype(jnp.float32))
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def one(params: Any, state: Any, rate: jax.Array, tokens: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        updates, state = optimizer.update(jax.grad(loss)(params, tokens, labels), state, params)
+        return jax.tree.map(lambda p, u: p + rate * u, params, updates), state
+
+    def update(params: Any, state: Any, tokens: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        return jax.vmap(one, in_axes=(0, 0, 0, None, None))(params, state, rates, tokens, labels)
+
+    def forward(params: Any, tokens: jax.Array) -> jax.Array:
+        return jax.vmap(lambda p: nnx.merge(graph, p)(tokens.astype(jnp.float32)), out_axes=1)(params)
+
+    return jax.jit(update, donate_argnums=(0, 1)), jax.jit(forward), optimizer
+
+
+def _by_batches(forward: Any, params: Any, tokens: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    found = []
+    for start in range(0, len(tokens), batch_size):
+        chunk = tokens[start : start + batch_size]
+        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]), chunk.dtype)])
+        found.append(np.asarray(forward(params, padded))[: len(chunk)])
+    return np.concatenate(found)
+
+
+def _order(count: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
+    """Rows of every batch, int `[steps, batch_size]`: each epoch shuffled anew, its incomplete batch left out."""
     rng = np.random.default_rng(seed)
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    frames = np.split(np.argsort(member, kind="stable"), np.cumsum(np.bincount(member))[:-1])
-    values: list[float] = []
-    while len(values) < resamples:
-        chosen = np.concatenate([frames[i] for i in rng.integers(len(frames), size=len(frames))])
-        if len(np.unique(labels[chosen])) == probabilities.shape[1]:  # else AUROC is not defined: draw again
-            values.append(auroc(labels[chosen], probabilities[chosen]))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    kept = count // batch_size * batch_size
+    return np.concatenate([rng.permutation(count)[:kept].reshape(-1, batch_size) for _ in range(epochs)])
 
 
-def auroc(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """AUROC of probabilities `[N, C]`, one class against the rest, averaged over classes."""
-    if probabilities.shape[1] == 2:
-        return float(roc_auc_score(labels, probabilities[:, 1]))
-    # The probabilities of a fold add up to one but for rounding; scikit-learn wants it exact.
-    normalised = probabilities / probabilities.sum(axis=1, keepdims=True)
-    return float(roc_auc_score(labels, normalised, multi_class="ovr", average="macro"))
+def _schedule(steps: int) -> optax.Schedule:
+    """Relative: the rate itself multiplies it."""
+    warmup = steps // 10
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, max(steps, warmup + 1))
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
