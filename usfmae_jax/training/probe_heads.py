@@ -15,10 +15,10 @@ import optax
 from flax import nnx
 from scipy.special import softmax
 
+from usfmae_jax.interop.model import model_graph
 from usfmae_jax.models.heads import AttentivePool
 from usfmae_jax.training import probes
 from usfmae_jax.training.probes import Probe, validation_loss
-from usfmae_jax.training.state import model_graph
 
 Data = tuple[np.ndarray, np.ndarray]
 
