@@ -33,16 +33,15 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     from usfmae_jax.data import splits
     from usfmae_jax.data.records import decode_record
     from usfmae_jax.data.table import read_table
-    from usfmae_jax.interop.encoder import save_encoder
     from usfmae_jax.models.position import sincos_table
     from usfmae_jax.models.vit import SIZES, ViT
     from usfmae_jax.tasks import classification
 
     architecture = dict(SIZES[args.model])
     params = nnx.to_pure_dict(nnx.state(ViT(**architecture, rngs=nnx.Rngs(0))))
-    pixels = {"image_size": architecture["image_size"], "channels": 1}
-    levels = IMAGENET if architecture["channels"] == 3 else GREY
-    save_encoder(str(folder / "encoder"), params, architecture, pixels | levels, [])
+    pixels = preprocessing(architecture["image_size"], 1, **(IMAGENET if architecture["channels"] == 3 else GREY))
+    description = {"model": "vit", "encoder": architecture}
+    save_model(str(folder / "encoder"), Model({"encoder": params}, description, pixels, []))
     grid = [side // architecture["patch_size"] for side in architecture["image_size"]]
     np.save(folder / "encoder/position.npy", np.asarray(sincos_table((grid[0], grid[1]), architecture["width"])))
     frames = classification.select(read_table(args.data))
@@ -65,7 +64,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
 
     from usfmae_jax.data import splits
     from usfmae_jax.data.table import read_table
-    from usfmae_jax.interop.weights import open_weights
+    from usfmae_jax.interop.model import open_model
     from usfmae_jax.probing import features as feature_cache
     from usfmae_jax.tasks import classification
     from usfmae_jax.training import probes
@@ -73,7 +72,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
 
     jax.devices()
     start = time.perf_counter()
-    weights = open_weights(args.work + "/encoder")
+    weights = open_model(args.work + "/encoder")
     frames = classification.select(read_table(args.data))
     how: dict[str, Any] = {"pool": "mean", "batch_size": args.batch}
     run = feature_cache.extractor(weights, mesh=make_mesh(), **how)

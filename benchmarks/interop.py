@@ -53,7 +53,7 @@ def measure(size: dict, folder: str) -> None:
     os.remove(source + ".copy")
     print(f"| copy | {time.perf_counter() - start:.1f} | | | |")
     weights = os.path.join(folder, "weights")
-    run("import jax, and nothing more", ["-c", "import jax, usfmae_jax.interop.opening"], megabytes)
+    run("import jax, and nothing more", ["-c", "import jax, usfmae_jax.interop.model"], megabytes)
     run(
         "convert, from safetensors", ["-m", "usfmae_jax.convert", f"--input={source}", f"--output={weights}"], megabytes
     )

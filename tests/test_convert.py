@@ -9,8 +9,7 @@ import pytest
 from tests.interop import made
 from usfmae_jax import convert, export
 from usfmae_jax.interop.checkpoint import load_parameters
-from usfmae_jax.interop.classifier import read_classifier
-from usfmae_jax.interop.encoder import flatten, read_encoder, read_lineage
+from usfmae_jax.interop.model import flatten, open_model, read_lineage
 from usfmae_jax.interop.tensors import from_array, open_safetensors
 from usfmae_jax.loading import load_encoder
 from usfmae_jax.models.position import resize_table
@@ -22,7 +21,7 @@ def run(source: str | pathlib.Path, output: pathlib.Path, *arguments: str) -> in
 
 def all_parameters(output: pathlib.Path) -> dict[str, np.ndarray]:
     if (output / "classifier").exists():
-        return flatten(read_classifier(str(output / "classifier"))[0])
+        return flatten(open_model(str(output / "classifier")).params)
     return flatten(load_parameters(str(output))[0])
 
 
@@ -64,7 +63,12 @@ def test_a_round_trip_is_bitwise(converted, tmp_path, monkeypatch, kind, form):
     assert before.keys() == after.keys()
     for name, value in before.items():
         np.testing.assert_array_equal(value, after[name], err_msg=name)
-    assert read_encoder(str(tmp_path / "back" / "encoder"))[1:] == read_encoder(str(converted / kind / "encoder"))[1:]
+    _assert_same_encoder(tmp_path / "back", converted / kind)
+
+
+def _assert_same_encoder(*outputs):
+    before, after = (open_model(str(output / "encoder")) for output in outputs)
+    assert (before.description, before.preprocessing) == (after.description, after.preprocessing)
 
 
 def _unavailable(*_):
@@ -170,7 +174,7 @@ def test_heads_and_normalisation_that_no_file_tells_are_asked_for(tmp_path, caps
     assert run(source, tmp_path / "out", *made.HEADS, "--mean=0.2", "--std=x") == 2
     assert "--std=x must be numbers" in capsys.readouterr().err
     assert run(source, tmp_path / "out", *made.HEADS, "--mean=0.2", "--std=0.1") == 0
-    assert read_encoder(str(tmp_path / "out" / "encoder"))[2]["mean"] == [0.2]
+    assert open_model(str(tmp_path / "out" / "encoder")).preprocessing["mean"] == [0.2]
 
 
 def test_an_output_folder_with_something_else_in_it_is_left_alone(converted, tmp_path, capsys):
@@ -207,7 +211,7 @@ def test_a_learned_position_table_is_kept_and_a_round_trip_is_bitwise(tmp_path, 
     ours = all_parameters(tmp_path / "in")
     np.testing.assert_array_equal(ours["encoder.position"], resize_table(table[0, 1:], (4, 4), (size // 8, size // 8)))
     np.testing.assert_array_equal(ours["encoder.cls_token"][0], found["cls_token"].read()[0] + table[0, :1])
-    assert read_encoder(str(tmp_path / "in" / "encoder"))[1]["learned_positions"] is True
+    assert open_model(str(tmp_path / "in" / "encoder")).description["encoder"]["learned_positions"] is True
     assert export.main([f"--checkpoint={tmp_path / 'in'}", f"--format={form}", f"--output={tmp_path / 'out'}"]) == 0
     assert run(tmp_path / "out", tmp_path / "back") == 0
     after = all_parameters(tmp_path / "back")
@@ -242,7 +246,7 @@ def test_another_image_size_is_used_with_an_interpolated_table_and_survives_a_ro
     assert export.main([f"--checkpoint={tmp_path / 'out'}", "--format=timm", f"--output={tmp_path / 'timm'}"]) == 0
     assert open_safetensors(str(tmp_path / "timm" / "model.safetensors"))[0]["pos_embed"].shape == (1, 13, 32)
     assert run(tmp_path / "timm", tmp_path / "back") == 0
-    assert read_encoder(str(tmp_path / "back" / "encoder"))[1:] == read_encoder(str(tmp_path / "out" / "encoder"))[1:]
+    _assert_same_encoder(tmp_path / "back", tmp_path / "out")
 
 
 def test_lineage_says_whose_weights_these_were_and_is_carried_on(tmp_path, capsys, monkeypatch):

@@ -8,8 +8,7 @@ from flax import nnx
 from tests.helpers import frame, write_shards
 from usfmae_jax import embed
 from usfmae_jax.data.table import read_table
-from usfmae_jax.interop.encoder import save_encoder
-from usfmae_jax.interop.weights import open_weights
+from usfmae_jax.interop.model import open_model
 from usfmae_jax.models.vit import ViT
 from usfmae_jax.probing import features
 from usfmae_jax.training.mesh import make_mesh
@@ -21,9 +20,8 @@ ARCHITECTURE = {"image_size": [32, 32], "patch_size": 8, "channels": 1, "width":
 def encoder(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("encoder"))
     params = nnx.to_pure_dict(nnx.state(ViT(**ARCHITECTURE | {"image_size": (32, 32)}, rngs=nnx.Rngs(0)), nnx.Param))
-    save_encoder(
-        directory, params, ARCHITECTURE, {"image_size": [32, 32], "channels": 1, "mean": [0.25], "std": [0.2]}, []
-    )
+    description = {"model": "vit", "encoder": ARCHITECTURE}
+    save_model(directory, Model({"encoder": params}, description, preprocessing((32, 32), 1, [0.25], [0.2]), []))
     return directory
 
 
@@ -34,7 +32,7 @@ def read(path):
 
 def test_features_of_shards_are_those_that_are_evaluated(encoder, shards, tmp_path):
     assert embed.main([f"--checkpoint={encoder}", f"--data={shards}", f"--output={tmp_path / 'new' / 'f.npz'}"]) == 0
-    found, frames, weights = read(tmp_path / "new" / "f.npz"), read_table(shards), open_weights(encoder)
+    found, frames, weights = read(tmp_path / "new" / "f.npz"), read_table(shards), open_model(encoder)
     run = features.extractor(weights, "mean", mesh=make_mesh(), batch_size=64)
     expected = features.extract(run, weights, frames, pool="mean", batch_size=64)
     np.testing.assert_allclose(found["features"], expected, rtol=1e-5, atol=1e-5)

@@ -14,8 +14,7 @@ from usfmae_jax import evaluate as door
 from usfmae_jax.data.corruptions import CORRUPTIONS
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
-from usfmae_jax.interop.classifier import make_classifier, save_classifier
-from usfmae_jax.interop.encoder import save_encoder
+from usfmae_jax.interop.model import Model, build, save_model
 from usfmae_jax.models.vit import ViT
 from usfmae_jax.probing.loop import evaluate
 
@@ -28,6 +27,7 @@ ARCHITECTURE = {
     "num_heads": 2,
     "mlp_ratio": 4.0,
 }
+VIT = {"model": "vit", "encoder": ARCHITECTURE}
 PREPROCESSING = {"image_size": [32, 32], "channels": 1, "mean": [0.25], "std": [0.2]}
 
 
@@ -38,7 +38,7 @@ def encoder(tmp_path_factory):
     arguments = ARCHITECTURE | {"image_size": (32, 32)}
     params = nnx.to_pure_dict(nnx.state(ViT(**arguments, rngs=nnx.Rngs(0)), nnx.Param))
     lineage = [{"job": "pretrain", "data": [{"dataset": "other"}]}]
-    save_encoder(directory, params, ARCHITECTURE, PREPROCESSING, lineage)
+    save_model(directory, Model({"encoder": params}, VIT, PREPROCESSING, lineage))
     return directory
 
 
@@ -127,9 +127,8 @@ def test_corruptions_are_a_curve_over_five_severities(settings, tmp_path):
 
 def test_what_was_pretrained_on_is_said(settings, shards, tmp_path):
     params = nnx.to_pure_dict(nnx.state(ViT(**ARCHITECTURE | {"image_size": (32, 32)}, rngs=nnx.Rngs(0)), nnx.Param))
-    save_encoder(
-        str(tmp_path / "e"), params, ARCHITECTURE, PREPROCESSING, [{"job": "pretrain", "data": [{"dataset": "made"}]}]
-    )
+    lineage = [{"job": "pretrain", "data": [{"dataset": "made"}]}]
+    save_model(str(tmp_path / "e"), Model({"encoder": params}, VIT, PREPROCESSING, lineage))
     settings.checkpoint = str(tmp_path / "e")
     (warning,) = evaluate(settings, str(tmp_path / "out"))["context"]["warnings"]
     assert "pretrained on frames of made" in warning
@@ -137,14 +136,14 @@ def test_what_was_pretrained_on_is_said(settings, shards, tmp_path):
 
 def write_run(workdir, splits_from, folds, params_of):
     """A fine-tuning run as its loop leaves it: members with predictions and a classifier, and the splits."""
-    description = {"model": "vit", "encoder": ARCHITECTURE, "pool": "mean", "classes": ["0", "1"]}
+    description = VIT | {"pool": "mean", "classes": ["0", "1"]}
     lineage = [{"job": "finetune", "data": [{"dataset": "made"}]}]
     (workdir / "splits").mkdir(parents=True)
     (workdir / "splits" / "splits.csv").write_bytes(splits_from.read_bytes())
     for fold in folds:
         member = workdir / "members" / f"fold-{fold}"
-        params = nnx.to_pure_dict(nnx.state(make_classifier(description)(nnx.Rngs(params_of(fold))), nnx.Param))
-        save_classifier(str(member / "classifier"), params, None, description, PREPROCESSING, lineage)
+        params = nnx.to_pure_dict(nnx.state(build(description)(nnx.Rngs(params_of(fold))), nnx.Param))
+        save_model(str(member / "classifier"), Model(params, description, PREPROCESSING, lineage))
         own = predictions.read(splits_from.parent.parent)
         own.select(own.fold == fold).write(member / "predictions.csv")
 

@@ -10,7 +10,7 @@ from tests.interop import made
 from tests.interop.torch_models import declare_torchvision, need
 from usfmae_jax import convert, export, load_encoder
 from usfmae_jax.data import provenance, records
-from usfmae_jax.interop.encoder import flatten, read_encoder, read_lineage
+from usfmae_jax.interop.model import flatten, open_model, read_lineage
 from usfmae_jax.pretraining.loop import pretrain
 
 
@@ -21,12 +21,12 @@ def test_the_export_of_a_checkpoint_is_the_encoder_of_that_step(config, tmp_path
     assert pretrain(config, str(workdir))
     assert export.main([f"--checkpoint={workdir}", f"--output={tmp_path / 'again'}"]) == 0
     assert "after step 4" in capsys.readouterr().err
-    final, again = (flatten(read_encoder(str(path))[0]) for path in (workdir / "encoder", tmp_path / "again"))
+    final, again = (flatten(open_model(str(path)).params) for path in (workdir / "encoder", tmp_path / "again"))
     assert export.main([f"--checkpoint={workdir}", "--step=2", f"--output={tmp_path / 'early'}"]) == 0
-    early = flatten(read_encoder(str(tmp_path / "early"))[0])
+    early = flatten(open_model(str(tmp_path / "early")).params)
     for name, value in final.items():
         np.testing.assert_array_equal(again[name], value)
-    assert not np.array_equal(early["patch_embed.kernel"], final["patch_embed.kernel"])
+    assert not np.array_equal(early["encoder.patch_embed.kernel"], final["encoder.patch_embed.kernel"])
 
 
 def test_what_is_no_run_is_refused(config, tmp_path, capsys):

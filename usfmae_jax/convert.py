@@ -10,6 +10,7 @@ Nothing in the file is executed. PyTorch files need PyTorch: pip install 'usfmae
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shutil
 import sys
@@ -21,7 +22,8 @@ from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.model import Model
-    from usfmae_jax.interop.reading import Account, Options
+    from usfmae_jax.interop.reading import Account
+    from usfmae_jax.interop.settings import Options
     from usfmae_jax.interop.source import Source
 
 #: What an output folder of this door may hold.
@@ -81,11 +83,12 @@ def convert(path: str, output: str, options: "Options", licence: str = "") -> No
         "code": f"usfmae_jax {__version__}",
         "step": 0,
         "source": {"format": account.origin, "files": list(source.files), "sha256": source.sha256},
-        "architecture": model.architecture,
+        "architecture": model.description["encoder"],
         "notes": account.notes,
     }
     _print(model, account)
-    _write(model, output, [*lineage, stage | ({"licence": licence} if licence else {})])
+    lineage = [*lineage, stage | ({"licence": licence} if licence else {})]
+    _write(dataclasses.replace(model, lineage=lineage), output)
     print(f"written to {output}: {', '.join(sorted(set(os.listdir(output)) & set(WRITTEN)))}", file=sys.stderr)
 
 
@@ -99,7 +102,7 @@ def check_output(output: str, written: Sequence[str]) -> None:
 
 
 def _options(args: argparse.Namespace) -> "Options":
-    from usfmae_jax.interop.reading import Options
+    from usfmae_jax.interop.settings import Options
 
     def numbers(name: str, kind: type) -> tuple[Any, ...]:
         text = getattr(args, name)
@@ -143,9 +146,10 @@ def _origin(path: str, source: "Source", licence: str, account: "Account") -> li
 
 def _print(model: "Model", account: "Account") -> None:
     say = lambda text: print(text, file=sys.stderr)  # noqa: E731
-    size = "x".join(map(str, model.architecture["image_size"]))
-    about = f"{model.architecture['depth']} blocks of width {model.architecture['width']}, {size}"
-    say(f"recognised: {account.origin}; {about}, patches of {model.architecture['patch_size']}")
+    about = model.description["encoder"]
+    size = "x".join(map(str, about["image_size"]))
+    said = f"{about['depth']} blocks of width {about['width']}, {size}, patches of {about['patch_size']}"
+    say(f"recognised: {account.origin}; {said}")
     say("mapped:     " + ", ".join(f"{count} tensors into the {part}" for part, count in account.used.items()))
     for name, reason in account.left.items():
         say(f"left over:  {name}: {reason}")
@@ -153,41 +157,32 @@ def _print(model: "Model", account: "Account") -> None:
         say(f"left over:  {name}: not understood")
     for name in account.missing:
         say(f"missing:    {name}")
-    if not model.decoder and not model.pool:
+    if model.kind == "encoder":
         account.notes.append("no decoder in it: pretraining from these weights initialises a fresh one")
     for note in account.notes:
         say(note)
 
 
-def _write(model: "Model", output: str, lineage: list[dict[str, Any]]) -> None:
-    import json
-
+def _write(model: "Model", output: str) -> None:
     from usfmae_jax.interop.checkpoint import save_parameters
-    from usfmae_jax.interop.classifier import save_classifier
-    from usfmae_jax.interop.encoder import save_encoder, unflatten
+    from usfmae_jax.interop.model import save_model, write_lineage
 
     for old in ("checkpoints", "classifier", "encoder"):  # of an earlier conversion: this one may not have them all
         shutil.rmtree(os.path.join(output, old), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(output, "config.json"))
     os.makedirs(output, exist_ok=True)
-    arrays = unflatten(model.params)
-    with open(os.path.join(output, "lineage.json"), "w") as file:
-        file.write(json.dumps({"stages": lineage}, indent=2) + "\n")
-    save_encoder(os.path.join(output, "encoder"), arrays["encoder"], model.architecture, model.preprocessing, lineage)
-    if model.pool:
-        description = {
-            "model": "vit",
-            "encoder": model.architecture,
-            "pool": model.pool,
-            "classes": list(model.classes),
-        }
-        save_classifier(os.path.join(output, "classifier"), arrays, {}, description, model.preprocessing, lineage)
+    write_lineage(output, model.lineage)
+    save_model(os.path.join(output, "encoder"), model.encoder())
+    if model.kind == "classifier":
+        save_model(os.path.join(output, "classifier"), model)
         return
-    settings = model.architecture | (model.decoder or {})
+    about = {"kind": model.kind, "description": model.description, "preprocessing": model.preprocessing}
+    settings = model.description["encoder"] | model.description.get("decoder", {})
     settings |= {"mean": model.preprocessing["mean"], "std": model.preprocessing["std"]}
     data = {"channels": model.preprocessing["channels"]}
-    save_parameters(output, arrays, {"model": settings, "data": data, "preprocessing": model.preprocessing})
+    config = {"model": settings, "data": data, "preprocessing": model.preprocessing}
+    save_parameters(output, model.params, about, config)
 
 
 if __name__ == "__main__":

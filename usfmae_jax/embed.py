@@ -67,7 +67,7 @@ def embed(
     """Computes features and writes them.
 
     Args:
-      checkpoint: see `interop.weights.open_weights`.
+      checkpoint: see `interop.model.open_model`.
       data: shards (see `data.records.open_shards`; several separated by commas), or a folder of picture files.
       output: `.npz` (features float32 `[N, D]`, of patches float16 `[N, T, D]`) or `.parquet`.
       pool: 'mean', 'cls' or 'patches'.
@@ -93,12 +93,12 @@ def embed(
     except OSError as error:
         raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
 
-    from usfmae_jax.interop.weights import open_weights
+    from usfmae_jax.interop.model import open_model
     from usfmae_jax.probing.features import extractor, image_format  # after the flags are known to be right
     from usfmae_jax.training.forward import fitting_batch
     from usfmae_jax.training.mesh import make_mesh
 
-    weights = open_weights(checkpoint)
+    weights = open_model(checkpoint)
     weights.encoder()
     mesh = make_mesh()
     batch_size = fitting_batch(batch_size, mesh, "--batch_size")

@@ -81,16 +81,24 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
         output holds something else; or the export differs from the model, which leaves no weights.
     """
     from usfmae_jax.interop import verification, writing  # after the flags are known to be right
-    from usfmae_jax.interop.opening import open_model
+    from usfmae_jax.interop.model import is_pretraining, open_model
     from usfmae_jax.models.layers import NORM_EPS
 
     output = output or _default_output(checkpoint, form)
     check_output(output, WRITTEN)
     _check_replaces_its_own(output, form)
-    model, said = open_model(checkpoint, step)
-    if form not in ("hf", "mae"):
-        model = model.without_decoder()
-    model = dataclasses.replace(model, params=verification.share(model.params))
+    in_training = is_pretraining(checkpoint)
+    if step is not None and not in_training:
+        raise InputError(f"--step={step}: {checkpoint} is not the workdir of a run, so it has no steps to choose from")
+    model = open_model(checkpoint, step, whole=True)
+    if model.description["model"] != "vit":
+        raise InputError(f"{checkpoint} holds a {model.description['model']}; only vision transformers can be exported")
+    said = "classifier" if model.kind == "classifier" else "encoder"
+    if in_training and model.lineage:
+        said += f" after step {model.lineage[-1]['step']}"
+    if model.kind == "mae" and form not in ("hf", "mae"):
+        model = model.encoder()
+    verification.share(model.params)
     os.makedirs(output, exist_ok=True)
     for name in _WEIGHTS:  # an interrupted export leaves no weights beside the export.json of another
         if os.path.exists(os.path.join(output, name)) and form != "safetensors":
@@ -103,14 +111,20 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
     if form == "mae":
         writing.add_pth(output)
     result = _compare(model, form, output, images, ours)
-    about = {"format": form, "code": f"usfmae_jax {__version__}", "model": model.description(), **result}
+    described = {
+        "architecture": model.description["encoder"],
+        "decoder": model.description.get("decoder"),
+        "pool": model.description.get("pool", ""),
+        "classes": model.description.get("classes", []),
+    }
+    about = {"format": form, "code": f"usfmae_jax {__version__}", "model": described, **result}
     _finish(model, form, output, about)
     difference = about["largest_difference"]
     if difference is not None and any(value > about["limits"][name] for name, value in about["differences"].items()):
         for name in _WEIGHTS:
             if os.path.exists(os.path.join(output, name)):
                 os.remove(os.path.join(output, name))
-        eps = model.architecture.get("norm_eps", NORM_EPS)
+        eps = model.description["encoder"].get("norm_eps", NORM_EPS)
         what = "please report it with the versions of your packages"
         if form in ("timm", "mae") and eps != NORM_EPS:  # they have no setting for it
             what = (
@@ -153,20 +167,10 @@ def _check_replaces_its_own(output: str, form: str) -> None:
 
 def _write(model: "Model", form: str, output: str) -> None:
     from usfmae_jax.interop import onnx_export, stablehlo_export, writing
-    from usfmae_jax.interop.classifier import save_classifier
-    from usfmae_jax.interop.encoder import save_encoder
-    from usfmae_jax.interop.model import nested
+    from usfmae_jax.interop.model import save_model
 
-    if form == "safetensors" and model.pool:
-        description = {
-            "model": "vit",
-            "encoder": model.architecture,
-            "pool": model.pool,
-            "classes": list(model.classes),
-        }
-        save_classifier(output, nested(model), {}, description, model.preprocessing, model.lineage)
-    elif form == "safetensors":
-        save_encoder(output, nested(model), model.architecture, model.preprocessing, model.lineage)
+    if form == "safetensors":
+        save_model(output, model)
     else:
         write = {
             "timm": writing.write_timm,
@@ -181,17 +185,16 @@ def _write(model: "Model", form: str, output: str) -> None:
 def _compare(model: "Model", form: str, output: str, images: Any, ours: dict[str, Any]) -> dict[str, Any]:
     """Runs the export and measures; for our own format compares every parameter."""
     from usfmae_jax.interop import verification
+    from usfmae_jax.interop.model import flatten
     from usfmae_jax.interop.tensors import open_safetensors
 
     if form == "safetensors":
         stored = open_safetensors(os.path.join(output, "model.safetensors"))[0]
-        prefix = "" if model.pool else "encoder."
-        differences: dict[str, float] = {}
-        for name in model.params.keys() | {
-            prefix + name for name in stored
-        }:  # one by one: a large model is in memory once
+        prefix = "encoder." if model.kind == "encoder" else ""
+        mine, differences = flatten(model.params), dict[str, float]()
+        for name in mine.keys() | {prefix + name for name in stored}:  # one by one: a large model is in memory once
             theirs = {name: stored[name.removeprefix(prefix)].read()} if name.removeprefix(prefix) in stored else {}
-            differences |= verification.largest_difference(model.params, theirs) or {name: math.inf}
+            differences |= verification.largest_difference(mine, theirs) or {name: math.inf}
         runtime, limits, count = "its parameters, one by one", dict.fromkeys(differences, 0.0), 0
     else:
         try:

@@ -11,9 +11,8 @@ from flax import nnx
 
 from usfmae_jax.data.augment import resize
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.encoder import read_encoder
+from usfmae_jax.interop.model import Model, build, model_graph, open_model
 from usfmae_jax.models.patches import normalize_images
-from usfmae_jax.models.vit import ViT
 
 
 class Features(NamedTuple):
@@ -38,11 +37,10 @@ class Encoder:
       preprocessing: how pixels become its input.
     """
 
-    def __init__(self, params: dict[str, Any], architecture: dict[str, Any], preprocessing: dict[str, Any]):
-        self.architecture, self.preprocessing = architecture, preprocessing
-        arguments = architecture | {"image_size": tuple(architecture["image_size"])}
-        graph = nnx.graphdef(nnx.eval_shape(lambda: ViT(**arguments, rngs=nnx.Rngs(0))))
-        mean, std, patch = tuple(preprocessing["mean"]), tuple(preprocessing["std"]), architecture["patch_size"]
+    def __init__(self, model: Model):
+        self.architecture, self.preprocessing = model.description["encoder"], model.preprocessing
+        graph, patch = model_graph(build(model.description)), self.architecture["patch_size"]
+        mean, std = tuple(self.preprocessing["mean"]), tuple(self.preprocessing["std"])
 
         def apply(params: Any, images: jax.Array) -> tuple[jax.Array, ...]:
             tokens = nnx.merge(graph, params)(normalize_images(images, mean, std))
@@ -50,7 +48,8 @@ class Encoder:
             patches = tokens[:, 1:]
             return tokens[:, 0], patches.mean(axis=1), patches.reshape(len(images), *grid, -1)
 
-        self._params, self._apply = jax.device_put(params), jax.jit(apply)  # compiled once for each shape
+        self._params = jax.device_put(model.params["encoder"])
+        self._apply = jax.jit(apply)  # compiled once for each shape
 
     def __call__(
         self, images: np.ndarray | Sequence[np.ndarray], *, resized: bool = True, batch_size: int = 64
@@ -108,4 +107,7 @@ def load_encoder(directory: str | os.PathLike) -> Encoder:
     from etils import epath
 
     inner = epath.Path(directory) / "encoder"
-    return Encoder(*read_encoder(os.fspath(inner if inner.is_dir() else directory)))
+    path = inner if inner.is_dir() else epath.Path(directory)
+    if not (path / "architecture.json").exists():
+        raise InputError(f"{path} is not an encoder directory: it has no architecture.json")
+    return Encoder(open_model(os.fspath(path)).encoder())

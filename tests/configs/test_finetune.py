@@ -10,11 +10,12 @@ from configs import finetune
 from usfmae_jax.data import augment
 from usfmae_jax.finetuning import build as supervised_setup
 from usfmae_jax.finetuning import classifiers
+from usfmae_jax.interop.model import model_graph
 from usfmae_jax.tasks.classification import Classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training.common import check_batch
 from usfmae_jax.training.mesh import make_mesh
-from usfmae_jax.training.state import abstract_state, model_graph
+from usfmae_jax.training.state import abstract_state
 from usfmae_jax.training.update import make_update, pick
 
 

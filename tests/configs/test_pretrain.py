@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from configs import pretrain
+from usfmae_jax.interop.model import model_graph
 from usfmae_jax.pretraining import build
 from usfmae_jax.training import common
 from usfmae_jax.training import mesh as meshes
-from usfmae_jax.training.state import abstract_state, model_graph
+from usfmae_jax.training.state import abstract_state
 from usfmae_jax.training.update import make_update
 
 

@@ -14,8 +14,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.finetuning import loop as supervised
 from usfmae_jax.finetuning.loop import better, finetune
-from usfmae_jax.interop.classifier import read_classifier
-from usfmae_jax.interop.encoder import flatten, save_encoder
+from usfmae_jax.interop.model import Model, flatten, open_model, save_model
 from usfmae_jax.training.monitor import DivergedError, Preemption
 
 compile_programs = supervised.compile_programs
@@ -84,7 +83,7 @@ def _left(workdir):
     """What members leave, to compare; tensors, predictions, and losses by step."""
     found = {}
     for member in sorted((workdir / "members").iterdir()):
-        params = flatten(read_classifier(str(member / "classifier"))[0])
+        params = flatten(open_model(str(member / "classifier")).params)
         losses = {line["step"]: line["loss"] for line in metrics(member) if "loss" in line}
         found[member.name] = (
             {name: value.tobytes() for name, value in params.items()},
@@ -103,14 +102,12 @@ def test_a_run_leaves_members_splits_and_results(undisturbed):
     assert {file.name for file in undisturbed.iterdir()} >= {
         "report.html", "results.md", "predictions.csv", "config.json", "lineage.json", "splits", "members"
     }  # fmt: skip
-    params, stats, description, preprocessing, lineage = read_classifier(
-        str(undisturbed / "members" / "fold-1" / "classifier")
-    )
-    assert params["head"]["kernel"].shape == (32, 2)
-    assert not stats
-    assert description["classes"] == ["0", "1"]
-    assert preprocessing["image_size"] == [32, 32]
-    assert lineage[-1]["member"] == "fold-1"
+    model = open_model(str(undisturbed / "members" / "fold-1" / "classifier"))
+    assert model.params["head"]["kernel"].shape == (32, 2)
+    assert not model.stats
+    assert model.description["classes"] == ["0", "1"]
+    assert model.preprocessing["image_size"] == [32, 32]
+    assert model.lineage[-1]["member"] == "fold-1"
     assert not (undisturbed / "members" / "fold-1" / "checkpoints").exists()
 
 
@@ -241,7 +238,8 @@ def _encoder(directory):
     params = nnx.to_pure_dict(nnx.state(ViT(**kwargs, dtype=jnp.float32, rngs=nnx.Rngs(7)), nnx.Param))
     preprocessing = {"image_size": [32, 32], "channels": 1, "mean": [0.3], "std": [0.1]}
     lineage = [{"job": "pretrain", "data": [{"dataset": "made", "shards": []}]}]
-    save_encoder(str(directory), params, kwargs, preprocessing, lineage)
+    description = {"model": "vit", "encoder": kwargs}
+    save_model(str(directory), Model({"encoder": params}, description, preprocessing, lineage))
     return str(directory)
 
 
@@ -256,12 +254,10 @@ def test_it_starts_from_an_encoder_and_warns_when_that_has_seen_the_test_data(co
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert any("have seen made" in text for text in results["context"]["warnings"])
     assert [stage["job"] for stage in results["context"]["lineage"]] == ["pretrain", "finetune"]
-    params, _, _, preprocessing, _ = read_classifier(str(tmp_path / "run" / "members" / "fold-2" / "classifier"))
-    assert preprocessing["mean"] == [0.3]
-    from usfmae_jax.interop.encoder import read_encoder
-
-    for name, value in flatten(read_encoder(config.init)[0]).items():
-        np.testing.assert_array_equal(flatten(params["encoder"])[name], value, err_msg=name)
+    model = open_model(str(tmp_path / "run" / "members" / "fold-2" / "classifier"))
+    assert model.preprocessing["mean"] == [0.3]
+    for name, value in flatten(open_model(config.init).params).items():
+        np.testing.assert_array_equal(flatten(model.params)[name], value, err_msg=name)
 
 
 def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, monkeypatch, no_report):
@@ -269,7 +265,7 @@ def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, monk
     config.split.only = ("1",)
     config.train.steps = 4
     assert finetune(config, str(tmp_path / "whole"))
-    stats = flatten(read_classifier(str(tmp_path / "whole" / "members" / "fold-1" / "classifier"))[1])
+    stats = flatten(open_model(str(tmp_path / "whole" / "members" / "fold-1" / "classifier")).stats)
     assert any(np.abs(value).max() > 0 for name, value in stats.items() if name.endswith("mean"))
     asked = []
     with monkeypatch.context() as patch:

@@ -8,7 +8,7 @@ import pytest
 from usfmae_jax import convert, export
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import load_parameters
-from usfmae_jax.interop.encoder import flatten, read_lineage
+from usfmae_jax.interop.model import flatten, read_lineage
 from usfmae_jax.pretraining.build import with_weights
 from usfmae_jax.pretraining.loop import pretrain
 

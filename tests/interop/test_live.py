@@ -14,9 +14,7 @@ from tests.interop.torch_models import need
 from usfmae_jax import convert, export, load_encoder
 from usfmae_jax.interop import layout, names, verification
 from usfmae_jax.interop.checkpoint import load_parameters
-from usfmae_jax.interop.encoder import flatten
-from usfmae_jax.interop.model import graph, nested
-from usfmae_jax.interop.opening import open_model
+from usfmae_jax.interop.model import build, flatten, model_graph, open_model
 from usfmae_jax.interop.tensors import Tensor
 from usfmae_jax.models.layers import NORM_EPS
 from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
@@ -94,7 +92,7 @@ def test_published_shapes_are_understood_name_by_name(size):
 def test_features_and_loss_agree_with_hugging_face(theirs, folder):
     import torch
 
-    model, _ = open_model(str(folder / "from" / "hf"))
+    model = open_model(str(folder / "from" / "hf"), whole=True)
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
     noise = np.random.default_rng(1).random((3, 16), np.float32)
     x = normalize_images(jnp.asarray(images), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -106,14 +104,16 @@ def test_features_and_loss_agree_with_hugging_face(theirs, folder):
         tokens = theirs.vit(pixels, noise=order).last_hidden_state.numpy()
         theirs.config.mask_ratio = ratio
 
+    graph = model_graph(build(model.description))
+
     @jax.jit
     def run(params):
-        network = nnx.merge(graph(model), params)
+        network = nnx.merge(graph, params)
         keep, restore, mask = mask_from_noise(noise, 0.75)
         error, count = masked_error(network(x, keep, restore), patch_targets(x, 8, normalize=True), mask)
         return network.encoder(x), error / count
 
-    features, loss = run(nested(model))
+    features, loss = run(model.params)
     np.testing.assert_allclose(features, tokens, atol=1e-4)
     np.testing.assert_allclose(loss, expected.loss.numpy(), rtol=1e-5)
 
@@ -199,8 +199,8 @@ def test_hugging_face_loads_encoder_and_decoder_and_misses_nothing(folder, tmp_p
     classifier.config.id2label = {0: "benign", 1: "malignant", 2: "normal"}
     classifier.save_pretrained(tmp_path / "d")
     assert convert.main([f"--input={tmp_path / 'd'}", f"--output={tmp_path / 'e'}"]) == 0
-    model, _ = open_model(str(tmp_path / "e"))
-    assert (model.pool, model.classes) == ("cls", ("benign", "malignant", "normal"))
+    about = open_model(str(tmp_path / "e")).description
+    assert (about["pool"], about["classes"]) == ("cls", ["benign", "malignant", "normal"])
 
 
 def test_timm_loads_an_export_by_its_own_settings(folder, tmp_path):
@@ -226,8 +226,9 @@ def test_a_vit_of_timm_with_learned_positions_comes_in_and_agrees_with_every_exp
     save_file(network.state_dict(), tmp_path / "timm.safetensors")
     source = tmp_path / "timm.safetensors"
     assert convert.main([f"--input={source}", f"--output={tmp_path / 'in'}", "--num_heads=4", "--licence=MIT"]) == 0
-    model, what = open_model(str(tmp_path / "in"))
-    assert (what, model.pool, model.architecture["learned_positions"]) == ("classifier", "cls", True)
+    model = open_model(str(tmp_path / "in"))
+    about = model.description
+    assert (model.kind, about["pool"], about["encoder"]["learned_positions"]) == ("classifier", "cls", True)
     images = verification.sample_images(model)
     ours = verification.expected(model, images)["probabilities"]
     import torch

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from tests.models.make_resnet_golden import weights
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.encoder import flatten
+from usfmae_jax.interop.model import flatten
 from usfmae_jax.interop.resnet import architecture, read_resnet
 
 DEPTHS = (1, 1, 1, 1)

@@ -115,7 +115,7 @@ def test_a_pytorch_file_and_a_safetensors_file_give_the_same_bits(tmp_path):
     import torch
 
     from usfmae_jax.interop.checkpoint import load_parameters
-    from usfmae_jax.interop.encoder import flatten
+    from usfmae_jax.interop.model import flatten
 
     found = made.tensors()
     made.write(tmp_path / "a.safetensors", found)

@@ -24,7 +24,8 @@ def test_an_export_that_differs_fails_and_leaves_no_weights(weights, tmp_path, c
     write = stablehlo_export.write_stablehlo
 
     def wrong(model, directory):
-        model.params["encoder.norm.bias"] = model.params["encoder.norm.bias"] + 2e-4
+        norm = model.params["encoder"]["norm"]
+        norm["bias"] = norm["bias"] + 2e-4
         write(model, directory)
 
     monkeypatch.setattr(stablehlo_export, "write_stablehlo", wrong)

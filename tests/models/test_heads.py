@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from usfmae_jax.interop.encoder import flatten
+from usfmae_jax.interop.model import flatten
 from usfmae_jax.models import vit
 from usfmae_jax.models.heads import AttentivePool, Classifier
 

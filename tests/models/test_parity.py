@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.models.make_golden import GOLDEN, MASK_RATIO, SIZE, reference
-from usfmae_jax.interop.encoder import flatten, unflatten
+from usfmae_jax.interop.model import flatten, unflatten
 from usfmae_jax.models import mae, position
 
 

@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 from tests.models.make_resnet_golden import DEPTHS, GOLDEN, RESNET50, direction, images, names, reference, weights
-from usfmae_jax.interop.encoder import flatten
+from usfmae_jax.interop.model import flatten
 from usfmae_jax.interop.resnet import architecture, read_resnet
 from usfmae_jax.models.resnet import ResNet
 

@@ -7,7 +7,7 @@ import pytest
 from tests.helpers import write_shards
 from tests.pretraining.runs import losses, metrics
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.encoder import flatten, read_encoder
+from usfmae_jax.interop.model import flatten, open_model
 from usfmae_jax.pretraining.loop import pretrain
 from usfmae_jax.training.monitor import DivergedError
 
@@ -94,7 +94,8 @@ def test_colour_models_train_on_views_that_are_not_square(config, tmp_path, chan
     config.train.steps = 2
     config.log.pictures_every = 2
     assert pretrain(config, str(tmp_path))
-    assert read_encoder(str(tmp_path / "encoder"))[0]["patch_embed"]["kernel"].shape == (8 * 8 * 3, 32)
+    params = open_model(str(tmp_path / "encoder")).params
+    assert params["encoder"]["patch_embed"]["kernel"].shape == (8 * 8 * 3, 32)
     assert cv2.imread(str(tmp_path / "reconstructions" / "step_0000002.png")) is not None
 
 
@@ -104,7 +105,7 @@ def test_pretraining_starts_from_an_encoder(config, tmp_path):
     config.init = str(tmp_path / "first" / "encoder")
     config.optimizer.learning_rate = 0.0
     assert pretrain(config, str(tmp_path / "second"))
-    first, second = (flatten(read_encoder(str(tmp_path / run / "encoder"))[0]) for run in ("first", "second"))
+    first, second = (flatten(open_model(str(tmp_path / run / "encoder")).params) for run in ("first", "second"))
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value)
     config.model.width = 64

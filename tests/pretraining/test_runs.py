@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.pretraining.runs import command, environment, losses, losses_or_none, metrics, run
-from usfmae_jax.interop.encoder import flatten, read_encoder
+from usfmae_jax.interop.model import flatten, open_model
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def undisturbed(shards, tmp_path_factory):
 
 
 def _assert_bitwise_equal(workdir, other):
-    ours, theirs = flatten(read_encoder(str(workdir / "encoder"))[0]), flatten(read_encoder(str(other / "encoder"))[0])
+    ours, theirs = (flatten(open_model(str(run / "encoder")).params) for run in (workdir, other))
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
     assert losses(workdir) == losses(other)
@@ -31,10 +31,10 @@ def _assert_bitwise_equal(workdir, other):
 
 def test_a_run_leaves_an_encoder_logs_and_checkpoints(undisturbed):
     workdir, _ = undisturbed
-    params, architecture, preprocessing = read_encoder(str(workdir / "encoder"))
-    assert architecture["width"] == 32
-    assert params["patch_embed"]["kernel"].shape == (64, 32)
-    assert preprocessing["mean"]
+    model = open_model(str(workdir / "encoder"))
+    assert model.description["encoder"]["width"] == 32
+    assert model.params["encoder"]["patch_embed"]["kernel"].shape == (64, 32)
+    assert model.preprocessing["mean"]
     assert sorted(losses(workdir)) == list(range(1, 13))
     names = set(metrics(workdir)[-1])
     assert {
@@ -136,7 +136,7 @@ def test_two_processes_compute_what_one_does(undisturbed, shards, tmp_path):
 
 
 def _assert_close(workdir, other):
-    ours, theirs = flatten(read_encoder(str(workdir / "encoder"))[0]), flatten(read_encoder(str(other / "encoder"))[0])
+    ours, theirs = (flatten(open_model(str(run / "encoder")).params) for run in (workdir, other))
     for name, value in theirs.items():
         np.testing.assert_allclose(ours[name], value, atol=1e-3, err_msg=name)
 

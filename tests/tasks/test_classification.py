@@ -15,8 +15,7 @@ from tests.training.test_update import _mesh
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.finetuning.classifiers import trained_part
-from usfmae_jax.interop.classifier import make_classifier
-from usfmae_jax.interop.encoder import flatten
+from usfmae_jax.interop.model import build, flatten
 from usfmae_jax.tasks.classification import (
     Classification,
     cross_entropy,
@@ -27,7 +26,7 @@ from usfmae_jax.tasks.classification import (
     smoothed_targets,
 )
 from usfmae_jax.training import optimizers
-from usfmae_jax.training.state import model_graph, state_maker
+from usfmae_jax.training.state import state_maker
 from usfmae_jax.training.update import make_update, pick
 
 VIT = {
@@ -56,7 +55,7 @@ def _parts(kind="vit", mode="full", last_k=1, accumulate=1, how=HOW, devices=1, 
     config = get_config()
     config.mode, config.last_k = mode, last_k
     freeze, trained, last_blocks = trained_part(config, description)
-    make = make_classifier(description, freeze=freeze)
+    make = build(description, freeze=freeze)
     optimizer = optimizers.adamw(weight_decay=0.5, last_blocks=last_blocks)
     mesh = _mesh(devices)
     graph = model_graph(make)

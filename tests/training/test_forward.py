@@ -6,8 +6,7 @@ import pytest
 from flax import nnx
 
 from usfmae_jax.data import table as labelled
-from usfmae_jax.interop.encoder import save_encoder
-from usfmae_jax.interop.weights import open_weights
+from usfmae_jax.interop.model import Model, open_model, preprocessing, save_model
 from usfmae_jax.models.vit import ViT
 from usfmae_jax.probing import features
 from usfmae_jax.training.forward import apply_batches
@@ -28,9 +27,9 @@ ARCHITECTURE = {
 def weights(tmp_path_factory):
     directory = str(tmp_path_factory.mktemp("encoder"))
     params = nnx.to_pure_dict(nnx.state(ViT(**ARCHITECTURE, rngs=nnx.Rngs(0)), nnx.Param))
-    preprocessing = {"image_size": [32, 32], "channels": 1, "mean": [0.25], "std": [0.2]}
-    save_encoder(directory, params, ARCHITECTURE, preprocessing, [])
-    return open_weights(directory)
+    description = {"model": "vit", "encoder": ARCHITECTURE}
+    save_model(directory, Model({"encoder": params}, description, preprocessing((32, 32), 1, [0.25], [0.2]), []))
+    return open_model(directory)
 
 
 def batches(images, size):

@@ -53,7 +53,7 @@ def seen_in(lineage: Sequence[dict[str, Any]], sources: Sequence[Shards]) -> dic
     A dataset counts as seen if it was trained on under the same name, in whatever version.
 
     Args:
-      lineage: stages as `interop.encoder.read_lineage` gives them.
+      lineage: stages as `interop.model.read_lineage` gives them.
       sources: what something is to be tested on.
 
     Returns:

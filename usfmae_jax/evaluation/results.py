@@ -39,7 +39,7 @@ bootstrap replicates lacked a class that the metric needs; null = not defined on
     context      what the loop knows, with absolute paths cut to their last part; a loop gives
                    config          dict
                    weights         {"source": str, "fingerprint": str, "kind": str}
-                   lineage         [stage, ...] as interop.encoder.read_lineage gives them
+                   lineage         [stage, ...] as interop.model.read_lineage gives them
                    data            [dataset, ...] as data.provenance.describe_data gives them
                    fingerprint     str or [str], of the data
                    warnings        [sentence, ...]; `finish` adds its own

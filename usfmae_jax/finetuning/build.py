@@ -20,7 +20,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import defined, positive_class
 from usfmae_jax.finetuning import classifiers
 from usfmae_jax.finetuning.members import Member, names, only_note, plan_members
-from usfmae_jax.interop.weights import Weights
+from usfmae_jax.interop.model import Model
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import optimizers, outcomes
@@ -66,7 +66,7 @@ class Job:
       groups: int `[N]`, of the rows of `frames`.
       split: one phrase on where the split comes from.
       excluded: near-duplicates that were left out, see `splits.check`.
-      description: of the model, see `interop.classifier`.
+      description: of the model, see `interop.model`.
       preprocessing: how pixels become its input.
       weights: to start from; None = random.
       settings: the config as JSON, and what tells data and weights apart.
@@ -84,7 +84,7 @@ class Job:
     excluded: list[dict[str, Any]]
     description: dict[str, Any]
     preprocessing: dict[str, Any]
-    weights: Weights | None
+    weights: Model | None
     settings: dict[str, Any]
     lineage: list[dict[str, Any]]
     warnings: list[str]

@@ -11,9 +11,7 @@ from flax import nnx
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import resnet as resnet_files
-from usfmae_jax.interop.classifier import make_classifier
-from usfmae_jax.interop.encoder import flatten, unflatten
-from usfmae_jax.interop.weights import Weights, fingerprint, open_weights
+from usfmae_jax.interop.model import Model, build, flatten, open_model, preprocessing, unflatten
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.models.resnet import STAGES
 from usfmae_jax.models.vit import SIZES
@@ -28,7 +26,7 @@ _SHAPE = ("patch_size", "channels", "width", "depth", "num_heads")
 _FILES = (".safetensors", ".pth", ".pt")
 
 
-def read_init(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> Weights | None:
+def read_init(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> Model | None:
     """The weights of `config.init`; None for random ones.
 
     Raises:
@@ -38,7 +36,7 @@ def read_init(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> 
         return None
     if not config.init.lower().endswith(_FILES):
         try:
-            return open_weights(config.init)
+            return open_model(config.init)
         except InputError as error:
             raise InputError(f"config.init: {error}") from error
     if config.model.arch != "resnet50":
@@ -51,21 +49,15 @@ def read_init(config: ml_collections.ConfigDict, class_names: Sequence[str]) -> 
     shape = resnet_files.architecture(params)
     # The statistics inside belong to ImageNet's normalisation, of which grey takes the average over channels.
     mean, std = _PIXELS[3] if shape["channels"] == 3 else tuple((sum(v) / 3,) for v in _PIXELS[3])
-    return Weights(
-        kind="classifier",
-        params=params,
-        stats=stats,
-        description={"model": "resnet50", "resnet": shape},
-        preprocessing={"image_size": [224, 224], "channels": 1, "mean": mean, "std": std},
-        lineage=[{"job": "published weights", "file": os.path.basename(config.init)}],
-        fingerprint=fingerprint(params, stats),
-    )
+    pixels = preprocessing((224, 224), 1, mean, std)
+    lineage = [{"job": "published weights", "file": os.path.basename(config.init)}]
+    return Model(params, {"model": "resnet50", "resnet": shape}, pixels, lineage, stats)
 
 
 def describe_model(
-    config: ml_collections.ConfigDict, class_names: Sequence[str], weights: Weights | None
+    config: ml_collections.ConfigDict, class_names: Sequence[str], weights: Model | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `interop.classifier.make_classifier` takes, and how pixels become the model's input.
+    """What `interop.model.build` takes, and how pixels become the model's input.
 
     Raises:
       InputError: names the field that cannot be, or that contradicts the weights, with both values.
@@ -82,14 +74,14 @@ def describe_model(
     asked = {"": kind, "resnet50": "resnet50"}.get(model.arch, "vit")
     if weights and asked != kind:
         raise InputError(f"config.model.arch={model.arch} but config.init={config.init} holds a {kind}")
-    preprocessing = weights.preprocessing if weights else {}
+    before = weights.preprocessing if weights else {}
     if asked == "resnet50":
         shape = _resnet_shape(config, weights)
-        size = square(model.image_size or preprocessing.get("image_size", (224, 224)))
+        size = square(model.image_size or before.get("image_size", (224, 224)))
         description = {"model": "resnet50", "resnet": shape}
     else:
         shape = _vit_shape(config, weights)
-        size = square(model.image_size or preprocessing.get("image_size", shape["image_size"]))
+        size = square(model.image_size or before.get("image_size", shape["image_size"]))
         if not weights:
             shape["image_size"] = list(size)
         _check_vit(shape, size)
@@ -100,28 +92,22 @@ def describe_model(
             f"config.data.channels={config.data.channels} must be 1 or the model's {channels}, and those 1 or 3"
         )
     mean, std = (
-        tuple(model[name] or preprocessing.get(name, default))
+        tuple(model[name] or before.get(name, default))
         for name, default in zip(("mean", "std"), _PIXELS[channels], strict=True)
     )
     if len(mean) != channels or len(std) != channels:
         raise InputError(f"config.model.mean={mean} and config.model.std={std} need {channels} entries, one a channel")
-    return description | {"classes": list(class_names)}, {
-        "image_size": list(size),
-        "channels": config.data.channels,
-        "resize": "area, aspect not kept",
-        "scale": 1 / 255,
-        "mean": list(mean),
-        "std": list(std),
-    }
+    description["classes"] = list(class_names)
+    return description, preprocessing(size, config.data.channels, mean, std)
 
 
-def _vit_shape(config: ml_collections.ConfigDict, weights: Weights | None) -> dict[str, Any]:
+def _vit_shape(config: ml_collections.ConfigDict, weights: Model | None) -> dict[str, Any]:
     model = config.model
     named = SIZES[model.arch] if model.arch else {}
     if weights is None:
         shape = dict(named or SIZES["tiny"]) | {name: model[name] for name in _SHAPE if model[name]}
         return shape | {"image_size": list(shape["image_size"])}
-    shape = dict(weights.encoder()[1])
+    shape = dict(weights.encoder().description["encoder"])
     for name in _SHAPE:
         field = f"config.model.{name}" if model[name] else f"config.model.arch={model.arch}, whose {name}"
         wanted = model[name] or named.get(name, shape[name])
@@ -142,7 +128,7 @@ def _check_vit(shape: dict[str, Any], size: tuple[int, int]) -> None:
         raise InputError(f"{error}: change config.model.image_size or config.model.patch_size") from error
 
 
-def _resnet_shape(config: ml_collections.ConfigDict, weights: Weights | None) -> dict[str, Any]:
+def _resnet_shape(config: ml_collections.ConfigDict, weights: Model | None) -> dict[str, Any]:
     model = config.model
     found: dict[str, Any] = (
         weights.description["resnet"] if weights else {"channels": 3, "depths": (3, 4, 6, 3), "width": 64}
@@ -161,7 +147,7 @@ def trained_part(config: ml_collections.ConfigDict, description: dict[str, Any])
     """What `config.mode` trains.
 
     Returns:
-      `freeze` for `make_classifier`; the beginnings of the names of the trained parameters, () = all; how many blocks
+      `freeze` for `build`; the beginnings of the names of the trained parameters, () = all; how many blocks
       of the encoder's stack are updated, 0 = all.
 
     Raises:
@@ -192,7 +178,7 @@ def model_maker(
     """What builds the model, computing as the config says."""
     model = config.model
     how = {"attention": model.attention or None, "scan": model.scan, "remat": model.remat}
-    return make_classifier(
+    return build(
         description,
         dtype=jnp.dtype(model.dtype),
         drop_path=model.drop_path,
@@ -207,7 +193,7 @@ def count_parameters(make_model: Callable[[nnx.Rngs], nnx.Module]) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def loadable(weights: Weights, description: dict[str, Any]) -> dict[str, Any]:
+def loadable(weights: Model, description: dict[str, Any]) -> dict[str, Any]:
     """What weights have for a model: `params`, and `stats` if any.
 
     An encoder fills the encoder. A classifier fills all but its head, and the head too if it is for the same classes.
@@ -216,7 +202,7 @@ def loadable(weights: Weights, description: dict[str, Any]) -> dict[str, Any]:
       weights: from `read_init`.
       description: of the model.
     """
-    params = {"encoder": weights.params} if weights.kind == "encoder" else dict(weights.params)
+    params = dict(weights.params)
     if weights.description.get("classes", description["classes"]) != description["classes"]:
         params.pop("head", None)
     if weights.description.get("pool") != description.get("pool"):

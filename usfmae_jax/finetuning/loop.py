@@ -20,7 +20,7 @@ from usfmae_jax.finetuning import results as member_reports
 from usfmae_jax.finetuning.build import Job
 from usfmae_jax.finetuning.members import Member, class_weights
 from usfmae_jax.finetuning.programs import Programs, compile_programs
-from usfmae_jax.interop.classifier import save_classifier
+from usfmae_jax.interop.model import Model, save_model
 from usfmae_jax.training import checkpoints
 from usfmae_jax.training.common import check_batch, make_workdir
 from usfmae_jax.training.forward import apply_batches, fitting_batch
@@ -208,14 +208,9 @@ def test(job: Job, member: Member, programs: Programs, best: State, step: int, v
     if jax.process_index():
         return
     directory = epath.Path(member_reports.folder(job, member))
-    save_classifier(
-        str(directory / "classifier"),
-        jax.device_get(best["params"]),
-        jax.device_get(best.get("stats", {})),
-        job.description,
-        job.preprocessing,
-        member_reports.lineage(job, member, step),
-    )
+    params, stats = jax.device_get((best["params"], best.get("stats", {})))
+    lineage = member_reports.lineage(job, member, step)
+    save_model(str(directory / "classifier"), Model(params, job.description, job.preprocessing, lineage, stats))
     for name, found in parts.items():
         found.write(directory / f"{name}.csv")
     if not job.config.checkpoint.keep_finished:

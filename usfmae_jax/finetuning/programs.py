@@ -15,8 +15,9 @@ from usfmae_jax.finetuning import build as supervised_setup
 from usfmae_jax.finetuning import classifiers
 from usfmae_jax.finetuning import results as member_reports
 from usfmae_jax.finetuning.build import Job
+from usfmae_jax.interop.model import model_graph
 from usfmae_jax.training.mesh import batch_sharding
-from usfmae_jax.training.state import State, abstract_state, model_graph, state_maker
+from usfmae_jax.training.state import State, abstract_state, state_maker
 from usfmae_jax.training.update import compile_update, make_update
 from usfmae_jax.training.update import pick as pick_trained
 

@@ -16,8 +16,7 @@ from usfmae_jax.evaluation import results
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.finetuning.build import RESUMABLE, Job
 from usfmae_jax.finetuning.members import Member, write_splits
-from usfmae_jax.interop.encoder import write_lineage
-from usfmae_jax.interop.weights import Weights, open_weights
+from usfmae_jax.interop.model import Model, open_model, write_lineage
 from usfmae_jax.models.vit import SIZES
 from usfmae_jax.probing import inspect as looking
 from usfmae_jax.reporting.run import embedding_points
@@ -162,7 +161,7 @@ def look(job: Job, probabilities: list[np.ndarray]) -> Outcome:
     """What the report shows beside numbers: errors with attention, and a map of one member's features."""
     entries = [as_tested(m, m.fold.test, p) for m, p in zip(job.members, probabilities, strict=True)]
     chosen = outcomes.foremost(entries)
-    weights = {number: open_weights(folder(job, job.members[number])) for number in chosen}
+    weights = {number: open_model(folder(job, job.members[number])) for number in chosen}
     pool = job.description.get("pool", "mean")
     first = chosen[0]
     mapped, points = embedding_points(features(job, weights[first], entries[first].rows))
@@ -179,7 +178,7 @@ def look(job: Job, probabilities: list[np.ndarray]) -> Outcome:
     )
 
 
-def features(job: Job, weights: Weights, rows: np.ndarray) -> np.ndarray:
+def features(job: Job, weights: Model, rows: np.ndarray) -> np.ndarray:
     """What the head of a classifier sees, float32 `[N, D]`; on one device, since one process alone writes results."""
     function, variables = classifier_function(weights)
     run, size = jax.jit(function), min(job.config.evaluate.batch_size, len(rows))

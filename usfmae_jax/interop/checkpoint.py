@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,19 +10,19 @@ from etils import epath
 from orbax.checkpoint import v1 as orbax
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.training import checkpoints
 
 #: Bytes of a checkpoint that are on their way to or from the disk at any time.
 CONCURRENT = 128 * 2**20
 
 
-def save_parameters(workdir: str, params: dict[str, Any], config: dict[str, Any]) -> None:
+def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any], config: dict[str, Any]) -> None:
     """Makes a folder that looks like a run which stands before its first step, with these parameters.
 
     Args:
       workdir: receives `checkpoints/0` and `config.json`.
       params: nested dict of arrays; `encoder`, and `decoder` if there is one.
-      config: nested JSON; `model` and `data.channels` as in `configs/pretrain.py`.
+      about: what the checkpoint holds, JSON: `kind`, `description` and `preprocessing` as in `interop.model.Model`.
+      config: nested JSON, which becomes `config.json`; `model` and `data.channels` as in `configs/pretrain.py`.
 
     Raises:
       InputError: there are checkpoints of a run.
@@ -40,8 +39,9 @@ def save_parameters(workdir: str, params: dict[str, Any], config: dict[str, Any]
     context.memory.write_concurrent_bytes = CONCURRENT
     context.array.saving.use_compression = False  # float32 weights hardly shrink, and it takes most of the time
     with context:
-        saver = checkpoints.open_checkpoints(str(folder))
-        checkpoints.save(saver, {"params": params}, 0, {"position": {}, "config": config}, loss=0.0)
+        saver = _open(folder)
+        metadata = {"position": {}, "config": config, "about": about}
+        saver.save_async(0, {"params": params}, metrics={"loss": 0.0}, custom_metadata=metadata)
         saver.close()
     (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -54,7 +54,8 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
       step: default is the newest.
 
     Returns:
-      the parameters, the config that they were trained with, and the step.
+      the parameters; what was stored with them: `config` and, but for checkpoints of version 0.1, `about`, see
+      `save_parameters`; and the step.
 
     Raises:
       InputError: no such checkpoint, or it cannot be read.
@@ -64,7 +65,7 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
     folder = next((one for one in (root / "checkpoints", root) if holds_checkpoints(one)), None)
     if folder is None:
         raise InputError(f"{workdir} has no checkpoints; give the workdir of a run or what usfmae_jax.convert wrote")
-    saver = checkpoints.open_checkpoints(str(folder), read_only=True)
+    saver = _open(folder)
     # Every array of a damaged checkpoint fails on its own, and is told at length, some when Python exits; below is said
     # what a person needs.
     for name, level in (("absl", logging.ERROR), ("asyncio", logging.CRITICAL)):
@@ -83,7 +84,7 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
         context.pytree.loading.partial_load = True  # the optimiser's moments are twice as large, and not asked for
         with context:
             abstract = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
-            return saver.load(step, abstract)["params"], metadata.custom_metadata["config"], step
+            return saver.load(step, abstract)["params"], metadata.custom_metadata, step
     except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, InputError):
             raise
@@ -99,28 +100,7 @@ def holds_checkpoints(folder: epath.Path) -> bool:
     return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
 
 
-def describe_encoder(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `interop.encoder` stores of a pretraining run's encoder: architecture and preprocessing.
-
-    Args:
-      config: of the run, nested JSON.
-
-    Raises:
-      KeyError: it is not of a pretraining run.
-    """
-    model = config["model"]
-    size = list(model["image_size"])
-    names = ("patch_size", "channels", "width", "depth", "num_heads", "mlp_ratio")
-    architecture = {"image_size": (size * 2)[:2]} | {name: model[name] for name in names}
-    for name in ("learned_positions", "norm_eps"):  # which only converted weights have
-        if model.get(name):
-            architecture[name] = model[name]
-    preprocessing = config.get("preprocessing") or {
-        "image_size": architecture["image_size"],
-        "channels": config["data"]["channels"],
-        "resize": "area, aspect not kept",
-        "scale": 1 / 255,
-        "mean": list(model["mean"]),
-        "std": list(model["std"]),
-    }
-    return architecture, dict(preprocessing)
+def _open(folder: epath.Path) -> orbax.training.Checkpointer:
+    """Leaves everything as it is: a run may be writing there."""
+    keep = orbax.training.preservation_policies.PreserveAll()
+    return orbax.training.Checkpointer(folder, preservation_policy=keep, cleanup_tmp_directories=False)

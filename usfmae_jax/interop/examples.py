@@ -11,20 +11,21 @@ def example(model: Model, form: str, beside: bool) -> str:
       form: the format, see `usfmae_jax.export`.
       beside: whether a program's weights lie in `model.safetensors` beside it.
     """
-    channels, (height, width) = model.architecture["channels"], model.preprocessing["image_size"]
+    channels, (height, width) = model.description["encoder"]["channels"], model.preprocessing["image_size"]
+    head = "pool" in model.description
     floats = f"x = torch.zeros(2, {channels}, {height}, {width})  # normalised images"
     pixels = f"images = np.zeros((2, {height}, {width}, {model.preprocessing['channels']}), np.uint8)"
     text = {
         "safetensors": _SAFETENSORS,
-        "timm": _TIMM + (_TIMM_CLASSIFY if model.pool else _TIMM_FEATURES),
-        "hf": _HF_CLASSIFY if model.pool else _HF_FEATURES,
+        "timm": _TIMM + (_TIMM_CLASSIFY if head else _TIMM_FEATURES),
+        "hf": _HF_CLASSIFY if head else _HF_FEATURES,
         "mae": _MAE,
         "onnx": _ONNX,
         "stablehlo": _STABLEHLO,
     }[form]
-    if form == "safetensors" and model.pool:
+    if form == "safetensors" and head:
         text = _CLASSIFIER
-    outputs = "probabilities" if model.pool else "class_token, mean_patch, patch_grid"
+    outputs = "probabilities" if head else "class_token, mean_patch, patch_grid"
     if beside and form == "stablehlo":
         text = text.replace("import numpy as np", "import numpy as np\nimport safetensors.numpy")
     inputs = 'images, safetensors.numpy.load_file("model.safetensors")' if beside else "images"
@@ -41,10 +42,11 @@ def example(model: Model, form: str, beside: bool) -> str:
 
 
 def _timm_arguments(model: Model) -> str:
-    about, size = model.architecture, tuple(model.preprocessing["image_size"])
-    pool = "avg" if model.pool == "mean" else "token"
+    about, size = model.description["encoder"], tuple(model.preprocessing["image_size"])
+    pool = "avg" if model.description.get("pool") == "mean" else "token"
+    classes = len(model.description.get("classes", ()))
     return (
-        f'"vit_base_patch16_224", num_classes={len(model.classes)}, global_pool="{pool}", img_size={size},\n'
+        f'"vit_base_patch16_224", num_classes={classes}, global_pool="{pool}", img_size={size},\n'
         f"    patch_size={about['patch_size']}, in_chans={about['channels']}, embed_dim={about['width']}, "
         f"depth={about['depth']},\n    num_heads={about['num_heads']}, mlp_ratio={about['mlp_ratio']},"
     )
@@ -63,9 +65,9 @@ features.patch_grid  # [2, rows, columns, D]
 """
 
 _CLASSIFIER = """
-from usfmae_jax.interop.classifier import read_classifier
+from usfmae_jax.interop.model import open_model
 
-params, stats, description, preprocessing, lineage = read_classifier(".")
+model = open_model(".")  # its params, and description, preprocessing and lineage
 """
 
 _TIMM = """

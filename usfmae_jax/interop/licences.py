@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from usfmae_jax.interop.encoder import Lineage
+from usfmae_jax.interop.model import Lineage
 
 #: File names of published weights whose origin is known, with the stages behind them.
 _PUBLISHED = (

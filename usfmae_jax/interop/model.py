@@ -1,83 +1,359 @@
-"""Weights on their way between formats: parameters and everything that has to travel with them."""
+"""A trained model: one type, what opens it from wherever it lies, what saves it, and what builds its network.
+
+An encoder or a classifier directory:
+  model.safetensors     float32 parameters; blocks stacked along their first axis; running statistics below `stats.`
+  architecture.json     format, and of an encoder the arguments of `ViT`, else the description: model "vit" (with
+                        encoder: arguments of `ViT`, and pool) or "resnet50" (with resnet: arguments of `ResNet`), and
+                        the names of the outputs in their order
+  preprocessing.json    how pixels become the model's input
+  lineage.json          where the weights come from: one entry for each job that trained them, oldest first
+"""
 
 import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
+from etils import epath
 from flax import nnx
 
-from usfmae_jax.interop.encoder import Lineage, unflatten
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.checkpoint import holds_checkpoints, load_parameters
 from usfmae_jax.interop.positions import stored_table
+from usfmae_jax.interop.tensors import from_array, write_safetensors
 from usfmae_jax.models.heads import Classifier
 from usfmae_jax.models.mae import MAE
+from usfmae_jax.models.resnet import ResNet
 from usfmae_jax.models.vit import ViT
 
+#: Changes when an older reader could no longer use what is written.
+FORMAT = 1
 
-@dataclasses.dataclass(frozen=True)
+_STATS = "stats."
+
+#: One entry for each job that trained the weights, oldest first: `job`, `code`, `step`, `config` and `data`
+#: (see `data.provenance.describe_data`).
+Lineage = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A vision transformer with what else its file holds.
+    """A trained model: parameters, what they belong to, how pixels become its input, and where they come from.
 
     Attributes:
-      params: float32 arrays by our names: `encoder.`, and `decoder.`, or `head.` and `head_norm.`.
-      architecture: arguments of `vit.ViT`.
-      decoder: `decoder_width`, `decoder_depth` and `decoder_num_heads` of `mae.MAE`; None without a decoder.
-      pool: "mean" or "cls" of `heads.Classifier`; "" without a head.
-      classes: names, in the order of the logits; () without a head.
-      preprocessing: `image_size`, `channels` as decoded, `mean`, `std`.
-      lineage: where the weights come from, oldest stage first.
+      params: nested dict of float32 numpy arrays; of a vision transformer below `encoder`, and `decoder`, or `head` and
+        `head_norm`; of a ResNet its own names.
+      description: what `build` takes, JSON: `{"model": "vit", "encoder": arguments of ViT}`, of an MAE with `decoder`
+        (`decoder_width`, `decoder_depth` and `decoder_num_heads`), with a head `pool` and the names of its outputs,
+        `classes` (of another task than classification: `outputs`); `{"model": "resnet50", "resnet": arguments of
+        ResNet, "classes"}`.
+      preprocessing: see `preprocessing`.
+      lineage: stages, oldest first.
+      stats: nested dict of running statistics (ResNet).
     """
 
-    params: dict[str, np.ndarray]
-    architecture: dict[str, Any]
-    decoder: dict[str, Any] | None
-    pool: str
-    classes: tuple[str, ...]
+    params: dict[str, Any]
+    description: dict[str, Any]
     preprocessing: dict[str, Any]
     lineage: Lineage
+    stats: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def without_decoder(self) -> "Model":
-        """The same for use rather than for more pretraining."""
-        kept = {name: value for name, value in self.params.items() if not name.startswith("decoder.")}
-        return dataclasses.replace(self, params=kept, decoder=None)
+    @property
+    def kind(self) -> str:
+        """'encoder', 'mae' (an encoder with its decoder), 'classifier', or 'model', which has another head."""
+        if _has_head(self.description):
+            return "model" if "outputs" in self.description else "classifier"
+        return "mae" if "decoder" in self.description else "encoder"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of names, shapes and values, of the description and of the preprocessing, 12 hex digits."""
+        params = self.params["encoder"] if self.kind == "encoder" else self.params
+        # Of somebody else's ResNet, whose classes are not known, nothing but the numbers is sure.
+        known = self.description["model"] == "vit" or "classes" in self.description
+        return _fingerprint(params, self.stats, (self.description, self.preprocessing) if known else ())
+
+    def encoder(self) -> "Model":
+        """The vision transformer alone, without head and decoder.
+
+        Raises:
+          InputError: the model is no vision transformer.
+        """
+        if self.description["model"] != "vit":
+            raise InputError(f"these weights are of a {self.description['model']}, not of a vision transformer")
+        description = {name: self.description[name] for name in ("model", "encoder")}
+        return Model({"encoder": self.params["encoder"]}, description, self.preprocessing, self.lineage)
+
+    @property
+    def image_format(self) -> tuple[tuple[int, int], int]:
+        """(height, width) and channels of the images that it takes, as decoded."""
+        height, width = self.preprocessing["image_size"]
+        return (int(height), int(width)), int(self.preprocessing["channels"])
 
     def grid(self) -> tuple[int, int]:
         """Patches down and across of the images that it is used on."""
-        height, width = self.preprocessing["image_size"]
-        return height // self.architecture["patch_size"], width // self.architecture["patch_size"]
+        (height, width), _ = self.image_format
+        patch = self.description["encoder"]["patch_size"]
+        return height // patch, width // patch
 
     def stored_positions(self) -> np.ndarray:
         """The position table for these images as files hold it: float32 `[1, 1 + N, width]`, see `positions`."""
-        about = self.architecture
+        about = self.description["encoder"]
         base = (about["image_size"][0] // about["patch_size"], about["image_size"][1] // about["patch_size"])
-        return stored_table(base, self.grid(), about["width"], self.params.get("encoder.position"))
-
-    def description(self) -> dict[str, Any]:
-        """What tells a reader of the weights alone how to build the model; JSON."""
-        return {
-            "architecture": self.architecture,
-            "decoder": self.decoder,
-            "pool": self.pool,
-            "classes": list(self.classes),
-        }
+        return stored_table(base, self.grid(), about["width"], self.params["encoder"].get("position"))
 
 
-def graph(model: Model) -> Any:
-    """The static part of the `ViT`, `MAE` or `Classifier` that the parameters belong to."""
-    encoder = {"dtype": jnp.float32} | model.architecture
+def preprocessing(
+    image_size: Sequence[int], channels: int, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, Any]:
+    """How pixels become a model's input, JSON.
+
+    Args:
+      image_size: (height, width) that images are resized to.
+      channels: as decoded; a grey image is repeated for a model of three.
+      mean: of the normalisation, one number for each channel of the model; pixels lie between 0 and 1.
+      std: likewise.
+    """
+    return {
+        "image_size": list(image_size),
+        "channels": channels,
+        "resize": "area, aspect not kept",
+        "scale": 1 / 255,
+        "mean": list(mean),
+        "std": list(std),
+    }
+
+
+def build(
+    description: Mapping[str, Any],
+    *,
+    dtype: Any = jnp.float32,
+    drop_path: float = 0.0,
+    freeze: int = 0,
+    **computation: Any,
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """What makes the network that a description is of: `ViT`, `MAE`, `Classifier` or `ResNet`.
+
+    Args:
+      description: see `Model`.
+      dtype: compute dtype.
+      drop_path: highest rate of stochastic depth of a classifier; a ResNet has none.
+      freeze: number of first blocks of a classifier (of a ResNet: stages, of which there are four) that are not
+        trained.
+      **computation: `attention`, `scan` and `remat` of `ViT`; a ResNet has none of them.
+    """
+    outputs = len(description.get("classes", description.get("outputs", ())))
+    if description["model"] == "resnet50":
+        resnet = description["resnet"]
+        return lambda rngs: ResNet(num_classes=outputs, freeze=freeze, dtype=dtype, **resnet, rngs=rngs)
+    encoder = dict(description["encoder"]) | {"dtype": dtype} | computation
     encoder["image_size"] = tuple(encoder["image_size"])
+    if _has_head(description):
+        pool = description["pool"]
+        return lambda rngs: Classifier(
+            num_classes=outputs, pool=pool, drop_path=drop_path, freeze=freeze, rngs=rngs, **encoder
+        )
+    if "decoder" in description:
+        return lambda rngs: MAE(rngs=rngs, **encoder, **description["decoder"])
+    return lambda rngs: ViT(rngs=rngs, **encoder)
 
-    def make() -> nnx.Module:
-        rngs = nnx.Rngs(0)
-        if model.pool:
-            pool: Any = model.pool
-            return Classifier(num_classes=len(model.classes), pool=pool, rngs=rngs, **encoder)
-        return MAE(rngs=rngs, **encoder, **model.decoder) if model.decoder else ViT(rngs=rngs, **encoder)
 
-    return nnx.graphdef(nnx.eval_shape(make))
+def model_graph(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
+    """The static part of a network: `nnx.merge(model_graph(make), params)` is the network (with `stats` if any).
+
+    The parameters of a bare `ViT` are those below `encoder` in `Model.params`, of all others `Model.params`.
+    """
+    return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
 
-def nested(model: Model, params: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The parameters, or others by the same names, as `nnx.merge(graph(model), ...)` takes them."""
-    tree = unflatten(model.params if params is None else params)
-    return tree if model.pool or model.decoder else tree["encoder"]
+def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Model:
+    """Reads the model that `path` names.
+
+    Args:
+      path: a pretraining workdir (its `encoder/`, else its newest checkpoint), its `checkpoints/` or one checkpoint
+        there; an encoder or classifier directory, or what `usfmae_jax.convert` wrote; one member of a fine-tuning run,
+        or a run with a single one.
+      step: of a run's checkpoints; None takes `encoder/` if there is one, else the newest.
+      whole: with the decoder where there is one, so of a workdir a checkpoint rather than `encoder/`.
+
+    Raises:
+      InputError: nothing there, or it cannot be read.
+    """
+    root = epath.Path(path)
+    root = root if "://" in path else root.expanduser().resolve()
+    if not path or not root.is_dir():
+        raise InputError(
+            f"checkpoint {path!r} is no folder; give the workdir of a run, one of its checkpoints, or a directory "
+            "with an encoder or a classifier"
+        )
+    if step is None and not (whole and is_pretraining(path)):
+        for directory in (root, root / "classifier", root / "encoder"):  # convert writes both, of a classifier
+            if (directory / "architecture.json").exists():
+                return _from_directory(os.fspath(directory))
+    found = members(path)
+    if len(found) == 1 and found[0] != os.fspath(root):
+        return open_model(found[0], step, whole=whole)
+    if found:
+        raise InputError(
+            f"{path} holds {len(found)} trained models; choose one of them, such as "
+            f"{os.path.join(path, 'members', os.path.basename(found[0]))}"
+        )
+    for directory in (root / "checkpoints", root):
+        if holds_checkpoints(directory):
+            return _from_checkpoint(directory, step, whole)
+    if root.name.isdigit() and step is None:
+        return _from_checkpoint(root.parent, int(root.name), whole)
+    raise InputError(f"{path} holds neither an encoder or a classifier nor a finished checkpoint")
+
+
+def is_pretraining(path: str) -> bool:
+    """Whether a folder is the workdir of a pretraining run, or what `usfmae_jax.convert` wrote without a head."""
+    root = epath.Path(path)
+    return (root / "checkpoints").is_dir() and (root / "config.json").exists()
+
+
+def members(path: str) -> list[str]:
+    """Folders of the trained members of a fine-tuning run, in order; [] when `path` is none.
+
+    A member counts as trained when it has a `classifier/`.
+    """
+    folder = epath.Path(path) / "members"
+    if not folder.is_dir():
+        return []
+    return sorted(
+        os.fspath(child) for child in folder.iterdir() if (child / "classifier" / "architecture.json").exists()
+    )
+
+
+def save_model(directory: str, model: Model) -> None:
+    """Writes an encoder directory, or of a model with a head a classifier directory; a decoder is left out.
+
+    `model.safetensors` is renamed into place last, so that nobody reads half of one.
+
+    Args:
+      directory: local or `gs://`; created if absent.
+      model: its lineage is stored in the safetensors metadata too, which stays with the weights.
+    """
+    if _has_head(model.description):
+        params, about = model.params, model.description
+    else:
+        params, about = model.params["encoder"], model.description["encoder"]
+    flat = flatten(params) | {_STATS + name: value for name, value in flatten(model.stats).items()}
+    root = epath.Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+    (root / "preprocessing.json").write_text(json.dumps(model.preprocessing, indent=2) + "\n")
+    write_lineage(directory, model.lineage)
+    tensors = {name: from_array(np.asarray(value, np.float32)) for name, value in flat.items()}
+    write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(model.lineage)})
+
+
+def write_lineage(directory: str, lineage: Lineage) -> None:
+    """Writes `lineage.json`, into an encoder directory or a workdir."""
+    (epath.Path(directory) / "lineage.json").write_text(json.dumps({"stages": lineage}, indent=2) + "\n")
+
+
+def read_lineage(directory: str) -> Lineage:
+    """The stages in `lineage.json` of an encoder directory or a workdir; [] if it has none that can be read."""
+    try:
+        return list(json.loads((epath.Path(directory) / "lineage.json").read_text())["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def flatten(params: Any) -> dict[str, Any]:
+    """Nested dict to `{"a.b.c": leaf}`."""
+    return {".".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    params: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split(".")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return params
+
+
+def _has_head(description: Mapping[str, Any]) -> bool:
+    return "pool" in description or description["model"] != "vit"
+
+
+def _fingerprint(params: Any, stats: Any, about: Sequence[Any]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode() if about else b"")
+    for prefix, tree in (("", params), (_STATS, stats)):
+        for name, leaf in sorted(flatten(tree).items()):
+            value = np.ascontiguousarray(leaf, np.float32)
+            digest.update(f"{prefix}{name}{value.shape}".encode())
+            digest.update(value.data)
+    return digest.hexdigest()[:12]
+
+
+def _from_directory(directory: str) -> Model:
+    root, what = epath.Path(directory), "an encoder"
+    try:
+        about = json.loads((root / "architecture.json").read_text())
+        what = "a classifier" if "model" in about or "classes" in about else what
+        pixels = json.loads((root / "preprocessing.json").read_text())
+        flat = safetensors.numpy.load((root / "model.safetensors").read_bytes())
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(f"{directory} is not {what} directory: {error}") from error
+    if about.pop("format", None) != FORMAT:
+        raise InputError(f"{directory} has another {what.split()[1]} format than {FORMAT}; update usfmae_jax")
+    if what == "an encoder":
+        about, flat = {"model": "vit", "encoder": about}, {f"encoder.{name}": value for name, value in flat.items()}
+    if about.get("model") not in ("vit", "resnet50"):
+        raise InputError(f"{directory} holds no classifier but other weights, such as an encoder's")
+    stats = {name.removeprefix(_STATS): flat.pop(name) for name in list(flat) if name.startswith(_STATS)}
+    return Model(unflatten(flat), about, pixels, read_lineage(directory), unflatten(stats))
+
+
+def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Model:
+    """The model in a checkpoint of a pretraining run."""
+    params, said, step = load_parameters(os.fspath(directory), step)
+    try:
+        about = said.get("about") or _about_0_1(said["config"], params)
+        description, pixels = about["description"], about["preprocessing"]
+        if _has_head(description):
+            raise KeyError("pool")
+        params = {name: params[name] for name in ("encoder", "decoder") if name in description}
+    except KeyError as error:
+        raise InputError(
+            f"checkpoint {step} in {directory} is not of a pretraining run; finish the run to get its classifier/"
+        ) from error
+    lineage = read_lineage(os.fspath(directory.parent))
+    lineage[-1:] = [stage | {"step": step} for stage in lineage[-1:]]
+    model = Model(jax.tree.map(lambda value: np.asarray(value, np.float32), params), description, pixels, lineage)
+    return model if whole else model.encoder()
+
+
+def _about_0_1(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds, from the config of its run: version 0.1 stored nothing else.
+
+    Raises:
+      KeyError: it is not of a pretraining run.
+    """
+    if "head" in params:
+        raise KeyError("head")
+    model = config["model"]
+    size = (list(model["image_size"]) * 2)[:2]
+    names = ("patch_size", "channels", "width", "depth", "num_heads", "mlp_ratio")
+    encoder = {"image_size": size} | {name: model[name] for name in names}
+    encoder |= {name: model[name] for name in ("learned_positions", "norm_eps") if model.get(name)}  # of convert
+    description = {"model": "vit", "encoder": encoder}
+    if "decoder" in params:
+        decoder = ("decoder_width", "decoder_depth", "decoder_num_heads")
+        description["decoder"] = {name: model[name] for name in decoder}
+    pixels = config.get("preprocessing")  # of convert
+    pixels = pixels or preprocessing(size, config["data"]["channels"], model["mean"], model["std"])
+    return {"description": description, "preprocessing": pixels}

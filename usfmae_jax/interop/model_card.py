@@ -24,7 +24,7 @@ def write_model_card(model: Model, form: str, directory: str, export: dict[str, 
     stages = [_stage(stage) for stage in model.lineage] or ["Nothing is recorded."]
     terms = [f"| {what} | {licence or 'not stated'} |" for what, licence in licences(model.lineage)]
     size = "x".join(map(str, model.preprocessing["image_size"]))
-    about = model.architecture
+    about, classes = model.description["encoder"], ", ".join(model.description.get("classes", []))
     lines = [
         "---",
         *_front_matter(model, form),
@@ -34,8 +34,8 @@ def write_model_card(model: Model, form: str, directory: str, export: dict[str, 
         "",
         f"A vision transformer of {about['depth']} blocks, {about['width']} wide, {about['num_heads']} heads, for "
         f"{size} images of {about['channels']} channel{'s' * (about['channels'] > 1)}; "
-        + (f"a classifier of {', '.join(model.classes)}." if model.pool else "pretrained as a masked autoencoder.")
-        + (" The decoder is included." if model.decoder and form in ("hf", "mae") else ""),
+        + (f"a classifier of {classes}." if classes else "pretrained as a masked autoencoder.")
+        + (" The decoder is included." if model.kind == "mae" and form in ("hf", "mae") else ""),
         "Not a medical device: for research.",
         "",
         "## Use",
@@ -80,7 +80,7 @@ def _front_matter(model: Model, form: str) -> list[str]:
     return [
         *licence,
         f"library_name: {_LIBRARY[form]}",
-        f"pipeline_tag: {'image-classification' if model.pool else 'image-feature-extraction'}",
+        f"pipeline_tag: {'image-classification' if model.kind == 'classifier' else 'image-feature-extraction'}",
         "tags:",
         *[f"- {tag}" for tag in ("ultrasound", "medical-imaging", "masked-autoencoder", "vit")],
         *(["datasets:", *[f"- {_quoted(name)}" for name in data]] if data else []),

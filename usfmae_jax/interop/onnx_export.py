@@ -12,7 +12,7 @@ import numpy as np
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import tensors
-from usfmae_jax.interop.model import Model
+from usfmae_jax.interop.model import Model, flatten
 from usfmae_jax.interop.tensors import Tensor, from_array
 from usfmae_jax.models.layers import NORM_EPS
 
@@ -33,9 +33,9 @@ def write_onnx(model: Model, directory: str) -> None:
         import onnx
     except ImportError as error:
         raise InputError("--format=onnx needs the package onnx: pip install 'usfmae_jax[interop]'") from error
-    graph = _Graph(model.architecture.get("norm_eps", NORM_EPS))
+    graph = _Graph(model.description["encoder"].get("norm_eps", NORM_EPS))
     last = _tokens(graph, model)
-    outputs = _classifier(graph, model, last) if model.pool else _features(graph, model, last)
+    outputs = _classifier(graph, model, last) if model.kind == "classifier" else _features(graph, model, last)
     size, kind = model.preprocessing["image_size"], onnx.TensorProto
     images = onnx.helper.make_tensor_value_info("images", kind.UINT8, ["batch", *size, model.preprocessing["channels"]])
     results = [onnx.helper.make_tensor_value_info(n, kind.FLOAT, ["batch", *shape]) for n, shape in outputs.items()]
@@ -89,7 +89,7 @@ class _Graph:
 
 def _tokens(graph: _Graph, model: Model) -> str:
     """Tokens before the final norm, `[batch, 1 + N, D]`."""
-    p, about, (rows, columns) = model.params, model.architecture, model.grid()
+    p, about, (rows, columns) = flatten(model.params), model.description["encoder"], model.grid()
     patch, channels, width = about["patch_size"], about["channels"], about["width"]
     mean, std = (np.asarray(model.preprocessing[name], np.float32) for name in ("mean", "std"))
     x = graph.add("Cast", ["images"], "pixels", to=1)
@@ -147,7 +147,7 @@ def _gelu(graph: _Graph, x: str, name: str) -> str:
 
 
 def _features(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
-    p, width, (rows, columns) = model.params, model.architecture["width"], model.grid()
+    p, width, (rows, columns) = flatten(model.params), model.description["encoder"]["width"], model.grid()
     x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
     graph.shapes["end"] = [1 + rows * columns]
     patches = graph.add("Slice", [x, "second", "end", "axis"], "patch_tokens")
@@ -158,9 +158,9 @@ def _features(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
 
 
 def _classifier(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
-    p, width, (rows, columns) = model.params, model.architecture["width"], model.grid()
+    p, width, (rows, columns) = flatten(model.params), model.description["encoder"]["width"], model.grid()
     graph.shapes["end"] = [1 + rows * columns]
-    if model.pool == "mean":
+    if model.description["pool"] == "mean":
         patches = graph.add("Slice", [tokens, "second", "end", "axis"], "patch_tokens")
         x = graph.add("ReduceMean", [patches], "mean_patch", axes=[1], keepdims=0)
         x = graph.norm(x, p["head_norm.scale"], p["head_norm.bias"], "head_norm")
@@ -168,7 +168,7 @@ def _classifier(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]
         x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
         x = graph.reshape(graph.add("Slice", [x, "first", "second", "axis"], "class_token"), [-1, width], "pooled")
     graph.add("Softmax", [graph.linear(x, p["head.kernel"], p["head.bias"], "logits")], "probabilities", axis=-1)
-    return {"probabilities": [len(model.classes)]}
+    return {"probabilities": [len(model.description["classes"])]}
 
 
 def _weights(graph: _Graph, data_path: str) -> list[Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop import channels, layout, names, positions
-from usfmae_jax.interop.model import Model
-from usfmae_jax.interop.settings import Settings, read_settings
+from usfmae_jax.interop import layout, names, positions
+from usfmae_jax.interop.model import Model, preprocessing, unflatten
+from usfmae_jax.interop.settings import HEAD, Options, read_settings
 from usfmae_jax.interop.source import Source
 from usfmae_jax.interop.tensors import Tensor, Tensors, from_array
 from usfmae_jax.models.position import resize_table
@@ -21,29 +21,6 @@ _LABELS: dict[names.Origin, str] = {
     "mae": "original MAE with decoder",
     "timm": "timm, or original MAE without decoder",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What a file may not say, or is to be changed.
-
-    Attributes:
-      channels: 1 or 3 changes the patch kernel to as many; 0 leaves it.
-      image_size: (height, width) that the model is to be used on; None = what the file says.
-      num_heads, decoder_num_heads: 0 = what the file says, else what is usual for the width.
-      mean, std: of the normalisation, one number per channel; () = what the file says, else ImageNet's.
-      norm_eps: of the layer norms; 0 = what the file says, else 1e-6.
-      allow_partial: go on without what is missing or not understood, where that can be.
-    """
-
-    channels: int = 0
-    image_size: tuple[int, int] | None = None
-    num_heads: int = 0
-    decoder_num_heads: int = 0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    norm_eps: float = 0.0
-    allow_partial: bool = False
 
 
 @dataclasses.dataclass
@@ -84,19 +61,17 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     kernel = found.get("patch_embed.proj.weight")
     if kernel is None or len(kernel.shape) != 4 or 0 in kernel.shape or not depth:
         raise InputError(f"{source.files[0]} holds no whole encoder: patch_embed.proj.weight or all blocks are missing")
-    settings = read_settings(source, found, depth, _depth(found, "decoder_blocks"), options, account.notes)
-    head = _take_head(found, settings, account)
-    settings = _take_tables(found, settings, options, account)
-    found, decoder = _check(found, settings, options, account)
+    model = read_settings(source, found, depth, _depth(found, "decoder_blocks"), options, account.notes)
+    head = _take_head(found, model.description, account)
+    model = _take_tables(found, model, options, account)
+    found, description = _check(found, model.description, options, account)
     params = layout.to_ours(found | head)
     _check_numbers(params)
-    if options.channels and options.channels != settings.architecture["channels"]:
-        params, settings = channels.change(params, settings, options.channels)
+    model = Model(unflatten(params), description, model.preprocessing, _lineage(source))
+    if options.channels and options.channels != description["encoder"]["channels"]:
+        model = _change_channels(model, options.channels)
         account.notes.append(f"patch kernels changed to {options.channels} channels; grey images keep their features")
-    pool = "" if not head else "mean" if "head_norm.scale" in params else "cls"
-    classes = settings.classes if head else ()
-    lineage = _lineage(source)
-    return Model(params, settings.architecture, decoder, pool, classes, settings.preprocessing, lineage), account
+    return model, account
 
 
 def _original(source: Source, origin: names.Origin, account: Account) -> Tensors:
@@ -119,12 +94,12 @@ def _depth(found: Tensors, blocks: str) -> int:
     return max((int(m[1]) + 1 for name in found if (m := re.match(rf"{blocks}\.(\d+)\.", name))), default=0)
 
 
-def _take_head(found: Tensors, settings: Settings, account: Account) -> Tensors:
+def _take_head(found: Tensors, description: dict[str, Any], account: Account) -> Tensors:
     """Takes a classifier's head out of `found`; checks its shapes."""
-    head = {name: found.pop(name) for name in list(found) if name.startswith(("head.", "fc_norm."))}
+    head = {name: found.pop(name) for name in list(found) if name.startswith(HEAD)}
     if not head:
         return {}
-    width, classes = settings.architecture["width"], len(settings.classes)
+    width, classes = description["encoder"]["width"], len(description["classes"])
     shapes = {"head.weight": (classes, width), "head.bias": (classes,)}
     if any(name.startswith("fc_norm.") for name in head):
         shapes |= {"fc_norm.weight": (width,), "fc_norm.bias": (width,)}
@@ -137,21 +112,20 @@ def _take_head(found: Tensors, settings: Settings, account: Account) -> Tensors:
     return {name: head[name] for name in shapes}
 
 
-def _take_tables(found: Tensors, settings: Settings, options: Options, account: Account) -> Settings:
+def _take_tables(found: Tensors, model: Model, options: Options, account: Account) -> Model:
     """Takes the position tables out of `found` and finds the grid that the model's own table has to be made for."""
     if "position" in found:  # our own format
-        settings = dataclasses.replace(settings, architecture=settings.architecture | {"learned_positions": True})
+        model = _with_encoder(model, learned_positions=True)
     for name in layout.TABLES:
         tensor = found.pop(name, None)
         if tensor is None:
             continue
         table = tensor.read()
-        patch = settings.architecture["patch_size"]
-        base = (settings.architecture["image_size"][0] // patch, settings.architecture["image_size"][1] // patch)
-        grid = positions.find_grid(table.shape[1] - 1, settings.grid) if table.ndim == 3 else None
-        others = sorted(
-            found.keys() - layout.expected_shapes(settings.architecture, settings.decoder) - {*layout.TABLES}
-        )
+        about, decoder = model.description["encoder"], model.description.get("decoder")
+        patch = about["patch_size"]
+        base = (about["image_size"][0] // patch, about["image_size"][1] // patch)
+        grid = positions.find_grid(table.shape[1] - 1, model.grid()) if table.ndim == 3 else None
+        others = sorted(found.keys() - layout.expected_shapes(about, decoder) - {*layout.TABLES})
         if grid is None and others:  # such as tokens of its own, which the table has rows for
             raise InputError(
                 f"the file holds {_some(others)}, which mean nothing here, and {name} is {table.shape}: not a class "
@@ -164,34 +138,40 @@ def _take_tables(found: Tensors, settings: Settings, options: Options, account: 
         differences = {b: positions.difference(table, b, grid) for b in bases}
         best = min(bases, key=lambda b: differences[b])
         if name == "pos_embed" and differences[best] > positions.TOLERANCE:
-            settings = _keep_table(found, table[0], settings, grid, account)
+            model = _keep_table(found, table[0], model, grid, account)
             continue
         if differences[best] > positions.TOLERANCE:
             raise InputError(
                 f"{name} is off the sin-cos table of MAE by {differences[best]:.2g}; decoders here have that"
             )
         if name == "pos_embed" and best != base:
-            settings = settings.with_image_size((best[0] * patch, best[1] * patch))
+            model = _with_encoder(model, image_size=[best[0] * patch, best[1] * patch])
         account.left[name] = "the fixed sin-cos table, which is not stored here"
     if options.image_size:
-        old, settings = settings, settings.used_on(options.image_size)
+        size, patch = options.image_size, model.description["encoder"]["patch_size"]
+        if size[0] % patch or size[1] % patch:
+            raise InputError(f"--image_size={size[0]},{size[1]} must be divisible by the patch size {patch}")
+        model = dataclasses.replace(model, preprocessing=model.preprocessing | {"image_size": list(size)})
         if "position" in found:  # a parameter is resized once, so that what is exported is what is here
-            _resize_position(found, old, options.image_size)
-            settings = settings.with_image_size(options.image_size)
-    return settings
+            _resize_position(found, model.description["encoder"], size)
+            model = _with_encoder(model, image_size=list(size))
+    return model
 
 
-def _resize_position(found: Tensors, settings: Settings, size: tuple[int, int]) -> None:
-    patch, before = settings.architecture["patch_size"], settings.architecture["image_size"]
+def _with_encoder(model: Model, **changes: Any) -> Model:
+    description = model.description | {"encoder": model.description["encoder"] | changes}
+    return dataclasses.replace(model, description=description)
+
+
+def _resize_position(found: Tensors, architecture: dict[str, Any], size: tuple[int, int]) -> None:
+    patch, before = architecture["patch_size"], architecture["image_size"]
     old, new = ((height // patch, width // patch) for height, width in (before, size))
     position = found["position"]
     if position.shape[0] == old[0] * old[1]:  # else the shapes are compared later
         found["position"] = from_array(np.asarray(resize_table(position.read(), old, new)))
 
 
-def _keep_table(
-    found: Tensors, table: np.ndarray, settings: Settings, grid: tuple[int, int], account: Account
-) -> Settings:
+def _keep_table(found: Tensors, table: np.ndarray, model: Model, grid: tuple[int, int], account: Account) -> Model:
     """Makes a learned table a parameter; what it adds to the class token goes into the token."""
     if "cls_token" not in found or found["cls_token"].shape[-1] != table.shape[-1]:
         raise InputError(f"pos_embed is {table.shape[-1]} wide, and cls_token is not; the file is not whole")
@@ -199,17 +179,16 @@ def _keep_table(
     found["cls_token"] = from_array(token + table[0] if table[0].any() else token)
     found["position"] = from_array(table[1:])
     account.notes.append("the position table is a learned one, and is kept as a parameter")
-    patch = settings.architecture["patch_size"]
-    settings = settings.with_image_size((grid[0] * patch, grid[1] * patch))
-    return dataclasses.replace(settings, architecture=settings.architecture | {"learned_positions": True})
+    patch = model.description["encoder"]["patch_size"]
+    return _with_encoder(model, image_size=[grid[0] * patch, grid[1] * patch], learned_positions=True)
 
 
 def _check(
-    found: Tensors, settings: Settings, options: Options, account: Account
-) -> tuple[Tensors, dict[str, Any] | None]:
-    """Compares what is there with what has to be there; returns what is to be used, and the decoder's arguments."""
-    decoder = settings.decoder
-    expected = layout.expected_shapes(settings.architecture, decoder)
+    found: Tensors, description: dict[str, Any], options: Options, account: Account
+) -> tuple[Tensors, dict[str, Any]]:
+    """Compares what is there with what has to be there; returns what is to be used, and of what model it is."""
+    decoder = description.get("decoder")
+    expected = layout.expected_shapes(description["encoder"], decoder)
     _compare(found, expected)
     missing = expected.keys() - found.keys()
     filled: dict[str, Tensor] = {}
@@ -223,12 +202,13 @@ def _check(
         _refuse_unless_partial(account, options, of_decoder)
     if decoder and of_decoder & set(account.missing):
         account.notes.append("the decoder is not whole and is left out")
-        decoder, expected = None, {name: shape for name, shape in expected.items() if name not in of_decoder}
+        description = {part: about for part, about in description.items() if part != "decoder"}
+        expected = {name: shape for name, shape in expected.items() if name not in of_decoder}
     filled |= _identity(set(account.missing) & expected.keys(), expected)
     account.used |= {"encoder": len(found.keys() & expected.keys() - of_decoder)}
-    if decoder:
+    if "decoder" in description:
         account.used["decoder"] = len(found.keys() & of_decoder)
-    return {name: (filled | found)[name] for name in expected}, decoder
+    return {name: (filled | found)[name] for name in expected}, description
 
 
 def _refuse_unless_partial(account: Account, options: Options, of_decoder: set[str]) -> None:
@@ -264,6 +244,40 @@ def _identity(missing: set[str], expected: dict[str, tuple[int, ...]]) -> Tensor
         name: from_array((np.ones if name.endswith("weight") else np.zeros)(expected[name], np.float32))
         for name in missing
     }
+
+
+def _change_channels(model: Model, channels: int) -> Model:
+    """Averages the patch kernels of three channels to one, or repeats one three times.
+
+    An image that shows the same grey in all channels gets the tokens that it got before: the average is weighted by
+    the channels' normalisation and multiplied by their number, a repeated kernel is divided by it. The decoder
+    predicts the average of the channels, or the same for all.
+    """
+    old, pixels = model.description["encoder"]["channels"], model.preprocessing
+    if {old, channels} != {1, 3}:
+        raise InputError(f"--channels={channels}: patch kernels of {old} channels can be changed from 1 to 3 or back")
+    mean, std = (np.asarray(pixels[name], np.float64) for name in ("mean", "std"))
+    new_mean, new_std = (
+        (mean.mean(keepdims=True), std.mean(keepdims=True)) if channels == 1 else (mean[[0] * 3], std[[0] * 3])
+    )
+    embed = model.params["encoder"]["patch_embed"]
+    by_channel = embed["kernel"].reshape(-1, old, embed["kernel"].shape[1]).astype(np.float64)  # [P*P, C, D]
+    bias = embed["bias"].astype(np.float64)
+    if channels == 1:
+        # (grey - mean_c) / std_c is linear in (grey - new_mean) / new_std: slope into the kernel, rest into the bias.
+        bias = bias + (by_channel * ((new_mean - mean) / std)[None, :, None]).sum(axis=(0, 1))
+        changed = (by_channel * (new_std / std)[None, :, None]).sum(axis=1, keepdims=True)
+    else:
+        changed = np.repeat(by_channel / 3, 3, axis=1)
+    changed = changed.reshape(-1, embed["kernel"].shape[1])
+    embed |= {"kernel": changed.astype(np.float32), "bias": bias.astype(np.float32)}
+    predicted = model.params.get("decoder", {}).get("pred", {})
+    for name, value in predicted.items():
+        value = value.reshape(*value.shape[:-1], -1, old)
+        value = value.mean(axis=-1, keepdims=True) if channels == 1 else np.repeat(value, 3, axis=-1)
+        predicted[name] = np.ascontiguousarray(value.reshape(*value.shape[:-2], -1), np.float32)
+    pixels = preprocessing(pixels["image_size"], channels, new_mean.tolist(), new_std.tolist())
+    return _with_encoder(dataclasses.replace(model, preprocessing=pixels), channels=channels)
 
 
 def _lineage(source: Source) -> list[dict[str, Any]]:

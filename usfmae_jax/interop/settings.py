@@ -1,17 +1,18 @@
 """What has to be known of a model beside its tensors, from the settings that its format keeps."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.interop.model import Model, preprocessing
 from usfmae_jax.interop.source import Source
 from usfmae_jax.interop.tensors import Tensors
 from usfmae_jax.models.layers import NORM_EPS
 
-if TYPE_CHECKING:
-    from usfmae_jax.interop.reading import Options
-
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+#: Beginnings of the original names of a classifier's head.
+HEAD = ("head.", "fc_norm.")
 
 #: Heads of the usual models, by width; the tensors do not tell.
 _HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -19,30 +20,31 @@ _DECODER_HEADS = {128: 4, 256: 8, 512: 16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """Arguments and preprocessing; see `model.Model`. `grid` is that of the file's position table."""
+class Options:
+    """What a file may not say, or is to be changed.
 
-    architecture: dict[str, Any]
-    decoder: dict[str, Any] | None
-    classes: tuple[str, ...]
-    preprocessing: dict[str, Any]
-    grid: tuple[int, int] | None
+    Attributes:
+      channels: 1 or 3 changes the patch kernel to as many; 0 leaves it.
+      image_size: (height, width) that the model is to be used on; None = what the file says.
+      num_heads, decoder_num_heads: 0 = what the file says, else what is usual for the width.
+      mean, std: of the normalisation, one number per channel; () = what the file says, else ImageNet's.
+      norm_eps: of the layer norms; 0 = what the file says, else 1e-6.
+      allow_partial: go on without what is missing or not understood, where that can be.
+    """
 
-    def with_image_size(self, size: tuple[int, int]) -> "Settings":
-        """The same with a position table made for images of that size."""
-        return dataclasses.replace(self, architecture=self.architecture | {"image_size": list(size)})
-
-    def used_on(self, size: tuple[int, int]) -> "Settings":
-        """The same, for use on images of that size; the position table is interpolated."""
-        patch = self.architecture["patch_size"]
-        if size[0] % patch or size[1] % patch:
-            raise InputError(f"--image_size={size[0]},{size[1]} must be divisible by the patch size {patch}")
-        return dataclasses.replace(self, preprocessing=self.preprocessing | {"image_size": list(size)})
+    channels: int = 0
+    image_size: tuple[int, int] | None = None
+    num_heads: int = 0
+    decoder_num_heads: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    norm_eps: float = 0.0
+    allow_partial: bool = False
 
 
 def read_settings(
-    source: Source, found: Tensors, depth: int, decoder_depth: int, options: "Options", notes: list[str]
-) -> Settings:
+    source: Source, found: Tensors, depth: int, decoder_depth: int, options: Options, notes: list[str]
+) -> Model:
     """Collects them from shapes, from the JSON files beside the weights, and from what is usual.
 
     Args:
@@ -52,6 +54,9 @@ def read_settings(
       decoder_depth: 0 without a decoder.
       options: overrule the file.
       notes: receives what was assumed.
+
+    Returns:
+      the model without parameters and lineage.
 
     Raises:
       InputError: something has to be known and is not, or the model is of a kind that there is none of here.
@@ -81,11 +86,11 @@ def read_settings(
             f"layer norms add {eps:g} to the variance, as config.json says; the MAE code, timm and pretraining here "
             f"add {NORM_EPS:g}: --norm_eps={NORM_EPS:g} does as they do"
         )
-    decoder = None
+    description: dict[str, Any] = {"model": "vit", "encoder": architecture}
     if decoder_depth and "decoder_embed.weight" in found:
         narrow = found["decoder_embed.weight"].shape[0]
         own_decoder = own["decoder"] or {}
-        decoder = {
+        description["decoder"] = {
             "decoder_width": narrow,
             "decoder_depth": decoder_depth,
             "decoder_num_heads": _heads(
@@ -98,9 +103,10 @@ def read_settings(
                 "decoder_num_attention_heads",
             ),
         }
-    preprocessing = _preprocessing(source, own, channels, used, options, notes)
-    grid = (used[0] // patch, used[1] // patch)
-    return Settings(architecture, decoder, _classes(own, config, found), preprocessing, grid)
+    if any(name.startswith(HEAD) for name in found):
+        description["pool"] = "mean" if any(name.startswith("fc_norm.") for name in found) else "cls"
+        description["classes"] = _classes(own, config, found)
+    return Model({}, description, _preprocessing(source, own, channels, used, options, notes), [])
 
 
 def _own(source: Source) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def _heads(
 
 
 def _image_size(
-    config: dict[str, Any], own: dict[str, Any], found: Tensors, patch: int, options: "Options"
+    config: dict[str, Any], own: dict[str, Any], found: Tensors, patch: int, options: Options
 ) -> tuple[list[int], list[int]]:
     """The size that the position table is made for, and the one that the file's table is for."""
     arguments, stated = config.get("model_args") or {}, own["architecture"].get("image_size")
@@ -144,7 +150,7 @@ def _image_size(
 
 
 def _preprocessing(
-    source: Source, own: dict[str, Any], channels: int, size: list[int], options: "Options", notes: list[str]
+    source: Source, own: dict[str, Any], channels: int, size: list[int], options: Options, notes: list[str]
 ) -> dict[str, Any]:
     theirs = source.settings.get("preprocessor_config", {})
     timm = source.settings.get("config", {}).get("pretrained_cfg") or {}
@@ -164,20 +170,13 @@ def _preprocessing(
         raise InputError(
             f"mean {tuple(mean)} and std {tuple(std)} must have one number for each of {channels} channels"
         )
-    return {
-        "image_size": list(ours.get("image_size", size)),
-        "channels": ours.get("channels", channels),
-        "resize": "area, aspect not kept",
-        "scale": 1 / 255,
-        "mean": list(mean),
-        "std": list(std),
-    }
+    return preprocessing(size, ours.get("channels", channels), mean, std)
 
 
-def _classes(own: dict[str, Any], config: dict[str, Any], found: Tensors) -> tuple[str, ...]:
+def _classes(own: dict[str, Any], config: dict[str, Any], found: Tensors) -> list[str]:
     count = found["head.bias"].shape[0] if "head.bias" in found else 0
     named = list(own["classes"] or ())
     labels = config.get("id2label")
     if not named and isinstance(labels, dict):
         named = [labels[key] for key in sorted(labels, key=int)] if all(k.isdigit() for k in labels) else []
-    return tuple(map(str, named)) if len(named) == count else tuple(map(str, range(count)))
+    return list(map(str, named if len(named) == count else range(count)))

@@ -15,7 +15,7 @@ from jax import export
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import tensors
-from usfmae_jax.interop.model import Model, graph, nested
+from usfmae_jax.interop.model import Model, build, flatten, model_graph, unflatten
 from usfmae_jax.models.patches import normalize_images
 
 FILE, WEIGHTS = "model.stablehlo", "model.safetensors"
@@ -23,18 +23,18 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
-    """What a model is for, as a function of uint8 images `[B, H, W, C]` and its nested parameters.
+    """What a model is for, as a function of uint8 images `[B, H, W, C]` and its parameters.
 
     It gives float32 `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`; of a
     classifier `probabilities` `[B, classes]`.
     """
-    static, grid = graph(model), model.grid()
+    static, grid = model_graph(build(model.description)), model.grid()
     mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
 
     def apply(images: jax.Array, params: Any) -> dict[str, jax.Array]:
-        network = nnx.merge(static, params)
+        network = nnx.merge(static, params["encoder"] if model.kind == "encoder" else params)
         x = normalize_images(images, mean, std)
-        if model.pool:
+        if model.kind == "classifier":
             return {"probabilities": jax.nn.softmax(network(x))}
         tokens = network(x)
         patches = tokens[:, 1:]
@@ -62,18 +62,17 @@ def write_stablehlo(model: Model, directory: str) -> None:
     apply, size, channels = inference(model), model.preprocessing["image_size"], model.preprocessing["channels"]
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)
-    path = os.path.join(directory, FILE)
-    if sum(value.nbytes for value in model.params.values()) > tensors.EXTERNAL:
+    path, flat = os.path.join(directory, FILE), flatten(model.params)
+    if sum(value.nbytes for value in flat.values()) > tensors.EXTERNAL:
         # Constants of a program are copied several times before they are on the disk.
-        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in model.params.items()}
-        function = jax.jit(lambda images, weights: apply(images, nested(model, weights)))
+        shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in flat.items()}
+        function = jax.jit(lambda images, weights: apply(images, unflatten(weights)))
         exported = export.export(function, platforms=_PLATFORMS)(images, shapes)
-        arrays = {name: tensors.from_array(value) for name, value in model.params.items()}
+        arrays = {name: tensors.from_array(value) for name, value in flat.items()}
         metadata = {"lineage": json.dumps(model.lineage)}
         tensors.write_safetensors(os.path.join(directory, WEIGHTS), arrays, metadata)
     else:
-        params = nested(model)
-        exported = export.export(jax.jit(lambda images: apply(images, params)), platforms=_PLATFORMS)(images)
+        exported = export.export(jax.jit(lambda images: apply(images, model.params)), platforms=_PLATFORMS)(images)
     with open(path + ".incomplete", "wb") as file:
         file.write(exported.serialize())
     os.replace(path + ".incomplete", path)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from usfmae_jax.interop.model import Model, graph, nested
+from usfmae_jax.interop.model import Model, build, model_graph
 from usfmae_jax.interop.stablehlo_export import inference, run_stablehlo
 from usfmae_jax.interop.tensors import open_safetensors
 from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
@@ -49,9 +49,10 @@ def sample_noise(model: Model) -> np.ndarray:
 
 def expected(model: Model, images: np.ndarray) -> Outputs:
     """What our model makes of the images: `inference`'s outputs and, with a decoder, the pretraining loss."""
-    outputs = dict(jax.jit(inference(model.without_decoder()))(images, nested(model.without_decoder())))
-    if model.decoder:
-        outputs["loss"] = jax.jit(_loss, static_argnums=0)(_Static(model), images, nested(model), sample_noise(model))
+    used = model.encoder() if model.kind == "mae" else model
+    outputs = dict(jax.jit(inference(used))(images, used.params))
+    if model.kind == "mae":
+        outputs["loss"] = jax.jit(_loss, static_argnums=0)(_Static(model), images, model.params, sample_noise(model))
     return jax.device_get(outputs)
 
 
@@ -59,7 +60,8 @@ class _Static:
     """A model that a jitted function is compiled for."""
 
     def __init__(self, model: Model):
-        self.graph, self.patch_size = graph(model), model.architecture["patch_size"]
+        self.graph = model_graph(build(model.description))
+        self.patch_size = model.description["encoder"]["patch_size"]
         self.mean, self.std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
 
 
@@ -139,9 +141,13 @@ def _farthest(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.max([np.abs(np.subtract(a, b, dtype=np.float64)).max() for a, b in zip(ours, theirs, strict=True)]))
 
 
-def share(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Empties a dict of arrays into one whose memory JAX uses too, where it computes on the CPU."""
-    return {name: np.asarray(jnp.asarray(params.pop(name))) for name in list(params)}
+def share(params: dict[str, Any]) -> None:
+    """Replaces the arrays of a nested dict, one by one, by some whose memory JAX uses too, where it is on the CPU."""
+    for name, value in params.items():
+        if isinstance(value, dict):
+            share(value)
+        else:
+            params[name] = np.asarray(jnp.asarray(value))
 
 
 def _normalised(model: Model, images: np.ndarray) -> Any:
@@ -173,7 +179,7 @@ def _run_timm(model: Model, directory: str, images: np.ndarray) -> Outputs:
     network.load_state_dict(load_file(os.path.join(directory, "model.safetensors")), strict=True, assign=True)
     with torch.inference_mode():
         x = _normalised(model, images)
-        if model.pool:
+        if model.kind == "classifier":
             return {"probabilities": network.eval()(x).softmax(dim=-1).numpy()}
         return _features(model, network.eval().forward_features(x))
 
@@ -190,7 +196,7 @@ def _run_hf(model: Model, directory: str, images: np.ndarray) -> Outputs:
         place = {"pretrained_model_name_or_path": os.path.abspath(directory), "local_files_only": True}
         x = _normalised(model, images)
         with torch.inference_mode():
-            if model.pool:
+            if model.kind == "classifier":
                 classifier = ViTForImageClassification.from_pretrained(**place).eval()
                 return {"probabilities": classifier(x).logits.softmax(dim=-1).numpy()}
             encoder, report = ViTModel.from_pretrained(**place, add_pooling_layer=False, output_loading_info=True)
@@ -198,7 +204,7 @@ def _run_hf(model: Model, directory: str, images: np.ndarray) -> Outputs:
                 raise AssertionError(f"Hugging Face misses {sorted(report['missing_keys'])[:3]}")
             outputs = _features(model, encoder.eval()(x).last_hidden_state)
             del encoder
-            if model.decoder:
+            if model.kind == "mae":
                 settings = {"norm_pix_loss": True, "mask_ratio": MASK_RATIO}
                 mae = ViTMAEForPreTraining.from_pretrained(**place, **settings).eval()
                 outputs["loss"] = mae(x, noise=torch.from_numpy(sample_noise(model))).loss.numpy()
@@ -218,15 +224,15 @@ def _run_mae(model: Model, directory: str, images: np.ndarray) -> Outputs:
     path = os.path.join(directory, "mae.pth")
     tensors = open_torch(path) if os.path.exists(path) else open_safetensors(path[:-7] + "model.safetensors")[0]
     state = {name: torch.from_numpy(tensor.read()) for name, tensor in tensors.items()}
-    heads = model.architecture["num_heads"]
+    heads = model.description["encoder"]["num_heads"]
     with torch.inference_mode():
         x = _normalised(model, images)
-        if model.pool:
+        if model.kind == "classifier":
             return {"probabilities": torch_reference.probabilities(state, x, heads).numpy()}
         outputs = _features(model, torch_reference.features(state, x, heads))
-        if model.decoder:
+        if model.kind == "mae":
             noise = torch.from_numpy(sample_noise(model))
-            decoder_heads = model.decoder["decoder_num_heads"]
+            decoder_heads = model.description["decoder"]["decoder_num_heads"]
             outputs["loss"] = torch_reference.loss(state, x, heads, decoder_heads, noise, MASK_RATIO).numpy()
         return outputs
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import layout, names
-from usfmae_jax.interop.model import Model
+from usfmae_jax.interop.model import Model, flatten
 from usfmae_jax.interop.positions import stored_table
 from usfmae_jax.interop.tensors import Tensors, from_array, write_safetensors
 from usfmae_jax.models.layers import NORM_EPS
@@ -19,6 +19,7 @@ _TIMM = {
     1024: "vit_large_patch16_224",
     1280: "vit_huge_patch14_224",
 }
+_HF = {"encoder": "ViTModel", "mae": "ViTMAEForPreTraining", "classifier": "ViTForImageClassification"}
 
 
 def original_tensors(model: Model) -> Tensors:
@@ -26,16 +27,16 @@ def original_tensors(model: Model) -> Tensors:
 
     A classifier that pools patches has no final norm of the encoder, as in MAE's fine-tuning and in timm.
     """
-    tensors = layout.with_patch_kernel(
-        layout.to_original(model.params), model.architecture["patch_size"], model.architecture["channels"]
-    )
-    patch, (height, width) = model.architecture["patch_size"], model.architecture["image_size"]
+    about = model.description["encoder"]
+    patch, (height, width) = about["patch_size"], about["image_size"]
+    tensors = layout.with_patch_kernel(layout.to_original(flatten(model.params)), patch, about["channels"])
     base = (height // patch, width // patch)
     tensors.pop("position", None)
     tensors["pos_embed"] = from_array(model.stored_positions())
-    if model.decoder:
-        tensors["decoder_pos_embed"] = from_array(stored_table(base, model.grid(), model.decoder["decoder_width"]))
-    if model.pool == "mean":
+    if model.kind == "mae":
+        narrow = model.description["decoder"]["decoder_width"]
+        tensors["decoder_pos_embed"] = from_array(stored_table(base, model.grid(), narrow))
+    if model.description.get("pool") == "mean":
         del tensors["norm.weight"], tensors["norm.bias"]
     return tensors
 
@@ -43,8 +44,8 @@ def original_tensors(model: Model) -> Tensors:
 def write_timm(model: Model, directory: str) -> None:
     """Writes `model.safetensors` and `config.json` for timm: `create_model("local-dir:DIRECTORY", pretrained=True)`."""
     size, decoded = model.preprocessing["image_size"], model.preprocessing
-    about = model.architecture
-    pool = {"": "token", "cls": "token", "mean": "avg"}[model.pool]
+    about, classes = model.description["encoder"], model.description.get("classes", [])
+    pool = "avg" if model.description.get("pool") == "mean" else "token"
     arguments = {
         "img_size": size,
         "patch_size": about["patch_size"],
@@ -57,7 +58,7 @@ def write_timm(model: Model, directory: str) -> None:
     }
     config = {
         "architecture": _TIMM.get(about["width"], "vit_base_patch16_224"),
-        "num_classes": len(model.classes),
+        "num_classes": len(classes),
         "num_features": about["width"],
         "global_pool": pool,
         "model_args": arguments,
@@ -69,11 +70,11 @@ def write_timm(model: Model, directory: str) -> None:
             "crop_mode": "squash",
             "mean": decoded["mean"],
             "std": decoded["std"],
-            "num_classes": len(model.classes),
+            "num_classes": len(classes),
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
-            "label_names": list(model.classes) or None,
+            "label_names": classes or None,
         },
     }
     _write_json(directory, "config.json", config)
@@ -86,20 +87,18 @@ def write_hf(model: Model, directory: str) -> None:
     Raises:
       InputError: Hugging Face has no such model.
     """
-    if model.pool == "mean":
+    if model.description.get("pool") == "mean":
         raise InputError(
             "Hugging Face's ViT classifies by its class token, and this model by the mean of its patches; "
             "use --format=timm, which has both"
         )
     height, width = model.preprocessing["image_size"]
-    if model.decoder and height != width:
+    if model.kind == "mae" and height != width:
         raise InputError(f"Hugging Face's ViTMAE is made for square images, not {height}x{width}; use --format=mae")
-    about = model.architecture
+    about = model.description["encoder"]
     config: dict[str, Any] = {
-        "model_type": "vit_mae" if model.decoder else "vit",
-        "architectures": [
-            "ViTMAEForPreTraining" if model.decoder else "ViTForImageClassification" if model.pool else "ViTModel"
-        ],
+        "model_type": "vit_mae" if model.kind == "mae" else "vit",
+        "architectures": [_HF[model.kind]],
         "dtype": "float32",
         "image_size": height if height == width else [height, width],
         "patch_size": about["patch_size"],
@@ -114,19 +113,20 @@ def write_hf(model: Model, directory: str) -> None:
         "attention_probs_dropout_prob": 0.0,
         "hidden_dropout_prob": 0.0,
     }
-    if model.decoder:
+    if model.kind == "mae":
+        decoder = model.description["decoder"]
         trained = model.lineage[-1].get("config", {}) if model.lineage else {}
         config |= {
-            "decoder_hidden_size": model.decoder["decoder_width"],
-            "decoder_num_hidden_layers": model.decoder["decoder_depth"],
-            "decoder_num_attention_heads": model.decoder["decoder_num_heads"],
-            "decoder_intermediate_size": int(model.decoder["decoder_width"] * about["mlp_ratio"]),
+            "decoder_hidden_size": decoder["decoder_width"],
+            "decoder_num_hidden_layers": decoder["decoder_depth"],
+            "decoder_num_attention_heads": decoder["decoder_num_heads"],
+            "decoder_intermediate_size": int(decoder["decoder_width"] * about["mlp_ratio"]),
             "mask_ratio": trained.get("mask", {}).get("ratio", 0.75),
             "norm_pix_loss": trained.get("loss", {}).get("normalize_targets", True),
         }
-    if model.pool:
-        config["id2label"] = {str(i): name for i, name in enumerate(model.classes)}
-        config["label2id"] = {name: i for i, name in enumerate(model.classes)}
+    if model.kind == "classifier":
+        config["id2label"] = {str(i): name for i, name in enumerate(model.description["classes"])}
+        config["label2id"] = {name: i for i, name in enumerate(model.description["classes"])}
     _write_json(directory, "config.json", config)
     tensors = names.to_hf(original_tensors(model))
     _write(model, directory, tensors)
@@ -162,7 +162,7 @@ def write_preprocessing(model: Model, directory: str) -> None:
     height, width = about["image_size"]
     config = {
         "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": model.architecture["channels"] == 3,  # a grey image is repeated
+        "do_convert_rgb": model.description["encoder"]["channels"] == 3,  # a grey image is repeated
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 4,  # box: the average of areas, as ours

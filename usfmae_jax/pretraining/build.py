@@ -16,9 +16,7 @@ from usfmae_jax.data import augment, pipeline
 from usfmae_jax.data.records import Shards
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.checkpoint import load_parameters
-from usfmae_jax.interop.encoder import Lineage, flatten, read_encoder, read_lineage
-from usfmae_jax.interop.weights import lineage_of
+from usfmae_jax.interop.model import Lineage, flatten, open_model, preprocessing
 from usfmae_jax.models.mae import num_visible
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.objectives import Objective
@@ -124,22 +122,10 @@ def computation(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return how | {"scan": model.scan, "remat": model.remat}
 
 
-def preprocessing(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """How pixels become the model's input, for those who use the encoder."""
-    model = config.model
-    return {
-        "image_size": image_size(config),
-        "channels": config.data.channels,
-        "resize": "area, aspect not kept",
-        "scale": 1 / 255,
-        "mean": list(model.mean),
-        "std": list(model.std),
-    }
-
-
 def about(config: ml_collections.ConfigDict, learn: Objective) -> dict[str, Any]:
     """What a checkpoint says of itself: what kind of run wrote it, what its model is, and what the model sees."""
-    return {"kind": config.objective, "description": learn.describe(), "preprocessing": preprocessing(config)}
+    pixels = preprocessing(image_size(config), config.data.channels, config.model.mean, config.model.std)
+    return {"kind": config.objective, "description": learn.describe(), "preprocessing": pixels}
 
 
 def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
@@ -228,14 +214,13 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     Raises:
       InputError: shapes or numbers of heads differ; names the first that does.
     """
-    if (epath.Path(directory) / "checkpoints").is_dir():
-        found, config, step = load_parameters(directory)
-        lineage, about = lineage_of(directory, step), config["model"]
-    else:
-        if not (epath.Path(directory) / "architecture.json").exists():
-            directory = f"{directory}/encoder"  # what convert writes of a classifier has both
-        encoder, architecture, preprocessing = read_encoder(directory)
-        found, lineage, about = {"encoder": encoder}, read_lineage(directory), architecture | preprocessing
+    places = ("checkpoints", "architecture.json", "encoder/architecture.json")
+    if not any((epath.Path(directory) / place).exists() for place in places):
+        raise InputError(f"{directory} is not an encoder directory, nor a run or what usfmae_jax.convert wrote")
+    weights = open_model(directory, whole=True)
+    weights = weights if weights.kind == "mae" else weights.encoder()
+    found = weights.params
+    about = weights.description["encoder"] | weights.description.get("decoder", {}) | weights.preprocessing
     params = dict(state["params"])
     for part in [part for part in ("encoder", "decoder") if part in found]:
         params[part] = _fitted(found[part], params[part], directory, part)
@@ -250,7 +235,7 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     for name in ("mean", "std"):
         if not np.allclose(about[name], model[name], atol=1e-3):
             said += f"\nwarning: its pixels had another {name}: {tuple(about[name])}, here {tuple(model[name])}"
-    return state | {"params": params}, lineage, said
+    return state | {"params": params}, weights.lineage, said
 
 
 def _fitted(new: Any, own: Any, directory: str, part: str) -> Any:

@@ -16,12 +16,12 @@ from usfmae_jax import __version__
 from usfmae_jax.data import pipeline
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
-from usfmae_jax.interop.encoder import Lineage, read_lineage, save_encoder, write_lineage
+from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, save_model, write_lineage
 from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, common
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
-from usfmae_jax.training.state import State, abstract_state, init_state, model_graph
+from usfmae_jax.training.state import State, abstract_state, init_state
 from usfmae_jax.training.update import compile_update, make_update
 
 
@@ -156,5 +156,6 @@ def export(about: dict[str, Any], params: Any, workdir: str, step: int) -> None:
     lineage = read_lineage(workdir)
     lineage[-1:] = [stage | {"step": step} for stage in lineage[-1:]]
     directory = f"{workdir}/encoder"
-    save_encoder(directory, jax.device_get(params), about["description"]["encoder"], about["preprocessing"], lineage)
+    model = Model({"encoder": jax.device_get(params)}, about["description"], about["preprocessing"], lineage)
+    save_model(directory, model.encoder())
     print(f"encoder after step {step}: {directory}", file=sys.stderr)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from usfmae_jax.data import table as labelled
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.weights import Weights
+from usfmae_jax.interop.model import Model
 from usfmae_jax.training.forward import apply_batches, encoder_function
 from usfmae_jax.training.mesh import replicated
 
@@ -31,17 +31,12 @@ PIXELS = 32
 MOST_TOKENS = 16 * 2**30
 
 
-def image_format(weights: Weights | None) -> tuple[tuple[int, int], int]:
+def image_format(weights: Model | None) -> tuple[tuple[int, int], int]:
     """(height, width) and channels of the images that weights take; None stands for raw pixels."""
-    if weights is None:
-        return (PIXELS, PIXELS), 1
-    height, width = weights.preprocessing["image_size"]
-    return (int(height), int(width)), int(weights.preprocessing["channels"])
+    return weights.image_format if weights else ((PIXELS, PIXELS), 1)
 
 
-def extractor(
-    weights: Weights | None, pool: str, *, mesh: Mesh, batch_size: int, dtype: Any = jnp.float32
-) -> Extractor:
+def extractor(weights: Model | None, pool: str, *, mesh: Mesh, batch_size: int, dtype: Any = jnp.float32) -> Extractor:
     """What computes features of batches uint8 `[n, H, W, C]` in the format of `image_format`; compiled once.
 
     Args:
@@ -67,7 +62,7 @@ def extractor(
 
 def extract(
     run: Extractor,
-    weights: Weights | None,
+    weights: Model | None,
     frames: Table,
     *,
     pool: str,
@@ -105,12 +100,12 @@ def extract(
     return features
 
 
-def check_tokens(weights: Weights | None, frames: int) -> None:
+def check_tokens(weights: Model | None, frames: int) -> None:
     """Raises InputError if the patch tokens of so many frames are too many to be kept."""
     if weights is None:
         raise InputError("raw pixels have no patch tokens; probe them with --config.protocol=logistic")
     (height, width), _ = image_format(weights)
-    architecture = weights.encoder()[1]
+    architecture = weights.encoder().description["encoder"]
     size = 2 * frames * (height // architecture["patch_size"]) * (width // architecture["patch_size"])
     size *= architecture["width"]
     if size > MOST_TOKENS:

@@ -18,7 +18,7 @@ from usfmae_jax.data import table as labelled
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
-from usfmae_jax.interop.weights import Weights, members, open_weights
+from usfmae_jax.interop.model import Model, members, open_model
 from usfmae_jax.probing import inspect as looking
 from usfmae_jax.probing.features import image_format
 from usfmae_jax.reporting.run import embedding_points
@@ -40,7 +40,7 @@ class Member:
       held_out: (dataset, video, frame) of its test frames.
     """
 
-    weights: Weights
+    weights: Model
     fold: str
     seed: int
     fraction: float
@@ -57,7 +57,7 @@ def open_judges(path: str) -> list[Member]:
     """
     found = []
     for folder in members(path) or [path]:
-        weights = open_weights(folder)
+        weights = open_model(folder)
         if weights.kind != "classifier":
             raise InputError(
                 f"config.protocol=finetuned, but {path} holds an encoder without a head; fine-tune it first, or probe "
@@ -69,7 +69,7 @@ def open_judges(path: str) -> list[Member]:
     return found
 
 
-def _member(folder: str, weights: Weights) -> Member:
+def _member(folder: str, weights: Model) -> Member:
     fold, seed, fraction = "", 0, 1.0
     root = epath.Path(folder)
     root = root if "://" in folder else root.expanduser().resolve()

@@ -17,14 +17,12 @@ from usfmae_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from usfmae_jax.data.table import Table
 from usfmae_jax.evaluation.classification import summarise
 from usfmae_jax.evaluation.predictions import concatenate
-from usfmae_jax.interop.weights import Weights
+from usfmae_jax.interop.model import Model, build, model_graph
 from usfmae_jax.models.heads import Pool
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.models.rollout import attention_rollout
-from usfmae_jax.models.vit import ViT
 from usfmae_jax.training import outcomes
 from usfmae_jax.training.outcomes import Attention, Outcome, Tested
-from usfmae_jax.training.state import model_graph
 
 #: Metrics whose curve over severities is kept.
 CURVES = ("auroc", "balanced_accuracy", "f1_macro", "ece")
@@ -35,13 +33,14 @@ KEPT = 2**30
 Predict = Callable[[Iterator[np.ndarray], int, str], list[np.ndarray]]
 
 
-def rollout(weights: Weights | None, pool: Pool) -> Attention | None:
+def rollout(weights: Model | None, pool: Pool) -> Attention | None:
     """Attention rollout of a vision transformer as `(uint8 [n, H, W, c]) -> float32 [n, gh, gw]`; None for others."""
     if weights is None or weights.description.get("model", "vit") != "vit":
         return None
-    params, architecture = weights.encoder()
+    encoder = weights.encoder()
+    params = encoder.params["encoder"]
     mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
-    follow = _follower(model_graph(lambda rngs: ViT(**architecture, rngs=rngs)), mean, std, pool)
+    follow = _follower(model_graph(build(encoder.description)), mean, std, pool)
     return lambda images: np.asarray(follow(params, images))
 
 

@@ -20,7 +20,7 @@ from usfmae_jax.evaluation import results
 from usfmae_jax.evaluation.classification import positive_class
 from usfmae_jax.finetuning.members import names as names_of
 from usfmae_jax.finetuning.members import only_note
-from usfmae_jax.interop.weights import Weights, members, open_weights
+from usfmae_jax.interop.model import Model, members, open_model
 from usfmae_jax.probing import features as feature_cache
 from usfmae_jax.probing import finetuned as testing
 from usfmae_jax.probing import inspect as looking
@@ -78,9 +78,9 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     if protocol == "finetuned":
         field_checks.check_finetuned(config)
         judges = testing.open_judges(config.checkpoint)
-        weights: Weights | None = judges[0].weights
+        weights: Model | None = judges[0].weights
     else:
-        weights = None if config.checkpoint == "pixels" else open_weights(config.checkpoint, config.step or None)
+        weights = None if config.checkpoint == "pixels" else open_model(config.checkpoint, config.step or None)
         if weights:
             weights.encoder()
     frames = classification.select(read_frames(config), names_of(config.classes))
@@ -102,7 +102,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     return report(config, workdir, protocol, weights, frames, outcome, command)
 
 
-def refuse_labels_seen(protocol: str, weights: Weights | None, frames: Table) -> None:
+def refuse_labels_seen(protocol: str, weights: Model | None, frames: Table) -> None:
     """Raises InputError if a probe would test features on frames whose labels they may have been trained on."""
     if protocol == "finetuned" or not weights:
         return
@@ -122,7 +122,7 @@ def choose_protocol(config: ml_collections.ConfigDict) -> str:
         return "logistic"
     if members(config.checkpoint):
         return "finetuned"
-    return "finetuned" if open_weights(config.checkpoint, config.step or None).kind == "classifier" else "logistic"
+    return "finetuned" if open_model(config.checkpoint, config.step or None).kind == "classifier" else "logistic"
 
 
 def make_plan(config: ml_collections.ConfigDict, frames: Table, protocol: str, cache: str) -> Plan:
@@ -162,7 +162,7 @@ def only(folds: list[splits.Fold], names: Sequence[str]) -> list[splits.Fold]:
 def probe(
     config: ml_collections.ConfigDict,
     protocol: str,
-    weights: Weights | None,
+    weights: Model | None,
     frames: Table,
     plan: Plan,
     mesh: Mesh,
@@ -183,7 +183,7 @@ def probe(
             (features[fold.train], frames.label[fold.train]),
             (features[fold.validation], frames.label[fold.validation]),
             len(frames.label_names),
-            num_heads=weights.encoder()[1]["num_heads"] if protocol == "attentive" and weights else 0,
+            num_heads=weights.description["encoder"]["num_heads"] if protocol == "attentive" and weights else 0,
             seed=seed,
             options={name: dict(config[name]) for name in ("linear", "attentive")},
         )
@@ -235,7 +235,7 @@ def report(
     config: ml_collections.ConfigDict,
     workdir: str,
     protocol: str,
-    weights: Weights | None,
+    weights: Model | None,
     frames: Table,
     outcome: Outcome,
     command: str,

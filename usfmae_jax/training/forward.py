@@ -13,11 +13,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.weights import Weights
+from usfmae_jax.interop.model import Model, build, model_graph
 from usfmae_jax.models.patches import normalize_images
-from usfmae_jax.models.vit import ViT
 from usfmae_jax.training.mesh import global_batch, replicated
-from usfmae_jax.training.state import model_graph
 
 #: A pass that lasts longer than this shows a progress bar, seconds.
 PATIENCE = 2.0
@@ -123,7 +121,7 @@ def _bar(total: int, desc: str) -> tqdm:
     )
 
 
-def encoder_function(weights: Weights, pool: str = "mean", *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
+def encoder_function(weights: Model, pool: str = "mean", *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
     """The function `(params, images uint8 [B, H, W, c]) -> features float32` of an encoder, and its parameters.
 
     Args:
@@ -131,9 +129,9 @@ def encoder_function(weights: Weights, pool: str = "mean", *, dtype: Any = jnp.f
       pool: 'mean' of patch tokens or 'cls', `[B, D]`; 'patches', all patch tokens, float16 `[B, N, D]`.
       dtype: of the arithmetic.
     """
-    params, architecture = weights.encoder()
+    encoder = weights.encoder()
     mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
-    graph = model_graph(lambda rngs: ViT(**architecture, dtype=dtype, rngs=rngs))
+    graph = model_graph(build(encoder.description, dtype=dtype))
 
     def features(params: Any, images: jax.Array) -> jax.Array:
         tokens = nnx.merge(graph, params)(normalize_images(images, mean, std))
@@ -141,10 +139,10 @@ def encoder_function(weights: Weights, pool: str = "mean", *, dtype: Any = jnp.f
             return tokens[:, 1:].astype(jnp.float16)
         return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(axis=1)
 
-    return features, params
+    return features, encoder.params["encoder"]
 
 
-def classifier_function(weights: Weights, *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
+def classifier_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
     """The function `(variables, images uint8) -> {"logits" [B, C], "features" [B, D]}` of a classifier, and variables.
 
     Raises:
@@ -154,10 +152,8 @@ def classifier_function(weights: Weights, *, dtype: Any = jnp.float32) -> tuple[
         raise InputError(
             "these weights are of an encoder without a head; fine-tune it, or choose a protocol to probe it"
         )
-    from usfmae_jax.interop.classifier import make_classifier
-
     mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
-    graph = model_graph(make_classifier(weights.description, dtype=dtype))
+    graph = model_graph(build(weights.description, dtype=dtype))
 
     def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
         model = nnx.merge(graph, *[part for part in variables if part])

@@ -8,7 +8,7 @@ import numpy as np
 
 from usfmae_jax.data.table import Table
 from usfmae_jax.evaluation.predictions import Predictions, concatenate
-from usfmae_jax.interop.weights import Weights
+from usfmae_jax.interop.model import Model
 
 #: uint8 `[n, H, W, C]` to maps float32 `[n, gh, gw]`.
 Attention = Callable[[np.ndarray], np.ndarray]
@@ -131,7 +131,7 @@ def cautions(frames: Table) -> list[str]:
     return found
 
 
-def title(protocol: str, weights: Weights | None, datasets: Sequence[str]) -> str:
+def title(protocol: str, weights: Model | None, datasets: Sequence[str]) -> str:
     """What was done, as a heading."""
     heads = {
         "logistic": "Logistic regression",

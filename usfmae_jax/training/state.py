@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from usfmae_jax.interop.model import model_graph
 from usfmae_jax.training.mesh import state_sharding
 
 State = dict[str, Any]
@@ -66,11 +67,6 @@ def abstract_state(
         abstract,
         state_sharding(mesh, abstract),
     )
-
-
-def model_graph(make_model: Callable[[nnx.Rngs], nnx.Module]) -> Any:
-    """The static part of a model: `nnx.merge(model_graph(make), params)` is the model (and `stats` if it has any)."""
-    return nnx.graphdef(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
 
 
 def _words(seed: int) -> jax.Array:

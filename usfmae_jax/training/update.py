@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from usfmae_jax.interop.encoder import flatten, unflatten
+from usfmae_jax.interop.model import flatten, unflatten
 from usfmae_jax.training.mesh import batch_sharding, replicated
 from usfmae_jax.training.state import State
 

@@ -1,0 +1,246 @@
+"""A trained model is found wherever a run leaves it, is the same one, and says where it comes from."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors
+from flax import nnx
+
+from usfmae_jax import load_encoder
+from usfmae_jax.data.table import read_labelled
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.checkpoint import load_parameters, save_parameters
+from usfmae_jax.interop.model import (
+    Model,
+    build,
+    flatten,
+    members,
+    model_graph,
+    open_model,
+    preprocessing,
+    save_model,
+)
+from usfmae_jax.models.heads import Classifier
+from usfmae_jax.models.mae import MAE
+from usfmae_jax.models.resnet import ResNet
+from usfmae_jax.models.vit import ViT
+from usfmae_jax.pretraining.loop import pretrain
+
+ENCODER = {
+    "image_size": (32, 32), "patch_size": 8, "channels": 1, "width": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 4.0,
+}  # fmt: skip
+BARE = {"model": "vit", "encoder": ENCODER}
+MASKED = BARE | {"decoder": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}}
+VIT = BARE | {"pool": "cls", "classes": ["benign", "malignant"]}
+OTHER_TASK = BARE | {"pool": "mean", "outputs": ["cm"]}
+RESNET = {
+    "model": "resnet50",
+    "resnet": {"channels": 1, "depths": (1, 1, 1, 1), "width": 8},
+    "classes": ["benign", "malignant", "normal"],
+}
+PREPROCESSING = preprocessing((32, 32), 1, (0.25,), (0.2,))
+LINEAGE = [{"job": "finetune", "step": 3}]
+
+#: What version 0.1 wrote: a pretraining run with its checkpoint and encoder, a classifier, and the shard they saw.
+VERSION_0_1 = pathlib.Path(__file__).parent / "version_0_1"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, shards):
+    """The workdir of a finished run of 4 steps with checkpoints after 2 and 4."""
+    from tests.helpers import tiny_config
+
+    config = tiny_config(shards)
+    config.train.steps = 4
+    config.checkpoint.every = 2
+    workdir = tmp_path_factory.mktemp("run")
+    assert pretrain(config, str(workdir))
+    return workdir
+
+
+def _made(description):
+    _, params, stats = nnx.split(build(description)(nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
+    params = nnx.to_pure_dict(params)
+    stats = jax.tree.map(lambda s: s + 0.5, nnx.to_pure_dict(stats))  # as after some training
+    params = {"encoder": params} if description == BARE else params
+    return Model(params, description, PREPROCESSING, LINEAGE, stats)
+
+
+@pytest.mark.parametrize("place", ["", "encoder", "checkpoints", "checkpoints/4"])
+def test_a_run_and_all_its_parts_give_the_same_weights(run, place):
+    model, reference = open_model(str(run / place)), open_model(str(run / "encoder"))
+    assert model.kind == "encoder"
+    assert model.fingerprint == reference.fingerprint
+    assert model.description == reference.description
+    assert model.preprocessing == reference.preprocessing
+    assert model.image_format == ((32, 32), 1)
+    assert model.grid() == (4, 4)
+    assert [stage["step"] for stage in model.lineage] == [4]
+    jax.tree.map(np.testing.assert_array_equal, model.params, reference.params)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/4"])
+def test_the_whole_model_has_its_decoder(run, place):
+    whole = open_model(str(run / place), whole=True)
+    assert whole.kind == "mae"
+    assert whole.encoder().fingerprint == open_model(str(run)).fingerprint
+    jax.tree.map(np.testing.assert_array_equal, whole.params, load_parameters(str(run))[0])
+    nnx.merge(model_graph(build(whole.description)), whole.params)
+    assert open_model(str(run / "encoder"), whole=True).kind == "encoder"
+
+
+def test_a_step_is_that_checkpoint(run):
+    early = open_model(str(run), step=2)
+    assert early.fingerprint == open_model(str(run / "checkpoints" / "2")).fingerprint
+    assert early.fingerprint != open_model(str(run)).fingerprint
+    assert early.lineage[-1]["step"] == 2
+    with pytest.raises(InputError, match=r"has the checkpoints \[2, 4\], not 3"):
+        open_model(str(run), step=3)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "fingerprint"),
+    [
+        ("run", "encoder", "db11d5e4ec66"),
+        ("run/encoder", "encoder", "db11d5e4ec66"),
+        ("run/checkpoints", "encoder", "db11d5e4ec66"),
+        ("classifier", "classifier", "9cf7203105b9"),
+    ],
+)
+def test_what_version_0_1_wrote_is_opened(place, kind, fingerprint):
+    model = open_model(str(VERSION_0_1 / place))
+    assert (model.kind, model.fingerprint) == (kind, fingerprint)  # as it was then: resumed runs compare it
+    assert model.lineage[0]["step"] == 2
+    frames = read_labelled(str(VERSION_0_1 / "shards"))
+    assert len(frames) == 8
+    assert load_encoder(VERSION_0_1 / "run")(np.zeros((1, 8, 8), np.uint8)).class_token.shape == (1, 16)
+
+
+def test_a_checkpoint_of_version_0_1_has_its_decoder():
+    model = open_model(str(VERSION_0_1 / "run"), whole=True)
+    assert model.kind == "mae"
+    assert model.description["decoder"] == {"decoder_width": 4, "decoder_depth": 1, "decoder_num_heads": 1}
+    nnx.merge(model_graph(build(model.description)), model.params)
+
+
+@pytest.mark.parametrize("about", [{}, {"kind": "classifier", "description": VIT, "preprocessing": PREPROCESSING}])
+def test_a_checkpoint_of_a_fine_tuning_run_is_refused(tmp_path, about):
+    config = {"model": ENCODER | MASKED["decoder"] | {"mean": [0.25], "std": [0.2]}, "data": {"channels": 1}}
+    save_parameters(str(tmp_path), _made(VIT).params, about, config)
+    with pytest.raises(InputError, match=r"checkpoint 0 in .* is not of a pretraining run; finish the run to get its"):
+        open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("description", "kind", "network"),
+    [
+        (BARE, "encoder", ViT),
+        (VIT, "classifier", Classifier),
+        (OTHER_TASK, "model", Classifier),
+        (RESNET, "classifier", ResNet),
+    ],
+)
+def test_what_is_written_is_read_and_answers_the_same(tmp_path, description, kind, network):
+    model = _made(description)
+    save_model(str(tmp_path), model)
+    read = open_model(str(tmp_path))
+    assert (read.kind, read.description) == (kind, json.loads(json.dumps(description)))
+    assert (read.preprocessing, read.lineage) == (PREPROCESSING, LINEAGE)
+    assert read.fingerprint == model.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, model.params, read.params)
+    jax.tree.map(np.testing.assert_array_equal, model.stats, read.stats)
+    assert isinstance(nnx.eval_shape(lambda: build(read.description)(nnx.Rngs(0))), network)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
+
+    def answer(model):
+        params = model.params["encoder"] if kind == "encoder" else model.params
+        return nnx.merge(model_graph(build(model.description)), params, *filter(None, [model.stats]))(images)
+
+    outputs = description.get("classes", description.get("outputs"))
+    assert answer(read).shape == ((2, len(outputs)) if outputs else (2, 17, 32))
+    np.testing.assert_array_equal(answer(read), answer(model))
+
+
+def test_the_encoder_inside_is_had_of_a_vision_transformer():
+    assert isinstance(build(MASKED)(nnx.Rngs(0)), MAE)
+    for description in (MASKED, VIT):
+        inner = _made(description).encoder()
+        assert (inner.kind, inner.description, inner.params.keys()) == ("encoder", BARE, {"encoder"})
+    with pytest.raises(InputError, match="these weights are of a resnet50, not of a vision transformer"):
+        _made(RESNET).encoder()
+
+
+def test_the_weights_carry_their_lineage(tmp_path):
+    save_model(str(tmp_path), _made(VIT))
+    with safetensors.safe_open(tmp_path / "model.safetensors", "numpy") as file:
+        assert json.loads(file.metadata()["lineage"]) == LINEAGE
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_how_it_is_computed_is_chosen_when_it_is_built():
+    model = build(VIT, dtype=jnp.bfloat16, drop_path=0.1, freeze=1, attention="xla", scan=False, remat=True)(
+        nnx.Rngs(0)
+    )
+    assert (model.drop_path, model.freeze, model.encoder.dtype) == (0.1, 1, jnp.bfloat16)
+    assert (model.encoder.blocks.scan, model.encoder.blocks.remat) == (False, True)
+    assert build(RESNET, freeze=4)(nnx.Rngs(0)).freeze == 4
+
+
+def test_the_fingerprint_tells_values_names_and_statistics_apart():
+    kernel, about = np.zeros((2, 2), np.float32), {"model": "resnet50", "resnet": {}}
+    trees = [({"a": kernel}, {}), ({"b": kernel}, {}), ({"a": kernel + 1}, {}), ({"a": kernel}, {"a": kernel})]
+    models = [Model(params, about, PREPROCESSING, [], stats) for params, stats in trees]
+    assert len({model.fingerprint for model in models}) == 4
+    assert Model({"a": kernel.astype(np.float64)}, about, PREPROCESSING, []).fingerprint == models[0].fingerprint
+
+
+def test_what_holds_no_weights_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is no folder"):
+        open_model(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="holds neither an encoder or a classifier nor a finished checkpoint"):
+        open_model(str(tmp_path))
+    (tmp_path / "architecture.json").write_text("{")
+    with pytest.raises(InputError, match="is not an encoder directory"):
+        open_model(str(tmp_path))
+
+
+def test_a_damaged_directory_is_refused_in_one_sentence(tmp_path):
+    save_model(str(tmp_path), _made(VIT))
+    about = json.loads((tmp_path / "architecture.json").read_text())
+    (tmp_path / "architecture.json").write_text(json.dumps(about | {"format": 2}))
+    with pytest.raises(InputError, match="another classifier format than 1; update"):
+        open_model(str(tmp_path))
+    (tmp_path / "architecture.json").write_text(json.dumps(about | {"model": "unet"}))
+    with pytest.raises(InputError, match="holds no classifier but other weights, such as an encoder's"):
+        open_model(str(tmp_path))
+    (tmp_path / "architecture.json").write_text(json.dumps(about))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="is not a classifier directory"):
+        open_model(str(tmp_path))
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(run, tmp_path):
+    shutil.copytree(run / "checkpoints" / "4", tmp_path / "checkpoints" / "4")
+    for file in (tmp_path / "checkpoints" / "4" / "state" / "ocdbt.process_0" / "d").iterdir():
+        file.write_bytes(b"")
+    for file in (tmp_path / "checkpoints" / "4" / "state" / "d").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match=r"checkpoint 4 in .* cannot be read"):
+        open_model(str(tmp_path))
+
+
+def test_several_members_must_be_chosen_from(tmp_path):
+    for name in ("fold-1", "fold-2"):
+        save_model(str(tmp_path / "members" / name / "classifier"), _made(VIT))
+    (tmp_path / "members" / "fold-3").mkdir()  # not finished
+    assert [path[-6:] for path in members(str(tmp_path))] == ["fold-1", "fold-2"]
+    with pytest.raises(InputError, match="holds 2 trained models; choose one"):
+        open_model(str(tmp_path))
+    shutil.rmtree(tmp_path / "members" / "fold-2")
+    assert flatten(open_model(str(tmp_path)).params).keys() == flatten(_made(VIT).params).keys()
