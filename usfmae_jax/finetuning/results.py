@@ -20,7 +20,8 @@ from usfmae_jax.interop.encoder import write_lineage
 from usfmae_jax.interop.weights import Weights, open_weights
 from usfmae_jax.models.vit import SIZES
 from usfmae_jax.probing import inspect as looking
-from usfmae_jax.reporting.run import embedding_points
+from usfmae_jax.reporting import classification as reporting
+from usfmae_jax.reporting.classification import embedding_points
 from usfmae_jax.training import checkpoints, outcomes
 from usfmae_jax.training.common import on_first_process
 from usfmae_jax.training.forward import classifier_function
@@ -125,7 +126,7 @@ def finish(job: Job, command: str) -> None:
     }
     outcome = look(job, [part.probabilities for part in parts["predictions"]])
     weights = job.weights
-    found = results.finish(
+    found = reporting.finish(
         job.workdir,
         tables.concatenate(parts["predictions"]),
         task={

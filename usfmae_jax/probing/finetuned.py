@@ -21,7 +21,7 @@ from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.weights import Weights, members, open_weights
 from usfmae_jax.probing import inspect as looking
 from usfmae_jax.probing.features import image_format
-from usfmae_jax.reporting.run import embedding_points
+from usfmae_jax.reporting.classification import embedding_points
 from usfmae_jax.training import outcomes
 from usfmae_jax.training.forward import apply_batches, classifier_function
 from usfmae_jax.training.outcomes import Outcome, Tested
