@@ -177,10 +177,10 @@ def test_a_task_without_classes_has_complete_results(tmp_path):
     assert found["task"] == task
     assert found["robustness"] is None
     page, text = words(tmp_path / "report.html"), (tmp_path / "results.md").read_text()
-    first = "Length of the femur on made: tested on 1,200 frames of 40 patients in 2 folds, the mean of 2 seeds; "
+    first = "ested on 1,200 frames of 40 patients in 2 folds, the mean of 2 seeds; "
     first += "Mean absolute error 12.500, 95% interval over patients 11.250 to 13.750. Split: official."
-    assert first in page
-    assert text.startswith(f"# {task['title']}\n\n{first}\n")
+    assert f"T{first}" in page
+    assert text.startswith(f"# {task['title']}\n\n{task['title']}: t{first}\n")
     for part in (
         "12.500 Mean absolute error 11.250 to 13.750", "in millimetres; 0 is best", "By fold", "12.500 ± 0.700",
         "seed 1", "By share of the training patients", "10% 31.000 [27.900, 34.100]", "All settings", "0123456789ab",

@@ -15,7 +15,8 @@ def overview(results: Mapping[str, Any], names: Mapping[str, str], lead: str) ->
       lead: the metric that the first line tells.
     """
     notices = [f"warning: {one}" for one in results["context"].get("warnings", [])]
-    lines = [heading(results, names, lead), "", _metrics(results, names), *([""] if notices else []), *notices]
+    first = f"{_title(results)}: {heading(results, names, lead)}"
+    lines = [first, "", _metrics(results, names), *([""] if notices else []), *notices]
     return "\n".join(lines)
 
 
@@ -42,9 +43,9 @@ def page(
         "Data": _data(context),
         "Repeat it": f"    {context['command']}" if context.get("command") else "",
     }
-    title = results["task"].get("title") or "Results"
+    title, first = _title(results), heading(results, names, lead)
     warnings = "\n>\n".join(f"> **Warning.** {one}" for one in context.get("warnings", []))
-    parts = [f"# {title}", heading(results, names, lead), *([warnings] if warnings else [])]
+    parts = [f"# {title}", f"{title}: {first}", *([warnings] if warnings else [])]
     parts += [f"## {head}\n\n{text}" for head, text in sections.items() if text]
     return "\n\n".join(parts) + "\n"
 
@@ -105,7 +106,7 @@ def tested_on(counts: Mapping[str, int]) -> str:
 def heading(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> str:
     """What was tested on whom, how well it did, and how the frames were split; arguments as `overview`."""
     task, counts, one = results["task"], results["counts"], results["metrics"][lead]
-    what = f"{task.get('title') or 'Results'}: tested on {tested_on(counts)}"
+    what = f"tested on {tested_on(counts)}"
     if counts["folds"] > 1:
         what += f" in {counts['folds']} folds"
     if counts["seeds"] > 1:
@@ -116,6 +117,10 @@ def heading(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> 
     positive = f"; positive: {task['positive']}" if task.get("positive") else ""
     split = f" Split: {task['split']}." if task.get("split") else ""
     return f"{what}; {value}{positive}.{split}"
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    return results["task"].get("title") or "Results"
 
 
 def _metrics(results: Mapping[str, Any], names: Mapping[str, str]) -> str:

@@ -160,19 +160,45 @@ def embedding_points(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, n
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Two or three plain sentences: on what, how good, how sure; [] where the results lack the numbers.
+    """Two plain sentences: on what, how good, how sure; [] where the results lack the numbers.
 
     Args:
       results: as `evaluation.results` describes them; any key may be missing.
     """
     task = results.get("task") or {}
-    classes = [str(name) for name in task.get("classes") or ()]
-    if not classes or not _value(results, "auroc"):
+    classes, positive = [str(name) for name in task.get("classes") or ()], task.get("positive")
+    auroc = _value(results, "auroc")
+    if not classes or not auroc:
         return []
     where = f"{tables.tested_on(results.get('counts') or {}) or 'frames'} whose labels it was not trained on"
-    if len(classes) == 2 and task.get("positive") in classes:
-        return [_ranking(results, classes, task["positive"], where), *_found(results, classes, task["positive"])]
-    return [_naming(results, len(classes), where), *_best_and_worst(results)]
+    if len(classes) != 2 or positive not in classes:
+        accuracy, balanced = _value(results, "accuracy"), _value(results, "balanced_accuracy")
+        found = [
+            f"On {where}, the model names the right one of {len(classes)} classes for {accuracy:.0%} of the frames, "
+            f"and for {balanced:.0%} when all classes count alike (balanced accuracy {balanced:.3f}"
+            f"{_interval(results, 'balanced_accuracy')}; guessing gives {1 / len(classes):.3g})."
+        ]
+        if recalls := {name: one["recall"]["value"] for name, one in (results.get("per_class") or {}).items()}:
+            best, worst = max(recalls, key=recalls.__getitem__), min(recalls, key=recalls.__getitem__)
+            frames = f"({recalls[best]:.0%} of these frames) and {worst} least ({recalls[worst]:.0%})"
+            found.append(f"It recognises {best} best {frames}.")
+        return found
+    yes, names = classes.index(positive), (positive, _other(classes, positive))
+    shown, other = (f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}" for name in names)
+    found = [
+        f"Shown {shown} and {other} frame, the model gives the {positive} one the higher probability of being "
+        f"{positive} {100 * auroc:.0f} times of 100 (AUROC {auroc:.3f}{_interval(results, 'auroc')}; guessing gives "
+        f"50). It was tested on {where}."
+    ]
+    counts = np.asarray(results.get("confusion") or [], np.float64)
+    if counts.shape == (2, 2) and counts.sum(axis=1).all():
+        (right, wrong), (all_yes, all_no) = counts[[yes, 1 - yes], yes], counts.sum(axis=1)[[yes, 1 - yes]]
+        found.append(
+            f"Naming the more probable class, it finds {right:,.0f} of {all_yes:,.0f} {positive} frames "
+            f"({right / all_yes:.0%}) and calls {wrong:,.0f} of {all_no:,.0f} {names[1]} frames {positive} by mistake "
+            f"({wrong / all_no:.0%})."
+        )
+    return found
 
 
 def doubt(results: Mapping[str, Any]) -> str:
@@ -187,53 +213,6 @@ def doubt(results: Mapping[str, Any]) -> str:
     if high - low > 0.15:
         return "The interval is wide: more patients are needed to know how good the model is."
     return ""
-
-
-def _ranking(results: Mapping[str, Any], classes: list[str], positive: str, where: str) -> str:
-    value, interval = _value(results, "auroc"), _interval(results, "auroc")
-    names = (positive, _other(classes, positive))
-    shown, other = (f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}" for name in names)
-    return (
-        f"Shown {shown} and {other} frame, the model gives the {positive} one the higher probability of being "
-        f"{positive} {100 * value:.0f} times of 100 (AUROC {value:.3f}{interval}; guessing gives 50). It was tested on "
-        f"{where}."
-    )
-
-
-def _found(results: Mapping[str, Any], classes: list[str], positive: str) -> list[str]:
-    counts = np.asarray(results.get("confusion") or [], np.float64)
-    if counts.shape != (2, 2) or not counts.sum(axis=1).all():
-        return []
-    yes = classes.index(positive)
-    (found, missed), (all_yes, all_no) = counts[[yes, 1 - yes], yes], counts.sum(axis=1)[[yes, 1 - yes]]
-    return [
-        f"Naming the more probable class, it finds {found:,.0f} of {all_yes:,.0f} {positive} frames "
-        f"({found / all_yes:.0%}) and calls {missed:,.0f} of {all_no:,.0f} {classes[1 - yes]} frames {positive} by "
-        f"mistake ({missed / all_no:.0%})."
-    ]
-
-
-def _naming(results: Mapping[str, Any], classes: int, where: str) -> str:
-    accuracy, balanced = _value(results, "accuracy"), _value(results, "balanced_accuracy")
-    text = f"On {where}, the model "
-    if accuracy is not None:
-        text += f"names the right one of {classes} classes for {accuracy:.0%} of the frames"
-    if balanced is not None:
-        value = f"{balanced:.3f}{_interval(results, 'balanced_accuracy')}; guessing gives {1 / classes:.3g}"
-        text += ", and " if accuracy is not None else "names the right class "
-        text += f"for {balanced:.0%} when all classes count alike (balanced accuracy {value})"
-    if accuracy is None and balanced is None:
-        text += f"reaches an AUROC of {_value(results, 'auroc'):.3f}{_interval(results, 'auroc')}"
-    return f"{text}."
-
-
-def _best_and_worst(results: Mapping[str, Any]) -> list[str]:
-    recalls = {name: (one.get("recall") or {}).get("value") for name, one in (results.get("per_class") or {}).items()}
-    known = {name: recall for name, recall in recalls.items() if recall is not None}
-    if len(known) < 2:
-        return []
-    best, worst = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
-    return [f"It recognises {best} best ({known[best]:.0%} of these frames) and {worst} least ({known[worst]:.0%})."]
 
 
 def _other(classes: Sequence[str], positive: str) -> str:

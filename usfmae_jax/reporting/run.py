@@ -40,6 +40,11 @@ class Measure:
     short: str = ""
     bounded: bool = False
 
+    @property
+    def brief(self) -> str:
+        """What it is called where there is little room."""
+        return self.short or self.title
+
 
 def finish(
     workdir: str,
@@ -126,7 +131,8 @@ def write_page(
         opening = sections[""]
     else:
         names = {name: one.title for name, one in measures.items()}
-        opening = part("sentences", [tables.heading(results, names, headline[0])])
+        said = tables.heading(results, names, headline[0])
+        opening = part("sentences", [said[0].upper() + said[1:]])
     excluded = [
         [str(one.get(key, "")) for key in ("frame", "patient", "fold", "reason")]
         for one in context.get("excluded") or ()
@@ -174,14 +180,14 @@ def folds_and_seeds(results: Mapping[str, Any], measures: Mapping[str, Measure],
     folds, seeds = results.get("folds") or {}, results.get("seeds") or ()
     names, found = folds.get("names") or [], folds.get("metrics") or {}
     rows = [
-        [short(measures[name]), part("spread", *(tables.number(found[name][key]) for key in ("mean", "std")))]
+        [measures[name].brief, part("spread", *(tables.number(found[name][key]) for key in ("mean", "std")))]
         + [tables.number(value) for value in found[name]["values"]]
         for name in main
         if name in found and len(names) > 1
     ]
     by_fold = pages.table(["Measure", "Mean ± deviation", *map(str, names)], rows, "By fold")
     rows = [
-        [short(measures[name]), *(tables.number(one["metrics"].get(name)) for one in seeds)]
+        [measures[name].brief, *(tables.number(one["metrics"].get(name)) for one in seeds)]
         for name in main
         if len(seeds) > 1 and any(name in one["metrics"] for one in seeds)
     ]
@@ -192,14 +198,13 @@ def folds_and_seeds(results: Mapping[str, Any], measures: Mapping[str, Measure],
 def fewer_labels(results: Mapping[str, Any], measures: Mapping[str, Measure], names: Sequence[str]) -> Markup:
     """Metrics against the share of training patients, where several were run.
 
-    The chart shows those of the first two that lie between 0 and 1, or else the first: more is no clearer, and other
-    units need another axis.
+    The chart shows the first two, or the first alone where one does not lie between 0 and 1: units need an axis each.
     """
     steps = results.get("fractions") or ()
     if len(steps) < 2:
         return Markup()
     shares = [one["fraction"] for one in steps]
-    drawn = [name for name in names[:2] if measures[name].bounded] or names[:1]
+    drawn = names[:2] if all(measures[name].bounded for name in names[:2]) else names[:1]
     lines = []
     for colour, name in enumerate(drawn):
         found = [one["metrics"].get(name) or {} for one in steps]
@@ -223,7 +228,7 @@ def fewer_labels(results: Mapping[str, Any], measures: Mapping[str, Measure], na
         [label, *(measured(one["metrics"].get(name)) for name in keys)]
         for label, one in zip(labels, steps, strict=True)
     ]
-    heads = ["Patients", *(short(measures[name]) for name in keys)]
+    heads = ["Patients", *(measures[name].brief for name in keys)]
     return part("beside", chart, pages.table(heads, rows, stack=True))
 
 
@@ -231,11 +236,6 @@ def measured(metric: Mapping[str, Any] | None) -> Markup:
     """A cell: a metric of results.json with its interval."""
     value, _, interval = (tables.metric(metric) if metric else tables.NONE).partition(" ")
     return part("measured", value, interval)
-
-
-def short(measure: Measure) -> str:
-    """What a measure is called where there is little room."""
-    return measure.short or measure.title
 
 
 def number(metric: Any) -> float:
