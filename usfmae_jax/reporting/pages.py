@@ -83,6 +83,7 @@ _ENVIRONMENT = jinja2.Environment(
 )
 _ENVIRONMENT.filters |= {
     "anchor": lambda name: re.sub("[^a-z0-9]+", "-", name.lower()),
+    "columns": lambda rows, *keys: [[str(one.get(key, "")) for key in keys] for one in rows or ()],
     "ending": _ending,
     "kinds": _kinds,
     "percent": lambda share: f"{100 * _within(share):.1f}%",

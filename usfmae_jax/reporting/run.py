@@ -125,18 +125,11 @@ def write_page(
         "Folds and seeds": folds_and_seeds(results, measures, main),
         "Fewer labels": fewer_labels(results, measures, headline),
     }
-    own = {name: content for name, content in sections.items() if name}
-    found = own | {name: content for name, content in usual.items() if name not in own}
-    if "" in sections:
-        opening = sections[""]
-    else:
-        names = {name: one.title for name, one in measures.items()}
-        said = tables.heading(results, names, headline[0])
+    found = {**sections, **{name: content for name, content in usual.items() if name not in sections}}
+    opening = found.pop("", None)
+    if opening is None:
+        said = tables.heading(results, {name: one.title for name, one in measures.items()}, headline[0])
         opening = part("sentences", [said[0].upper() + said[1:]])
-    excluded = [
-        [str(one.get(key, "")) for key in ("frame", "patient", "fold", "reason")]
-        for one in context.get("excluded") or ()
-    ]
     pages.write(
         path,
         "run.html",
@@ -149,8 +142,6 @@ def write_page(
         found=found,
         lineage=_lineage(context),
         data=[_dataset(one) for one in context.get("data") or ()],
-        excluded=excluded,
-        left_out=tables.counted(len(excluded), "near-duplicate"),
         settings=_flat(context.get("config") or {}),
     )
 
