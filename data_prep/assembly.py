@@ -17,10 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from data_prep import exclusions, frames, identity, parts, report, shards
+from data_prep import exclusions, frames, identity, pages, parts, report, shards
 from data_prep.builder import Frames
 from data_prep.items import Rejected
-from data_prep.pages import page
 from data_prep.plans import Plan
 from data_prep.shards import UnusableInputError
 from usfmae_jax import __version__
@@ -57,7 +56,7 @@ def build(
         _write_splits(finished, plan, gathered.kept)
         report.write_rejected(finished, gathered.rejected)
         manifest = report.write_manifest(finished, plan, gathered, downloaded)
-        page.write_page(finished)
+        pages.write_page(finished)
         if args.linkage:
             identity.write_linkage(args.linkage, gathered.originals, args.output)
         shards.publish(finished, target, args.overwrite)

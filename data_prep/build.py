@@ -83,9 +83,9 @@ def _run(args: argparse.Namespace) -> int:
             print(f"error: {entry.name}: {error}", file=sys.stderr)
             status = 2
     if built:
-        from data_prep.pages import page
+        from data_prep import pages
 
-        print(f"\nAll together: {page.write_index(built, pathlib.Path(args.output) / 'index.html')}")
+        print(f"\nAll together: {pages.write_index(built, pathlib.Path(args.output) / 'index.html')}")
     return status
 
 

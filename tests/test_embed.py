@@ -8,7 +8,7 @@ from flax import nnx
 from tests.helpers import frame, write_shards
 from usfmae_jax import embed
 from usfmae_jax.data.table import read_table
-from usfmae_jax.interop.model import open_model
+from usfmae_jax.interop.model import Model, open_model, preprocessing, save_model
 from usfmae_jax.models.vit import ViT
 from usfmae_jax.probing import features
 from usfmae_jax.training.mesh import make_mesh

@@ -1,8 +1,10 @@
 """Predictions that several tests look at."""
 
+import dataclasses
+
 import numpy as np
 
-from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.evaluation.predictions import Predictions, concatenate
 
 BINARY = ("benign", "malignant")
 
@@ -37,3 +39,13 @@ def predictions(
         seed=np.full(len(label), seed),
         fraction=np.ones(len(label)),
     )
+
+
+def several(rng: np.random.Generator) -> Predictions:
+    """Two label fractions, two seeds, three folds."""
+    parts = []
+    for fraction, skill in ((0.1, 0.5), (1.0, 1.5)):
+        for seed in (0, 1):
+            part = predictions(rng, patients=40, folds=3, seed=seed, skill=skill)
+            parts.append(dataclasses.replace(part, fraction=np.full(len(part), fraction)))
+    return concatenate(parts)

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from usfmae_jax.reporting import charts, markup
+from usfmae_jax.reporting import charts, pages
 
 EVIL = '<script>alert("1")</script>\'"&'
 
@@ -104,6 +104,6 @@ def test_a_round_axis_holds_all_values():
 
 
 def test_bars_of_a_table_hold_their_shares():
-    assert "left:25.0%;width:50.0%" in markup.interval(0.5, 0.25, 0.75)
-    assert "width:100.0%" in markup.share_bar(1.2)
-    assert 'class="bar"' in markup.table(["a", "b"], [["x", markup.share_bar(0.3)]])
+    assert "left:25.0%;width:50.0%" in pages.part("interval", 0.5, 0.25, 0.75)
+    assert "width:100.0%" in pages.part("share_bar", 1.2)
+    assert 'class="bar"' in pages.table(["a", "b"], [["x", pages.part("share_bar", 0.3)]])

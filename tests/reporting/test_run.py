@@ -1,217 +1,214 @@
-"""The page that a clinician reads: honest sentences, nothing from outside, nothing that runs, any screen."""
+"""What a run writes: complete, true to its predictions, without a path of the machine, and of any task."""
 
+import dataclasses
+import json
 import re
 
 import numpy as np
 import pytest
 
-from tests.html_pages import Reader, layout, words
+from tests.evaluation.made import predictions, several
+from tests.html_pages import Reader, words
+from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import results
-from usfmae_jax.evaluation.predictions import Predictions
-from usfmae_jax.reporting import run as report
-from usfmae_jax.reporting.verdict import doubt, verdict
+from usfmae_jax.evaluation.predictions import concatenate, read
+from usfmae_jax.reporting import classification, run
 
-EVIL = '<script>alert("1")</script>\'"><img src=x onerror=alert(2)>'
+TASK = {"title": "Fine-tuned tiny ViT on made", "protocol": "finetune", "datasets": ["made"], "split": "official"}
 CONTEXT = {
-    "config": {"seed": 0, "model": {"arch": "tiny"}, "note": EVIL},
-    "weights": {"source": "pretrain/encoder", "fingerprint": "feed12345678", "kind": "encoder"},
-    "lineage": [{"job": "pretrain", "code": "usfmae_jax 9", "step": 7, "data": [{"dataset": "d0", "frames": 3}]}],
-    "data": [{"dataset": "bus", "frames": 90, "licence": "CC BY 4.0", "citation": EVIL}],
-    "fingerprint": "da7a",
-    "warnings": ["pretrained on test frames"],
-    "excluded": [{"frame": "f44", "patient": "44", "fold": "fold-1", "reason": "is f65 again"}],
+    "config": {"init": "/home/someone/runs/encoder", "rates": (1e-3, np.float32(0.5)), "nothing": float("nan")},
+    "weights": {"source": "encoder", "fingerprint": "0123456789ab", "kind": "encoder"},
+    "lineage": [{"job": "pretrain", "data": [{"dataset": "other", "frames": 1234, "licence": "CC BY 4.0"}]}],
+    "data": [{"dataset": "made", "frames": 80, "licence": ""}],
+    "fingerprint": ["aa11"],
+    "warnings": ["no licence in /home/someone/made/manifest.json, see https://example.org/a/b"],
+    "excluded": [{"dataset": "made", "frame": "7", "reason": "same picture as 9"}],
     "command": "python -m usfmae_jax.finetune --config=configs/finetune.py:busbra",
 }
-EIGHT = ("Chocolate cyst", "Mucinous cystadenoma of a very long name", "Teratoma", "d", "e", "f", "g", EVIL)
 
 
-def predict(classes, frames=96, folds=1, seeds=1, fractions=(1.0,), strength=2.0):
-    rng = np.random.default_rng(0)
-    label = np.arange(frames) % len(classes)
-    rows = len(fractions) * seeds
-    logits = rng.normal(size=(rows, frames, len(classes)))
-    logits[:, np.arange(frames), label] += strength
-    odds = np.exp(logits).reshape(-1, len(classes))
-    patients = [f"p{i % 31}" for i in range(frames)]
-    return Predictions(
-        classes=classes,
-        dataset=np.array(["bus", "mmotu"] * (frames // 2) * rows),
-        patient=np.array(patients * rows),
-        video=np.array([f"v{i}" for i in range(frames)] * rows),
-        frame=np.array([f"f{i}{EVIL}" for i in range(frames)] * rows),
-        fold=np.array([f"fold-{i % 31 % folds + 1}" for i in range(frames)] * rows),
-        label=np.tile(label, rows),
-        probabilities=odds / odds.sum(axis=1, keepdims=True),
-        seed=np.tile(np.repeat(np.arange(seeds), frames), len(fractions)),
-        fraction=np.repeat(fractions, frames * seeds),
+@pytest.fixture
+def made(rng):
+    return several(rng)
+
+
+def test_everything_is_written_and_follows_the_schema(tmp_path, made):
+    found = classification.finish(str(tmp_path), made, task=TASK, positive="", context=CONTEXT, resamples=50)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "predictions.csv", "report.html", "results.json", "results.md"
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert list(found) == [
+        "format", "task", "counts", "fraction", "bootstrap", "metrics", "per_class", "confusion", "reliability",
+        "calibrated", "folds", "fractions", "seeds", "robustness", "context",
+    ]  # fmt: skip
+    assert all(f"\n    {key} " in results.__doc__ for key in found)
+    assert found["task"] == TASK | {"classes": ["benign", "malignant"], "positive": "malignant"}
+    assert found["counts"] == {"frames": 80, "patients": 40, "videos": 80, "folds": 3, "seeds": 2}
+    assert all(name in results.__doc__ for name in found["metrics"])
+    for metric in found["metrics"].values():
+        assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
+    assert len(read(tmp_path)) == len(made)
+
+
+def test_absolute_paths_are_cut_and_numbers_become_json(tmp_path, made):
+    found = classification.finish(str(tmp_path), made, task=TASK, positive="", context=CONTEXT, resamples=0)
+    written = "".join((tmp_path / name).read_text() for name in ("results.json", "results.md"))
+    assert "someone" not in written
+    assert str(tmp_path) not in written
+    context = found["context"]
+    assert context["config"] == {"init": "encoder", "rates": [0.001, 0.5], "nothing": None}
+    assert context["warnings"] == ["no licence in manifest.json, see https://example.org/a/b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/data/a,/data/b/", "a,b"),
+        ("data/a/b", "data/a/b"),
+        ("gs://bucket/a/b", "gs://bucket/a/b"),
+        ("benign and/or malignant, 5/10/20", "benign and/or malignant, 5/10/20"),
+        ("'/tmp/x/y.csv' is late", "'y.csv' is late"),
+        ("--config.init=/tmp/x/encoder --a=b", "--config.init=encoder --a=b"),
+        ("doi 10.1000/a/b", "doi 10.1000/a/b"),
+    ],
+)
+def test_only_absolute_paths_are_cut(text, shown):
+    assert run._public({"text": text}) == {"text": shown}
+
+
+def test_a_reader_is_warned_of_few_patients_and_of_frames_that_count_twice(tmp_path, rng):
+    few = predictions(rng, patients=8, frames=3)
+    again = concatenate([few, dataclasses.replace(few, fold=np.full(len(few), "2", object))])
+    found = classification.finish(str(tmp_path), again, task={}, positive="", context={}, resamples=20)
+    first, second = found["context"]["warnings"]
+    assert "Few patients are tested of benign (4), malignant (4)" in first
+    assert "24 predictions are of frames that other folds test too" in second
+    assert second in (tmp_path / "results.md").read_text()
+    assert second in results.table(found)
+
+
+def test_the_tables_say_what_a_reader_needs(tmp_path, made):
+    robustness = {"speckle": {"auroc": [0.9, 0.8, 0.7, 0.6, 0.5, None]}}
+    found = classification.finish(
+        str(tmp_path), made, task=TASK, positive="benign", context=CONTEXT, robustness=robustness, resamples=20
     )
+    text = results.table(found)
+    assert text.startswith("Fine-tuned tiny ViT on made: tested on 80 frames of 40 patients in 3 folds, ")
+    assert ", the mean of 2 seeds; AUROC" in text
+    assert "; positive: benign. Split: official.\n" in text
+    metric = found["metrics"]["auroc"]
+    assert f"{metric['value']:.3f} [{metric['ci95'][0]:.3f}, {metric['ci95'][1]:.3f}]" in text
+    page = (tmp_path / "results.md").read_text()
+    for head in ("Metrics", "By class", "Confusion matrix", "By label fraction", "By seed", "Under corruption"):
+        assert f"\n## {head}\n" in page
+    for part in ("other (1,234 frames, licence CC BY 4.0)", "fingerprint aa11", "| speckle |", "| 10% ", "1 frame"):
+        assert part in page
+    widths = {len(line) for line in text.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
 
 
-def parts(predictions):
-    """What a loop hands over beside the predictions."""
-    rng = np.random.default_rng(1)
-    first, second = predictions.classes[:2]
-    example = {"label": first, "predicted": second, "probability": 0.999, "frame": EVIL}
-    images = rng.integers(0, 256, (10, 40, 60, 3), dtype=np.uint8)
-    maps = [None, *rng.random((9, 5, 5), dtype=np.float32)]
-    examples = [example | {"image": image, "map": one} for image, one in zip(images, maps, strict=True)]
-    examples[3]["image"] = images[3, :, :, :1]
-    names = {"label": [predictions.classes[i] for i in predictions.label[:96]], "dataset": ["bus", "mmotu"] * 48}
-    falling = {
-        name: [0.9 - step * i for i in range(6)] for name, step in (("auroc", 0.01), ("balanced_accuracy", 0.02))
+def test_eight_classes_one_fold_and_a_class_that_is_not_there(tmp_path, rng):
+    eight = predictions(rng, patients=80, classes=tuple("abcdefgh"))
+    eight = eight.select(eight.label != 7)
+    found = classification.finish(str(tmp_path), eight, task={}, positive="", context={}, resamples=20)
+    assert found["metrics"]["auroc"]["value"] is None
+    assert found["metrics"]["accuracy"]["value"] is not None
+    assert found["per_class"]["h"]["recall"] == {"value": None, "ci95": None, "left_out": 20}
+    assert found["task"]["positive"] == ""
+    assert found["folds"]["metrics"]["accuracy"]["std"] is None
+    assert "Accuracy 0." in results.table(found).splitlines()[0]
+
+
+def test_an_unknown_positive_class_is_refused(tmp_path, made):
+    with pytest.raises(InputError, match="'cancer' is no class"):
+        classification.finish(str(tmp_path), made, task={}, positive="cancer", context={})
+
+
+def test_the_page_shows_what_the_results_are_of(made, rng):
+    found = results.summarise(made, resamples=20)
+    largest = made.select(made.fraction == 1)
+    parts = {
+        "embedding": {"points": rng.random((9, 2)), "label": ["benign"] * 9, "dataset": ["made"] * 9},
+        "examples": [{"image": np.zeros((9, 9), np.uint8), "label": "benign", "predicted": "malignant"}],
     }
-    robustness = {"acoustic_shadow": falling, "speckle": falling}
-    return {"embedding": {"points": rng.random((96, 2))} | names, "examples": examples, "robustness": robustness}
+    sections = classification.described(found, made, **parts)["sections"]
+    assert sections == classification.described(found, largest, **parts)["sections"]
+    assert {name for name, content in sections.items() if not content} == {"Robustness"}
 
 
-def write(folder, predictions, extra=None, **changes):
-    folder.mkdir(exist_ok=True)
-    found = results.summarise(predictions, resamples=50)
-    found["task"] |= {"title": f"A model {EVIL}", "datasets": ["bus", "mmotu"], "split": "official"}
-    found |= {"context": CONTEXT, "robustness": None} | changes
-    report.write_report(folder / "report.html", found, predictions, **(extra or {}))
-    return folder / "report.html"
+def regression(**changes):
+    """Results of a task without classes: how far a measured length is off."""
 
+    def metrics(mae, r2):
+        return {"mae": {"value": mae, "ci95": [0.9 * mae, 1.1 * mae]}, "r2": {"value": r2, "ci95": [r2 - 0.1, r2]}}
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """Two classes with everything that a report can hold, eight classes with one fold, one class barely there."""
-    root = tmp_path_factory.mktemp("pages")
-    full = predict(("benign", "malignant"), folds=5, seeds=3, fractions=(0.1, 1.0))
-    eight = predict(EIGHT)
-    return {
-        "full": write(root / "full", full, parts(full)),
-        "eight": write(root / "eight", eight, parts(eight)),
-        "bare": write(root / "bare", predict(("other", "GIST"), frames=8, strength=0)),
+    found = {
+        "format": 1,
+        "counts": {"frames": 1200, "patients": 40, "videos": 50, "folds": 2, "seeds": 2},
+        "fraction": 1.0,
+        "bootstrap": {"resamples": 100, "unit": "patient", "seed": 0},
+        "metrics": metrics(12.5, 0.8),
+        "folds": {
+            "names": ["1", "2"],
+            "metrics": {name: {"mean": 12.5, "std": 0.7, "values": [12.0, 13.0]} for name in ("mae", "r2")},
+        },
+        "fractions": [
+            {"fraction": 0.1, "metrics": metrics(31.0, 0.2)},
+            {"fraction": 1.0, "metrics": metrics(12.5, 0.8)},
+        ],
+        "seeds": [{"seed": seed, "metrics": {"mae": 12.5 + seed, "r2": 0.8}} for seed in (0, 1)],
     }
+    return found | changes
 
 
-def test_pages_load_nothing_run_nothing_and_escape_names(pages):
-    for path in pages.values():
-        reader = Reader(path)
-        assert {"link", "script", "iframe", "object", "form", "base"}.isdisjoint(tag for tag, _ in reader.elements)
-        assert not [one for _, attributes in reader.elements for one in attributes if one.startswith("on")]
-        assert all(one["src"].startswith("data:image/jpeg;base64,") and one["alt"] for one in reader.all("img"))
-        policy = [one["content"] for one in reader.all("meta") if one.get("http-equiv") == "Content-Security-Policy"]
-        assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
-        assert EVIL in reader.text
-        assert "url(" not in path.read_text(encoding="utf-8")
+MEASURES = {
+    "mae": run.Measure("Mean absolute error", "in millimetres; 0 is best", short="MAE"),
+    "r2": run.Measure("R²", "share of the variance that is explained", bounded=True),
+}
 
 
-def test_every_chart_says_what_it_is_and_every_link_arrives(pages):
-    for path in pages.values():
-        reader = Reader(path)
-        charts = [one for one in reader.all("svg") if "aria-hidden" not in one]
-        assert charts
-        assert all(one["role"] == "img" and len(one["aria-label"]) > 20 for one in charts)
-        targets = {attributes.get("id") for _, attributes in reader.elements}
-        assert {one["href"][1:] for one in reader.all("a")} <= targets
-
-
-def test_a_full_report_has_everything(pages):
-    text = words(pages["full"])
-    for section in (
-        "Right and wrong", "What is taken for what", "ROC curve", "Precision and recall", "Can its probabilities",
-        "All numbers", "Confident errors", "Mean ± deviation", "seed 2", "Fewer labels", "Robustness",
-        "acoustic shadow", "By class", "By dataset", "Where the weights come from", "CC BY 4.0", "feed12345678",
-        "da7a", "is f65 again", "1 near-duplicate of tested frames", "pretrained on test frames",
-        CONTEXT["command"], "model.arch",
+def test_a_task_without_classes_has_complete_results(tmp_path):
+    task = {"title": "Length of the femur on made", "datasets": ["made"], "split": "official"}
+    found = run.finish(
+        str(tmp_path), regression(), task=task, context=CONTEXT, measures=MEASURES, headline=("mae", "r2")
+    )
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    assert found["task"] == task
+    assert found["robustness"] is None
+    page, text = words(tmp_path / "report.html"), (tmp_path / "results.md").read_text()
+    first = "ested on 1,200 frames of 40 patients in 2 folds, the mean of 2 seeds; "
+    first += "Mean absolute error 12.500, 95% interval over patients 11.250 to 13.750. Split: official."
+    assert f"T{first}" in page
+    assert text.startswith(f"# {task['title']}\n\n{task['title']}: t{first}\n")
+    for part in (
+        "12.500 Mean absolute error 11.250 to 13.750", "in millimetres; 0 is best", "By fold", "12.500 ± 0.700",
+        "seed 1", "By share of the training patients", "10% 31.000 [27.900, 34.100]", "All settings", "0123456789ab",
+        "same picture as 9", CONTEXT["command"],
     ):  # fmt: skip
-        assert section in text, section
-    reader = Reader(pages["full"])
-    assert len(reader.all("img")) == 10 + 9  # one example has no map
-    assert "10%" in text
+        assert part in page, part
+    for head in ("Metrics", "By label fraction", "By seed", "Weights", "Data", "Repeat it"):
+        assert f"\n## {head}\n" in text
+    for written in (page, text, (tmp_path / "results.json").read_text()):
+        assert not re.search("(?i)class|positive|malignant|confusion|auroc|sensitivity|calibra", written)
 
 
-def test_the_numbers_on_the_page_are_those_of_the_results(pages):
-    predictions = predict(("benign", "malignant"), folds=5, seeds=3, fractions=(0.1, 1.0))
-    found = results.summarise(predictions, resamples=50)
-    text = words(pages["full"])
-    for name in ("auroc", "sensitivity", "brier"):
-        metric = found["metrics"][name]
-        assert f"{metric['value']:.3f} [{metric['ci95'][0]:.3f}, {metric['ci95'][1]:.3f}]" in text
+def test_a_measure_without_bounds_has_a_chart_and_no_bar(tmp_path):
+    measures = {"mae": MEASURES["mae"]}
+    results = regression(metrics={"mae": {"value": 1250.0, "ci95": None}})
+    run.finish(str(tmp_path), results, task={}, context={}, measures=measures, headline=("mae",))
+    text = words(tmp_path / "report.html")
+    assert "the bars run from 0 to 1" not in text
+    assert "Value and 95% interval over 100 draws of patients." in text
+    assert len([one for one in Reader(tmp_path / "report.html").all("svg") if "role" in one]) == 1
 
 
-def test_what_was_not_run_leaves_no_empty_section(pages):
-    text = words(pages["bare"])
-    for absent in ("Confident errors", "Folds and seeds", "Fewer labels", "Robustness", "Map of the features"):
-        assert absent not in text
-
-
-@pytest.mark.parametrize("key", ["task", "counts", "metrics", "per_class", "confusion", "reliability", "folds",
-                                 "fractions", "seeds", "context", "bootstrap", "fraction"])  # fmt: skip
-def test_any_key_of_the_results_may_be_missing(tmp_path, key):
-    predictions = predict(("benign", "malignant"), folds=2, seeds=2, fractions=(0.5, 1.0))
-    found = results.summarise(predictions, resamples=20) | {"context": CONTEXT, "robustness": None}
-    del found[key]
-    report.write_report(tmp_path / "report.html", found, predictions, **parts(predictions))
-    assert "malignant" in words(tmp_path / "report.html")
-
-
-def test_nothing_but_predictions_still_makes_a_page(tmp_path):
-    report.write_report(tmp_path / "report.html", {}, predict(("a", "b")))
-    assert "Results" in words(tmp_path / "report.html")
-
-
-def test_equal_results_give_equal_bytes(pages, tmp_path):
-    full = predict(("benign", "malignant"), folds=5, seeds=3, fractions=(0.1, 1.0))
-    assert write(tmp_path / "again", full, parts(full)).read_bytes() == pages["full"].read_bytes()
-
-
-def test_the_verdict_says_how_good_and_on_what():
-    found = results.summarise(predict(("benign", "malignant"), strength=3), resamples=100)
-    first, second = verdict(found)
-    value = found["metrics"]["auroc"]["value"]
-    assert first.startswith("Shown a malignant and a benign frame, the model gives the malignant one")
-    assert f"{100 * value:.0f} times of 100 (AUROC {value:.3f}, 95% interval" in first
-    assert "96 frames of 62 patients" in first
-    assert "of 48 malignant frames" in second
-    assert not doubt(found)
-
-
-def test_the_verdict_admits_guessing_and_little_data():
-    guessing = results.summarise(predict(("benign", "malignant"), strength=0), resamples=100)
-    assert "not clearly better than guessing" in doubt(guessing)
-    wide = {"metrics": {"auroc": {"value": 0.8, "ci95": [0.6, 0.95]}}}
-    assert "more patients" in doubt(wide)
-    assert "no interval" in doubt({"metrics": {"auroc": {"value": 0.8, "ci95": None}}})
-    assert verdict({}) == []
-    assert doubt({}) == ""
-
-
-def test_the_verdict_on_more_classes_names_the_best_and_the_worst():
-    found = results.summarise(predict(("a", "b", "c")), resamples=50)
-    first, second = verdict(found)
-    assert "the right one of 3 classes" in first
-    assert "guessing gives 0.333" in first
-    assert re.match(r"It recognises [abc] best .* and [abc] least", second)
-
-
-def test_points_of_an_embedding_are_few_repeatable_and_part_groups(monkeypatch):
-    monkeypatch.setattr(report, "MOST_POINTS", 60)
-    features = np.random.default_rng(0).normal(size=(100, 8))
-    features[50:] += 20
-    features[7] = np.nan
-    rows, points = report.embedding_points(features, seed=1)
-    assert len(rows) == len(points) == 60
-    assert 7 not in rows
-    assert (np.diff(rows) > 0).all()
-    assert points.min() == 0
-    assert points.max() == 1
-    near, far = points[rows < 50], points[rows >= 50]
-    assert np.linalg.norm(near.mean(axis=0) - far.mean(axis=0)) > 2 * near.std()
-    np.testing.assert_array_equal(report.embedding_points(features, seed=1)[1], points)
-
-
-@pytest.mark.parametrize("features", [np.zeros((0, 4)), np.eye(4), np.ones((50, 4)), np.full((50, 4), np.nan)])
-def test_features_with_nothing_to_see_give_no_points(features):
-    rows, points = report.embedding_points(features)
-    assert len(rows) == 0
-    assert points.shape == (0, 2)
-
-
-def test_reports_fit_a_phone_and_a_desk_with_nothing_missing(pages, tmp_path):
-    for found in layout(list(pages.values()), tmp_path):
-        assert found["scrolled"] <= found["width"]
-        assert (found["missing"], found["outside"], found["small"]) == (0, [], 0)
-        assert found["images"] in (0, 19)
+def test_sections_of_a_task_come_first_and_replace_the_usual_ones(tmp_path):
+    own = {"": run.part("sentences", ["It works."]), "Outliers": run.part("notice", "a", ["b"])}
+    own["Fewer labels"] = run.part("notice", "c", ["d"])
+    path = tmp_path / "report.html"
+    run.write_page(path, regression(), MEASURES, ("mae",), ("mae",), own)
+    links = [one["href"] for one in Reader(path).all("a")]
+    assert links == ["#outliers", "#fewer-labels", "#all-numbers", "#folds-and-seeds"]
+    assert "It works." in words(path)
+    assert "By share" not in words(path)

@@ -15,7 +15,7 @@ from tests.training.test_update import _mesh
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.finetuning.classifiers import trained_part
-from usfmae_jax.interop.model import build, flatten
+from usfmae_jax.interop.model import build, flatten, model_graph
 from usfmae_jax.tasks.classification import (
     Classification,
     cross_entropy,

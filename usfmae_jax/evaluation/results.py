@@ -1,6 +1,6 @@
-"""The results of a run: one dict, written for programs, for people and as a page.
+"""The results of a run: from class predictions to numbers, and to what results.md says of classes alone.
 
-`finish` writes into the workdir `results.json`, `results.md`, `predictions.csv` and `report.html`.
+`reporting.classification.finish` writes them: `results.json`, `results.md`, `predictions.csv` and `report.html`.
 
 results.json, format 1. A METRIC is `{"value": float | null, "ci95": [low, high] | null}`, with `"left_out": int` where
 bootstrap replicates lacked a class that the metric needs; null = not defined on this data. Fractions of 1, not percent.
@@ -48,90 +48,34 @@ bootstrap replicates lacked a class that the metric needs; null = not defined on
 """
 
 import dataclasses
-import json
-import os
-import pathlib
-import re
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from usfmae_jax.evaluation import calibration, classification
+from usfmae_jax.evaluation import calibration, classification, tables
 from usfmae_jax.evaluation.predictions import Predictions, concatenate
-from usfmae_jax.evaluation.summary import markdown, table
-from usfmae_jax.reporting import run as report
-
-__all__ = ["FORMAT", "finish", "summarise", "table"]
 
 FORMAT = 1
 _SEED = 0  # of the bootstrap
 _FEW = 10  # patients of a class, below which its intervals are too narrow as a rule
-# An absolute path within a sentence; the slashes of "and/or" and of a URL begin none.
-_PATH = re.compile(r"(?<![\w.:/*~@%-])/(?:[^\s/'\"(),;:]+/)+([^\s/'\"(),;:]*)")
-
-
-def finish(
-    workdir: str,
-    predictions: Predictions,
-    *,
-    task: dict[str, Any],
-    positive: str,
-    context: dict[str, Any],
-    validation: Predictions | None = None,
-    embedding: Any = None,
-    examples: Sequence[dict[str, Any]] = (),
-    robustness: dict[str, Any] | None = None,
-    resamples: int = 1000,
-) -> dict[str, Any]:
-    """Computes the results of a run and writes them: results.json, results.md, predictions.csv, report.html.
-
-    Args:
-      workdir: where to; exists.
-      predictions: of the test parts of all members; one row or more.
-      task: what was done, see the module.
-      positive: name of the positive class of a binary task; "" = the last. Of no consequence with more classes.
-      context: what the results come from, see the module.
-      validation: predictions of the same members on their validation parts: with them calibration is also reported
-        after temperature scaling.
-      embedding: for `report.write_report`.
-      examples: for `report.write_report`.
-      robustness: metrics under corruption, see the module.
-      resamples: bootstrap replicates; 0 = no intervals.
-
-    Returns:
-      what results.json holds.
-
-    Raises:
-      InputError: `positive` is no class.
-    """
-    results = summarise(predictions, positive, validation, resamples)
-    context = _public(context)
-    context["warnings"] = [*context.get("warnings", []), *_warnings(results, predictions)]
-    results["task"] = _public(task) | results["task"]
-    results |= {"robustness": _public(robustness), "context": context}
-    text = json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False)
-    results = json.loads(text)
-    root = epath.Path(workdir)
-    predictions.write(root / "predictions.csv")
-    (root / "results.json").write_bytes((text + "\n").encode())
-    (root / "results.md").write_bytes(markdown(results).encode())
-    shown = predictions.select(predictions.fraction == results["fraction"])
-    with tempfile.TemporaryDirectory() as folder:  # the workdir may be a bucket
-        page = pathlib.Path(folder, "report.html")
-        report.write_report(
-            page, results, shown, embedding=embedding, examples=examples, robustness=results["robustness"]
-        )
-        (root / page.name).write_bytes(page.read_bytes())
-    return results
 
 
 def summarise(
     predictions: Predictions, positive: str = "", validation: Predictions | None = None, resamples: int = 1000
 ) -> dict[str, Any]:
-    """What results.json says of predictions alone: all of it but `robustness` and `context`; see `finish`."""
+    """What results.json says of predictions alone: all of it but `robustness`, `context` and most of `task`.
+
+    Args:
+      predictions: of the test parts of all members; one row or more.
+      positive: name of the positive class of a binary task; "" = the last. Of no consequence with more classes.
+      validation: predictions of the same members on their validation parts: with them calibration is also reported
+        after temperature scaling.
+      resamples: bootstrap replicates; 0 = no intervals.
+
+    Raises:
+      InputError: `positive` is no class.
+    """
     fractions = np.unique(predictions.fraction)
     parts = [predictions.select(predictions.fraction == fraction) for fraction in fractions]
     numbers = [classification.summarise(part, positive, resamples, _SEED) for part in parts]
@@ -196,7 +140,7 @@ def _calibrated(test: Predictions, validation: Predictions, positive: str, resam
     return {"temperature": spread} | {name: metrics[name] for name in ("ece", "brier", "log_loss")}
 
 
-def _warnings(results: dict[str, Any], predictions: Predictions) -> list[str]:
+def warnings(results: Mapping[str, Any], predictions: Predictions) -> list[str]:
     """What a reader of these numbers should know."""
     found = []
     few = {name: one["patients"] for name, one in results["per_class"].items() if one["patients"] < _FEW}
@@ -212,17 +156,52 @@ def _warnings(results: dict[str, Any], predictions: Predictions) -> list[str]:
     return found
 
 
-def _public(value: Any) -> Any:
-    """What JSON can hold, with absolute paths cut to their last part: they tell who ran where."""
-    if hasattr(value, "items"):
-        return {str(name): _public(one) for name, one in value.items()}
-    if isinstance(value, list | tuple | set | np.ndarray):
-        return [_public(one) for one in value]
-    if isinstance(value, np.generic):
-        return _public(value.item())
-    if isinstance(value, float):
-        return classification.number(value)
-    if value is None or isinstance(value, bool | int):
-        return value
-    parts = [os.path.basename(part.rstrip("/")) if os.path.isabs(part) else part for part in str(value).split(",")]
-    return _PATH.sub(lambda found: found[1] or "...", ",".join(parts))
+def lead(results: Mapping[str, Any]) -> str:
+    """The metric to tell first: AUROC, unless it is not defined."""
+    return "auroc" if results["metrics"]["auroc"]["value"] is not None else "accuracy"
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results for a terminal."""
+    return tables.overview(results, classification.NAMES, lead(results))
+
+
+def text(results: Mapping[str, Any]) -> dict[str, str]:
+    """What results.md says of classes alone, by heading."""
+    return {
+        "By class": _per_class(results),
+        "Confusion matrix": _confusion(results),
+        "Calibration": _after_scaling(results),
+    }
+
+
+def _per_class(results: Mapping[str, Any]) -> str:
+    names = {"precision": "Precision", "recall": "Recall", "f1": "F1", "specificity": "Specificity"}
+    names |= {name: classification.NAMES[name] for name in ("auroc", "average_precision")}
+    rows = [
+        [label, f"{one['frames']:,}", f"{one['patients']:,}", *(tables.metric(one[name]) for name in names)]
+        for label, one in results["per_class"].items()
+    ]
+    return tables.markdown(["Class", "Frames", "Patients", *names.values()], rows)
+
+
+def _confusion(results: Mapping[str, Any]) -> str:
+    classes, counts = results["task"]["classes"], results["confusion"]
+    rows = [
+        [label, *(f"{one:,.1f}".removesuffix(".0") for one in row)] for label, row in zip(classes, counts, strict=True)
+    ]
+    return "Rows are labels, columns predictions.\n\n" + tables.markdown(["", *classes], rows)
+
+
+def _after_scaling(results: Mapping[str, Any]) -> str:
+    after = results["calibrated"]
+    if not after:
+        return ""
+    degrees = after["temperature"]
+    rows = [
+        [title, tables.metric(results["metrics"][name]), tables.metric(after[name])]
+        for name, title in classification.NAMES.items()
+        if name in after
+    ]
+    scaled = f"Temperature {degrees['mean']:.2f} on average, {degrees['min']:.2f} to {degrees['max']:.2f}, fitted on "
+    return scaled + "the validation parts.\n\n" + tables.markdown(["Metric", "As predicted", "After scaling"], rows)

@@ -1,9 +1,53 @@
-"""Numbers as people read them: Markdown tables that are legible on a terminal too."""
+"""Results of any task as text: for a terminal, and as results.md. The schema is that of `evaluation.results`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "-"  # what is not defined
+
+
+def overview(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> str:
+    """The results for a terminal: what was tested, and a line for each metric with its interval and its folds.
+
+    Args:
+      results: what results.json holds.
+      names: what people call the metrics.
+      lead: the metric that the first line tells.
+    """
+    notices = [f"warning: {one}" for one in results["context"].get("warnings", [])]
+    first = f"{_title(results)}: {heading(results, names, lead)}"
+    lines = [first, "", _metrics(results, names), *([""] if notices else []), *notices]
+    return "\n".join(lines)
+
+
+def page(
+    results: Mapping[str, Any], names: Mapping[str, str], lead: str, main: Sequence[str], own: Mapping[str, str]
+) -> str:
+    """All of the results as a Markdown page.
+
+    Args:
+      results: what results.json holds.
+      names: what people call the metrics.
+      lead: the metric that the first line tells.
+      main: the metrics of the tables by label fraction and seed.
+      own: what only this task has, by heading; it comes after the metrics.
+    """
+    context = results["context"]
+    sections = {
+        "Metrics": _metrics(results, names),
+        **own,
+        "By label fraction": _by(results, names, main, "fraction", "Share of the training patients"),
+        "By seed": _by(results, names, main, "seed", "Seed"),
+        "Under corruption": _robustness(results, names),
+        "Weights": _lineage(context),
+        "Data": _data(context),
+        "Repeat it": f"    {context['command']}" if context.get("command") else "",
+    }
+    title, first = _title(results), heading(results, names, lead)
+    warnings = "\n>\n".join(f"> **Warning.** {one}" for one in context.get("warnings", []))
+    parts = [f"# {title}", f"{title}: {first}", *([warnings] if warnings else [])]
+    parts += [f"## {head}\n\n{text}" for head, text in sections.items() if text]
+    return "\n\n".join(parts) + "\n"
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -43,3 +87,102 @@ def metric(one: Mapping[str, Any]) -> str:
 def p_value(value: float | None) -> str:
     """Three decimals, or that it is less than they show."""
     return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def counted(count: float, what: str) -> str:
+    """A number and what it counts: "1 fold", "2,000 frames"."""
+    shown = round(count)
+    return f"{shown:,} {what}{'s' * (shown != 1)}"
+
+
+def tested_on(counts: Mapping[str, int]) -> str:
+    """How much was tested, in words: "1,875 frames of 1,064 patients"; "" if that is not known."""
+    if not counts.get("frames"):
+        return ""
+    of = f" of {counted(counts['patients'], 'patient')}" if counts.get("patients") else ""
+    return counted(counts["frames"], "frame") + of
+
+
+def heading(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> str:
+    """What was tested on whom, how well it did, and how the frames were split; arguments as `overview`."""
+    task, counts, one = results["task"], results["counts"], results["metrics"][lead]
+    what = f"tested on {tested_on(counts)}"
+    if counts["folds"] > 1:
+        what += f" in {counts['folds']} folds"
+    if counts["seeds"] > 1:
+        what += f", the mean of {counts['seeds']} seeds"
+    value = f"{names[lead]} {number(one['value'])}"
+    if one["ci95"]:
+        value += f", 95% interval over patients {one['ci95'][0]:.3f} to {one['ci95'][1]:.3f}"
+    positive = f"; positive: {task['positive']}" if task.get("positive") else ""
+    split = f" Split: {task['split']}." if task.get("split") else ""
+    return f"{what}; {value}{positive}.{split}"
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    return results["task"].get("title") or "Results"
+
+
+def _metrics(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    folds = results["folds"]["metrics"] if results["counts"]["folds"] > 1 else {}
+    heads = ["Metric", "Value [95% interval]", *(["Fold mean ± deviation"] if folds else [])]
+    rows = []
+    for name, one in results["metrics"].items():
+        row = [names[name], metric(one)]
+        if folds:
+            row.append(f"{number(folds[name]['mean'])} ± {number(folds[name]['std'])}")
+        rows.append(row)
+    return markdown(heads, rows)
+
+
+def _by(results: Mapping[str, Any], names: Mapping[str, str], main: Sequence[str], key: str, head: str) -> str:
+    """A row for each fraction or seed, if there are several."""
+    entries = results[f"{key}s"]
+    if len(entries) < 2:
+        return ""
+    chosen = [name for name in main if name in entries[0]["metrics"]]
+    rows = []
+    for entry in entries:
+        shown = f"{entry[key]:.0%}" if key == "fraction" and entry[key] >= 0.01 else str(entry[key])
+        cells = (entry["metrics"][name] for name in chosen)
+        rows.append([shown, *(metric(one) if isinstance(one, dict) else number(one) for one in cells)])
+    return markdown([head, *(names[name] for name in chosen)], rows)
+
+
+def _robustness(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    found = results.get("robustness") or {}
+    parts = []
+    for name in dict.fromkeys(name for one in found.values() for name in one):
+        rows = [[corruption, *map(number, one[name])] for corruption, one in found.items() if name in one]
+        severities = range(max(len(row) for row in rows) - 1)
+        heads = [names.get(name, name), *(f"severity {i}" if i else "clean" for i in severities)]
+        parts.append(markdown(heads, rows))
+    return "\n\n".join(parts)
+
+
+def _lineage(context: Mapping[str, Any]) -> str:
+    weights = context.get("weights") or {}
+    lines = []
+    if weights:
+        lines = [f"{weights.get('source') or 'None'} (fingerprint {weights.get('fingerprint') or 'none'})", ""]
+    for stage in context.get("lineage") or []:
+        data = "; ".join(
+            f"{one['dataset']} ({one.get('frames', 0):,} frames, licence {one.get('licence') or 'not known'})"
+            for one in stage.get("data", [])
+        )
+        lines.append(f"- {stage.get('job', 'a stage')}: {data or 'data not known'}")
+    return "\n".join(lines)
+
+
+def _data(context: Mapping[str, Any]) -> str:
+    lines = []
+    for one in context.get("data") or []:
+        lines.append(f"- {one['dataset']}: {one['frames']:,} frames, licence {one.get('licence') or 'not known'}")
+    fingerprint = context.get("fingerprint")
+    if fingerprint:
+        shown = fingerprint if isinstance(fingerprint, str) else ", ".join(map(str, fingerprint))
+        lines.append(f"- fingerprint {shown}")
+    names = {tuple(one.get(key) for key in ("dataset", "video", "frame")) for one in context.get("excluded") or []}
+    if names:
+        lines.append(f"- left out as near-duplicates: {counted(len(names), 'frame')}, see results.json")
+    return "\n".join(lines)

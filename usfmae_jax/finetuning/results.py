@@ -19,7 +19,8 @@ from usfmae_jax.finetuning.members import Member, write_splits
 from usfmae_jax.interop.model import Model, open_model, write_lineage
 from usfmae_jax.models.vit import SIZES
 from usfmae_jax.probing import inspect as looking
-from usfmae_jax.reporting.run import embedding_points
+from usfmae_jax.reporting import classification as reporting
+from usfmae_jax.reporting.classification import embedding_points
 from usfmae_jax.training import checkpoints, outcomes
 from usfmae_jax.training.common import on_first_process
 from usfmae_jax.training.forward import classifier_function
@@ -124,7 +125,7 @@ def finish(job: Job, command: str) -> None:
     }
     outcome = look(job, [part.probabilities for part in parts["predictions"]])
     weights = job.weights
-    found = results.finish(
+    found = reporting.finish(
         job.workdir,
         tables.concatenate(parts["predictions"]),
         task={

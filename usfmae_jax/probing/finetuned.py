@@ -21,7 +21,7 @@ from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.model import Model, members, open_model
 from usfmae_jax.probing import inspect as looking
 from usfmae_jax.probing.features import image_format
-from usfmae_jax.reporting.run import embedding_points
+from usfmae_jax.reporting.classification import embedding_points
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import outcomes
 from usfmae_jax.training.forward import apply_batches, classifier_function

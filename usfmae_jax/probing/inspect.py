@@ -54,7 +54,7 @@ def _follower(
 
 
 def errors(frames: Table, outcome: Outcome, count: int) -> list[dict[str, Any]]:
-    """The most confident errors, most confident first, for `reporting.run.write_report`."""
+    """The most confident errors, most confident first, for `reporting.classification.finish`."""
     wrong = []
     for number in outcomes.foremost(outcome.tested):
         member = outcome.tested[number]

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from usfmae_jax.data import provenance, splits
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import results
 from usfmae_jax.evaluation.classification import positive_class
 from usfmae_jax.finetuning.members import names as names_of
 from usfmae_jax.finetuning.members import only_note
@@ -24,7 +23,8 @@ from usfmae_jax.interop.model import Model, members, open_model
 from usfmae_jax.probing import features as feature_cache
 from usfmae_jax.probing import finetuned as testing
 from usfmae_jax.probing import inspect as looking
-from usfmae_jax.reporting.run import embedding_points
+from usfmae_jax.reporting import classification as reporting
+from usfmae_jax.reporting.classification import embedding_points
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import outcomes, probes
@@ -266,7 +266,7 @@ def report(
     if jax.process_index():
         return {}
     epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return results.finish(
+    return reporting.finish(
         workdir,
         outcomes.predictions(frames, outcome.tested),
         task={

@@ -1,18 +1,22 @@
-"""Charts of results: lines with bands, points, heat of a confusion matrix. SVG and HTML, nothing that runs.
+"""Charts: lines with bands, maps of points, confusion matrices, histograms, sizes. SVG, nothing that runs.
 
 Colours are classes `c0` to `c9` of page.html, so that they follow light and dark screens; a palette that people with
 red-green or blue-yellow blindness can tell apart, helped by dashes and by the numbers beside every name.
 """
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+from markupsafe import Markup, escape
 
-from usfmae_jax.reporting import markup
+from usfmae_jax.reporting.pages import part
 
 COLOURS = 10  # of page.html
 _LEFT, _TOP, _WIDTH, _HEIGHT = 44, 10, 284, 214  # of the plotted area, in a picture of 340 x 268
+_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, *(n * 10.0**e for e in range(9) for n in (1, 2, 5)))
 _MOST = 400  # points of a line: more cannot be seen
 
 
@@ -70,15 +74,15 @@ def value_axis(title: str, values: Sequence[float] | np.ndarray, *, low: float =
     """An axis for values within [low, high] that shows the part where they are, in round steps."""
     found = np.asarray(values, np.float64)
     found = found[np.isfinite(found)]
-    first, last = (float(found.min()), float(found.max())) if len(found) else (low, high)
-    step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.25) if last - first <= 4 * s or s == 0.25)
+    first, last = (float(found.min()), float(found.max())) if len(found) else (max(low, 0.0), min(high, 1.0))
+    step = next((s for s in _STEPS if last - first <= 4 * s), last - first)
     bottom = max(np.floor(first / step + 1e-9) * step, low)
     count = max(int(np.ceil((last - bottom) / step - 1e-9)), 1)
     ticks = [round(float(bottom + i * step), 6) for i in range(count + 1)]
     ticks = [tick for tick in ticks if tick <= high + 1e-9]
     if len(ticks) < 2:
         ticks = [ticks[0] - step, ticks[0]]
-    return Axis(title, ticks, [f"{tick:.2f}" for tick in ticks])
+    return Axis(title, ticks, [f"{tick:.2f}" if step < 1 else f"{tick:,.0f}" for tick in ticks])
 
 
 def lines(
@@ -91,7 +95,7 @@ def lines(
     guides: Sequence[tuple[Sequence[float], Sequence[float], str]] = (),
     counts: Sequence[float] = (),
     spot: tuple[float, float, str] | None = None,
-) -> str:
+) -> Markup:
     """A chart of lines.
 
     Args:
@@ -104,26 +108,21 @@ def lines(
       counts: of equal bins across; drawn as faint bars at the foot.
       spot: one point to mark: x, y and what it means.
     """
-    marks = _bars(counts) + _axes(x, y)
-    for across, up, meaning in guides:
-        marks += f'<path class="guide" d="{_path(x.share(across), y.share(up))}"><title>{_safe(meaning)}</title></path>'
-    for line in reversed(shown):
-        marks += _line(line, x, y)
-    if spot:
-        at = _place(x.share([spot[0]]), y.share([spot[1]]))[0]
-        marks += (
-            f'<circle class="spot" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="5"><title>{_safe(spot[2])}</title></circle>'
-        )
+    marks = [*_bars(counts), *_axes(x, y)]
+    marks += [_mark("path", "guide", meaning, d=_path(x.share(across), y.share(up))) for across, up, meaning in guides]
+    marks += [mark for line in reversed(shown) for mark in _line(line, x, y)]
     keys = [(_key(line), line.name, line.says) for line in shown]
-    keys += [('<path class="guide" d="M1 6h24"/>', meaning, "") for *_, meaning in guides if meaning]
+    keys += [(_mark("path", "guide", d="M1 6h24"), meaning, "") for *_, meaning in guides if meaning]
     if len(counts):
-        keys.append(('<path class="count" d="M5 12v-6h6v-4h6v10z"/>', "how many frames lie there", ""))
+        keys.append((_mark("path", "count", d="M5 12v-6h6v-4h6v10z"), "how many frames lie there", ""))
     if spot:
-        keys.append(('<circle class="spot" cx="13" cy="6" r="4.5"/>', spot[2], ""))
-    return _figure(name, says, marks, _legend(keys))
+        (left, top), meaning = _place(x.share([spot[0]]), y.share([spot[1]]))[0], spot[2]
+        marks.append(_mark("circle", "spot", meaning, cx=left, cy=top, r=5))
+        keys.append((_mark("circle", "spot", cx=13, cy=6, r=4.5), meaning, ""))
+    return _figure(name, says, marks, keys)
 
 
-def points(name: str, says: str, at: np.ndarray, groups: Sequence[str], order: Sequence[str]) -> str:
+def points(name: str, says: str, at: np.ndarray, groups: Sequence[str], order: Sequence[str]) -> Markup:
     """A map of points in the unit square, one colour for each group.
 
     Args:
@@ -137,109 +136,145 @@ def points(name: str, says: str, at: np.ndarray, groups: Sequence[str], order: S
     # Zero-length strokes with round ends: a few bytes a point. In twelve layers, so that no group covers all others.
     layer = np.arange(len(member)) % 12
     across, up = 8 + 324 * at[:, 0], 8 + 324 * (1 - at[:, 1])
-    marks = ""
+    marks = [_mark("rect", "frame", x=0.5, y=0.5, width=339, height=339)]
     for i in range(12):
         for group in range(len(order)):
             chosen = np.flatnonzero((layer == i) & (member == group))
             if len(chosen):
                 path = "".join(f"M{across[j]:.1f} {up[j]:.1f}h0" for j in chosen)
-                marks += f'<path class="dot {_colour(group)}" d="{path}"/>'
-    sizes = np.bincount(member, minlength=len(order))
+                marks.append(_mark("path", f"dot {_colour(group)}", d=path))
+    members = np.bincount(member, minlength=len(order))
     keys = [
-        (f'<path class="dot {_colour(i)}" d="M13 6h0"/>', group, f"{size:,}")
-        for i, (group, size) in enumerate(zip(order, sizes, strict=True))
+        (_mark("path", f"dot {_colour(i)}", d="M13 6h0"), group, f"{size:,}")
+        for i, (group, size) in enumerate(zip(order, members, strict=True))
         if size
     ]
-    return _figure(
-        name, says, f'<rect class="frame" x=".5" y=".5" width="339" height="339"/>{marks}', _legend(keys), 340
-    )
+    return _figure(name, says, marks, keys, 340)
 
 
-def matrix(name: str, says: str, classes: Sequence[str], counts: np.ndarray) -> str:
+def matrix(name: str, says: str, classes: Sequence[str], counts: np.ndarray) -> Markup:
     """A confusion matrix `[C, C]`, true classes down, answers across; colour is the share of the row."""
     total = len(classes)
     longest = max(map(_wide, classes))
     left = min(longest + 32, 158.0) if total > 4 else min(longest + 12, 118.0)
     cell = (338 - left) / total
     tall = min(cell, 74.0)
-    marks = f'<text x="{left + cell * total / 2:.1f}" y="12" text-anchor="middle">what the model said</text>'
+    marks = [_text(left + cell * total / 2, 12, "what the model said")]
     for row, truth in enumerate(classes):
         middle = 38 + tall * (row + 0.5)
         number = f"{row + 1} " if total > 4 else ""
-        marks += _text(left - 7, middle + 4, _short(number + truth, left - 9), "end", title=truth)
+        marks.append(_text(left - 7, middle + 4, _short(number + truth, left - 9), "end", tip=truth))
         head = str(row + 1) if total > 4 else _short(truth, cell)
-        marks += _text(left + cell * (row + 0.5), 30, head, "middle", title=truth)
+        marks.append(_text(left + cell * (row + 0.5), 30, head, tip=truth))
         for column, answer in enumerate(classes):
-            share = counts[row, column] / max(counts[row].sum(), 1e-12)
-            shade = f'class="{"heat" if row == column else "heat wrong"}" fill-opacity="{0.06 + 0.94 * share:.2f}"'
-            tip = f"{truth}, called {answer}: {_count(counts[row, column])} ({share:.0%})"
-            box = f'x="{left + cell * column + 1:.1f}" y="{39 + tall * row:.1f}" rx="3" '
-            box += f'width="{cell - 2:.1f}" height="{tall - 2:.1f}"'
-            marks += f"<rect {shade} {box}><title>{_safe(tip)}</title></rect>"
+            count, share = counts[row, column], counts[row, column] / max(counts[row].sum(), 1e-12)
+            tip = f"{truth}, called {answer}: {_count(count)} ({share:.0%})"
+            place: dict[str, Any] = dict(
+                x=left + cell * column + 1, y=39 + tall * row, width=cell - 2, height=tall - 2, rx=3
+            )
+            shade = "heat" if row == column else "heat wrong"
+            marks.append(_mark("rect", shade, tip, fill_opacity=f"{0.06 + 0.94 * share:.2f}", **place))
             across, strong = left + cell * (column + 0.5), "strong" if row == column else "plain"
             if total <= 4:
-                marks += _text(across, middle, _count(counts[row, column]), "middle", strong)
-                marks += _text(across, middle + 15, f"{share:.0%}", "middle", "plain")
-            elif total <= 14 and counts[row, column] >= 0.5:
-                marks += _text(across, middle + 4, _count(counts[row, column]), "middle", f"{strong} small")
-    return _figure(name, says, marks, "", 42 + tall * total)
+                marks.append(_text(across, middle, _count(count), kind=strong))
+                marks.append(_text(across, middle + 15, f"{share:.0%}", kind="plain"))
+            elif total <= 14 and count >= 0.5:
+                marks.append(_text(across, middle + 4, _count(count), kind=f"{strong} small"))
+    return _figure(name, says, marks, height=42 + tall * total)
 
 
-def _figure(name: str, says: str, marks: str, legend: str, height: float = 268) -> str:
-    label = _safe(f"{name}: {says}")
-    return (
-        f'<figure class="chart"><figcaption><b>{_safe(name)}</b>{_safe(says)}</figcaption>'
-        f'<svg role="img" aria-label="{label}" viewBox="0 0 340 {height:.0f}">{marks}</svg>{legend}</figure>'
-    )
+def histogram(name: str, what: str, values: Sequence[float], top: int) -> Markup:
+    """A chart of 25 bins from 0 to `top`."""
+    counts, edges = np.histogram(values, 25, (0, top))
+    marks = [_mark("path", "axis", d="M18 136.5h310"), _text(330, 10, f"tallest: {counts.max():,}", "end")]
+    for i, (count, low, high) in enumerate(zip(counts, edges, edges[1:], strict=False)):
+        height = 120 * count / counts.max()
+        tip = f"{low:.0f} to {high:.0f}: {count:,} frames"
+        marks.append(_mark("rect", "mark", tip, x=18 + 12.4 * i, y=136 - height, width=11.4, height=height))
+    marks += [_text(18 + 310 * share, 154, f"{top * share:.0f}") for share in (0, 0.25, 0.5, 0.75, 1)]
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    between = f"lie between {low:.0f} and {high:.0f}, the middle is {middle:.0f}"
+    says = between if round(low) < round(high) else f"or more are at {middle:.0f}"
+    return _figure(name, f"{what}. Half of the frames {says}.", marks, height=160)
 
 
-def _axes(x: Axis, y: Axis) -> str:
-    marks = ""
+def sizes(shown: Sequence[tuple[int, int]]) -> Markup:
+    """A chart of widths and heights, with areas by how often they occur."""
+    ranked = sorted(collections.Counter(shown).items(), key=lambda one: (-one[1], one[0]))
+    step = next(s for s in (n * 10**e for e in range(9) for n in (1, 2, 5)) if max(map(max, shown)) <= 4 * s)
+    marks = []
+    for tick in range(5):
+        marks.append(_mark("path", "axis", d=f"M38 {136.5 - 30 * tick}h286"))
+        marks.append(_text(32, 140 - 30 * tick, f"{tick * step}", "end"))
+        marks.append(_text(38 + 70 * tick, 154, f"{tick * step}"))
+    for (width, height), count in ranked[:400]:
+        place: dict[str, Any] = dict(
+            cx=38 + 70 * width / step, cy=136 - 30 * height / step, r=2.5 + 10 * np.sqrt(count / len(shown))
+        )
+        marks.append(_mark("circle", "mark", f"{width} x {height} pixels: {count:,} frames", **place))
+    common = ", ".join(f"{width} x {height} ({count / len(shown):.0%})" for (width, height), count in ranked[:3])
+    more = f", and {len(ranked) - 3:,} others" if len(ranked) > 3 else ""
+    says = f"Width (across) and height (up) in pixels. Most often {common}{more}."
+    return _figure("Size", says, marks, height=160)
+
+
+def _figure(name: str, says: str, marks: Sequence[Markup], legend: Sequence[Any] = (), height: float = 268) -> Markup:
+    return part("figure", name, says, Markup("").join(marks), legend, round(height))
+
+
+def _mark(tag: str, kind: str = "", tip: str = "", text: str = "", **at: Any) -> Markup:
+    """An element of SVG; all text in it is escaped."""
+    named = {"class": kind} | {name.replace("_", "-"): value for name, value in at.items()}
+    pairs = [(name, f"{value:.1f}" if isinstance(value, float) else value) for name, value in named.items()]
+    shown = Markup("").join(Markup(' {}="{}"').format(name, value) for name, value in pairs if value != "")
+    inside = (Markup("<title>{}</title>").format(tip) if tip else "") + escape(text)
+    return Markup("<{0}{1}>{2}</{0}>" if inside else "<{0}{1}/>").format(tag, shown, inside)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "", tip: str = "") -> Markup:
+    return _mark("text", kind, tip if tip != text else "", text, x=float(x), y=float(y), text_anchor=anchor)
+
+
+def _axes(x: Axis, y: Axis) -> Iterator[Markup]:
     for share, label in zip(y.share(y.ticks), y.labels, strict=True):
         up = _TOP + _HEIGHT * (1 - share)
-        marks += f'<path class="axis" d="M{_LEFT} {up:.1f}h{_WIDTH}"/>' + _text(_LEFT - 6, up + 4, label, "end")
+        yield _mark("path", "axis", d=f"M{_LEFT} {up:.1f}h{_WIDTH}")
+        yield _text(_LEFT - 6, up + 4, label, "end")
     for share, label in zip(x.share(x.ticks), x.labels, strict=True):
         anchor = "end" if share == 1 and len(label) > 3 else "middle"
-        marks += _text(_LEFT + _WIDTH * share + 8 * (anchor == "end"), _TOP + _HEIGHT + 17, label, anchor)
-    marks += _text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 38, x.title, "middle", "title")
-    up = _TOP + _HEIGHT / 2
-    turned = f'transform="translate(11 {up:g}) rotate(-90)" text-anchor="middle"'
-    return f'{marks}<text class="title" {turned}>{_safe(y.title)}</text>'
+        yield _text(_LEFT + _WIDTH * share + 8 * (anchor == "end"), _TOP + _HEIGHT + 17, label, anchor)
+    yield _text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 38, x.title, kind="title")
+    turned = f"translate(11 {_TOP + _HEIGHT / 2:g}) rotate(-90)"
+    yield _mark("text", "title", text=y.title, transform=turned, text_anchor="middle")
 
 
-def _bars(counts: Sequence[float]) -> str:
-    marks, wide = "", _WIDTH / max(len(counts), 1)
+def _bars(counts: Sequence[float]) -> Iterator[Markup]:
+    wide = _WIDTH / max(len(counts), 1)
     for i, count in enumerate(counts):
         high = 0.3 * _HEIGHT * count / max(max(counts), 1)
-        box = (
-            f'x="{_LEFT + wide * i + 1:.1f}" y="{_TOP + _HEIGHT - high:.1f}" width="{wide - 2:.1f}" height="{high:.1f}"'
-        )
-        marks += f'<rect class="count" {box}><title>{_count(count)} frames</title></rect>' if count else ""
-    return marks
+        place: dict[str, Any] = dict(x=_LEFT + wide * i + 1, y=_TOP + _HEIGHT - high, width=wide - 2, height=high)
+        if count:
+            yield _mark("rect", "count", f"{_count(count)} frames", **place)
 
 
-def _line(line: Line, x: Axis, y: Axis) -> str:
+def _line(line: Line, x: Axis, y: Axis) -> Iterator[Markup]:
     across, up = x.share(line.x), np.where(np.isfinite(line.y), y.share(np.nan_to_num(line.y)), np.nan)
     keep = np.flatnonzero(np.isfinite(up))
     if not len(keep):
-        return ""
-    marks, colour = "", _colour(line.colour)
+        return
+    colour = _colour(line.colour)
     if len(line.low) and not line.dots:
         low, high = y.share(line.low)[keep], y.share(line.high)[keep]
         edge = _path(np.concatenate([across[keep], across[keep][::-1]]), np.concatenate([low, high[::-1]]), most=800)
-        marks += f'<path class="band {colour}" d="{edge}z"/>'
+        yield _mark("path", f"band {colour}", d=f"{edge}z")
     elif len(line.low):
         for i in keep.tolist():
             ends = _place(across[[i, i]], y.share([line.low[i], line.high[i]]))
-            marks += f'<path class="whisker {colour}" d="M{ends[0, 0]:.1f} {ends[0, 1]:.1f}V{ends[1, 1]:.1f}"/>'
-    marks += f'<path class="line {colour}" d="{_path(across[keep], up[keep])}"/>'
+            yield _mark("path", f"whisker {colour}", d=f"M{ends[0, 0]:.1f} {ends[0, 1]:.1f}V{ends[1, 1]:.1f}")
+    yield _mark("path", f"line {colour}", d=_path(across[keep], up[keep]))
     if line.dots:
         for i, (left, top) in zip(keep.tolist(), _place(across[keep], up[keep]), strict=True):
-            tip = _safe(f"{line.name}: {line.y[i]:.3f}")
-            marks += (
-                f'<circle class="point {colour}" cx="{left:.1f}" cy="{top:.1f}" r="4"><title>{tip}</title></circle>'
-            )
-    return marks
+            yield _mark("circle", f"point {colour}", f"{line.name}: {line.y[i]:.3f}", cx=left, cy=top, r=4)
 
 
 def _place(across: np.ndarray, up: np.ndarray) -> np.ndarray:
@@ -254,24 +289,10 @@ def _path(across: np.ndarray, up: np.ndarray, most: int = _MOST) -> str:
     return "M" + "L".join(f"{left:.1f} {top:.1f}" for left, top in at)
 
 
-def _key(line: Line) -> str:
-    mark = f'<path class="line {_colour(line.colour)}" d="M1 6h24"/>'
-    return mark + f'<circle class="point {_colour(line.colour)}" cx="13" cy="6" r="4"/>' * line.dots
-
-
-def _legend(keys: Sequence[tuple[str, str, str]]) -> str:
-    rows = "".join(
-        f'<li><svg class="key" viewBox="0 0 26 12" aria-hidden="true">{mark}</svg>'
-        f"<span>{_safe(name)}</span><span>{_safe(says)}</span></li>"
-        for mark, name, says in keys
-    )
-    return f'<ul class="legend">{rows}</ul>' if rows else ""
-
-
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "", title: str = "") -> str:
-    tip = f"<title>{_safe(title)}</title>" if title and title != text else ""
-    chosen = f' class="{kind}"' if kind else ""
-    return f'<text{chosen} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{tip}{_safe(text)}</text>'
+def _key(line: Line) -> Markup:
+    colour = _colour(line.colour)
+    dot = _mark("circle", f"point {colour}", cx=13, cy=6, r=4) if line.dots else ""
+    return _mark("path", f"line {colour}", d="M1 6h24") + dot
 
 
 def _short(text: str, most: float) -> str:
@@ -296,7 +317,3 @@ def _count(number: float) -> str:
 
 def _colour(index: int) -> str:
     return f"c{index % COLOURS}" + " dashed" * (index // COLOURS % 2)
-
-
-def _safe(text: str) -> str:
-    return markup.escape(str(text))

@@ -1,272 +1,279 @@
-"""`report.html`: everything that a run's numbers rest on, on one page that needs nothing but itself.
+"""What a run of any task leaves for people and programs: `results.json`, `results.md` and `report.html`.
 
 The page answers in this order: what was found and how sure that is; where it goes wrong; what it rests on; how to
-repeat it. Nothing is loaded and nothing runs. Names come from strangers' files, so all text is escaped.
+repeat it. A task says what its metrics are called, and adds sections of its own, as `reporting.classification` does.
 """
 
+import dataclasses
+import json
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits  # which scikit-learn needs itself
+from etils import epath
+from markupsafe import Markup
 
 from usfmae_jax.evaluation import tables
-from usfmae_jax.evaluation.classification import LOSSES, MAIN, NAMES
-from usfmae_jax.evaluation.predictions import Predictions
-from usfmae_jax.reporting import markup
-from usfmae_jax.reporting import run_charts as pictures
-from usfmae_jax.reporting import run_sources as sources
-from usfmae_jax.reporting.verdict import doubt, guess, tested_on, verdict
+from usfmae_jax.reporting import charts, pages
+from usfmae_jax.reporting.pages import part
 
-MOST_POINTS = 3000  # of an embedding: more make t-SNE slow and the picture no clearer
-
-_MEANS = {
-    "auroc": "how often a frame of the class gets a higher probability than another frame",
-    "average_precision": "area under the precision-recall curve",
-    "balanced_accuracy": "frames called right, all classes counting alike",
-    "accuracy": "frames called right",
-    "sensitivity": "of {positive} frames, the share called {positive}",
-    "specificity": "of {negative} frames, the share called {negative}",
-    "ppv": "of frames called {positive}, the share that is",
-    "npv": "of frames called {negative}, the share that is",
-    "f1": "harmonic mean of sensitivity and positive predictive value",
-    "f1_macro": "mean of the classes' F1",
-    "ece": "how far stated probabilities are from how often they are right; 0 is best",
-    "brier": "mean squared error of the probabilities; 0 is best",
-    "log_loss": "0 is best",
-}
-_SHORT = {"average_precision": "AP", "balanced_accuracy": "Balanced acc.", "ece": "ECE"}
+# An absolute path within a sentence; the slashes of "and/or" and of a URL begin none.
+_PATH = re.compile(r"(?<![\w.:/*~@%-])/(?:[^\s/'\"(),;:]+/)+([^\s/'\"(),;:]*)")
 
 
-def write_report(
-    path: str | os.PathLike[str],
-    results: Mapping[str, Any],
-    predictions: Predictions,
-    *,
-    embedding: Mapping[str, Any] | None = None,
-    examples: Sequence[Mapping[str, Any]] = (),
-    robustness: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes the page.
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A metric as people know it.
 
-    Args:
-      path: of the page; its folder exists.
-      results: what `results.json` holds (see `evaluation.results`); any key may be missing.
-      predictions: of the held-out frames that the results were computed from.
-      embedding: `points` float `[M, 2]` (see `embedding_points`), `label` str `[M]` (class names) and `dataset`
-        str `[M]`.
-      examples: the most confident errors, most confident first: dicts of `image` uint8 `[H, W, C]` (C is 1 or 3),
-        `map` float `[gh, gw]` in [0, 1] or None (attention rollout), `label` and `predicted` (class names),
-        `probability` (of the predicted class) and `frame`.
-      robustness: for each corruption, for each metric, its values at severity 0 (clean), 1, 2, ..., 5:
-        `{"speckle": {"auroc": [0.9, 0.89, ...], "balanced_accuracy": [...]}, ...}`; None takes that of `results`.
+    Attributes:
+      title: its name.
+      meaning: what it says, a few words; metrics without are folded away.
+      short: its name where there is little room; "" = the title.
+      bounded: whether it lies between 0 and 1, so that a bar can show it.
     """
-    fractions = np.unique(predictions.fraction)
-    if len(fractions) > 1:  # what the results are of
-        predictions = predictions.select(predictions.fraction == results.get("fraction", fractions[-1]))
-    title = str((results.get("task") or {}).get("title") or "Results")
-    mapped = pictures.feature_map(embedding, predictions.classes)
-    damage = pictures.corruption_curves(robustness or results.get("robustness"))
-    curves = pictures.threshold_curves(predictions, results) + pictures.reliability(results)
-    found = {
-        "Right and wrong": _right_and_wrong(results),
-        "Curves and calibration": _charts(curves),
-        "All numbers": _numbers(results) + _per_class(results),
-        "Confident errors": _errors(examples),
-        "Folds and seeds": _beside(_folds(results), _seeds(results)),
-        "Fewer labels": _beside(pictures.learning_curve(results), _fractions(results)),
-        "Robustness": _charts(damage),
-        "Map of the features": _charts(mapped, "Each point is a frame; near points look alike to the encoder (t-SNE)."),
-        "What it rests on": sources.provenance(results),
-        "How to repeat it": sources.repeat(results),
-    }
-    body = _header(title, results) + markup.tiles(*_headline(results)) + _notices(results) + markup.sections(found)
-    body += "<footer>Written by usfmae_jax. For research: not a medical device, and not tested as one.</footer>"
-    markup.write(pathlib.Path(path), title, body)
+
+    title: str
+    meaning: str = ""
+    short: str = ""
+    bounded: bool = False
+
+    @property
+    def brief(self) -> str:
+        """What it is called where there is little room."""
+        return self.short or self.title
 
 
-def embedding_points(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """A map of features: t-SNE of their first 50 principal components (van der Maaten & Hinton 2008).
+def finish(
+    workdir: str,
+    results: Mapping[str, Any],
+    *,
+    task: Mapping[str, Any],
+    context: Mapping[str, Any],
+    measures: Mapping[str, Measure],
+    headline: Sequence[str],
+    main: Sequence[str] = (),
+    sections: Mapping[str, Markup] | None = None,
+    text: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Writes results.json, results.md and report.html.
 
     Args:
-      features: float `[N, D]`; rows that are not finite are left out.
-      seed: of the map; equal features and seeds give equal maps.
+      workdir: where to; exists.
+      results: what the task's scoring gave: `format`, `counts`, `fraction`, `bootstrap`, `metrics`, `folds`,
+        `fractions` and `seeds` as `evaluation.results` describes them, and what is the task's own; `task` may hold
+        what scoring knows of it.
+      task: what was done.
+      context: what the results come from.
+      measures: all metrics by name, in the order of tables.
+      headline: those at the top of the page; the first is the one that sentences tell.
+      main: those of the tables by fold, label fraction and seed; () = the headline.
+      sections: see `write_page`.
+      text: sections of results.md that only this task has, by heading.
 
     Returns:
-      rows int `[M]`, ascending, at most `MOST_POINTS` evenly drawn from N, and their points float `[M, 2]` in [0, 1].
-      Both are empty where there is nothing to see: fewer than five features, or all of them alike.
+      what results.json holds.
     """
-    rows = np.flatnonzero(np.isfinite(features).all(axis=1))
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_POINTS)).round().astype(int))]
-    chosen = np.asarray(features)[rows].astype(np.float64)
-    chosen = (chosen - chosen.mean(axis=0)) if len(rows) else chosen
-    if len(rows) < 5 or np.abs(chosen).max() < 1e-9:
-        return np.zeros(0, int), np.zeros((0, 2))
-    perplexity = min(30.0, (len(rows) - 1) / 3)
-    # One thread: several wait for each other at every step, which takes minutes where cores are shared.
-    with threadpool_limits(1):
-        reduced = PCA(min(50, *chosen.shape), random_state=seed).fit_transform(chosen)
-        points = TSNE(2, perplexity=perplexity, init="random", max_iter=600, random_state=seed).fit_transform(reduced)
-    low, high = points.min(axis=0), points.max(axis=0)
-    return rows, (points - low) / np.maximum((high - low).max(), 1e-12)
-
-
-def _header(title: str, results: Mapping[str, Any]) -> str:
-    task = results.get("task") or {}
-    sentences = "".join(f"<p>{markup.escape(one)}</p>" for one in verdict(results))
-    if doubtful := doubt(results):
-        sentences += f'<p class="differs">{markup.escape(doubtful)}</p>'
-    weights = (results.get("context") or {}).get("weights") or {}
-    terms = {
-        "Tested on": ", ".join(filter(None, [", ".join(map(str, task.get("datasets") or ())), tested_on(results)])),
-        "Classes": ", ".join(map(str, task.get("classes") or ())),
-        "Split": task.get("split"),
-        "Weights": weights.get("source"),
+    held = {
+        **results,
+        "task": _public(task) | results.get("task", {}),
+        "robustness": _public(results.get("robustness")),
+        "context": _public(context),
     }
-    listed = "".join(f"<dt>{name}</dt><dd>{markup.escape(value)}</dd>" for name, value in terms.items() if value)
-    return (
-        f'<p class="kicker">Ultrasound model report</p><h1>{markup.escape(title)}</h1>'
-        f'<div class="verdict">{sentences}</div><dl class="terms">{listed}</dl>'
-    )
+    written = json.dumps(held, indent=1, allow_nan=False, ensure_ascii=False)
+    held = json.loads(written)
+    names, root = {name: one.title for name, one in measures.items()}, epath.Path(workdir)
+    (root / "results.json").write_bytes((written + "\n").encode())
+    page = tables.page(held, names, headline[0], main or headline, text or {})
+    (root / "results.md").write_bytes(page.encode())
+    write_page(root / "report.html", held, measures, headline, main or headline, sections or {})
+    return held
 
 
-def _headline(results: Mapping[str, Any]) -> tuple[dict[str, int | str], dict[str, str]]:
-    """The numbers at the top and the intervals beneath."""
-    binary = len((results.get("task") or {}).get("classes") or ()) == 2
-    names = ("auroc", "sensitivity", "specificity") if binary else ("auroc", "balanced_accuracy", "f1_macro")
-    shown: dict[str, int | str] = {}
-    notes = {}
-    for name in names:
+def write_page(
+    path: pathlib.Path | epath.Path,
+    results: Mapping[str, Any],
+    measures: Mapping[str, Measure],
+    headline: Sequence[str],
+    main: Sequence[str],
+    sections: Mapping[str, Markup],
+) -> None:
+    """Writes the page; any key of `results` may be missing.
+
+    Args:
+      path: of the page.
+      results: what results.json holds.
+      measures: all metrics by name, in the order of tables.
+      headline: those at the top.
+      main: those of the tables by fold and seed.
+      sections: those of the task by heading, in the order of the page; "" is what opens it: what was found, in a few
+        sentences. "All numbers", "Folds and seeds" and "Fewer labels" follow unless the task has its own. What the
+        results rest on and how to repeat them always comes last.
+    """
+    task, context, counts = (results.get(key) or {} for key in ("task", "context", "counts"))
+    shown, notes = {}, {}
+    for name in headline:
         metric = (results.get("metrics") or {}).get(name) or {}
         if metric.get("value") is not None:
-            shown[NAMES[name]] = f"{metric['value']:.3f}"
+            shown[measures[name].title] = f"{metric['value']:.3f}"
             if interval := metric.get("ci95"):
-                notes[NAMES[name]] = f"{interval[0]:.3f} to {interval[1]:.3f}"
-    counts = results.get("counts") or {}
-    return shown | {name: counts[name] for name in ("frames", "patients") if counts.get(name)}, notes
-
-
-def _notices(results: Mapping[str, Any]) -> str:
-    context = results.get("context") or {}
-    return markup.notice("Please check", [str(one) for one in context.get("warnings") or ()])
-
-
-def _charts(inside: str, says: str = "") -> str:
-    lead = f'<p class="soft">{markup.escape(says)}</p>' if says else ""
-    return f'{lead}<div class="charts">{inside}</div>' if inside else ""
-
-
-def _beside(left: str, right: str) -> str:
-    return f'<div class="beside">{left}{right}</div>' if left or right else ""
-
-
-def _right_and_wrong(results: Mapping[str, Any]) -> str:
-    counts = np.asarray(results.get("confusion") or [], np.float64)
-    classes = [str(name) for name in (results.get("task") or {}).get("classes") or ()]
-    rows = []
-    for index, name in enumerate(classes if counts.shape == (len(classes), len(classes)) else []):
-        total, right = counts[index].sum(), counts[index, index]
-        if total:
-            says = f'{right / total:.0%}<span class="hint nowrap">{right:,.0f} of {total:,.0f}</span>'
-            rows.append([name, markup.Html(says), markup.share_bar(right / total)])
-    bars = markup.table(["It is", "Called so", ""], rows, most=len(rows))
-    return _beside(bars, pictures.confusion(results)) if rows else ""
-
-
-def _numbers(results: Mapping[str, Any]) -> str:
-    task = results.get("task") or {}
-    positive = task.get("positive") or ""
-    negative = next((str(name) for name in task.get("classes") or () if name != positive), "other")
-    found = results.get("metrics") or {}
-    rows: list[list[Any]] = []
-    names = [name for name in NAMES if name in found]
-    known = [name for name in names if name in _MEANS]
-    for name in [*known, *(name for name in names if name not in known)]:
-        value, interval = found[name].get("value"), found[name].get("ci95")
-        hint = _MEANS.get(name, "").format(positive=positive, negative=negative)
-        chance = guess(name, results)
-        hint += f"; guessing gives {chance:.3g}" if chance else ""
-        hint = f'<span class="hint">{markup.escape(hint)}</span>' if hint else ""
-        bar: Any = markup.Html("<div hidden></div>")
-        if value is not None and name != "log_loss":
-            bar = markup.interval(value, *(interval or (value, value)))
-        rows.append([markup.Html(f"{markup.escape(NAMES[name])}{hint}"), _measured(found[name]), bar])
-    bootstrap = results.get("bootstrap") or {}
-    says = "Value and 95% interval; the bars run from 0 to 1."
-    if bootstrap.get("resamples"):
-        says = f"Value and 95% interval over {bootstrap['resamples']:,} draws of patients; the bars run from 0 to 1."
-    page = markup.table(["Measure", "Value", ""], rows, most=len(known) or len(rows))
-    return f'<p class="soft">{says}</p>{page}{_calibrated(results)}' if page else ""
-
-
-def _calibrated(results: Mapping[str, Any]) -> str:
-    found = results.get("calibrated") or {}
-    rows = [[NAMES[name], _measured(found[name])] for name in NAMES if name in LOSSES and found.get(name)]
-    mean = (found.get("temperature") or {}).get("mean")
-    fitted = f" (temperature {mean:.2f})" if mean is not None else ""
-    caption = f"After temperature scaling on the validation parts{fitted}"
-    return markup.table(["Measure", "Value"], rows, caption)
-
-
-def _per_class(results: Mapping[str, Any]) -> str:
-    heads = ["Class", "Frames", "Patients", "Recall", "Precision", "F1", "AUROC", "Average precision"]
-    keys = ("recall", "precision", "f1", "auroc", "average_precision")
-    rows = [
-        [name, *(one.get(key) or 0 for key in ("frames", "patients")), *(_measured(one.get(key)) for key in keys)]
-        for name, one in (results.get("per_class") or {}).items()
-    ]
-    return markup.table(heads, rows, "Each class against the others", stack=True)
-
-
-def _errors(examples: Sequence[Mapping[str, Any]]) -> str:
-    says = "Wrong answers of which the model was most sure, on frames that it was not trained on."
-    if any(one.get("map") is not None for one in examples):
-        says += " Beside each frame where it looked (attention rollout): bright is much, grey is little."
-    shown = pictures.gallery(examples)
-    return f'<p class="soft">{says}</p>{shown}' if shown else ""
-
-
-def _folds(results: Mapping[str, Any]) -> str:
-    folds = results.get("folds") or {}
-    names, found = folds.get("names") or [], folds.get("metrics") or {}
-    keys = [key for key in MAIN if key in found]
-    if len(names) < 2 or not keys:
-        return ""
-    rows = [[_short(key), _spread(found[key]), *map(tables.number, found[key]["values"])] for key in keys]
-    return markup.table(["Measure", "Mean ± deviation", *map(str, names)], rows, "By fold")
-
-
-def _spread(metric: Mapping[str, Any]) -> markup.Html:
-    mean, deviation = (tables.number(metric.get(key)) for key in ("mean", "std"))
-    return markup.Html(f'<span class="nowrap"><b>{mean}</b> <span class="soft">± {deviation}</span></span>')
-
-
-def _seeds(results: Mapping[str, Any]) -> str:
-    seeds = results.get("seeds") or ()
-    keys = [key for key in MAIN if any(key in one["metrics"] for one in seeds)]
-    rows = [[_short(key), *(tables.number(one["metrics"].get(key)) for one in seeds)] for key in keys]
-    return (
-        markup.table(["Measure", *(f"seed {one['seed']}" for one in seeds)], rows, "By seed") if len(seeds) > 1 else ""
+                notes[measures[name].title] = f"{interval[0]:.3f} to {interval[1]:.3f}"
+    usual = {
+        "All numbers": numbers(results, measures),
+        "Folds and seeds": folds_and_seeds(results, measures, main),
+        "Fewer labels": fewer_labels(results, measures, headline),
+    }
+    found = {**sections, **{name: content for name, content in usual.items() if name not in sections}}
+    opening = found.pop("", None)
+    if opening is None:
+        said = tables.heading(results, {name: one.title for name, one in measures.items()}, headline[0])
+        opening = part("sentences", [said[0].upper() + said[1:]])
+    pages.write(
+        path,
+        "run.html",
+        title=str(task.get("title") or "Results"),
+        results=results,
+        opening=opening,
+        tested_on=tables.tested_on(counts),
+        headline=shown | {name: counts[name] for name in ("frames", "patients") if counts.get(name)},
+        notes=notes,
+        found=found,
+        lineage=_lineage(context),
+        data=[_dataset(one) for one in context.get("data") or ()],
+        settings=_flat(context.get("config") or {}),
     )
 
 
-def _fractions(results: Mapping[str, Any]) -> str:
+def numbers(results: Mapping[str, Any], measures: Mapping[str, Measure]) -> Markup:
+    """All metrics with their meaning and interval; those without a meaning are folded away."""
+    found = results.get("metrics") or {}
+    names = sorted((name for name in measures if name in found), key=lambda name: not measures[name].meaning)
+    bars = any(measures[name].bounded for name in names)
+    rows = []
+    for name in names:
+        one, value, interval = measures[name], found[name].get("value"), found[name].get("ci95")
+        row = [part("hinted", one.title, one.meaning), measured(found[name])]
+        if bars:
+            drawn = one.bounded and value is not None
+            row.append(part("interval", value, *(interval or (value, value))) if drawn else part("empty_bar"))
+        rows.append(row)
+    resamples = (results.get("bootstrap") or {}).get("resamples")
+    says = f"Value and 95% interval{f' over {resamples:,} draws of patients' if resamples else ''}"
+    says += "; the bars run from 0 to 1." if bars else "."
+    most = sum(bool(measures[name].meaning) for name in names) or len(rows)
+    return part("led", says, pages.table(["Measure", "Value", ""][: 2 + bars], rows, most=most))
+
+
+def folds_and_seeds(results: Mapping[str, Any], measures: Mapping[str, Measure], main: Sequence[str]) -> Markup:
+    """Tables of the main metrics by fold and by seed, where there are several."""
+    folds, seeds = results.get("folds") or {}, results.get("seeds") or ()
+    names, found = folds.get("names") or [], folds.get("metrics") or {}
+    rows = [
+        [measures[name].brief, part("spread", *(tables.number(found[name][key]) for key in ("mean", "std")))]
+        + [tables.number(value) for value in found[name]["values"]]
+        for name in main
+        if name in found and len(names) > 1
+    ]
+    by_fold = pages.table(["Measure", "Mean ± deviation", *map(str, names)], rows, "By fold")
+    rows = [
+        [measures[name].brief, *(tables.number(one["metrics"].get(name)) for one in seeds)]
+        for name in main
+        if len(seeds) > 1 and any(name in one["metrics"] for one in seeds)
+    ]
+    by_seed = pages.table(["Measure", *(f"seed {one['seed']}" for one in seeds)], rows, "By seed")
+    return part("beside", by_fold, by_seed)
+
+
+def fewer_labels(results: Mapping[str, Any], measures: Mapping[str, Measure], names: Sequence[str]) -> Markup:
+    """Metrics against the share of training patients, where several were run.
+
+    The chart shows the first two, or the first alone where one does not lie between 0 and 1: units need an axis each.
+    """
     steps = results.get("fractions") or ()
-    names = ("auroc", "balanced_accuracy", "f1_macro")
-    keys = [key for key in names if any(key in one["metrics"] for one in steps)]
-    rows = [[f"{100 * one['fraction']:g}%", *(_measured(one["metrics"].get(key)) for key in keys)] for one in steps]
-    return markup.table(["Patients", *map(_short, keys)], rows, stack=True) if len(rows) > 1 else ""
+    if len(steps) < 2:
+        return Markup()
+    shares = [one["fraction"] for one in steps]
+    drawn = names[:2] if all(measures[name].bounded for name in names[:2]) else names[:1]
+    lines = []
+    for colour, name in enumerate(drawn):
+        found = [one["metrics"].get(name) or {} for one in steps]
+        values = np.array([number(one) for one in found])
+        ends = np.array([one.get("ci95") or (value, value) for one, value in zip(found, values, strict=True)], float)
+        says = f"{values[-1]:.3f}" if np.isfinite(values[-1]) else ""
+        title = measures[name].title
+        lines.append(charts.Line(title, np.log(shares), values, ends[:, 0], ends[:, 1], says, colour, dots=True))
+    edges = np.concatenate([np.concatenate([line.y, line.low, line.high]) for line in lines])
+    limits = {} if measures[drawn[0]].bounded else {"low": -np.inf, "high": np.inf}
+    labels = [f"{100 * share:g}%" for share in shares]
+    chart = charts.lines(
+        "By share of the training patients",
+        "The same test frames, by models that were trained on a part of the patients. Whiskers are 95% intervals.",
+        lines,
+        charts.Axis("training patients used", np.log(shares).tolist(), labels),
+        charts.value_axis("", edges, **limits),
+    )
+    keys = [name for name in names if any(name in one["metrics"] for one in steps)]
+    rows = [
+        [label, *(measured(one["metrics"].get(name)) for name in keys)]
+        for label, one in zip(labels, steps, strict=True)
+    ]
+    heads = ["Patients", *(measures[name].brief for name in keys)]
+    return part("beside", chart, pages.table(heads, rows, stack=True))
 
 
-def _measured(metric: Mapping[str, Any] | None) -> markup.Html:
+def measured(metric: Mapping[str, Any] | None) -> Markup:
+    """A cell: a metric of results.json with its interval."""
     value, _, interval = (tables.metric(metric) if metric else tables.NONE).partition(" ")
-    shown = f' <span class="nowrap soft">{interval}</span>' if interval else ""
-    return markup.Html(f"<span>{value}{shown}</span>")
+    return part("measured", value, interval)
 
 
-def _short(name: str) -> str:
-    return _SHORT.get(name, NAMES[name])
+def number(metric: Any) -> float:
+    """A metric of results.json, or its bare value, as a float; NaN if it is not defined."""
+    value = metric.get("value") if isinstance(metric, Mapping) else metric
+    return float("nan") if value is None else float(value)
+
+
+def _lineage(context: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of the stages that the weights come from."""
+    rows = []
+    for one in context.get("lineage") or ():
+        data = [_dataset(dataset) for dataset in one.get("data") or ()]
+        what = "; ".join(f"{name} ({tables.counted(count, 'frame')}, {licence})" for name, count, licence, _ in data)
+        step, code = one.get("step"), str(one.get("code", "")).replace(" ", "\u00a0")
+        rows.append([str(one.get("job", "")), f"{step:,}" if isinstance(step, int) else "", code, what])
+    return rows
+
+
+def _dataset(data: Mapping[str, Any]) -> list[Any]:
+    licence, citation = (str(data.get(key) or "not stated") for key in ("licence", "citation"))
+    if len(licence) < 20:  # a short one stays on one line
+        licence = licence.replace(" ", "\u00a0")
+    return [str(data.get("dataset", "")), data.get("frames") or 0, licence, citation]
+
+
+def _flat(config: Mapping[str, Any], parent: str = "") -> list[tuple[str, str]]:
+    found = []
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            found += _flat(value, f"{parent}{name}.")
+        else:
+            found.append((f"{parent}{name}", value if isinstance(value, str) else json.dumps(value, default=str)))
+    return found
+
+
+def _public(value: Any) -> Any:
+    """What JSON can hold, with absolute paths cut to their last part: they tell who ran where."""
+    if hasattr(value, "items"):
+        return {str(name): _public(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | np.ndarray):
+        return [_public(one) for one in value]
+    if isinstance(value, np.generic):
+        return _public(value.item())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    names = [os.path.basename(name.rstrip("/")) if os.path.isabs(name) else name for name in str(value).split(",")]
+    return _PATH.sub(lambda found: found[1] or "...", ",".join(names))

@@ -11,12 +11,12 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.pages import page
+from data_prep import pages
 from tests.data_prep.builds import picture
 from tests.html_pages import Reader, layout, words
 from usfmae_jax.data import records, tfrecord
 from usfmae_jax.errors import InputError
-from usfmae_jax.reporting import markup
+from usfmae_jax.reporting import pages as templates
 
 EVIL = '<script>alert("1")</script>\'"><img src=x onerror=alert(2)>/\u202egnp.png'
 COLOUR = np.dstack([np.full((40, 60), value, np.uint8) for value in (200, 40, 20)])  # RGB
@@ -103,7 +103,7 @@ def pictures(path):
 
 
 def test_the_numbers_are_those_of_the_manifest(dataset):
-    written = page.write_page(dataset)
+    written = pages.write_page(dataset)
     assert written == dataset / "report.html"
     assert tiles(written) == {
         "frames kept": 7,
@@ -130,17 +130,17 @@ def test_the_numbers_are_those_of_the_manifest(dataset):
 
 
 def test_labels_are_counted_by_split(dataset):
-    text = words(page.write_page(dataset))
+    text = words(pages.write_page(dataset))
     assert "Label train test all (none) 1 0 1 benign 3 2 5 malignant 1 0 1 Frames by anatomy" in text
     assert "Split Frames Patients Patients not known Clips MB train 5 1,101 1,301 4 2.5 test 2 11 7 2 0.0" in text
     assert "Anatomy Frames breast 7" in text
 
 
 def test_a_difference_to_the_published_counts_is_marked(dataset):
-    assert "differs" not in words(page.write_page(dataset))  # 7 kept and 2,041 dropped are the published 2,048
+    assert "differs" not in words(pages.write_page(dataset))  # 7 kept and 2,041 dropped are the published 2,048
     wrong = MANIFEST | {"expected": {"frames": 2050, "patients": 1112, "malignant": 3}}
     (dataset / "manifest.json").write_text(json.dumps(wrong))
-    text = words(page.write_page(dataset))
+    text = words(pages.write_page(dataset))
     assert "frames (kept and dropped) 2,050 2,048 differs" in text
     assert "malignant 3 1 differs" in text
     assert "patients 1,112 1,112 as expected" in text
@@ -148,11 +148,11 @@ def test_a_difference_to_the_published_counts_is_marked(dataset):
 
 def test_shards_that_hold_another_number_of_frames_are_a_warning(dataset):
     (dataset / "manifest.json").write_text(json.dumps(MANIFEST | {"kept": 8}))
-    assert "The shards hold 7 frames, but the build wrote 8" in words(page.write_page(dataset))
+    assert "The shards hold 7 frames, but the build wrote 8" in words(pages.write_page(dataset))
 
 
 def test_rejected_files_are_named_by_reason(dataset):
-    text = words(page.write_page(dataset))
+    text = words(pages.write_page(dataset))
     assert text.count("alert(2)>/\\u202egnp.png") >= 4
     assert "and 2,997 more" in text
     assert "x/y.png and 4 more" in text
@@ -162,8 +162,8 @@ def test_nothing_in_a_name_becomes_markup(dataset):
     hostile = json.dumps(MANIFEST).replace("ACME", json.dumps(EVIL)[1:-1]).replace("duplicate", json.dumps(EVIL)[1:-1])
     manifest = json.loads(hostile) | {"title": EVIL, "homepage": f"javascript:{EVIL}", "label_names": [EVIL, EVIL]}
     (dataset / "manifest.json").write_text(json.dumps(manifest))
-    index = page.write_index([dataset], dataset.parent / "index.html")
-    for written in (page.write_page(dataset), index):
+    index = pages.write_index([dataset], dataset.parent / "index.html")
+    for written in (pages.write_page(dataset), index):
         reader = Reader(written)
         assert not reader.all("script")
         assert not [one for _, attributes in reader.elements for one in attributes if one.startswith("on")]
@@ -173,7 +173,7 @@ def test_nothing_in_a_name_becomes_markup(dataset):
 
 
 def test_pages_load_nothing_and_may_not(dataset):
-    written = page.write_page(dataset)
+    written = pages.write_page(dataset)
     reader, text = Reader(written), written.read_text(encoding="utf-8")
     assert {"link", "script", "iframe", "object", "form", "base"}.isdisjoint(tag for tag, _ in reader.elements)
     assert all(one["src"].startswith("data:image/jpeg;base64,") and one["alt"] for one in reader.all("img"))
@@ -185,7 +185,7 @@ def test_pages_load_nothing_and_may_not(dataset):
 
 
 def test_links_within_the_page_have_somewhere_to_go(dataset):
-    reader = Reader(page.write_page(dataset))
+    reader = Reader(pages.write_page(dataset))
     targets = {attributes.get("id") for _, attributes in reader.elements}
     links = [one["href"][1:] for one in reader.all("a") if one["href"].startswith("#")]
     assert len(links) == 7
@@ -193,10 +193,10 @@ def test_links_within_the_page_have_somewhere_to_go(dataset):
 
 
 def test_the_same_data_elsewhere_give_the_same_bytes(dataset, tmp_path):
-    one = page.write_page(dataset).read_bytes()
+    one = pages.write_page(dataset).read_bytes()
     shutil.copytree(dataset, tmp_path / "else" / "where")
-    assert page.write_page(tmp_path / "else" / "where").read_bytes() == one
-    assert page.write_page(dataset).read_bytes() == one
+    assert pages.write_page(tmp_path / "else" / "where").read_bytes() == one
+    assert pages.write_page(dataset).read_bytes() == one
     assert os.fsencode(tmp_path) not in one
 
 
@@ -206,9 +206,9 @@ def test_any_key_of_the_manifest_may_be_missing(dataset, key):
         json.dumps({} if key == "all" else {k: v for k, v in MANIFEST.items() if k != key})
     )
     (dataset / "rejected.csv").unlink()
-    written = page.write_page(dataset)
+    written = pages.write_page(dataset)
     assert tiles(written)["frames kept"] == 7
-    page.write_index([dataset], dataset / "index.html")
+    pages.write_index([dataset], dataset / "index.html")
     if key == "all":  # what is not known is not shown as zero
         assert set(tiles(written)) == {"frames kept"}
 
@@ -216,7 +216,7 @@ def test_any_key_of_the_manifest_may_be_missing(dataset, key):
 def test_empty_values_say_that_nothing_happened(dataset):
     empty = {key: type(value)() for key, value in MANIFEST.items() if isinstance(value, dict | list)}
     (dataset / "manifest.json").write_text(json.dumps(empty))
-    assert "Nothing was removed" in words(page.write_page(dataset))
+    assert "Nothing was removed" in words(pages.write_page(dataset))
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{"])
@@ -225,13 +225,13 @@ def test_a_folder_without_a_manifest_is_refused(dataset, content):
     if content is not None:
         (dataset / "manifest.json").write_text(content)
     with pytest.raises(InputError, match="build the dataset again"):
-        page.write_page(dataset)
+        pages.write_page(dataset)
     with pytest.raises(InputError, match="build the dataset again"):
-        page.write_index([dataset], dataset / "index.html")
+        pages.write_index([dataset], dataset / "index.html")
 
 
 def test_colour_stays_colour_and_masks_are_outlined(dataset):
-    shown = pictures(page.write_page(dataset))
+    shown = pictures(pages.write_page(dataset))
     assert len(shown) == 7
     saturation = [float(np.ptp(one.astype(int), axis=2).mean()) for one in shown]
     assert sum(value > 100 for value in saturation) == 1
@@ -243,7 +243,7 @@ def test_the_sheet_shows_every_split_and_label_evenly(tmp_path):
     train = [record(number, 0) for number in range(200)] + [record(500, 1), record(501, 1)]
     test = [record(number, 0) for number in range(300, 340)]
     folder = build(tmp_path / "d", {"train": train, "test": test}, {"label_names": ["often", "rare"]})
-    text = page.write_page(folder).read_text(encoding="utf-8")
+    text = pages.write_page(folder).read_text(encoding="utf-8")
     shown = [int(name) for name in re.findall(r"</b>f(\d{4})</figcaption>", text)]
     assert len(shown) == 60
     assert {500, 501} <= set(shown)
@@ -255,26 +255,26 @@ def test_the_sheet_shows_every_split_and_label_evenly(tmp_path):
 
 def test_more_labels_than_places_still_make_a_sheet(tmp_path):
     folder = build(tmp_path / "d", {"train": [record(number, number % 90) for number in range(120)]}, {})
-    assert len(pictures(page.write_page(folder))) == 60
+    assert len(pictures(pages.write_page(folder))) == 60
 
 
 def test_sixty_frames_full_of_detail_stay_below_three_megabytes(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     folder = build(tmp_path / "d", {"train": [record(number, 0, noise) for number in range(60)]}, {})
-    assert page.write_page(folder).stat().st_size < 3e6
+    assert pages.write_page(folder).stat().st_size < 3e6
 
 
 def test_brightness_and_size_are_measured(tmp_path):
     levels = enumerate([0, 100, 100, 200])
     grey = [record(number, pixels=np.full((50, 80), level, np.uint8)) for number, level in levels]
-    text = words(page.write_page(build(tmp_path / "d", {"train": grey}, {})))
+    text = words(pages.write_page(build(tmp_path / "d", {"train": grey}, {})))
     assert "Half of the frames lie between 75 and 125, the middle is 100." in text
     assert "Half of the frames lie between 0 and 25, the middle is 0." in text  # one of four is black
     assert "Most often 80 x 50 (100%)." in text
 
 
 def test_large_datasets_are_measured_on_an_even_sample(tmp_path, monkeypatch):
-    monkeypatch.setattr(page.look, "_SAMPLE", 11)
+    monkeypatch.setattr(pages, "_SAMPLE", 11)
     folder = build(tmp_path / "d", {"train": [record(number) for number in range(101)]}, {})
     asked, original = [], records.decode_record
 
@@ -282,15 +282,15 @@ def test_large_datasets_are_measured_on_an_even_sample(tmp_path, monkeypatch):
         asked.append(original(data)["frame"])
         return original(data)
 
-    monkeypatch.setattr(page.records, "decode_record", watch)
-    text = words(page.write_page(folder))
+    monkeypatch.setattr(pages.records, "decode_record", watch)
+    text = words(pages.write_page(folder))
     assert "11 frames, evenly drawn" in text
     assert set(asked) == {f"f{number:04d}" for number in range(0, 101, 10)}
 
 
 def test_a_damaged_record_is_counted_and_skipped(tmp_path):
     frames = [record(0), b"\xff no example", records.encode_record(record(1) | {"image": b"no image"})]
-    text = words(page.write_page(build(tmp_path / "d", {"train": frames}, {})))
+    text = words(pages.write_page(build(tmp_path / "d", {"train": frames}, {})))
     assert "2 of 3 frames looked at cannot be read" in text
 
 
@@ -301,8 +301,8 @@ def test_the_index_adds_up_and_its_links_lead_to_the_pages(dataset, tmp_path):
         {"title": "Another", "anatomy": "lung", "kept": 1_000, "splits": {"train": {"patients": 9}}},
     )
     for folder in (dataset, other):
-        page.write_page(folder)
-    index = page.write_index([dataset, other], tmp_path / "index.html")
+        pages.write_page(folder)
+    index = pages.write_index([dataset, other], tmp_path / "index.html")
     assert index == tmp_path / "index.html"
     assert tiles(index) == {"datasets": 2, "frames": 1007, "patients": 1121, "patients not known": 1308}
     links = [one["href"] for one in Reader(index).all("a")]
@@ -310,7 +310,7 @@ def test_the_index_adds_up_and_its_links_lead_to_the_pages(dataset, tmp_path):
     text = words(index)
     assert "lung 1,000" in text
     assert "breast 7" in text
-    assert page.write_index([other, dataset], tmp_path / "index.html").read_bytes() == index.read_bytes()
+    assert pages.write_index([other, dataset], tmp_path / "index.html").read_bytes() == index.read_bytes()
 
 
 def test_pages_fit_a_phone_and_a_desk_without_sideways_scrolling(dataset, tmp_path):
@@ -318,11 +318,12 @@ def test_pages_fit_a_phone_and_a_desk_without_sideways_scrolling(dataset, tmp_pa
     manifest = MANIFEST | {"dropped": long, "rejected": long, "citation": "c" * 400, "label_names": ["l" * 90, "m"]}
     manifest |= {"arguments": {"a" * 80: "b" * 500}, "technical": {"Maker" * 20: {"v" * 200: 1}}, "title": "T" * 120}
     (dataset / "manifest.json").write_text(json.dumps(manifest))
-    paths = [page.write_page(dataset), page.write_index([dataset], dataset / "index.html")]
+    paths = [pages.write_page(dataset), pages.write_index([dataset], dataset / "index.html")]
     measured = layout(paths, tmp_path)
     assert all(found["scrolled"] <= found["width"] and not found["missing"] for found in measured)
     assert [found["images"] for found in measured] == [7, 7, 0, 0]
 
 
-def test_the_template_travels_with_the_module():
-    assert pathlib.Path(markup.__file__).with_name("page.html").is_file()
+def test_the_templates_travel_with_the_module():
+    for name in ("page", "macros", "build", "index", "run", "classification"):
+        assert pathlib.Path(templates.__file__).with_name(f"{name}.html").is_file()

@@ -1,0 +1,94 @@
+"""Pages that need nothing but themselves, from the templates beside this file: nothing is loaded, nothing runs.
+
+Templates escape whatever they show, unless it is `Markup`; Python makes HTML through their macros alone.
+"""
+
+import base64
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import jinja2
+import numpy as np
+from etils import epath
+from markupsafe import Markup
+
+# Characters that are not seen; those that turn the direction of writing could make a name look like another.
+_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+_LONG = 24  # letters of a word from which on it may be broken anywhere
+_NAME = 44  # letters of a file name that are shown
+
+
+def write(path: pathlib.Path | epath.Path, template: str, **values: Any) -> None:
+    """Writes a page from a template; invisible characters, wherever they come from, are shown as codes."""
+    page = _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", _ENVIRONMENT.get_template(template).render(values))
+    path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+
+
+def part(name: str, *values: Any, template: str = "macros.html", **options: Any) -> Markup:
+    """What a macro makes of values: a table, a bar, a box; empty where it shows nothing."""
+    return Markup(getattr(_ENVIRONMENT.get_template(template).module, name)(*values, **options).strip())
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "", **options: Any) -> Markup:
+    """A table, or nothing without rows; the first column names its row. Options as those of the macro."""
+    return part("table", heads, rows, caption, **options)
+
+
+def jpeg(pixels: np.ndarray) -> str:
+    """An RGB picture, uint8 `[H, W, 3]`, as the address of an image."""
+    data = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+
+def ranked(numbers: Mapping[str, int] | None) -> list[tuple[str, int]]:
+    """Names and numbers, the largest first, equal ones by name."""
+    return sorted((numbers or {}).items(), key=lambda one: (-one[1], one[0]))
+
+
+def _shown(value: Any) -> Any:
+    return f"{value:,}" if isinstance(value, int | float) else value
+
+
+def _within(share: float) -> float:
+    return min(max(float(share), 0.0), 1.0)
+
+
+def _ending(name: str) -> str:
+    """A name that fits under a picture: what tells files apart is at the end."""
+    return name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
+
+
+def _kinds(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The class of each column of a table: bars, numbers, or text with words so long that they have to break."""
+
+    def kind(column: Sequence[Any]) -> str:
+        if isinstance(column[0], Markup) and column[0].startswith("<div"):
+            return "bar"
+        if isinstance(column[0], int | float):
+            return "n"
+        return "long" if max(len(word) for cell in column for word in [*str(cell).split(), ""]) > _LONG else ""
+
+    return [kind(column) for column in zip(*rows, strict=True)]
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.ChainableUndefined,  # manifests and results of older versions lack keys: these show nothing
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {
+    "anchor": lambda name: re.sub("[^a-z0-9]+", "-", name.lower()),
+    "columns": lambda rows, *keys: [[str(one.get(key, "")) for key in keys] for one in rows or ()],
+    "ending": _ending,
+    "kinds": _kinds,
+    "percent": lambda share: f"{100 * _within(share):.1f}%",
+    "ranked": ranked,
+    "shown": _shown,
+    "stated": lambda facts: [[name, str(value)] for name, value in facts.items() if value],
+    "within": _within,
+}
