@@ -24,7 +24,7 @@ from usfmae_jax.finetuning.step import Supervision
 from usfmae_jax.interop.weights import Weights
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import optimizers, outcomes
-from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir, public_settings
+from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir
 
 #: Config fields that a continued run may change: they alter where and how fast it computes, which members it has, or
 #: what is said of them, not what a member is.
@@ -138,7 +138,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
         pairs=pairs,
     )
     members = plan_members(config, frames, folds, groups)
-    settings = public_settings(config, ("init", "data.path", "split.path")) | {
+    settings = field_checks.public_settings(config, ("init", "data.path", "split.path")) | {
         "data_fingerprint": frames.fingerprint,
         "init_fingerprint": weights.fingerprint if weights else "",
     }

@@ -22,7 +22,8 @@ from usfmae_jax.models.mae import MAE, num_visible, training_flops
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.pretraining.inspect import Inspector
 from usfmae_jax.training import optimizers
-from usfmae_jax.training.common import check_computation, image_size, public_settings
+from usfmae_jax.training.checks import public_settings
+from usfmae_jax.training.common import check_computation, image_size
 from usfmae_jax.training.state import State
 from usfmae_jax.training.step import Objective, make_features, make_reconstruct
 

@@ -27,7 +27,7 @@ from usfmae_jax.probing import inspect as looking
 from usfmae_jax.reporting.run import embedding_points
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import outcomes, probe_heads
-from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir, public_settings
+from usfmae_jax.training.common import known_duplicates, labelled_frames, make_workdir
 from usfmae_jax.training.forward import fitting_batch
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.outcomes import Outcome, Tested
@@ -239,7 +239,7 @@ def report(
     command: str,
 ) -> dict[str, Any]:
     """Writes what was found."""
-    settings = public_settings(config, PATHS)
+    settings = field_checks.public_settings(config, PATHS)
     lineage = weights.lineage if weights else []
     datasets = sorted(set(frames.dataset.tolist()))
     warnings = [*outcome.warnings]
