@@ -4,12 +4,12 @@ Imports nothing heavy, so that `--help` and a mistyped flag answer at once.
 """
 
 import difflib
-import importlib.util
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any
 
@@ -152,11 +152,9 @@ def load_config(value: str) -> ml_collections.ConfigDict:
 def _load_module(file: str) -> ModuleType:
     if not os.path.isfile(file):
         raise InputError(f"config file {file!r} does not exist; run from the project's folder or give its path")
-    spec = importlib.util.spec_from_file_location("usfmae_config", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = ModuleType("config")
+    module.__file__ = file
+    SourceFileLoader("config", file).exec_module(module)
     return module
 
 
@@ -172,9 +170,7 @@ def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     names = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4)
     # A right name in the wrong group is as common a slip as a misspelt one.
     names += [v for v in valid if v.rpartition(".")[2] == name.rpartition(".")[2] and v not in names]
-    if not names:
-        return "; valid are " + ", ".join(prefix + v for v in valid)
-    return "; nearest are " + ", ".join(prefix + v for v in names)
+    return f"; {'nearest' if names else 'valid'} are " + ", ".join(prefix + name for name in names or valid)
 
 
 def _help(doc: str, value: str) -> str:
