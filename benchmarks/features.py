@@ -34,7 +34,7 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     from usfmae_jax.data.records import decode_record
     from usfmae_jax.data.table import read_table
     from usfmae_jax.interop.model import Model, preprocessing, save_model
-    from usfmae_jax.models.position import sincos_table
+    from usfmae_jax.models.patches import sincos_table
     from usfmae_jax.models.vit import SIZES, ViT
     from usfmae_jax.tasks import classification
 

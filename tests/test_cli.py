@@ -51,6 +51,7 @@ def test_images_are_square_or_not(value, size):
         ([CONFIG, "--config.train.batch_size=many"], "config.train.batch_size=many"),
         ([CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
         ([CONFIG, "stray"], "'stray' is not understood"),
+        ([CONFIG, "--noconfig.model.scam"], "nearest are config.model.scan"),
     ],
 )
 def test_mistakes_are_answered_with_what_to_type(argv, message):
@@ -64,8 +65,20 @@ def test_mistakes_are_answered_with_what_to_type(argv, message):
     [("configs/pretrain.py:tiny", "runs/pretrain-tiny"), ("configs/pretrain.py", "runs/pretrain-base")],
 )
 def test_the_workdir_is_named_after_the_config(value, expected):
-    assert cli.default_workdir(["main", f"--config={value}"]) == expected
-    assert cli.default_workdir(["main", "--config", value]) == expected
+    assert cli.default_workdir(value) == expected
+
+
+def test_the_config_may_be_two_words_and_stand_behind_what_it_is_overridden_with():
+    values = _parse("--config.train.batch_size=32", "--noconfig.model.scan", "--config", "configs/pretrain.py:tiny")
+    assert values.config.train.batch_size == 32
+    assert values.config.model.width == 192
+    assert not values.config.model.scan
+    assert values["config"].config_filename == "configs/pretrain.py:tiny"
+
+
+def test_what_was_typed_is_shown_without_where_it_was(monkeypatch):
+    monkeypatch.setattr(cli.sys, "argv", ["main", "--config", "/home/me/a.py:tiny", "--config.data.path=/data/b,c/d"])
+    assert cli.command("door") == "python -m door --config a.py:tiny --config.data.path=b,c/d"
 
 
 def test_help_shows_the_config_and_its_fields_without_importing_jax():

@@ -12,7 +12,7 @@ from usfmae_jax.interop.checkpoint import load_parameters
 from usfmae_jax.interop.model import flatten, open_model, read_lineage
 from usfmae_jax.interop.tensors import from_array, open_safetensors
 from usfmae_jax.loading import load_encoder
-from usfmae_jax.models.position import resize_table
+from usfmae_jax.models.patches import resize_table
 
 
 def run(source: str | pathlib.Path, output: pathlib.Path, *arguments: str) -> int:

@@ -1,4 +1,7 @@
-"""The exceptions that several rooms raise and catch."""
+"""The exceptions that several rooms raise and catch, and the exit codes that doors turn them into."""
+
+#: Exit codes: done, bad input or config, stopped by preemption after a saved checkpoint.
+DONE, BAD_INPUT, PREEMPTED = 0, 2, 75
 
 
 class InputError(ValueError):

@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 
 from usfmae_jax import cli
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import BAD_INPUT, DONE, InputError
 
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
@@ -34,7 +34,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     if jax.process_index() == 0:
         print(table(results))
         print(f"{workdir}/report.html", file=sys.stderr)
-    return cli.DONE
+    return DONE
 
 
 def compare(argv: Sequence[str]) -> int:
@@ -65,8 +65,8 @@ def compare(argv: Sequence[str]) -> int:
             _write(args.output, json.dumps(found, indent=2) + "\n")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return cli.BAD_INPUT
-    return cli.DONE
+        return BAD_INPUT
+    return DONE
 
 
 def _positive(workdir: str) -> str:

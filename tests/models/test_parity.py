@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.models.make_golden import GOLDEN, MASK_RATIO, SIZE, reference
 from usfmae_jax.interop.model import flatten, unflatten
-from usfmae_jax.models import mae, position
+from usfmae_jax.models import mae, patches
 
 
 @pytest.fixture(scope="module", params=["golden", "live"])
@@ -63,5 +63,5 @@ def test_gradients_equal_the_pytorch_mae(torch_run, ours):
 
 
 def test_position_table_equals_the_pytorch_mae(torch_run):
-    table = position.sincos_table((4, 4), SIZE["width"])
+    table = patches.sincos_table((4, 4), SIZE["width"])
     np.testing.assert_allclose(table, torch_run["positions"], atol=1e-6)

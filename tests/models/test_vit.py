@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
-from usfmae_jax.models import layers, patches, position, vit
+from usfmae_jax.models import layers, patches, vit
 
 
 def test_gelu_is_exact_and_so_is_its_derivative(rng):
@@ -38,7 +38,7 @@ def test_image_size_must_be_divisible_by_the_patch():
 
 
 def test_position_table_follows_its_formula():
-    table = position.sincos_table((3, 5), 16)
+    table = patches.sincos_table((3, 5), 16)
     assert table.shape == (15, 16)
     row, column = 2, 4
     w = 10000.0 ** (-2 * np.arange(4) / 8)
@@ -47,9 +47,9 @@ def test_position_table_follows_its_formula():
 
 
 def test_position_table_is_resized_smoothly_and_kept_on_its_own_grid():
-    table = position.sincos_table((8, 8), 16)
-    np.testing.assert_array_equal(position.resize_table(table, (8, 8), (8, 8)), table)
-    larger = np.asarray(position.resize_table(table, (8, 8), (16, 16))).reshape(16, 16, 16)
+    table = patches.sincos_table((8, 8), 16)
+    np.testing.assert_array_equal(patches.resize_table(table, (8, 8), (8, 8)), table)
+    larger = np.asarray(patches.resize_table(table, (8, 8), (16, 16))).reshape(16, 16, 16)
     original = table.reshape(8, 8, 16)
     # Low frequencies survive interpolation: half-way between two old positions lies their mean.
     between = (larger[4:12:2, 4:12:2, 6] + larger[5:13:2, 5:13:2, 6]) / 2
@@ -65,7 +65,7 @@ def test_position_tables_are_resized_as_pytorch_does_it():
         [2.7036107, -0.57572186, -3.3472219, 1.4169048, 5.8964734],
     ]
     np.testing.assert_allclose(
-        position.resize_table(table.reshape(6, 1), (2, 3), (3, 5)).reshape(3, 5), expected, atol=2e-6
+        patches.resize_table(table.reshape(6, 1), (2, 3), (3, 5)).reshape(3, 5), expected, atol=2e-6
     )
 
 
@@ -76,7 +76,7 @@ def test_position_tables_are_resized_as_the_installed_pytorch_does_it(rng, old, 
     image = torch.from_numpy(table.reshape(1, *old, 8)).permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(image, size=new, mode="bicubic", align_corners=False)
     expected = resized[0].permute(1, 2, 0).reshape(-1, 8).numpy()
-    np.testing.assert_allclose(position.resize_table(table, old, new), expected, atol=1e-5)
+    np.testing.assert_allclose(patches.resize_table(table, old, new), expected, atol=1e-5)
 
 
 def test_position_is_no_parameter():
@@ -149,3 +149,64 @@ def test_attention_of_cpus_is_that_of_jax_with_the_same_gradients(rng):
     )
     for one, other in zip(own, derived, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+TINY = {"patch_size": 8, "channels": 1, "width": 32, "depth": 3, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    encoder = vit.ViT(image_size=(32, 32), **TINY, rngs=nnx.Rngs(0))
+    qkv = encoder.blocks.stack.attn.qkv
+    qkv.kernel[...] = 3 * qkv.kernel[...]  # attention that prefers some patches
+    return encoder
+
+
+def _softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def _rolled_by_hand(encoder, images, pool):
+    graph, stacked = nnx.split(encoder.blocks.stack)
+    x = encoder.embed(images)
+    rolled = np.eye(x.shape[1])
+    for index in range(3):
+        block = nnx.merge(graph, jax.tree.map(lambda p, i=index: p[i], stacked))
+        q, k, _ = np.split(np.asarray(block.attn.qkv(block.norm1(x))), 3, axis=-1)
+        heads = [_softmax(q[..., h] @ k[..., h].swapaxes(1, 2) / 4) for h in (slice(0, 16), slice(16, 32))]
+        mixed = np.mean(heads, axis=0) + np.eye(x.shape[1])
+        rolled = mixed / mixed.sum(axis=-1, keepdims=True) @ rolled
+        x = block(x)
+    patches = rolled[:, 0, 1:] if pool == "cls" else rolled[:, 1:, 1:].mean(axis=1)
+    patches = patches - patches.min(axis=1, keepdims=True)
+    return (patches / patches.max(axis=1, keepdims=True)).reshape(-1, *[s // 8 for s in images.shape[1:3]])
+
+
+@pytest.mark.parametrize(("pool", "shape"), [("cls", (2, 32, 32, 1)), ("mean", (2, 32, 48, 1))])
+def test_rollout_is_its_definition(encoder, pool, shape):
+    images = jax.random.normal(jax.random.key(0), shape)
+    found = jax.jit(vit.attention_rollout, static_argnums=2)(encoder, images, pool)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, _rolled_by_hand(encoder, images, pool), atol=1e-4)
+
+
+def test_each_rollout_reaches_from_0_to_1(encoder):
+    maps = np.asarray(vit.attention_rollout(encoder, jax.random.normal(jax.random.key(0), (3, 32, 32, 1)), "cls"))
+    np.testing.assert_array_equal(maps.min(axis=(1, 2)), 0)
+    np.testing.assert_allclose(maps.max(axis=(1, 2)), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_even_attention_is_no_picture(encoder, pool):
+    even = nnx.clone(encoder)
+    even.blocks.stack.attn.qkv.kernel[...] = jnp.zeros_like(even.blocks.stack.attn.qkv.kernel[...])
+    assert not vit.attention_rollout(even, jax.random.normal(jax.random.key(0), (2, 32, 32, 1)), pool).any()
+
+
+def test_rollout_in_bfloat16_follows_the_same_paths(encoder):
+    half = vit.ViT(image_size=(32, 32), **TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    nnx.update(half, nnx.state(encoder))
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
+    maps = [np.asarray(vit.attention_rollout(model, images, "cls")).ravel() for model in (half, encoder)]
+    assert np.corrcoef(maps)[0, 1] > 0.98

@@ -24,7 +24,7 @@ from usfmae_jax.interop.model import Model
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import optimizers, outcomes
-from usfmae_jax.training.common import known_duplicates, make_workdir, public_settings, read_frames
+from usfmae_jax.training.common import known_duplicates, make_workdir, read_frames
 
 #: Config fields that a continued run may change: they alter where and how fast it computes, which members it has, or
 #: what is said of them, not what a member is.
@@ -139,7 +139,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
         pairs=pairs,
     )
     members = plan_members(config, frames, folds, groups)
-    settings = public_settings(config, ("init", "data.path", "split.path")) | {
+    settings = field_checks.public_settings(config, ("init", "data.path", "split.path")) | {
         "data_fingerprint": frames.fingerprint,
         "init_fingerprint": weights.fingerprint if weights else "",
     }

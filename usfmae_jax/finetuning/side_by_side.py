@@ -15,14 +15,15 @@ from typing import Any
 
 import jax
 import ml_collections
+from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from usfmae_jax import cli
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import BAD_INPUT, DONE, PREEMPTED, InputError
 from usfmae_jax.finetuning import classifiers
 from usfmae_jax.finetuning.build import Job
 from usfmae_jax.finetuning.members import Member
+from usfmae_jax.training.mesh import keep_memory
 from usfmae_jax.training.monitor import DivergedError, Preemption
 
 #: Models of more parameters than this keep several cores busy by themselves, and fill the memory if there are many.
@@ -115,7 +116,7 @@ def train(action: Action, job: Job, unfinished: Sequence[Member], processes: int
         raise failures.get()
     if asked or not any(worker.exitcode for worker in workers):
         return not asked
-    told_to = (cli.DONE, cli.PREEMPTED, -signal.SIGTERM)
+    told_to = (DONE, PREEMPTED, -signal.SIGTERM)
     codes = [worker.exitcode for worker in workers if worker.exitcode not in told_to] or [-signal.SIGTERM]
     raise RuntimeError(
         f"a process that trained members ended with status {codes[0]}; what it said is above, unless the system ended "
@@ -128,15 +129,15 @@ def _work(
 ) -> None:
     os.setsid()  # Ctrl-C is for the parent, which passes it on
     os.environ["NPROC"] = str(threads)  # of XLA's pool, which starts with the first array
-    cli.keep_memory()
-    cli.mark_flags_as_parsed()
+    keep_memory()
+    flags.FLAGS.mark_as_parsed()  # grain starts no worker processes before that
     tqdm.set_lock(lock)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        code = cli.DONE if action(job, members, line) else cli.PREEMPTED
+        code = DONE if action(job, members, line) else PREEMPTED
     except (InputError, DivergedError) as error:
         failures.put(error)
-        code = cli.BAD_INPUT
+        code = BAD_INPUT
     raise SystemExit(code)
 
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from usfmae_jax.models.position import resize_table, sincos_table
+from usfmae_jax.models.patches import resize_table, sincos_table
 
 #: How far a stored table may be from the exact one; a table kept in bfloat16 is off by up to 0.004.
 TOLERANCE = 5e-3

@@ -13,7 +13,7 @@ from usfmae_jax.interop.model import Model, preprocessing, unflatten
 from usfmae_jax.interop.settings import HEAD, Options, read_settings
 from usfmae_jax.interop.source import Source
 from usfmae_jax.interop.tensors import Tensor, Tensors, from_array
-from usfmae_jax.models.position import resize_table
+from usfmae_jax.models.patches import resize_table
 
 _LABELS: dict[names.Origin, str] = {
     "usfmae_jax": "usfmae_jax",

@@ -8,8 +8,7 @@ import numpy as np
 from flax import nnx
 
 from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, layer_norm
-from usfmae_jax.models.patches import patchify, take_tokens
-from usfmae_jax.models.position import resize_table, sincos_table
+from usfmae_jax.models.patches import patchify, resize_table, sincos_table, take_tokens
 from usfmae_jax.models.vit import Block, Blocks, ViT
 
 

@@ -1,7 +1,8 @@
-"""Images to patches and back; pixels to what a model sees."""
+"""Images to patches and back, fixed sin-cos position tables, pixels to what a model sees."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check_patches(image_size: tuple[int, int], patch_size: int) -> None:
@@ -42,3 +43,59 @@ def normalize_images(images: jax.Array, mean: tuple[float, ...], std: tuple[floa
     """
     x = images.astype(jnp.float32) / 255
     return (x - jnp.asarray(mean)) / jnp.asarray(std)
+
+
+def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
+    """The 2-D sin-cos position table of the MAE code (He et al. 2022).
+
+    The first half of the channels encodes the column (width first), the second the row; within a half, sines then
+    cosines of `position * 10000^(-2i/d)`, `d = width / 2`.
+
+    Args:
+      grid: patches down and across.
+      width: channels, divisible by 4.
+
+    Returns:
+      float32 `[grid[0] * grid[1], width]`, rows of patches first.
+    """
+    if width % 4:
+        raise ValueError(f"a 2-D sin-cos table needs a width divisible by 4, not {width}")
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+
+    def encode(position: np.ndarray) -> np.ndarray:
+        angles = position.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    return np.concatenate([encode(columns), encode(rows)], axis=1).astype(np.float32)
+
+
+def resize_table(table: jax.Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
+    """Bicubic interpolation of a position table `[old[0] * old[1], D]` to `[new[0] * new[1], D]`.
+
+    The numbers are those of PyTorch's `interpolate(..., mode="bicubic", align_corners=False)`, with which the MAE code
+    and Hugging Face resize their tables: not antialiased, so that a smaller grid samples the same function.
+    """
+    if old == new:
+        return jnp.asarray(table)
+    down, across = (_cubic_weights(*sizes) for sizes in zip(old, new, strict=True))
+    # The matrices are small and the table goes into every token: not in the bfloat16 of a TPU's own choice.
+    resized = jnp.einsum(
+        "ya,xb,abd->yxd", down, across, jnp.asarray(table).reshape(*old, -1), precision=jax.lax.Precision.HIGHEST
+    )
+    return resized.reshape(new[0] * new[1], -1)
+
+
+def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
+    """float32 `[new, old]` that interpolates along one axis: cubic convolution (Keys 1981), its `a` as PyTorch has it.
+
+    JAX's own cubic has a = -0.5. Beyond the border the last position is repeated.
+    """
+    place = (np.arange(new) + 0.5) * (old / new) - 0.5
+    weights = np.zeros((new, old))
+    for offset in range(-1, 3):
+        neighbour = np.floor(place) + offset
+        d = np.abs(place - neighbour)
+        weight = np.where(d <= 1, ((a + 2) * d - (a + 3)) * d**2 + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a)
+        np.add.at(weights, (np.arange(new), np.clip(neighbour, 0, old - 1).astype(int)), weight)
+    return weights.astype(np.float32)

@@ -24,7 +24,8 @@ from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import optimizers
-from usfmae_jax.training.common import check_computation, image_size, public_settings
+from usfmae_jax.training.checks import public_settings
+from usfmae_jax.training.common import check_computation, image_size
 from usfmae_jax.training.state import State
 
 #: Config fields that a resumed run may change: they alter where and how fast it computes, not what.

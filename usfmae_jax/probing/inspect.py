@@ -20,7 +20,7 @@ from usfmae_jax.evaluation.predictions import concatenate
 from usfmae_jax.interop.model import Model, build, model_graph
 from usfmae_jax.models.heads import Pool
 from usfmae_jax.models.patches import normalize_images
-from usfmae_jax.models.rollout import attention_rollout
+from usfmae_jax.models.vit import attention_rollout
 from usfmae_jax.training import outcomes
 from usfmae_jax.training.outcomes import Attention, Outcome, Tested
 

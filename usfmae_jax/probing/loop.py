@@ -28,7 +28,7 @@ from usfmae_jax.reporting.classification import embedding_points
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks as field_checks
 from usfmae_jax.training import outcomes, probes
-from usfmae_jax.training.common import known_duplicates, make_workdir, public_settings, read_frames
+from usfmae_jax.training.common import known_duplicates, make_workdir, read_frames
 from usfmae_jax.training.forward import fitting_batch
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.outcomes import Outcome, Tested
@@ -241,7 +241,7 @@ def report(
     command: str,
 ) -> dict[str, Any]:
     """Writes what was found."""
-    settings = public_settings(config, PATHS)
+    settings = field_checks.public_settings(config, PATHS)
     lineage = weights.lineage if weights else []
     datasets = sorted(set(frames.dataset.tolist()))
     warnings = [*outcome.warnings]

@@ -1,7 +1,10 @@
-"""Fields of configs that are out of their range, as far as the config alone tells."""
+"""Configs: which fields are out of their range, as far as the config alone tells; what artefacts may show of them."""
 
 import functools
+import json
 import operator
+import os
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -110,3 +113,30 @@ def check_finetuned(config: ml_collections.ConfigDict) -> None:
                 f"config.{name} is for probes, and this checkpoint is a classifier that is tested as it was trained: "
                 "leave it out, or name a protocol such as --config.protocol=logistic"
             )
+
+
+def public_settings(config: ml_collections.ConfigDict, paths: tuple[str, ...]) -> dict[str, Any]:
+    """The config as JSON, with paths as `public_paths` has them.
+
+    Args:
+      config: of a run.
+      paths: names of the fields, such as `data.path`, that hold paths, several separated by commas.
+    """
+    public = json.loads(config.copy_and_resolve_references().to_json_best_effort())
+    for name in paths:
+        *groups, field = name.split(".")
+        node = functools.reduce(operator.getitem, groups, public)
+        node[field] = public_paths(node[field])
+    return public
+
+
+def public_paths(paths: str) -> str:
+    """Paths separated by commas as artefacts may show them: of an absolute one only the last part.
+
+    The rest would tell who ran where.
+    """
+
+    def public(path: str) -> str:
+        return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path
+
+    return ",".join(public(path.strip()) for path in paths.split(","))

@@ -1,6 +1,5 @@
 """What the loops take from their configs alike."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from usfmae_jax.cli import public_path
 from usfmae_jax.data import duplicates
 from usfmae_jax.data.table import Table, read_table
 from usfmae_jax.errors import InputError
@@ -116,20 +114,3 @@ def check_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
             f"config.train.batch_size={config.train.batch_size} cannot be divided among {mesh.size} devices times "
             f"{config.train.accumulate} micro-batches; make it a multiple of {parts}"
         )
-
-
-def public_settings(config: ml_collections.ConfigDict, paths: tuple[str, ...]) -> dict[str, Any]:
-    """The config as JSON; of absolute paths only the last part is kept: they tell who ran where.
-
-    Args:
-      config: of a run.
-      paths: names of the fields, such as `data.path`, that hold paths, several separated by commas.
-    """
-    public = json.loads(config.copy_and_resolve_references().to_json_best_effort())
-    for name in paths:
-        *groups, field = name.split(".")
-        node = public
-        for group in groups:
-            node = node[group]
-        node[field] = ",".join(map(public_path, node[field].split(",")))
-    return public
