@@ -50,7 +50,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
 
     spent = []
     with tempfile.TemporaryDirectory() as workdir:
-        describe, finish = supervised.member_reports.describe, supervised.member_reports.finish
+        describe, finish = supervised.results.describe, supervised.results.finish
 
         def begin(*arguments: Any) -> Any:
             describe(*arguments)
@@ -60,7 +60,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
             spent.append(time.perf_counter())
             return finish(*arguments)
 
-        supervised.member_reports.describe, supervised.member_reports.finish = begin, stop  # type: ignore[assignment]
+        supervised.results.describe, supervised.results.finish = begin, stop  # type: ignore[assignment]
         supervised.finetune(settings(args), workdir)
         with open(f"{workdir}/predictions.csv", newline="") as file:
             tested = len(list(csv.DictReader(file)))

@@ -54,7 +54,7 @@ def _compile(config: Any, batch: int) -> tuple[Any, Any, jax.Array]:
     objective = build.objective(config)
     optimizer, learning_rate = build.make_optimizer(config)
     graph, state = init_state(objective.make, optimizer, mesh, 0)
-    update = make_update(graph, objective, optimizer, learning_rate, mesh)
+    update = make_update(graph, objective.prepare, objective.loss, optimizer, learning_rate, mesh)
     size = (batch, *build.encoder(config)["image_size"], config.data.channels)
     images = jnp.asarray(np.random.default_rng(0).integers(0, 255, size, np.uint8))
     return jax.jit(update).lower(state, images, 1000).compile(), state, images

@@ -26,6 +26,7 @@ import ml_collections
 def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
+    config.task = "classification"  # what is learnt, see usfmae_jax/tasks
     config.seed = 0  # of the splits, and added to those below
     config.seeds = (0,)  # of initial weights, data order and label fractions: one member each
     config.init = ""  # a workdir, an encoder or classifier directory, a ResNet-50 weights file; "" = random weights

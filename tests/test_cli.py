@@ -34,9 +34,9 @@ def test_overrides_reach_the_config():
 
 @pytest.mark.parametrize(("value", "size"), [("112", (112, 112)), ("(112,160)", (112, 160)), ("112,160", (112, 160))])
 def test_images_are_square_or_not(value, size):
-    from usfmae_jax.training.common import image_size
+    from usfmae_jax.training.checks import square
 
-    assert image_size(_parse(f"{CONFIG}:tiny", f"--config.model.image_size={value}").config) == size
+    assert square(_parse(f"{CONFIG}:tiny", f"--config.model.image_size={value}").config.model.image_size) == size
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def settings(shards, encoder, cache):
 def test_every_protocol_tests_every_frame_once_and_leaves_its_results(settings, protocol, tmp_path):
     settings.protocol = protocol
     results = evaluate(settings, str(tmp_path))
-    found = predictions.read(tmp_path)
+    found = predictions.read(tmp_path, predictions.ClassPredictions)
     assert len(found.label) == 48
     assert len(np.unique(found.frame_key)) == 48
     assert sorted(set(found.fold)) == ["1", "2", "3"]
@@ -103,7 +103,7 @@ def test_the_split_that_one_run_leaves_is_the_split_of_another(settings, tmp_pat
 def test_label_fractions_and_seeds_are_members_of_one_run(settings, tmp_path):
     settings.update(fractions=(0.5, 1.0), seeds=(0, 1))
     results = evaluate(settings, str(tmp_path))
-    found = predictions.read(tmp_path)
+    found = predictions.read(tmp_path, predictions.ClassPredictions)
     members = {(float(f), int(s)) for f, s in zip(found.fraction, found.seed, strict=True)}
     # With all labels nothing in a logistic regression depends on the seed.
     assert members == {(0.5, 0), (0.5, 1), (1.0, 0)}
@@ -144,7 +144,7 @@ def write_run(workdir, splits_from, folds, params_of):
         member = workdir / "members" / f"fold-{fold}"
         params = nnx.to_pure_dict(nnx.state(build(description)(nnx.Rngs(params_of(fold))), nnx.Param))
         save_model(str(member / "classifier"), Model(params, description, PREPROCESSING, lineage))
-        own = predictions.read(splits_from.parent.parent)
+        own = predictions.read(splits_from.parent.parent, predictions.ClassPredictions)
         own.select(own.fold == fold).write(member / "predictions.csv")
 
 
@@ -154,14 +154,17 @@ def test_a_fine_tuned_run_judges_every_frame_by_the_member_that_has_not_seen_it(
     settings.checkpoint = str(tmp_path / "run")
     results = evaluate(settings, str(tmp_path / "out"))
     assert results["task"]["protocol"] == "finetuned"
-    found, probed = predictions.read(tmp_path / "out"), predictions.read(tmp_path / "probe")
+    found, probed = (
+        predictions.read(tmp_path / "out", predictions.ClassPredictions),
+        predictions.read(tmp_path / "probe", predictions.ClassPredictions),
+    )
     assert dict(zip(found.frame_key, found.fold, strict=True)) == dict(zip(probed.frame_key, probed.fold, strict=True))
 
     # One member alone may judge only its own test part, also when its classifier/ is what is named.
     for place in ("", "classifier"):
         settings.checkpoint = str(tmp_path / "run" / "members" / "fold-2" / place)
         evaluate(settings, str(tmp_path / "one"))
-        one = predictions.read(tmp_path / "one")
+        one = predictions.read(tmp_path / "one", predictions.ClassPredictions)
         assert set(one.frame_key) == set(found.frame_key[found.fold == "2"])
         np.testing.assert_allclose(one.probabilities, found.probabilities[found.fold == "2"], rtol=1e-5)
 

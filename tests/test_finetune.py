@@ -90,7 +90,9 @@ def test_members_trained_side_by_side_are_those_trained_one_after_another(undist
     assert done.returncode == 0, done.stderr
     assert _tested(tmp_path).keys() == _tested(undisturbed[0]).keys()
     for name in _tested(tmp_path):
-        one, two = (predictions.read(run / "members" / name) for run in (undisturbed[0], tmp_path))
+        one, two = (
+            predictions.read(run / "members" / name, predictions.ClassPredictions) for run in (undisturbed[0], tmp_path)
+        )
         np.testing.assert_allclose(two.probabilities, one.probabilities, atol=1e-3)
 
 
@@ -125,5 +127,7 @@ def test_two_processes_train_the_same_members_and_both_end(undisturbed, shards, 
     texts = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     for name in ("fold-1", "fold-2"):
-        one, two = (predictions.read(run / "members" / name) for run in (undisturbed[0], tmp_path))
+        one, two = (
+            predictions.read(run / "members" / name, predictions.ClassPredictions) for run in (undisturbed[0], tmp_path)
+        )
         np.testing.assert_allclose(two.probabilities, one.probabilities, atol=1e-3)

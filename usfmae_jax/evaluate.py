@@ -58,7 +58,10 @@ def compare(argv: Sequence[str]) -> int:
 
         if args.resamples < 1:
             raise InputError(f"--resamples={args.resamples} must be 1 or more")
-        a, b = predictions.read(args.a), predictions.read(args.b)
+        a, b = (
+            predictions.read(args.a, predictions.ClassPredictions),
+            predictions.read(args.b, predictions.ClassPredictions),
+        )
         found = comparison.compare(a, b, args.positive or _positive(args.a), args.resamples)
         print(comparison.table(found))
         if args.output:

@@ -8,15 +8,13 @@ import pytest
 
 from configs import finetune
 from usfmae_jax.data import augment
-from usfmae_jax.finetuning import build as supervised_setup
-from usfmae_jax.finetuning import classifiers
+from usfmae_jax.finetuning import build
 from usfmae_jax.interop.model import model_graph
 from usfmae_jax.tasks.classification import Classification
-from usfmae_jax.training import checks as field_checks
-from usfmae_jax.training.common import check_batch
+from usfmae_jax.training import checks
 from usfmae_jax.training.mesh import make_mesh
 from usfmae_jax.training.state import abstract_state
-from usfmae_jax.training.update import make_update, pick
+from usfmae_jax.training.update import make_update
 
 
 @pytest.mark.parametrize("arch", ["", "base", "resnet50"])
@@ -24,26 +22,20 @@ from usfmae_jax.training.update import make_update, pick
 def test_every_recipe_and_model_steps_under_eval_shape(variant, arch):
     config = finetune.get_config(variant)
     config.model.arch = arch
-    field_checks.check_finetune(config)
+    build.check(config)
     mesh = make_mesh(**config.mesh)
-    check_batch(config, mesh)
-    description, preprocessing = classifiers.describe_model(config, ("a", "b", "c"), None)
-    regular = config.regularization
-    how = Classification(
-        3,
-        tuple(preprocessing["mean"]),
-        tuple(preprocessing["std"]),
-        regular.smoothing,
-        regular.mixup,
-        regular.cutmix,
-        regular.erasing,
-    )
-    make = classifiers.model_maker(config, description, 0)
-    optimizer = supervised_setup.make_optimizer(config, description)
-    state = abstract_state(make, optimizer, mesh, lambda params: pick(params, ()))
-    step = make_update(model_graph(make), how, optimizer, supervised_setup.learning_rate(config), mesh)
+    checks.check_batch(checks.flat(config.to_dict()), mesh.size)
+    backbone, preprocessing = build.describe_backbone(config, None)
+    channels = len(preprocessing["mean"])
+    how = {name: config.regularization[name] for name in ("smoothing", "mixup", "cutmix", "erasing")}
+    task = Classification(("a", "b", "c"), pool=config.model.pool, **how)
+    description = task.describe(backbone)
+    make = build.model_maker(config, description, 0)
+    optimizer, rate = build.make_optimizer(config, description)
+    state = abstract_state(make, optimizer, mesh)
+    step = make_update(model_graph(make), task.prepare, task.loss, optimizer, rate, mesh)
     batch = {
-        "image": jax.ShapeDtypeStruct((config.train.batch_size, *preprocessing["image_size"], 1), "uint8"),
+        "image": jax.ShapeDtypeStruct((config.train.batch_size, *preprocessing["image_size"], channels), "float32"),
         "label": jax.ShapeDtypeStruct((config.train.batch_size,), "int32"),
         "weight": jax.ShapeDtypeStruct((config.train.batch_size, 3), "float32"),
     }
@@ -55,14 +47,14 @@ def test_every_recipe_and_model_steps_under_eval_shape(variant, arch):
 @pytest.mark.parametrize("variant", finetune.VARIANTS)
 def test_every_variant_has_valid_values(variant):
     config = finetune.get_config(variant)
-    field_checks.check_finetune(config)
+    build.check(config)
     how = augment.Augmentation(**config.augment)
     assert dataclasses.asdict(how) == {name: config.augment[name] for name in dataclasses.asdict(how)}
 
 
 def test_the_mae_recipe_is_the_mae_recipe():
     config = finetune.get_config("busbra_mae")
-    rate = supervised_setup.learning_rate(config)
+    _, rate = build.make_optimizer(config, {"model": "vit", "encoder": {"depth": 12}})
     assert rate(jnp.int32(50), jnp.int32(1000)) == pytest.approx(5e-4 * 64 / 256)
     assert rate(jnp.int32(1000), jnp.int32(1000)) == pytest.approx(1e-6)
     optimizer, regular = config.optimizer, config.regularization

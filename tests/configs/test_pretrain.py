@@ -7,7 +7,7 @@ import pytest
 from configs import pretrain
 from usfmae_jax.interop.model import model_graph
 from usfmae_jax.pretraining import build
-from usfmae_jax.training import common
+from usfmae_jax.training import checks
 from usfmae_jax.training import mesh as meshes
 from usfmae_jax.training.state import abstract_state
 from usfmae_jax.training.update import make_update
@@ -17,13 +17,15 @@ from usfmae_jax.training.update import make_update
 def test_every_variant_builds_and_steps_under_eval_shape(variant):
     config = pretrain.get_config(variant)
     mesh = meshes.make_mesh(**config.mesh)
-    common.check_batch(config, mesh)
+    checks.check_batch(checks.flat(config.to_dict()), mesh.size)
     objective = build.objective(config)
     optimizer, rate = build.make_optimizer(config)
     state = abstract_state(objective.make, optimizer, mesh)
     graph = model_graph(objective.make)
-    step = make_update(graph, objective, optimizer, rate, mesh, accumulate=config.train.accumulate)
-    shape = (config.train.batch_size, *common.image_size(config), config.data.channels)
+    step = make_update(
+        graph, objective.prepare, objective.loss, optimizer, rate, mesh, accumulate=config.train.accumulate
+    )
+    shape = (config.train.batch_size, *checks.square(config.model.image_size), config.data.channels)
     new_state, metrics = jax.eval_shape(step, state, jax.ShapeDtypeStruct(shape, "uint8"), 1000)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()

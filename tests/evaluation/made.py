@@ -1,10 +1,10 @@
-"""Predictions that several tests look at."""
+"""ClassPredictions that several tests look at."""
 
 import dataclasses
 
 import numpy as np
 
-from usfmae_jax.evaluation.predictions import Predictions, concatenate
+from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 BINARY = ("benign", "malignant")
 
@@ -18,7 +18,7 @@ def predictions(
     seed: int = 0,
     skill: float = 1.0,
     decimals: int = 8,
-) -> Predictions:
+) -> ClassPredictions:
     """Patients of each class in turn, in folds in turn; fewer decimals make ties."""
     patient = np.repeat(np.arange(patients), frames)
     label = patient % len(classes)
@@ -27,7 +27,7 @@ def predictions(
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     probabilities = np.round(probabilities, decimals)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    return Predictions(
+    return ClassPredictions(
         classes=classes,
         dataset=np.full(len(label), "made", object),
         patient=np.array([f"p{i}" for i in patient], object),
@@ -41,7 +41,7 @@ def predictions(
     )
 
 
-def several(rng: np.random.Generator) -> Predictions:
+def several(rng: np.random.Generator) -> ClassPredictions:
     """Two label fractions, two seeds, three folds."""
     parts = []
     for fraction, skill in ((0.1, 0.5), (1.0, 1.5)):

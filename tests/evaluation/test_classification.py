@@ -10,7 +10,7 @@ import sklearn.metrics as sk
 from tests.evaluation.made import predictions
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import classification
-from usfmae_jax.evaluation.predictions import Predictions, concatenate
+from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 
 def _expected(labels, probabilities, positive, weight):
@@ -193,7 +193,7 @@ def test_the_positive_class_is_the_last_unless_named():
 
 
 def test_summaries_are_deterministic(rng):
-    made: Predictions = predictions(rng)
+    made: ClassPredictions = predictions(rng)
     assert classification.summarise(made, resamples=50) == classification.summarise(made, resamples=50)
 
 

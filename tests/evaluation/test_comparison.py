@@ -9,11 +9,11 @@ from scipy import stats
 from tests.evaluation.made import predictions
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import classification, comparison
-from usfmae_jax.evaluation.predictions import Predictions, concatenate
+from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 
 @pytest.fixture
-def runs(rng) -> tuple[Predictions, Predictions]:
+def runs(rng) -> tuple[ClassPredictions, ClassPredictions]:
     """A better one and a worse one on the same frames, in another order."""
     worse = predictions(rng, patients=80, skill=0.5)
     return predictions(rng, patients=80, skill=2.0), worse.select(rng.permutation(len(worse)))

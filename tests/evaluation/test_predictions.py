@@ -7,12 +7,12 @@ import pytest
 
 from tests.evaluation.made import predictions
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation.predictions import Predictions, concatenate, read
+from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate, read
 
 
-def _same(a: Predictions, b: Predictions) -> bool:
+def _same(a: ClassPredictions, b: ClassPredictions) -> bool:
     return all(
-        np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(Predictions)
+        np.array_equal(getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(ClassPredictions)
     )
 
 
@@ -26,8 +26,8 @@ def test_what_is_written_is_read_back_exactly(tmp_path, rng):
         probabilities=made.probabilities.astype(np.float32),
     )
     made.write(tmp_path / "predictions.csv")
-    assert _same(read(tmp_path / "predictions.csv"), made)
-    assert _same(read(tmp_path), made)
+    assert _same(read(tmp_path / "predictions.csv", ClassPredictions), made)
+    assert _same(read(tmp_path, ClassPredictions), made)
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
 
 
@@ -41,7 +41,7 @@ def test_the_csv_is_for_people_and_spreadsheets(tmp_path, rng):
 def test_no_predictions_are_predictions(tmp_path, rng):
     none = predictions(rng).select(np.zeros(0, int))
     none.write(tmp_path / "predictions.csv")
-    assert _same(read(tmp_path / "predictions.csv"), none)
+    assert _same(read(tmp_path / "predictions.csv", ClassPredictions), none)
 
 
 @pytest.mark.parametrize(
@@ -62,15 +62,15 @@ def test_other_files_are_refused(tmp_path, rng, change, message):
     predictions(rng).write(path)
     path.write_text(change(path.read_text()))
     with pytest.raises(InputError, match=message):
-        read(path)
+        read(path, ClassPredictions)
 
 
 def test_a_path_without_predictions_is_refused(tmp_path):
     with pytest.raises(InputError, match="no predictions there"):
-        read(tmp_path)
+        read(tmp_path, ClassPredictions)
     (tmp_path / "image.csv").write_bytes(b"\x89PNG\xff")
     with pytest.raises(InputError, match="no predictions there"):
-        read(tmp_path / "image.csv")
+        read(tmp_path / "image.csv", ClassPredictions)
 
 
 def test_a_patient_without_an_id_is_its_videos_own_and_ids_are_of_a_dataset(rng):

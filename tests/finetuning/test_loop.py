@@ -1,7 +1,7 @@
 """The fine-tuning loop: what it refuses, what it leaves, and that however it is interrupted, nothing changes."""
 
+import copy
 import csv
-import dataclasses
 import json
 
 import numpy as np
@@ -15,9 +15,10 @@ from usfmae_jax.evaluation import predictions
 from usfmae_jax.finetuning import loop as supervised
 from usfmae_jax.finetuning.loop import better, finetune
 from usfmae_jax.interop.model import Model, flatten, open_model, save_model
+from usfmae_jax.tasks.classification import Classification
 from usfmae_jax.training.monitor import DivergedError, Preemption
 
-compile_programs = supervised.compile_programs
+Trainer = supervised.Trainer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,14 +26,17 @@ def compiled():
     """Runs of equal models and recipes share what was compiled for the first: that takes longer than to train them."""
     known = {}
 
-    def compile_once(job, mesh):
-        parts = {name: job.settings[name] for name in ("model", "mode", "last_k", "optimizer", "regularization")}
-        key = json.dumps([job.description, job.preprocessing, parts, job.config.train.batch_size])
-        known[key] = known.get(key) or compile_programs(job, mesh)
-        return dataclasses.replace(known[key], images=supervised.supervised_setup.whole_images(job))
+    def compile_once(config, run):
+        parts = {name: run.settings[name] for name in ("model", "mode", "last_k", "optimizer", "regularization")}
+        key = json.dumps([run.description, run.preprocessing, parts, config.train.batch_size])
+        known[key] = known.get(key) or Trainer(config, run)
+        trainer = copy.copy(known[key])
+        trainer.config, trainer.run = config, run
+        trainer._whole_images = trainer._decoded()
+        return trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supervised, "compile_programs", compile_once)
+        patch.setattr(supervised, "Trainer", compile_once)
         yield
 
 
@@ -76,7 +80,7 @@ def _plain(shards):
 @pytest.fixture
 def no_report(monkeypatch):
     """For tests of members alone."""
-    monkeypatch.setattr(supervised.member_reports, "finish", lambda *args: None)
+    monkeypatch.setattr(supervised.results, "finish", lambda *args: None)
 
 
 def _left(workdir):
@@ -112,7 +116,7 @@ def test_a_run_leaves_members_splits_and_results(undisturbed):
 
 
 def test_every_frame_is_tested_by_the_member_that_has_not_seen_its_patient(undisturbed):
-    tested = predictions.read(undisturbed)
+    tested = predictions.read(undisturbed, predictions.ClassPredictions)
     assert len(tested) == len(set(tested.frame_key)) == 48
     seen = {"1": set(), "2": set()}
     for row in csv.DictReader((undisturbed / "splits" / "splits.csv").open()):
@@ -127,7 +131,7 @@ def test_evaluations_are_logged_and_the_best_is_what_is_tested(undisturbed):
         scores = {line["step"]: line for line in metrics(member) if "validation/auroc" in line}
         assert sorted(scores) == [2, 4, 6, 8, 10]
         best = max(scores.values(), key=lambda line: (line["validation/auroc"], -line["validation/log_loss"]))
-        again = predictions.read(member / "validation.csv")
+        again = predictions.read(member / "validation.csv", predictions.ClassPredictions)
         loss = -np.log(again.probabilities[np.arange(len(again)), again.label]).mean()
         np.testing.assert_allclose(loss, best["validation/log_loss"], rtol=1e-5)
 
@@ -148,7 +152,7 @@ def test_a_stopped_run_ends_bitwise_as_the_undisturbed_one(
 
 
 def test_a_killed_run_starts_at_its_last_checkpoint(undisturbed, config, tmp_path, monkeypatch, no_report):
-    real, calls = supervised.validate, []
+    real, calls = Classification.score, []
 
     def fail_at_the_third(*args):
         calls.append(1)
@@ -157,7 +161,7 @@ def test_a_killed_run_starts_at_its_last_checkpoint(undisturbed, config, tmp_pat
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(supervised, "validate", fail_at_the_third)
+        patch.setattr(Classification, "score", fail_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             finetune(config, str(tmp_path))
     assert finetune(config, str(tmp_path))
@@ -189,7 +193,7 @@ def test_a_finished_run_takes_more_seeds_fractions_and_folds(config, tmp_path, c
 
 
 def test_compiling_happens_once_for_all_members(config, tmp_path, capfd, no_report, monkeypatch):
-    monkeypatch.setattr(supervised, "compile_programs", compile_programs)
+    monkeypatch.setattr(supervised, "Trainer", Trainer)
     config.split.only = ("1",)
     config.fractions = (0.5, 1.0)
     config.train.steps = 2
@@ -201,18 +205,21 @@ def test_patience_stops_early(config, tmp_path, monkeypatch, no_report):
     config.split.only = ("1",)
     config.train.steps = 40
     config.stop.patience = 2
-    monkeypatch.setattr(supervised, "better", lambda metric, score, best: not best)  # never better than at first
+    monkeypatch.setattr(supervised, "better", lambda score, best, *how: not best)  # never better than at first
     assert finetune(config, str(tmp_path))
     steps = [line["step"] for line in metrics(tmp_path / "members" / "fold-1") if "validation/auroc" in line]
     assert len(steps) == 3
 
 
 def test_the_better_evaluation_has_the_better_metric_then_the_lower_loss():
-    assert better("auroc", {"auroc": 0.7, "log_loss": 9.0}, {})
-    assert better("auroc", {"auroc": 0.7, "log_loss": 9.0}, {"auroc": 0.6, "log_loss": 1.0})
-    assert better("auroc", {"auroc": 0.7, "log_loss": 0.9}, {"auroc": 0.7, "log_loss": 1.0})
-    assert not better("auroc", {"auroc": 0.7, "log_loss": 1.0}, {"auroc": 0.7, "log_loss": 1.0})
-    assert better("brier", {"brier": 0.1, "log_loss": 1.0}, {"brier": 0.2, "log_loss": 1.0})
+    def is_better(metric, score, best):
+        return better(score, best, metric, Classification.tie, Classification.losses)
+
+    assert is_better("auroc", {"auroc": 0.7, "log_loss": 9.0}, {})
+    assert is_better("auroc", {"auroc": 0.7, "log_loss": 9.0}, {"auroc": 0.6, "log_loss": 1.0})
+    assert is_better("auroc", {"auroc": 0.7, "log_loss": 0.9}, {"auroc": 0.7, "log_loss": 1.0})
+    assert not is_better("auroc", {"auroc": 0.7, "log_loss": 1.0}, {"auroc": 0.7, "log_loss": 1.0})
+    assert is_better("brier", {"brier": 0.1, "log_loss": 1.0}, {"brier": 0.2, "log_loss": 1.0})
 
 
 def test_resuming_with_another_config_names_the_fields(undisturbed, config):
@@ -222,7 +229,12 @@ def test_resuming_with_another_config_names_the_fields(undisturbed, config):
 
 
 def test_non_finite_loss_names_the_step(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(supervised, "class_weights", lambda *args: np.full(2, np.inf, np.float32))
+    targets = Classification.targets
+
+    def infinite(*args):
+        return targets(*args) | {"weight": np.full((len(args[2]), 2), np.inf, np.float32)}
+
+    monkeypatch.setattr(Classification, "targets", infinite)
     with pytest.raises(DivergedError, match=r"(loss|grad_norm) is (nan|inf) at step \d+"):
         finetune(config, str(tmp_path))
 
@@ -290,6 +302,7 @@ BAD = {
     "classes": ({"classes": ("0", "1", "2")}, "class '2' has 0 patients"),
     "positive": ({"positive": "GIST"}, "config.positive='GIST' is no class"),
     "arch": ({"model.arch": "vgg"}, "config.model.arch='vgg' must be one of tiny"),
+    "task": ({"task": "guessing"}, "config.task='guessing' must be one of classification"),
     "pool": ({"model.pool": "max"}, "config.model.pool"),
     "drop path": ({"model.drop_path": 1.0}, "config.model.drop_path"),
     "patch": ({"model.image_size": (30, 32)}, "not divisible by patch size 8"),
@@ -323,7 +336,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_before_anything_is_compiled(config, tmp_path, name, monkeypatch):
-    monkeypatch.setattr(supervised, "compile_programs", lambda *a: pytest.fail("compiled before refusing"))
+    monkeypatch.setattr(supervised, "Trainer", lambda *a: pytest.fail("compiled before refusing"))
     changes, message = BAD[name]
     with config.unlocked():
         config.update_from_flattened_dict(changes)
@@ -342,7 +355,7 @@ def test_bad_input_is_refused_before_anything_is_compiled(config, tmp_path, name
     ],
 )
 def test_an_encoder_of_another_shape_is_refused_with_both_values(config, tmp_path, changes, message, monkeypatch):
-    monkeypatch.setattr(supervised, "compile_programs", lambda *a: pytest.fail("compiled before refusing"))
+    monkeypatch.setattr(supervised, "Trainer", lambda *a: pytest.fail("compiled before refusing"))
     config.init = _encoder(tmp_path / "encoder")
     config.model.update(image_size=(), patch_size=0, width=0, depth=0, num_heads=0)
     config.update_from_flattened_dict(changes)

@@ -1,5 +1,6 @@
 """Members in processes of their own: what becomes of them when one of them, or the parent, comes to an end."""
 
+import functools
 import os
 import pathlib
 import signal
@@ -45,9 +46,9 @@ def _done(folder):
 
 def test_a_member_has_the_same_threads_after_a_restart(tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "_cores", lambda: 6)
-    assert side_by_side.train(work, tmp_path, _members("abc"), 3)
+    assert side_by_side.train(functools.partial(work, tmp_path), _members("abc"), 3)
     assert _done(tmp_path) == {"a-2", "b-2", "c-2"}
-    assert side_by_side.train(work, tmp_path, _members("d"), 3)
+    assert side_by_side.train(functools.partial(work, tmp_path), _members("d"), 3)
     assert "d-2" in _done(tmp_path)
 
 
@@ -60,22 +61,24 @@ def test_the_fewest_processes_that_keep_all_cores_busy(members, cores, processes
 
 def test_an_error_of_one_process_is_raised_and_the_others_save(tmp_path):
     with pytest.raises(DivergedError, match="nan at step 3"):
-        side_by_side.train(work, tmp_path, _members(["wait", "diverge"]), 2)
+        side_by_side.train(functools.partial(work, tmp_path), _members(["wait", "diverge"]), 2)
     assert "saved" in _done(tmp_path)
 
 
 def test_a_process_that_dies_is_spoken_of(tmp_path):
     with pytest.raises(RuntimeError, match=r"status -9.*config\.parallel=1"):
-        side_by_side.train(work, tmp_path, _members(["wait", "die"]), 2)
+        side_by_side.train(functools.partial(work, tmp_path), _members(["wait", "die"]), 2)
     assert "saved" in _done(tmp_path)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
 def test_whatever_ends_the_parent_has_the_others_save(tmp_path, number, code):
     script = (
-        "from tests.training import test_side_by_side as t\n"
+        "import functools\n"
+        "from tests.finetuning import test_side_by_side as t\n"
         "if __name__ == '__main__':\n"
-        f"    done = t.side_by_side.train(t.work, {str(tmp_path)!r}, t._members(['wait', 'wait']), 2)\n"
+        f"    work = functools.partial(t.work, {str(tmp_path)!r})\n"
+        "    done = t.side_by_side.train(work, t._members(['wait', 'wait']), 2)\n"
         "    raise SystemExit(0 if done else 75)\n"
     )
     (tmp_path / "parent.py").write_text(script)
@@ -91,8 +94,8 @@ def test_whatever_ends_the_parent_has_the_others_save(tmp_path, number, code):
 def test_several_at_a_time_need_one_cpu_device():
     mesh = types.SimpleNamespace(size=8)
     with pytest.raises(InputError, match=r"config\.parallel=2 is for a CPU"):
-        side_by_side.check(types.SimpleNamespace(parallel=2), mesh)
-    side_by_side.check(types.SimpleNamespace(parallel=0), mesh)
+        side_by_side.check(2, mesh)
+    side_by_side.check(0, mesh)
 
 
 def _wait_for(condition):

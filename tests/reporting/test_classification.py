@@ -7,7 +7,7 @@ import pytest
 
 from tests.html_pages import Reader, layout, words
 from usfmae_jax.evaluation import results
-from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.evaluation.predictions import ClassPredictions
 from usfmae_jax.reporting import classification, run
 from usfmae_jax.reporting.classification import doubt, verdict
 
@@ -33,7 +33,7 @@ def predict(classes, frames=96, folds=1, seeds=1, fractions=(1.0,), strength=2.0
     logits[:, np.arange(frames), label] += strength
     odds = np.exp(logits).reshape(-1, len(classes))
     patients = [f"p{i % 31}" for i in range(frames)]
-    return Predictions(
+    return ClassPredictions(
         classes=classes,
         dataset=np.array(["bus", "mmotu"] * (frames // 2) * rows),
         patient=np.array(patients * rows),

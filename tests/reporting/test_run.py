@@ -11,7 +11,7 @@ from tests.evaluation.made import predictions, several
 from tests.html_pages import Reader, words
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import results
-from usfmae_jax.evaluation.predictions import concatenate, read
+from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate, read
 from usfmae_jax.reporting import classification, run
 
 TASK = {"title": "Fine-tuned tiny ViT on made", "protocol": "finetune", "datasets": ["made"], "split": "official"}
@@ -33,7 +33,7 @@ def made(rng):
 
 
 def test_everything_is_written_and_follows_the_schema(tmp_path, made):
-    found = classification.finish(str(tmp_path), made, task=TASK, positive="", context=CONTEXT, resamples=50)
+    found = classification.finish(str(tmp_path), made, about=TASK, positive="", context=CONTEXT, resamples=50)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "predictions.csv", "report.html", "results.json", "results.md"
     ]  # fmt: skip
@@ -48,11 +48,11 @@ def test_everything_is_written_and_follows_the_schema(tmp_path, made):
     assert all(name in results.__doc__ for name in found["metrics"])
     for metric in found["metrics"].values():
         assert metric["ci95"][0] <= metric["value"] <= metric["ci95"][1]
-    assert len(read(tmp_path)) == len(made)
+    assert len(read(tmp_path, ClassPredictions)) == len(made)
 
 
 def test_absolute_paths_are_cut_and_numbers_become_json(tmp_path, made):
-    found = classification.finish(str(tmp_path), made, task=TASK, positive="", context=CONTEXT, resamples=0)
+    found = classification.finish(str(tmp_path), made, about=TASK, positive="", context=CONTEXT, resamples=0)
     written = "".join((tmp_path / name).read_text() for name in ("results.json", "results.md"))
     assert "someone" not in written
     assert str(tmp_path) not in written
@@ -80,7 +80,7 @@ def test_only_absolute_paths_are_cut(text, shown):
 def test_a_reader_is_warned_of_few_patients_and_of_frames_that_count_twice(tmp_path, rng):
     few = predictions(rng, patients=8, frames=3)
     again = concatenate([few, dataclasses.replace(few, fold=np.full(len(few), "2", object))])
-    found = classification.finish(str(tmp_path), again, task={}, positive="", context={}, resamples=20)
+    found = classification.finish(str(tmp_path), again, about={}, positive="", context={}, resamples=20)
     first, second = found["context"]["warnings"]
     assert "Few patients are tested of benign (4), malignant (4)" in first
     assert "24 predictions are of frames that other folds test too" in second
@@ -91,7 +91,7 @@ def test_a_reader_is_warned_of_few_patients_and_of_frames_that_count_twice(tmp_p
 def test_the_tables_say_what_a_reader_needs(tmp_path, made):
     robustness = {"speckle": {"auroc": [0.9, 0.8, 0.7, 0.6, 0.5, None]}}
     found = classification.finish(
-        str(tmp_path), made, task=TASK, positive="benign", context=CONTEXT, robustness=robustness, resamples=20
+        str(tmp_path), made, about=TASK, positive="benign", context=CONTEXT, robustness=robustness, resamples=20
     )
     text = results.table(found)
     assert text.startswith("Fine-tuned tiny ViT on made: tested on 80 frames of 40 patients in 3 folds, ")
@@ -111,7 +111,7 @@ def test_the_tables_say_what_a_reader_needs(tmp_path, made):
 def test_eight_classes_one_fold_and_a_class_that_is_not_there(tmp_path, rng):
     eight = predictions(rng, patients=80, classes=tuple("abcdefgh"))
     eight = eight.select(eight.label != 7)
-    found = classification.finish(str(tmp_path), eight, task={}, positive="", context={}, resamples=20)
+    found = classification.finish(str(tmp_path), eight, about={}, positive="", context={}, resamples=20)
     assert found["metrics"]["auroc"]["value"] is None
     assert found["metrics"]["accuracy"]["value"] is not None
     assert found["per_class"]["h"]["recall"] == {"value": None, "ci95": None, "left_out": 20}
@@ -122,7 +122,7 @@ def test_eight_classes_one_fold_and_a_class_that_is_not_there(tmp_path, rng):
 
 def test_an_unknown_positive_class_is_refused(tmp_path, made):
     with pytest.raises(InputError, match="'cancer' is no class"):
-        classification.finish(str(tmp_path), made, task={}, positive="cancer", context={})
+        classification.finish(str(tmp_path), made, about={}, positive="cancer", context={})
 
 
 def test_the_page_shows_what_the_results_are_of(made, rng):

@@ -14,8 +14,9 @@ from tests.data.tables import made, write_classes, write_records
 from tests.training.test_update import _mesh
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
-from usfmae_jax.finetuning.classifiers import trained_part
+from usfmae_jax.finetuning.build import trained_part
 from usfmae_jax.interop.model import build, flatten, model_graph
+from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.tasks.classification import (
     Classification,
     cross_entropy,
@@ -36,7 +37,7 @@ VIT = {
     "classes": ["a", "b"],
 }
 RESNET = {"model": "resnet50", "resnet": dict(channels=1, depths=(1, 1, 1, 1), width=8), "classes": ["a", "b"]}
-HOW = Classification(num_classes=2, mean=(0.25,), std=(0.2,), smoothing=0.1)
+HOW = Classification(("a", "b"), smoothing=0.1)
 
 
 def _batch(count=16, weights=(1.0, 1.0)):
@@ -44,6 +45,7 @@ def _batch(count=16, weights=(1.0, 1.0)):
     labels = np.arange(count) % 4 // 3  # three of one class for each of the other
     images = rng.integers(0, 60, (count, 32, 32, 1), np.uint8) + (100 * labels[:, None, None, None]).astype(np.uint8)
     weight = np.broadcast_to(np.asarray(weights, np.float32), (count, 2))
+    images = normalize_images(jnp.asarray(images), (0.25,), (0.2,))
     return {"image": images, "label": labels.astype(np.int32), "weight": weight}
 
 
@@ -60,7 +62,7 @@ def _parts(kind="vit", mode="full", last_k=1, accumulate=1, how=HOW, devices=1, 
     mesh = _mesh(devices)
     graph = model_graph(make)
     rate = functools.partial(optimizers.warmup_cosine, learning_rate=0.01, floor=0.01, warmup=0.0)
-    update = make_update(graph, how, optimizer, rate, mesh, trained=trained, accumulate=accumulate)
+    update = make_update(graph, how.prepare, how.loss, optimizer, rate, mesh, trained=trained, accumulate=accumulate)
     start = state_maker(make, optimizer, mesh, lambda params: pick(params, trained))
     predict = jax.jit(lambda variables, images: how.predict(nnx.merge(graph, *variables.values()), images))
     return start, jax.jit(update), predict
@@ -166,7 +168,7 @@ def test_the_optimiser_keeps_nothing_for_what_is_frozen():
 
 
 def test_randomness_is_that_of_the_step_and_the_seed():
-    how = Classification(2, (0.25,), (0.2,), 0.1, mixup=0.8, cutmix=1.0, erasing=0.5)
+    how = Classification(("a", "b"), smoothing=0.1, mixup=0.8, cutmix=1.0, erasing=0.5)
     start, step, _ = _parts(how=how)
 
     def losses(seed):
@@ -335,3 +337,13 @@ def test_a_probe_needs_two_classes(tmp_path):
     write_records(tmp_path, [*made(3, label=-1), *made(3, 3, label=1)])
     with pytest.raises(InputError, match="fewer than two labelled classes"):
         labelled_images(read_table(str(tmp_path)), size=(16, 16), channels=1, limit=100)
+
+
+def test_balanced_weights_are_inverse_to_the_classes_share(folder):
+    table = selected(folder)
+    rows = np.flatnonzero(table.label == 0)[:6].tolist() + np.flatnonzero(table.label == 1)[:2].tolist()
+    even = Classification(table.label_names).targets(table, np.asarray(rows))
+    np.testing.assert_array_equal(even["label"], [0] * 6 + [1] * 2)
+    np.testing.assert_array_equal(even["weight"], np.ones((8, 2)))
+    balanced = Classification(table.label_names, balanced=True).targets(table, np.asarray(rows))
+    np.testing.assert_allclose(balanced["weight"], np.broadcast_to([8 / 12, 2.0], (8, 2)), rtol=1e-6)

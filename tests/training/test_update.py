@@ -46,7 +46,7 @@ def train(devices=1, fsdp=1, steps=3, accumulate=1, fan_aware=False, learning_ra
     optimizer, objective = optimizers.adamw(clip_norm=1.0), _objective(fan_aware)
     graph, state = init_state(objective.make, optimizer, mesh, seed=0)
     rate = functools.partial(optimizers.warmup_cosine, learning_rate=learning_rate, floor=0.0, warmup=0.0)
-    update = make_update(graph, objective, optimizer, rate, mesh, accumulate=accumulate)
+    update = make_update(graph, objective.prepare, objective.loss, optimizer, rate, mesh, accumulate=accumulate)
     update = jax.jit(update, out_shardings=(meshes.state_sharding(mesh, state), meshes.replicated(mesh)))
     images = meshes.global_batch(mesh, _images())
     metrics = []

@@ -86,12 +86,16 @@ def _equal_pixels(frames: Table, patient: np.ndarray) -> np.ndarray:
     return np.asarray(pairs, np.int64).reshape(-1, 2)
 
 
-def cached_near_duplicates(frames: Table, path: pathlib.Path | str, progress: bool = True) -> np.ndarray:
+def cached_near_duplicates(frames: Table, path: pathlib.Path | str, keep: bool = True) -> np.ndarray:
     """`near_duplicates`, read from the CSV file `path` if it was written for the same rows, else found and written.
+
+    Of the processes of a job only the first is to `keep` them; the others compute, silently.
 
     The file has a row for each pair: the data's fingerprint with the thresholds, and the `frame_key` of both frames;
     without pairs, one row of the fingerprint alone.
     """
+    if not keep:
+        return near_duplicates(frames, progress=False)
     path = pathlib.Path(path)
     key = f"{frames.fingerprint}-{fingerprints.NEAR}-{fingerprints.ALIKE:g}"
     try:
@@ -103,7 +107,7 @@ def cached_near_duplicates(frames: Table, path: pathlib.Path | str, progress: bo
             return np.asarray(pairs, np.int64).reshape(-1, 2)
     except (OSError, ValueError, LookupError):
         pass  # absent, or not what is written below
-    found = near_duplicates(frames, progress)
+    found = near_duplicates(frames)
     names = frames.frame_key[found].tolist()
     try:
         write_csv(path, _COLUMNS, [[key, *pair] for pair in names or [["", ""]]])

@@ -252,6 +252,21 @@ def plan(
     return found, together, excluded, note
 
 
+def only(folds: Sequence[Fold], names: Sequence[str]) -> tuple[list[Fold], str]:
+    """The folds of those names, all without names; and what belongs behind the sentence of `plan`.
+
+    Raises:
+      InputError: there is no fold of a name.
+    """
+    unknown = sorted(set(names) - {fold.name for fold in folds})
+    if unknown:
+        raise InputError(
+            f"config.split.only: there is no fold {unknown[0]!r}, only {', '.join(fold.name for fold in folds)}"
+        )
+    note = f"; only fold{'s' if len(names) > 1 else ''} {', '.join(names)} of them" if names else ""
+    return [fold for fold in folds if not names or fold.name in names], note
+
+
 def _without_shared_validation(folds: Sequence[Fold], patients: np.ndarray) -> tuple[list[Fold], int]:
     """Gives validation parts back to train that were drawn by image, as some published ones are; test stays.
 

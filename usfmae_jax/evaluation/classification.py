@@ -16,7 +16,7 @@ from scipy import sparse
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.calibration import expected_calibration_error
-from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.evaluation.predictions import ClassPredictions
 
 #: All metrics in the order of tables, with what people call them.
 NAMES = {
@@ -189,7 +189,7 @@ def bootstrap_chunks(patients: np.ndarray, resamples: int, seed: int = 0) -> Ite
         yield np.stack(drawn).astype(np.int32)[:, member]
 
 
-def seed_mean(predictions: Predictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
+def seed_mean(predictions: ClassPredictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
     """`metrics` of each seed under the same weightings `[R, N]`, and their mean."""
     scores = []
     for one in np.unique(predictions.seed):
@@ -199,7 +199,9 @@ def seed_mean(predictions: Predictions, positive: int | None, weights: np.ndarra
     return {name: np.mean([one[name] for one in scores], axis=0) for name in scores[0]}
 
 
-def summarise(predictions: Predictions, positive: str = "", resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+def summarise(
+    predictions: ClassPredictions, positive: str = "", resamples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
     """All metrics with 95% percentile intervals over patients.
 
     Args:
@@ -255,7 +257,7 @@ def number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def by_fold(predictions: Predictions, positive: str = "") -> dict[str, Any]:
+def by_fold(predictions: ClassPredictions, positive: str = "") -> dict[str, Any]:
     """Metrics of each fold with their mean and standard deviation over folds.
 
     Returns:

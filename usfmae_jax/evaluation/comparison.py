@@ -9,12 +9,14 @@ from scipy import stats
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import classification, tables
-from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.evaluation.predictions import ClassPredictions
 
 _FEW = 25  # discordant frames below which McNemar's test is exact
 
 
-def compare(a: Predictions, b: Predictions, positive: str = "", resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+def compare(
+    a: ClassPredictions, b: ClassPredictions, positive: str = "", resamples: int = 2000, seed: int = 0
+) -> dict[str, Any]:
     """Compares two runs on the frames that both were tested on.
 
     Frames are joined by (dataset, video, frame). Of several label fractions each run's largest counts; of several
@@ -128,13 +130,13 @@ def table(comparison: dict[str, Any], a: str = "A", b: str = "B") -> str:
     return "\n".join(lines)
 
 
-def _largest_fraction(predictions: Predictions) -> Predictions:
+def _largest_fraction(predictions: ClassPredictions) -> ClassPredictions:
     if not len(predictions):
         raise InputError("a run without predictions cannot be compared; let it finish first")
     return predictions.select(predictions.fraction == predictions.fraction.max())
 
 
-def _same_classes(predictions: Predictions, classes: Sequence[str]) -> Predictions:
+def _same_classes(predictions: ClassPredictions, classes: Sequence[str]) -> ClassPredictions:
     """The predictions with their classes in this order."""
     if sorted(predictions.classes) != sorted(classes):
         raise InputError(
@@ -150,7 +152,7 @@ def _same_classes(predictions: Predictions, classes: Sequence[str]) -> Predictio
     )
 
 
-def _check_labels(a: Predictions, b: Predictions) -> None:
+def _check_labels(a: ClassPredictions, b: ClassPredictions) -> None:
     labels: dict[str, int] = {}
     for key, label in zip((*a.frame_key, *b.frame_key), (*a.label, *b.label), strict=True):
         if labels.setdefault(key, label) != label:
@@ -160,7 +162,7 @@ def _check_labels(a: Predictions, b: Predictions) -> None:
             )
 
 
-def _both(a: Predictions, b: Predictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _both(a: ClassPredictions, b: ClassPredictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of both runs, `[2, R]`, for weights of the rows of a, then of b."""
     one, other = (
         classification.seed_mean(run, positive, part)
@@ -188,7 +190,7 @@ def _difference(a: float, b: float, drawn: np.ndarray) -> dict[str, Any]:
     return found
 
 
-def _right(a: Predictions, b: Predictions) -> tuple[np.ndarray, np.ndarray]:
+def _right(a: ClassPredictions, b: ClassPredictions) -> tuple[np.ndarray, np.ndarray]:
     """Where the mean probability of each run predicts the label: bool `[N]` over their frames in one order."""
     found = []
     for run in (a, b):

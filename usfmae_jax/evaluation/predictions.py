@@ -4,67 +4,56 @@ import csv
 import dataclasses
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from etils import epath
 
+from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 
-_COLUMNS = ("dataset", "patient", "video", "frame", "fold", "seed", "fraction", "label", "predicted")
+_TEXTS = ("dataset", "patient", "video", "frame", "fold")
+_IDS = (*_TEXTS, "seed", "fraction")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What models said about frames that they were not fitted on; N rows, C classes.
+    """What models said about frames that they were not fitted on; N rows.
 
     A frame has one row for each member that was tested on it: k-fold cross-validation tests it once, several seeds or
-    label fractions test it several times.
+    label fractions test it several times. A task adds what it predicts as fields of its own, float `[N]`, which are
+    columns of the CSV by their names, or says with `columns` and `from_columns` how else they are kept.
 
     Attributes:
-      classes: names, in the order of the columns of `probabilities`.
       dataset, patient, video, frame: str `[N]`, ids as records have them; (dataset, video, frame) names a frame.
       fold: str `[N]`, name of the fold whose test part the row belongs to.
-      label: int `[N]`, in [0, C).
-      probabilities: float64 `[N, C]`, in [0, 1].
       seed: int `[N]`, of the member.
       fraction: float64 `[N]`, share of the training patients that the member was fitted on, in (0, 1].
     """
 
-    classes: tuple[str, ...]
     dataset: np.ndarray
     patient: np.ndarray
     video: np.ndarray
     frame: np.ndarray
     fold: np.ndarray
-    label: np.ndarray
-    probabilities: np.ndarray
     seed: np.ndarray
     fraction: np.ndarray
 
     def __post_init__(self):
-        count = len(self.label)
-        for name in ("dataset", "patient", "video", "frame", "fold"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=object))
-        for name, dtype in (("label", int), ("probabilities", np.float64), ("seed", int), ("fraction", np.float64)):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
-        for field in dataclasses.fields(self):
-            if field.name != "classes" and len(getattr(self, field.name)) != count:
-                raise ValueError(f"{field.name} has {len(getattr(self, field.name))} rows, label has {count}")
-        if self.probabilities.shape != (count, len(self.classes)):
-            raise ValueError(f"probabilities are {self.probabilities.shape}, not {(count, len(self.classes))}")
-        if count and not (self.label.min() >= 0 and self.label.max() < len(self.classes)):
-            raise ValueError(f"labels must lie in [0, {len(self.classes)})")
-        if not ((self.probabilities >= 0) & (self.probabilities <= 1 + 1e-6)).all():
-            raise ValueError("probabilities must lie in [0, 1]")
+        kinds: dict[str, Any] = dict.fromkeys(_TEXTS, object) | {"seed": int, "fraction": np.float64}
+        for name in self.rows():
+            object.__setattr__(self, name, np.asarray(getattr(self, name), kinds.get(name, np.float64)))
+            if len(getattr(self, name)) != len(self.dataset):
+                raise ValueError(f"{name} has {len(getattr(self, name))} rows, dataset has {len(self.dataset)}")
 
     def __len__(self) -> int:
-        return len(self.label)
+        return len(self.dataset)
 
-    @property
-    def predicted(self) -> np.ndarray:
-        """The most probable class, the first of equal ones: int `[N]`."""
-        return self.probabilities.argmax(axis=1)
+    @classmethod
+    def rows(cls) -> tuple[str, ...]:
+        """Names of the fields that have a row for each prediction."""
+        return tuple(field.name for field in dataclasses.fields(cls))
 
     @functools.cached_property
     def frame_key(self) -> np.ndarray:
@@ -77,37 +66,118 @@ class Predictions:
         known = _join(self.dataset, np.where(self.patient != "", self.patient, self.video))
         return np.where((self.patient != "") | (self.video != ""), known, self.frame_key)
 
-    def select(self, rows: np.ndarray) -> "Predictions":
+    def counts(self) -> dict[str, int]:
+        """How many different frames, patients, videos, folds and seeds there are."""
+        return {
+            "frames": len(set(self.frame_key)),
+            "patients": len(set(self.patient_key)),
+            "videos": len({*zip(self.dataset, self.video, strict=True)}),
+            "folds": len(set(self.fold)),
+            "seeds": len(set(self.seed.tolist())),
+        }
+
+    def select(self, rows: np.ndarray) -> Self:
         """The rows of a bool mask or of indices."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "classes"]
-        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in names})
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in self.rows()})
+
+    def columns(self) -> dict[str, Sequence[Any]]:
+        """What the CSV holds beside the ids, by column: N values each."""
+        return {name: getattr(self, name).tolist() for name in self.rows() if name not in _IDS}
+
+    @classmethod
+    def from_columns(cls, ids: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[str]]) -> Self:
+        """The inverse of `columns`.
+
+        Raises:
+          KeyError, ValueError: a column is missing, or holds something else.
+        """
+        own = {name: np.array([float(value) for value in columns[name]]) for name in cls.rows() if name not in _IDS}
+        return cls(**ids, **own)
 
     def write(self, path: str | epath.Path) -> None:
         """Writes a CSV that `read` gives back exactly; the file appears whole or not at all."""
         text = io.StringIO(newline="")
         table = csv.writer(text, lineterminator="\n")
-        table.writerow([*_COLUMNS, *(f"p_{name}" for name in self.classes)])
-        predicted = self.predicted.tolist()
+        columns = {name: getattr(self, name).tolist() for name in _IDS} | self.columns()
+        table.writerow(columns)
         # repr, which csv uses for floats, is the shortest text that reads back as the same number.
-        for i, (seed, fraction, label, probabilities) in enumerate(
-            zip(
-                self.seed.tolist(),
-                self.fraction.tolist(),
-                self.label.tolist(),
-                self.probabilities.tolist(),
-                strict=True,
-            )
-        ):
-            names = self.dataset[i], self.patient[i], self.video[i], self.frame[i], self.fold[i]
-            table.writerow([*names, seed, fraction, self.classes[label], self.classes[predicted[i]], *probabilities])
+        table.writerows(zip(*columns.values(), strict=True))
         path = epath.Path(path)
         partial = path.parent / (path.name + ".partial")
         partial.write_bytes(text.getvalue().encode())
         partial.replace(path)
 
 
-def read(path: str | epath.Path) -> Predictions:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassPredictions(Predictions):
+    """Predictions of C classes.
+
+    Attributes:
+      classes: names, in the order of the columns of `probabilities`.
+      label: int `[N]`, in [0, C).
+      probabilities: float64 `[N, C]`, in [0, 1].
+    """
+
+    classes: tuple[str, ...]
+    label: np.ndarray
+    probabilities: np.ndarray
+
+    def __post_init__(self):
+        super().__post_init__()
+        count = len(self)
+        object.__setattr__(self, "label", self.label.astype(int))
+        if self.probabilities.shape != (count, len(self.classes)):
+            raise ValueError(f"probabilities are {self.probabilities.shape}, not {(count, len(self.classes))}")
+        if count and not (self.label.min() >= 0 and self.label.max() < len(self.classes)):
+            raise ValueError(f"labels must lie in [0, {len(self.classes)})")
+        if not ((self.probabilities >= 0) & (self.probabilities <= 1 + 1e-6)).all():
+            raise ValueError("probabilities must lie in [0, 1]")
+
+    @classmethod
+    def rows(cls) -> tuple[str, ...]:
+        """See `Predictions`."""
+        return tuple(name for name in super().rows() if name != "classes")
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The most probable class, the first of equal ones: int `[N]`."""
+        return self.probabilities.argmax(axis=1)
+
+    def columns(self) -> dict[str, Sequence[Any]]:
+        """Names of the true and of the predicted class, and a probability `p_CLASS` for each class."""
+        said = {"label": self.label, "predicted": self.predicted}
+        names = {column: [self.classes[one] for one in numbers.tolist()] for column, numbers in said.items()}
+        probabilities = self.probabilities.T.tolist()
+        return names | {f"p_{name}": probabilities[i] for i, name in enumerate(self.classes)}
+
+    @classmethod
+    def from_columns(cls, ids: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[str]]) -> Self:
+        """See `Predictions`."""
+        classes = tuple(name[2:] for name in columns if name.startswith("p_"))
+        if "label" not in columns or len(classes) < 2:
+            lacks = "a probability column p_CLASS for each of two or more classes"
+            raise KeyError("column 'label'" if "label" not in columns else lacks)
+        numbers = {name: i for i, name in enumerate(classes)}
+        unknown = [name for name in columns["label"] if name not in numbers]
+        if unknown:
+            raise InputError(f"label {unknown[0]!r} is none of its classes {', '.join(classes)}")
+        return cls(
+            **ids,
+            classes=classes,
+            label=np.array([numbers[name] for name in columns["label"]], int),
+            probabilities=np.array([columns[f"p_{name}"] for name in classes], np.float64).T,
+        )
+
+
+Kind = TypeVar("Kind", bound=Predictions)
+
+
+def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
     """Reads `predictions.csv`, or the one in a workdir.
+
+    Args:
+      path: of the file or the workdir.
+      kind: what the task predicts.
 
     Raises:
       InputError: there is none, or the file is something else; says what it lacks.
@@ -123,35 +193,40 @@ def read(path: str | epath.Path) -> Predictions:
             f"{path}: no predictions there ({reason}); name a workdir of finetune or evaluate, or its predictions.csv"
         ) from error
     head, body = (rows[0] if rows else []), rows[1:]
-    missing = [name for name in _COLUMNS if name not in head and name != "predicted"]
-    classes = tuple(name[2:] for name in head if name.startswith("p_"))
-    if missing or len(classes) < 2 or len(set(head)) < len(head):
-        what = f"column {missing[0]!r}" if missing else "a probability column p_CLASS for each of two or more classes"
-        raise InputError(f"{path} is no predictions.csv of finetune or evaluate: it needs {what}")
-    numbers = {name: i for i, name in enumerate(classes)}
+    missing = [f"column {name!r}" for name in _IDS if name not in head]
     try:
+        if missing or len(set(head)) < len(head):
+            raise KeyError(missing[0] if missing else "columns of different names")
         columns = dict(zip(head, zip(*body, strict=True), strict=True)) if body else dict.fromkeys(head, ())
-        return Predictions(
-            classes=classes,
-            **{name: np.array(columns[name], object) for name in _COLUMNS[:5]},
-            label=np.array([numbers[name] for name in columns["label"]], int),
-            probabilities=np.array([columns[f"p_{name}"] for name in classes], np.float64).T,
-            seed=np.array([int(value) for value in columns["seed"]], int),
-            fraction=np.array([float(value) for value in columns["fraction"]], np.float64),
-        )
+        ids = {name: np.array(columns.pop(name), object) for name in _TEXTS}
+        ids["seed"] = np.array([int(value) for value in columns.pop("seed")], int)
+        ids["fraction"] = np.array([float(value) for value in columns.pop("fraction")], np.float64)
+        return kind.from_columns(ids, columns)
     except KeyError as error:
-        raise InputError(f"{path}: label {error} is none of its classes {', '.join(classes)}") from error
+        raise InputError(f"{path} is no predictions.csv of finetune or evaluate: it needs {error.args[0]}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except ValueError as error:
         raise InputError(f"{path} is a damaged predictions.csv: {error}") from error
 
 
-def concatenate(parts: Sequence[Predictions]) -> Predictions:
+def concatenate(parts: Sequence[Kind]) -> Kind:
     """All rows of several predictions of the same classes, in order."""
-    if len({part.classes for part in parts}) != 1:
+    if len({getattr(part, "classes", None) for part in parts}) != 1:
         raise ValueError("only predictions of the same classes can be concatenated")
-    names = [field.name for field in dataclasses.fields(Predictions) if field.name != "classes"]
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return Predictions(classes=parts[0].classes, **columns)
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].rows()}
+    return dataclasses.replace(parts[0], **columns)
+
+
+def identify(table: Table, rows: np.ndarray, fold: str, seed: int, fraction: float) -> dict[str, np.ndarray]:
+    """The ids of a member's predictions of some rows of a table."""
+    ids = {name: getattr(table, name)[rows] for name in ("dataset", "patient", "video")}
+    return ids | {
+        "frame": table.frame_name[rows],
+        "fold": np.full(len(rows), fold, object),
+        "seed": np.full(len(rows), seed),
+        "fraction": np.full(len(rows), fraction),
+    }
 
 
 def _join(*columns: np.ndarray) -> np.ndarray:

@@ -48,13 +48,13 @@ bootstrap replicates lacked a class that the metric needs; null = not defined on
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from usfmae_jax.evaluation import calibration, classification, tables
-from usfmae_jax.evaluation.predictions import Predictions, concatenate
+from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 FORMAT = 1
 _SEED = 0  # of the bootstrap
@@ -62,7 +62,7 @@ _FEW = 10  # patients of a class, below which its intervals are too narrow as a 
 
 
 def summarise(
-    predictions: Predictions, positive: str = "", validation: Predictions | None = None, resamples: int = 1000
+    predictions: ClassPredictions, positive: str = "", validation: ClassPredictions | None = None, resamples: int = 1000
 ) -> dict[str, Any]:
     """What results.json says of predictions alone: all of it but `robustness`, `context` and most of `task`.
 
@@ -82,14 +82,14 @@ def summarise(
     main, found = parts[-1], numbers[-1]
     index = classification.positive_class(main.classes, positive)
     seeds = np.unique(main.seed)
-    per_class = {
-        name: found["per_class"][name] | _count(main.select(main.label == c), ("frames", "patients"))
-        for c, name in enumerate(main.classes)
-    }
+    per_class = {}
+    for c, name in enumerate(main.classes):
+        counts = main.select(main.label == c).counts()
+        per_class[name] = found["per_class"][name] | {unit: counts[unit] for unit in ("frames", "patients")}
     return {
         "format": FORMAT,
         "task": {"classes": list(main.classes), "positive": "" if index is None else main.classes[index]},
-        "counts": _count(main, ("frames", "patients", "videos", "folds", "seeds")),
+        "counts": main.counts(),
         "fraction": float(fractions[-1]),
         "bootstrap": {"resamples": resamples, "unit": "patient", "seed": _SEED},
         "metrics": found["metrics"],
@@ -110,20 +110,9 @@ def summarise(
     }
 
 
-def _count(predictions: Predictions, what: Sequence[str]) -> dict[str, int]:
-    """How many different frames, patients, videos, folds and seeds there are."""
-    videos = {*zip(predictions.dataset, predictions.video, strict=True)}
-    counts = {
-        "frames": len(set(predictions.frame_key)),
-        "patients": len(set(predictions.patient_key)),
-        "videos": len(videos),
-        "folds": len(set(predictions.fold)),
-        "seeds": len(set(predictions.seed.tolist())),
-    }
-    return {name: counts[name] for name in what}
-
-
-def _calibrated(test: Predictions, validation: Predictions, positive: str, resamples: int) -> dict[str, Any] | None:
+def _calibrated(
+    test: ClassPredictions, validation: ClassPredictions, positive: str, resamples: int
+) -> dict[str, Any] | None:
     """Calibration after each member's probabilities were scaled as suits its validation part; None if one has none."""
     scaled, temperatures = [], []
     for seed, fold in sorted({*zip(test.seed.tolist(), test.fold.tolist(), strict=True)}):
@@ -140,7 +129,7 @@ def _calibrated(test: Predictions, validation: Predictions, positive: str, resam
     return {"temperature": spread} | {name: metrics[name] for name in ("ece", "brier", "log_loss")}
 
 
-def warnings(results: Mapping[str, Any], predictions: Predictions) -> list[str]:
+def warnings(results: Mapping[str, Any], predictions: ClassPredictions) -> list[str]:
     """What a reader of these numbers should know."""
     found = []
     few = {name: one["patients"] for name, one in results["per_class"].items() if one["patients"] < _FEW}

@@ -124,7 +124,7 @@ def _title(results: Mapping[str, Any]) -> str:
 
 
 def _metrics(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    folds = results["folds"]["metrics"] if results["counts"]["folds"] > 1 else {}
+    folds = (results.get("folds") or {}).get("metrics", {}) if results["counts"]["folds"] > 1 else {}
     heads = ["Metric", "Value [95% interval]", *(["Fold mean ± deviation"] if folds else [])]
     rows = []
     for name, one in results["metrics"].items():
@@ -137,7 +137,7 @@ def _metrics(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 def _by(results: Mapping[str, Any], names: Mapping[str, str], main: Sequence[str], key: str, head: str) -> str:
     """A row for each fraction or seed, if there are several."""
-    entries = results[f"{key}s"]
+    entries = results.get(f"{key}s") or []
     if len(entries) < 2:
         return ""
     chosen = [name for name in main if name in entries[0]["metrics"]]

@@ -2,29 +2,34 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from flax import nnx
 
 from usfmae_jax import __version__
-from usfmae_jax.data import splits
-from usfmae_jax.data import table as labelled
+from usfmae_jax.data import augment, splits
+from usfmae_jax.data.duplicates import cached_near_duplicates
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation.classification import defined, positive_class
-from usfmae_jax.finetuning import classifiers
-from usfmae_jax.finetuning.members import Member, names, only_note, plan_members
-from usfmae_jax.interop.model import Model
-from usfmae_jax.tasks import classification
-from usfmae_jax.training import checks as field_checks
-from usfmae_jax.training import optimizers, outcomes
-from usfmae_jax.training.common import known_duplicates, make_workdir, read_frames
+from usfmae_jax.evaluation.classification import NAMES, defined, positive_class
+from usfmae_jax.finetuning.members import Member, count_steps, plan_members
+from usfmae_jax.interop import resnet as resnet_files
+from usfmae_jax.interop.model import Model, build, flatten, open_model, preprocessing
+from usfmae_jax.models.patches import check_patches
+from usfmae_jax.models.resnet import STAGES, resnet_flops
+from usfmae_jax.models.vit import SIZES, vit_flops
+from usfmae_jax.tasks import Task, classification
+from usfmae_jax.training import checks, optimizers
+from usfmae_jax.training.inspect import cautions
 
 #: Config fields that a continued run may change: they alter where and how fast it computes, which members it has, or
 #: what is said of them, not what a member is.
@@ -49,34 +54,62 @@ RESUMABLE = (
     "positive",
 )
 
-#: Decoded validation and test images are kept in memory up to this many bytes; more are decoded again every time.
-KEPT_BYTES = 2**31
+#: Lowest and highest values of fields.
+RANGES = {
+    "regularization.smoothing": (0, 0.99),
+    "regularization.erasing": (0, 1),
+    "regularization.mixup": (0, np.inf),
+    "regularization.cutmix": (0, np.inf),
+    "optimizer.warmup": (0, 1),
+    "optimizer.layer_decay": (1e-3, 1),
+    "optimizer.learning_rate": (0, np.inf),
+    "optimizer.floor": (0, np.inf),
+    "optimizer.weight_decay": (0, np.inf),
+    "optimizer.b1": (0, 0.9999),
+    "optimizer.b2": (0, 0.999999),
+    "augment.hflip": (0, 1),
+    "augment.vflip": (0, 1),
+    "data.max_damaged": (0, 1),
+    "train.epochs": (0, np.inf),
+    "train.steps": (0, np.inf),
+    "stop.patience": (0, np.inf),
+    "parallel": (0, np.inf),
+    "evaluate.bootstrap": (1, np.inf),
+    "train.min_steps": (0, np.inf),
+}
+#: Mean and deviation of the input, by channels: of grey ultrasound frames; of ImageNet, which published weights expect.
+_PIXELS = {1: ((0.25,), (0.2,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+#: Fields of `config.model` that fix parameters.
+_SHAPE = ("patch_size", "channels", "width", "depth", "num_heads")
+#: Suffixes of PyTorch's weight files.
+_FILES = (".safetensors", ".pth", ".pt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that a run was found to be before it starts.
+class Run:
+    """What a run was found to be before it starts.
 
     Attributes:
-      config: see `configs/finetune.py`.
       workdir: absolute.
-      frames: all labelled frames.
+      task: what is learnt.
+      table: all frames that it can be learnt from.
       members: in the order in which they are trained.
       folds: of the whole split, also those that are not run.
-      groups: int `[N]`, of the rows of `frames`.
+      groups: int `[N]`, of the rows of the table.
       split: one phrase on where the split comes from.
       excluded: near-duplicates that were left out, see `splits.check`.
       description: of the model, see `interop.model`.
       preprocessing: how pixels become its input.
-      weights: to start from; None = random.
+      init: the model to start from; None = random weights.
+      title: what is done, as a heading.
       settings: the config as JSON, and what tells data and weights apart.
       lineage: of the weights that come out, JSON.
       warnings: sentences that belong beside the results.
     """
 
-    config: ml_collections.ConfigDict
     workdir: str
-    frames: Table
+    task: Task
+    table: Table
     members: tuple[Member, ...]
     folds: tuple[Fold, ...]
     groups: np.ndarray
@@ -84,19 +117,24 @@ class Job:
     excluded: list[dict[str, Any]]
     description: dict[str, Any]
     preprocessing: dict[str, Any]
-    weights: Model | None
+    init: Model | None
+    title: str
     settings: dict[str, Any]
     lineage: list[dict[str, Any]]
     warnings: list[str]
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the views."""
+    def image_format(self) -> tuple[tuple[int, int], int]:
+        """(height, width) of the views, and their channels as decoded."""
         height, width = self.preprocessing["image_size"]
-        return height, width
+        return (height, width), self.preprocessing["channels"]
+
+    def folder(self, member: Member) -> str:
+        """Where a member lives."""
+        return f"{self.workdir}/members/{member.name}"
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
+def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     """Reads data, weights and splits, and works out the members.
 
     Args:
@@ -106,144 +144,376 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Job:
     Raises:
       InputError: something given cannot be used.
     """
-    field_checks.check_finetune(config)
-    frames = classification.select(read_frames(config), names(config.classes))
-    try:
-        two = positive_class(frames.label_names, config.positive) is not None
-    except InputError as error:
-        raise InputError(f"config.{error}") from error
-    if config.stop.metric not in defined(two):
-        raise InputError(
-            f"config.stop.metric={config.stop.metric!r} is not defined for {len(frames.label_names)} classes; use one "
-            f"of {', '.join(defined(two))}"
-        )
-    weights = classifiers.read_init(config, frames.label_names)
-    description, preprocessing = classifiers.describe_model(config, frames.label_names, weights)
-    freeze = classifiers.trained_part(config, description)[0]
-    if weights:
-        make_model = classifiers.model_maker(config, description, freeze)
-        classifiers.check_weights(make_model, classifiers.loadable(weights, description), config.init)
+    check(config)
+    table = checks.read_frames(config.data.path, config.data.split)
+    if config.task not in TASKS:
+        raise InputError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")
+    table, task = TASKS[config.task](config, table)
+    init = read_init(config, len(task.outputs))
+    backbone, pixels = describe_backbone(config, init)
+    description = task.describe(backbone)
+    freeze = trained_part(config, description)[0]
+    if init:
+        check_weights(model_maker(config, description, freeze), loadable(init, description), config.init)
     pairs = np.zeros((0, 2), np.int64)
     if config.split.duplicates:
-        pairs = known_duplicates(frames, f"{make_workdir(workdir)}/duplicates.csv")
-    split = config.split
-    folds, groups, excluded, note = splits.plan(
-        frames,
-        classification.strata(frames),
-        kind=split.kind,
-        path=split.path,
-        folds=split.folds,
-        validation=split.validation,
-        test=split.test,
-        seed=config.seed,
-        pairs=pairs,
+        kept = f"{checks.make_workdir(workdir)}/duplicates.csv"
+        pairs = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
+    strata = task.strata(table)
+    how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
+    folds, groups, excluded, note = splits.plan(table, strata, **how, seed=config.seed, pairs=pairs)
+    chosen, only = splits.only(folds, checks.names(config.split.only))
+    lengths = {name: config.train[name] for name in ("batch_size", "epochs", "steps", "min_steps")}
+    members = plan_members(
+        chosen,
+        config.seeds,
+        config.fractions,
+        lambda fold, fraction, seed: splits.take_fraction(strata, fold, groups, fraction, config.seed + seed),
+        functools.partial(count_steps, **lengths, every=config.stop.every),
     )
-    members = plan_members(config, frames, folds, groups)
-    settings = field_checks.public_settings(config, ("init", "data.path", "split.path")) | {
-        "data_fingerprint": frames.fingerprint,
-        "init_fingerprint": weights.fingerprint if weights else "",
+    settings = checks.public_settings(_json(config), ("init", "data.path", "split.path")) | {
+        "data_fingerprint": table.fingerprint,
+        "init_fingerprint": init.fingerprint if init else "",
     }
-    before = weights.lineage if weights else []
+    before = init.lineage if init else []
     stage = {"job": "finetune", "code": f"usfmae_jax {__version__}", "config": settings}
-    return Job(
-        config=config,
-        workdir=make_workdir(workdir),
-        frames=frames,
+    seen = [
+        f"the starting weights have seen {dataset}, whose frames are tested here ({', '.join(jobs)}): "
+        "the results are no measure of new data"
+        for dataset, jobs in seen_in(before, [table.shards]).items()
+    ]
+    return Run(
+        workdir=checks.make_workdir(workdir),
+        task=task,
+        table=table,
         members=members,
         folds=tuple(folds),
         groups=groups,
-        split=note + only_note(config.split.only),
+        split=note + only,
         excluded=excluded,
         description=description,
-        preprocessing=preprocessing,
-        weights=weights,
+        preprocessing=pixels,
+        init=init,
+        title=title(config, description, sorted(set(table.dataset.tolist()))),
         settings=settings,
-        lineage=[*before, stage | {"data": describe_data([frames.shards])}],
-        warnings=find_warnings(config, frames, before),
+        lineage=[*before, stage | {"data": describe_data([table.shards])}],
+        warnings=seen + cautions(table),
     )
 
 
-def find_warnings(config: ml_collections.ConfigDict, frames: Table, lineage: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader of the results has to know."""
-    found = [
-        f"the starting weights have seen {dataset}, whose frames are tested here ({', '.join(jobs)}): "
-        "the results are no measure of new data"
-        for dataset, jobs in seen_in(lineage, [frames.shards]).items()
-    ]
-    return found + outcomes.cautions(frames)
+def _json(config: ml_collections.ConfigDict) -> str:
+    return config.copy_and_resolve_references().to_json_best_effort()
 
 
-def supervision(job: Job) -> classification.Classification:
-    """How the model is taught."""
-    regular = job.config.regularization
-    return classification.Classification(
-        num_classes=len(job.frames.label_names),
-        mean=tuple(job.preprocessing["mean"]),
-        std=tuple(job.preprocessing["std"]),
-        smoothing=regular.smoothing,
-        mixup=regular.mixup,
-        cutmix=regular.cutmix,
-        erasing=regular.erasing,
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for single fields that are out of their range."""
+    regular, stop = config.regularization, config.stop
+    checks.check_ranges(checks.flat(config.to_dict()), RANGES)
+    low, high = config.augment.crop_scale
+    if not 0 < low <= high <= 1:
+        raise InputError(f"config.augment.crop_scale=({low:g}, {high:g}) must be two shares of the area, up to 1")
+    if stop.every <= 0:
+        raise InputError(f"config.stop.every={stop.every:g} must be more than 0 epochs")
+    if regular.class_weights not in ("none", "balanced"):
+        raise InputError(f"config.regularization.class_weights={regular.class_weights!r} must be 'none' or 'balanced'")
+    if config.augment.interpolation not in augment.INTERPOLATION:
+        raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
+    checks.check_seeds(config.seeds)
+    if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
+        raise InputError(
+            f"config.fractions={tuple(config.fractions)} must be shares of the training patients in (0, 1]"
+        )
+
+
+def classify(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
+    """Classification of the labelled frames.
+
+    Raises:
+      InputError: there are none, or a field does not fit their classes.
+    """
+    stop, regular, pool = config.stop, config.regularization, config.model.pool
+    if stop.metric not in NAMES:
+        raise InputError(f"config.stop.metric={stop.metric!r} must be one of {', '.join(NAMES)}")
+    if pool not in ("mean", "cls"):
+        raise InputError(f"config.model.pool={pool!r} must be 'mean' (of the patch tokens) or 'cls'")
+    table = classification.select(table, checks.names(config.classes))
+    classes = table.label_names
+    try:
+        two = positive_class(classes, config.positive) is not None
+    except InputError as error:
+        raise InputError(f"config.{error}") from error
+    if stop.metric not in defined(two):
+        raise InputError(
+            f"config.stop.metric={stop.metric!r} is not defined for {len(classes)} classes; use one of "
+            f"{', '.join(defined(two))}"
+        )
+    how = {name: regular[name] for name in ("smoothing", "mixup", "cutmix", "erasing")}
+    how |= {"pool": pool, "positive": config.positive, "balanced": regular.class_weights == "balanced"}
+    return table, classification.Classification(classes, **how)
+
+
+#: What makes a task of a config and the table of all frames, with those frames that it learns from.
+TASKS: dict[str, Callable[[ml_collections.ConfigDict, Table], tuple[Table, Task]]] = {"classification": classify}
+
+
+def read_init(config: ml_collections.ConfigDict, outputs: int) -> Model | None:
+    """The weights of `config.init`; None for random ones.
+
+    Raises:
+      InputError: they cannot be read, or are a file and `config.model.arch` is not resnet50.
+    """
+    if not config.init:
+        return None
+    if not config.init.lower().endswith(_FILES):
+        try:
+            return open_model(config.init)
+        except InputError as error:
+            raise InputError(f"config.init: {error}") from error
+    if config.model.arch != "resnet50":
+        raise InputError(
+            f"config.init={config.init} is a file: of a ResNet-50, add --config.model.arch=resnet50; of a ViT, convert "
+            "it to an encoder directory first"
+        )
+    # A first convolution of three channels becomes one of one only on request: that changes what published weights see.
+    params, stats = resnet_files.read_resnet(config.init, num_classes=outputs, grey=config.model.channels == 1)
+    shape = resnet_files.architecture(params)
+    # The statistics inside belong to ImageNet's normalisation, of which grey takes the average over channels.
+    mean, std = _PIXELS[3] if shape["channels"] == 3 else tuple((sum(v) / 3,) for v in _PIXELS[3])
+    pixels = preprocessing((224, 224), 1, mean, std)
+    lineage = [{"job": "published weights", "file": os.path.basename(config.init)}]
+    return Model(params, {"model": "resnet50", "resnet": shape}, pixels, lineage, stats)
+
+
+def describe_backbone(
+    config: ml_collections.ConfigDict, weights: Model | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model below its head, as `interop.model` describes it, and how pixels become its input.
+
+    Raises:
+      InputError: names the field that cannot be, or that contradicts the weights, with both values.
+    """
+    model = config.model
+    checks.check_computation(model.dtype, model.attention)
+    if model.arch not in ("", *SIZES, "resnet50"):
+        raise InputError(f"config.model.arch={model.arch!r} must be one of {', '.join(SIZES)}, resnet50")
+    if not 0 <= model.drop_path < 1:
+        raise InputError(f"config.model.drop_path={model.drop_path} must lie in [0, 1)")
+    kind = weights.description["model"] if weights else "vit"
+    asked = {"": kind, "resnet50": "resnet50"}.get(model.arch, "vit")
+    if weights and asked != kind:
+        raise InputError(f"config.model.arch={model.arch} but config.init={config.init} holds a {kind}")
+    before = weights.preprocessing if weights else {}
+    if asked == "resnet50":
+        shape = _resnet_shape(config, weights)
+        size = checks.square(model.image_size or before.get("image_size", (224, 224)))
+        description = {"model": "resnet50", "resnet": shape}
+    else:
+        shape = _vit_shape(config, weights)
+        size = checks.square(model.image_size or before.get("image_size", shape["image_size"]))
+        if not weights:
+            shape["image_size"] = list(size)
+        _check_vit(shape, size)
+        description = {"model": "vit", "encoder": shape}
+    channels = shape["channels"]
+    if channels not in _PIXELS or config.data.channels not in (1, channels):
+        raise InputError(
+            f"config.data.channels={config.data.channels} must be 1 or the model's {channels}, and those 1 or 3"
+        )
+    mean, std = (
+        tuple(model[name] or before.get(name, default))
+        for name, default in zip(("mean", "std"), _PIXELS[channels], strict=True)
+    )
+    if len(mean) != channels or len(std) != channels:
+        raise InputError(f"config.model.mean={mean} and config.model.std={std} need {channels} entries, one a channel")
+    return description, preprocessing(size, config.data.channels, mean, std)
+
+
+def _vit_shape(config: ml_collections.ConfigDict, weights: Model | None) -> dict[str, Any]:
+    model = config.model
+    named = SIZES[model.arch] if model.arch else {}
+    if weights is None:
+        shape = dict(named or SIZES["tiny"]) | {name: model[name] for name in _SHAPE if model[name]}
+        return shape | {"image_size": list(shape["image_size"])}
+    shape = dict(weights.encoder().description["encoder"])
+    for name in _SHAPE:
+        field = f"config.model.{name}" if model[name] else f"config.model.arch={model.arch}, whose {name}"
+        wanted = model[name] or named.get(name, shape[name])
+        if wanted != shape[name]:
+            raise InputError(f"{field} is {wanted}, but {shape[name]} in config.init={config.init}; leave one out")
+    return shape
+
+
+def _check_vit(shape: dict[str, Any], size: tuple[int, int]) -> None:
+    if shape["width"] % shape["num_heads"] or shape["width"] % 4:
+        raise InputError(
+            f"config.model.width={shape['width']} must be divisible by 4 and by "
+            f"config.model.num_heads={shape['num_heads']}"
+        )
+    try:
+        check_patches(size, shape["patch_size"])
+    except ValueError as error:
+        raise InputError(f"{error}: change config.model.image_size or config.model.patch_size") from error
+
+
+def _resnet_shape(config: ml_collections.ConfigDict, weights: Model | None) -> dict[str, Any]:
+    model = config.model
+    found: dict[str, Any] = (
+        weights.description["resnet"] if weights else {"channels": 3, "depths": (3, 4, 6, 3), "width": 64}
+    )
+    depths = (model.depth,) * STAGES if model.depth else tuple(found["depths"])
+    shape = {"channels": model.channels or found["channels"], "depths": depths, "width": model.width or found["width"]}
+    if weights:
+        for name, field in (("channels", "channels"), ("depths", "depth"), ("width", "width")):
+            there = tuple(found[name]) if name == "depths" else found[name]
+            if shape[name] != there:
+                raise InputError(f"config.model.{field} gives {shape[name]}, but {there} in config.init={config.init}")
+    return shape | {"depths": list(depths)}
+
+
+def trained_part(config: ml_collections.ConfigDict, description: dict[str, Any]) -> tuple[int, tuple[str, ...], int]:
+    """What `config.mode` trains.
+
+    Returns:
+      `freeze` for `build`; the beginnings of the names of the trained parameters, () = all; how many blocks
+      of the encoder's stack are updated, 0 = all.
+
+    Raises:
+      InputError: no such mode, or not so many blocks.
+    """
+    mode, last = config.mode, config.last_k
+    if mode not in ("full", "frozen", "last_k"):
+        raise InputError(f"config.mode={mode!r} must be 'full', 'frozen' (the head only) or 'last_k'")
+    vit = description["model"] == "vit"
+    depth = description["encoder"]["depth"] if vit else STAGES
+    if mode == "full":
+        return 0, (), 0
+    if mode == "frozen":
+        return depth, ("head.", "head_norm."), 0
+    if not 1 <= last <= depth:
+        raise InputError(
+            f"config.last_k={last} must lie between 1 and the {depth} {'blocks' if vit else 'stages'} of the model"
+        )
+    freeze = depth - last
+    if vit:
+        return freeze, ("head.", "head_norm.", "encoder.norm.", "encoder.blocks."), last
+    return freeze, ("head.", *(f"layer{stage + 1}." for stage in range(freeze, depth))), 0
+
+
+def model_maker(
+    config: ml_collections.ConfigDict, description: dict[str, Any], freeze: int
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """What builds the model, computing as the config says."""
+    model = config.model
+    how = {"attention": model.attention or None, "scan": model.scan, "remat": model.remat}
+    return build(
+        description,
+        dtype=jnp.dtype(model.dtype),
+        drop_path=model.drop_path,
+        freeze=freeze,
+        **(how if description["model"] == "vit" else {}),
     )
 
 
-def make_optimizer(config: ml_collections.ConfigDict, description: dict[str, Any]) -> optax.GradientTransformation:
-    """AdamW with a learning rate of 1, for the part of a model that `config.mode` trains."""
+def count_parameters(make_model: Callable[[nnx.Rngs], nnx.Module]) -> int:
+    """Numbers that a model learns, without making it."""
+    shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(0)), nnx.Param)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def loadable(weights: Model, description: dict[str, Any]) -> dict[str, Any]:
+    """What weights have for a model: `params`, and `stats` if any.
+
+    An encoder fills the encoder. A model with a head fills all but that, and the head too if its outputs are the same.
+
+    Args:
+      weights: from `read_init`.
+      description: of the model.
+    """
+    params = dict(weights.params)
+    for name in ("classes", "outputs"):
+        if weights.description.get(name, description.get(name)) != description.get(name):
+            params.pop("head", None)
+    if weights.description.get("pool") != description.get("pool"):
+        params.pop("head", None)
+        params.pop("head_norm", None)
+    return {"params": params, "stats": weights.stats} if weights.stats else {"params": params}
+
+
+def check_weights(make_model: Callable[[nnx.Rngs], nnx.Module], loaded: dict[str, Any], source: str) -> None:
+    """Refuses weights that do not fill a model but for its head.
+
+    Args:
+      make_model: builds the model.
+      loaded: from `loadable`.
+      source: the person's name for the weights.
+
+    Raises:
+      InputError: names the first parameter that is unknown, missing or of another shape.
+    """
+    for group, kind in (("params", nnx.Param), ("stats", nnx.BatchStat)):
+        own = jax.eval_shape(lambda kind=kind: nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(0)), kind)))
+        new, old = flatten(loaded.get(group, {})), flatten(own)
+        unknown = new.keys() - old.keys()
+        if unknown:
+            raise InputError(f"config.init={source} has the parameter {min(unknown)}, which this model has not")
+        absent = {name for name in old.keys() - new.keys() if not name.startswith(("head.", "head_norm."))}
+        if absent:
+            raise InputError(f"config.init={source} lacks the parameter {min(absent)} of this model")
+        for name, leaf in new.items():
+            if leaf.shape != old[name].shape:
+                raise InputError(
+                    f"config.init={source}: {name} is {leaf.shape} there and {old[name].shape} in this config"
+                )
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, description: dict[str, Any]
+) -> tuple[optax.GradientTransformation, Callable[..., jax.Array]]:
+    """AdamW for the part of a model that `config.mode` trains, and the learning rate by step and length of the run.
+
+    The rate in the config is per 256 images.
+    """
     optimizer = config.optimizer
     vit_layers = description["model"] == "vit" and config.mode != "frozen"
-    return optimizers.adamw(
-        weight_decay=optimizer.weight_decay,
-        b1=optimizer.b1,
-        b2=optimizer.b2,
-        clip_norm=optimizer.clip_norm,
-        layer_decay=optimizer.layer_decay if vit_layers else 1.0,
-        last_blocks=classifiers.trained_part(config, description)[2],
-    )
-
-
-def learning_rate(config: ml_collections.ConfigDict) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """Learning rate by step and length of the run; the rate in the config is per 256 images."""
-    optimizer = config.optimizer
-    return functools.partial(
+    rate = functools.partial(
         optimizers.warmup_cosine,
         learning_rate=optimizer.learning_rate * config.train.batch_size / 256,
         floor=optimizer.floor,
         warmup=optimizer.warmup,
     )
+    adamw = optimizers.adamw(
+        **{name: optimizer[name] for name in ("weight_decay", "b1", "b2", "clip_norm")},
+        layer_decay=optimizer.layer_decay if vit_layers else 1.0,
+        last_blocks=trained_part(config, description)[2],
+    )
+    return adamw, rate
 
 
-def whole_images(job: Job) -> Callable[[np.ndarray], Iterator[np.ndarray]]:
-    """How validation and test images are had.
+def training_flops(description: dict[str, Any], size: tuple[int, int]) -> float:
+    """Floating-point operations to train on one image once, all parameters; backward counted as twice forward."""
+    if description["model"] == "resnet50":
+        resnet = description["resnet"]
+        return 3 * resnet_flops(size, resnet["width"], resnet["depths"])
+    encoder = description["encoder"]
+    patch = encoder["patch_size"]
+    patches = (size[0] // patch) * (size[1] // patch)
+    shape = {name: encoder[name] for name in ("width", "depth", "mlp_ratio")}
+    return 3 * vit_flops(patches, patch**2 * encoder["channels"], **shape)
 
-    They are decoded now, so that a damaged one is refused now, and kept, unless they are very many.
 
-    Returns:
-      Batches uint8 `[n, H, W, C]` of given rows of the table.
-
-    Raises:
-      InputError: an image is damaged; says which.
-    """
-    config = job.config
-    batch_size = config.evaluate.batch_size
-
-    def decode(rows: np.ndarray) -> Iterator[np.ndarray]:
-        return labelled.images(
-            job.frames,
-            rows,
-            size=job.size,
-            channels=config.data.channels,
-            batch_size=batch_size,
-            threads=config.data.threads,
-        )
-
-    needed = np.unique(np.concatenate([rows for m in job.members for rows in (m.fold.validation, m.fold.test)]))
-    if len(needed) * job.size[0] * job.size[1] * config.data.channels > KEPT_BYTES:
-        return decode
-    kept = np.concatenate(list(decode(needed)))
-
-    def slices(rows: np.ndarray) -> Iterator[np.ndarray]:
-        places = np.searchsorted(needed, rows)
-        for start in range(0, len(rows), batch_size):
-            yield kept[places[start : start + batch_size]]
-
-    return slices
+def title(config: ml_collections.ConfigDict, description: dict[str, Any], datasets: Sequence[str]) -> str:
+    """What is done, as a heading."""
+    if description["model"] == "resnet50":
+        shape = description["resnet"]
+        usual = (list(shape["depths"]), shape["width"]) == ([3, 4, 6, 3], 64)
+        model = "ResNet-50" if usual else f"ResNet of {3 * sum(shape['depths']) + 2} layers and width {shape['width']}"
+    else:
+        encoder = description["encoder"]
+        names = ("patch_size", "width", "depth", "num_heads")
+        size = next((size for size, kwargs in SIZES.items() if all(kwargs[n] == encoder[n] for n in names)), "")
+        model = f"ViT-{size}" if size else f"ViT of width {encoder['width']} and depth {encoder['depth']}"
+    on = " and ".join(datasets)
+    if not config.init:
+        return f"{model} trained from scratch on {on}"
+    how = {"full": "", "frozen": ", head only", "last_k": f", last {config.last_k} blocks"}[config.mode]
+    return f"Fine-tuned {model} on {on}{how}"

@@ -1,33 +1,37 @@
 """The fine-tuning loop: for every member: restore, then batch, update, report, evaluate, save; then test the best."""
 
 import contextlib
+import functools
 import io
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from clu import parameter_overview
 from etils import epath
+from flax import nnx
 
 from usfmae_jax.data import augment, pipeline
-from usfmae_jax.evaluation.classification import LOSSES, NAMES, metrics, positive_class
-from usfmae_jax.evaluation.predictions import Predictions
-from usfmae_jax.finetuning import build as supervised_setup
-from usfmae_jax.finetuning import classifiers, side_by_side
-from usfmae_jax.finetuning import results as member_reports
-from usfmae_jax.finetuning.build import Job
-from usfmae_jax.finetuning.members import Member, class_weights
-from usfmae_jax.finetuning.programs import Programs, compile_programs
-from usfmae_jax.interop.model import Model, save_model
-from usfmae_jax.training import checkpoints
-from usfmae_jax.training.common import check_batch, make_workdir
+from usfmae_jax.data.pipeline import LoadView, Rows
+from usfmae_jax.data.table import images as decode
+from usfmae_jax.evaluation.predictions import Predictions, identify
+from usfmae_jax.finetuning import build, results, side_by_side
+from usfmae_jax.finetuning.build import Run
+from usfmae_jax.finetuning.members import Member
+from usfmae_jax.interop.model import Model, model_graph, save_model
+from usfmae_jax.models.patches import normalize_images
+from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.forward import apply_batches, fitting_batch
-from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
+from usfmae_jax.training.mesh import batch_sharding, global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
-from usfmae_jax.training.state import State
-from usfmae_jax.training.update import combine
+from usfmae_jax.training.state import State, abstract_state, fill, state_maker
+from usfmae_jax.training.update import combine, compile_update, make_update, pick
+
+#: Decoded validation and test images are kept in memory up to this many bytes; more are decoded again every time.
+KEPT_BYTES = 2**31
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> bool:
@@ -46,26 +50,29 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
       DivergedError: loss or gradient norm is not finite; the last good checkpoint stays.
     """
     mesh = make_mesh(**config.mesh)
-    check_batch(config, mesh)
-    side_by_side.check(config, mesh)
+    checks.check_batch(checks.flat(config.to_dict()), mesh.size)
+    side_by_side.check(config.parallel, mesh)
     config = config.copy_and_resolve_references()
     config.evaluate.batch_size = fitting_batch(config.evaluate.batch_size, mesh, "config.evaluate.batch_size")
-    job = supervised_setup.prepare(config, workdir)
-    unfinished = [member for member in job.members if not member_reports.is_finished(job, member)]
-    processes = side_by_side.how_many(job, mesh)
-    member_reports.describe(job, mesh, len(unfinished), processes)
-    if not side_by_side.train(train_members, job, unfinished, processes):
+    run = build.prepare(config, workdir)
+    unfinished = [member for member in run.members if not results.is_finished(run, member)]
+    parameters = build.count_parameters(build.model_maker(config, run.description, 0))
+    processes = side_by_side.how_many(len(run.members), config.parallel, parameters, mesh)
+    results.start(run, build.RESUMABLE)
+    results.describe(run, mesh, config.train.batch_size, len(unfinished), processes)
+    if not side_by_side.train(functools.partial(train_members, config, run), unfinished, processes):
         return False
     if jax.process_index() == 0:
-        member_reports.finish(job, command)
+        results.finish(run, command, config.evaluate.bootstrap, config.evaluate.batch_size)
     return True
 
 
-def train_members(job: Job, members: Sequence[Member], line: int = 0) -> bool:
+def train_members(config: ml_collections.ConfigDict, run: Run, members: Sequence[Member], line: int = 0) -> bool:
     """Trains and tests members, one after the other, with programs that are compiled once.
 
     Args:
-      job: of the run.
+      config: of the run.
+      run: what it was found to be.
       members: to be trained.
       line: of the terminal that shows the progress; the first one also says what is compiled.
 
@@ -73,177 +80,247 @@ def train_members(job: Job, members: Sequence[Member], line: int = 0) -> bool:
       False when it was preempted after saving.
     """
     with contextlib.redirect_stderr(io.StringIO()) if line else contextlib.nullcontext():
-        programs = compile_programs(job, make_mesh(**job.config.mesh))
+        trainer = Trainer(config, run)
     with Preemption() as preemption:
         for member in members:
-            trained = train(job, member, programs, preemption, line)
+            trained = trainer.train(member, preemption, line)
             if trained is None:
                 return False
-            test(job, member, programs, *trained)
+            trainer.test(member, *trained)
     return True
 
 
-def train(
-    job: Job, member: Member, programs: Programs, preemption: Preemption, line: int = 0
-) -> tuple[State, int, Predictions | None] | None:
-    """Trains one member, or continues it; its progress is on a line of the terminal.
+class Trainer:
+    """Trains and tests members of a run with what is compiled once for all of them.
 
-    Returns:
-      parameters and statistics of the best evaluation, its step, and what it predicted of the validation part (None if
-      that was before a restart); None when it was preempted after saving.
+    Args:
+      config: of the run.
+      run: what it was found to be.
     """
-    config, folder = job.config, member_reports.folder(job, member)
-    saver = checkpoints.open_checkpoints(make_workdir(folder) + "/checkpoints", keep_latest=1, keep_best=0)
-    found = checkpoints.latest_metadata(saver)
-    if found:
-        first_step, position, stored = found
-        checkpoints.check_resumable(stored, job.settings, job.workdir, supervised_setup.RESUMABLE)
-        state = checkpoints.restore(saver, programs.abstract, first_step)
-    else:
-        first_step, position = 0, {"next_batch": 0, "damaged": [], "best": {}, "worse": 0, "done": False}
-        state = programs.start(config.seed + member.seed)
-        if job.weights:
-            state = classifiers.with_weights(state, classifiers.loadable(job.weights, job.description))
-        state = state | {"best": programs.best_of(state)}
-    best, best_score, worse, done = state.pop("best"), position["best"], position["worse"], position["done"]
-    best_validation = None
-    damage = pipeline.DamageReport([job.frames.shards], config.data.max_damaged, position["damaged"])
-    dataset = training_batches(job, member)
-    batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
-    length = jax.device_put(np.int32(member.total_steps), replicated(programs.mesh))
-    weights = class_weights(job.config, job.frames, member)
-    number = job.members.index(member)
-    monitor = Monitor(
-        folder,
-        total_steps=member.total_steps,
-        first_step=first_step,
-        batch_size=config.train.batch_size,
-        every=config.log.every,
-        flops_per_image=classifiers.training_flops(job.description, job.size),
-        name=f"{member.name} ({number + 1}/{len(job.members)})",
-        line=line,
-    )
-    saved = first_step
-    with monitor as report, contextlib.closing(saver), contextlib.closing(batches):
-        if first_step:
-            report.say(f"{member.name}: resuming after step {first_step}")
-        for step in range(first_step + 1, member.total_steps + 1):
-            if done:
-                break
-            with report.waiting_for_input():
-                batch = next(batches)
-                for message in damage.update(batch["damaged"]):
-                    report.say(message)
-                weight = np.broadcast_to(weights, (len(batch["label"]), len(weights)))
-                arrays: Any = {"image": batch["image"], "label": batch["label"], "weight": weight}
-                arrays = global_batch(programs.mesh, arrays)
-            state, numbers = programs.step(state, arrays, length)
-            report.update(step, numbers)
-            stop = preemption.requested()
-            evaluated = step in member.evaluations
-            if evaluated:
-                report.flush()  # weights are evaluated only when their loss is known to be finite
-                with report.pause():
-                    score, predicted = validate(job, member, programs, state)
-                    report.write(step, {f"validation/{name}": value for name, value in score.items()})
-                    worse += 1
-                    if better(config.stop.metric, score, best_score):
-                        best, best_score, worse = programs.best_of(state), {"step": step, **score}, 0
-                        best_validation = predicted
-                done = step == member.total_steps or 0 < config.stop.patience <= worse
-            due = evaluated and (member.evaluations.index(step) + 1) % config.checkpoint.every == 0
-            if stop or done or due:
-                report.flush()
-                with report.pause():
-                    position = {
-                        "next_batch": step,
-                        "damaged": sorted(damage.found),
-                        "best": best_score,
-                        "worse": worse,
-                        "done": done,
-                    }
-                    loss = report.mean_loss_since_save()
-                    whole = state | {"best": best}
-                    metadata = {"position": position, "config": job.settings, "about": {"kind": "classification"}}
-                    checkpoints.save(saver, whole, step, metadata, loss=loss)
-                    saved = step
-            if stop:
-                report.say(
-                    f"{member.name}: stopped at step {step} of {member.total_steps} as asked; the same command "
-                    "continues it"
-                )
-                return None
-        batch = arrays = None  # a worker's shared memory goes back before the worker does
-        score, at = best_score[config.stop.metric], best_score["step"]
-        report.say(f"{member.name}: best validation {config.stop.metric} {score:.3f} at step {at} of {saved}")
-    return best | {"params": combine(state["params"], best["params"])}, at, best_validation
+
+    def __init__(self, config: ml_collections.ConfigDict, run: Run):
+        self.config, self.run, self.mesh = config, run, make_mesh(**config.mesh)
+        self._whole_images = self._decoded()
+        freeze, trained, _ = build.trained_part(config, run.description)
+        make_model = build.model_maker(config, run.description, freeze)
+        optimizer, learning_rate = build.make_optimizer(config, run.description)
+        graph = model_graph(make_model)
+        mean, std = (tuple(run.preprocessing[name]) for name in ("mean", "std"))
+
+        def prepare(batch: Any, rng: jax.Array) -> tuple[Any, jax.Array]:
+            return run.task.prepare(batch | {"image": normalize_images(batch["image"], mean, std)}, rng)
+
+        def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+            model = nnx.merge(graph, *variables.values())
+            return run.task.predict(model, normalize_images(images, mean, std))
+
+        def part(params: Any) -> Any:
+            return pick(params, trained)
+
+        update = make_update(
+            graph,
+            prepare,
+            run.task.loss,
+            optimizer,
+            learning_rate,
+            self.mesh,
+            trained=trained,
+            accumulate=config.train.accumulate,
+        )
+        state = abstract_state(make_model, optimizer, self.mesh, part)
+        kept = [name for name in ("params", "stats") if name in state]
+
+        def best(state: State) -> State:
+            """What is kept of the best evaluation: the trained parameters and the statistics."""
+            return {name: part(state[name]) if name == "params" else state[name] for name in kept}
+
+        results.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
+        self._update = compile_update(update, state, self._abstract_batch(), results.say)
+        self._start = state_maker(make_model, optimizer, self.mesh, part)
+        self._abstract = state | {"best": best(state)}
+        self._copy_best = jax.jit(lambda state: jax.tree.map(jnp.copy, best(state)))
+        self._predict = predict
+
+    def train(
+        self, member: Member, preemption: Preemption, line: int = 0
+    ) -> tuple[State, int, dict[str, np.ndarray] | None] | None:
+        """Trains one member, or continues it; its progress is on a line of the terminal.
+
+        Returns:
+          parameters and statistics of the best evaluation, its step, and what it predicted of the validation part
+          (None if that was before a restart); None when it was preempted after saving.
+        """
+        config, run, task = self.config, self.run, self.run.task
+        folder = checks.make_workdir(run.folder(member))
+        saver = checkpoints.open_checkpoints(folder + "/checkpoints", keep_latest=1, keep_best=0)
+        found = checkpoints.latest_metadata(saver)
+        if found:
+            first_step, position, stored = found
+            checkpoints.check_resumable({"task": "classification"} | stored, run.settings, run.workdir, build.RESUMABLE)
+            state = checkpoints.restore(saver, self._abstract, first_step)
+        else:
+            first_step, position = 0, {"next_batch": 0, "damaged": [], "best": {}, "worse": 0, "done": False}
+            state = self._start(config.seed + member.seed)
+            if run.init:
+                state = fill(state, build.loadable(run.init, run.description))
+            state = state | {"best": self._copy_best(state)}
+        best, best_score, worse, done = state.pop("best"), position["best"], position["worse"], position["done"]
+        best_predicted = None
+        damage = pipeline.DamageReport([run.table.shards], config.data.max_damaged, position["damaged"])
+        batches = pipeline.iterate(
+            self.batches(member), position["next_batch"], config.data.workers, config.data.threads
+        )
+        length = jax.device_put(np.int32(member.total_steps), replicated(self.mesh))
+        monitor = Monitor(
+            folder,
+            total_steps=member.total_steps,
+            first_step=first_step,
+            batch_size=config.train.batch_size,
+            every=config.log.every,
+            flops_per_image=build.training_flops(run.description, run.image_format[0]),
+            name=f"{member.name} ({run.members.index(member) + 1}/{len(run.members)})",
+            line=line,
+        )
+        saved = first_step
+        with monitor as report, contextlib.closing(saver), contextlib.closing(batches):
+            if first_step:
+                report.say(f"{member.name}: resuming after step {first_step}")
+            for step in range(first_step + 1, member.total_steps + 1):
+                if done:
+                    break
+                with report.waiting_for_input():
+                    batch = next(batches)
+                    for message in damage.update(batch.pop("damaged")):
+                        report.say(message)
+                    batch = global_batch(self.mesh, batch)
+                state, numbers = self._update(state, batch, length)
+                report.update(step, numbers)
+                stop = preemption.requested()
+                evaluated = step in member.evaluations
+                if evaluated:
+                    report.flush()  # weights are evaluated only when their loss is known to be finite
+                    with report.pause():
+                        variables: State = {name: state[name] for name in ("params", "stats") if name in state}
+                        predicted = self.predict(member, variables, member.fold.validation)
+                        score = task.score(run.table, member.fold.validation, predicted)
+                        report.write(step, {f"validation/{name}": value for name, value in score.items()})
+                        worse += 1
+                        if better(score, best_score, config.stop.metric, task.tie, task.losses):
+                            best, best_score, worse = self._copy_best(state), {"step": step, **score}, 0
+                            best_predicted = predicted
+                    done = step == member.total_steps or 0 < config.stop.patience <= worse
+                due = evaluated and (member.evaluations.index(step) + 1) % config.checkpoint.every == 0
+                if stop or done or due:
+                    report.flush()
+                    with report.pause():
+                        position = {"next_batch": step, "damaged": sorted(damage.found), "best": best_score}
+                        position |= {"worse": worse, "done": done}
+                        metadata = {"position": position, "config": run.settings, "about": {"kind": config.task}}
+                        whole = state | {"best": best}
+                        checkpoints.save(saver, whole, step, metadata, loss=report.mean_loss_since_save())
+                        saved = step
+                if stop:
+                    report.say(
+                        f"{member.name}: stopped at step {step} of {member.total_steps} as asked; the same command "
+                        "continues it"
+                    )
+                    return None
+            batch = None  # a worker's shared memory goes back before the worker does
+            score, at = best_score[config.stop.metric], best_score["step"]
+            report.say(f"{member.name}: best validation {config.stop.metric} {score:.3f} at step {at} of {saved}")
+        return best | {"params": combine(state["params"], best["params"])}, at, best_predicted
+
+    def test(self, member: Member, best: State, step: int, validation: dict[str, np.ndarray] | None) -> None:
+        """Writes what a finished member leaves, whose `best` weights are those after `step` updates.
+
+        `predictions.csv` comes last and marks it. What `best` predicts of the validation part is asked again if not
+        given.
+        """
+        run, config, fold = self.run, self.config, member.fold
+        best = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(best)  # other processes' parts come here
+        validation = self.predict(member, best, fold.validation) if validation is None else validation
+        tested = self.predict(member, best, fold.test)
+        if jax.process_index():
+            return
+        directory = epath.Path(run.folder(member))
+        params, stats = (jax.device_get(best.get(name, {})) for name in ("params", "stats"))
+        lineage = [*run.lineage[:-1], run.lineage[-1] | {"member": member.name, "step": step}]
+        model = Model(params, run.description, run.preprocessing, lineage, stats)
+        save_model(str(directory / model.kind), model)
+        for name, rows, predicted in (("validation", fold.validation, validation), ("predictions", fold.test, tested)):
+            self.record(member, rows, predicted).write(directory / f"{name}.csv")
+        if not config.checkpoint.keep_finished:
+            (directory / "checkpoints").rmtree()
+
+    def record(self, member: Member, rows: np.ndarray, predicted: dict[str, np.ndarray]) -> Predictions:
+        """What is written of some rows that a member was asked about."""
+        ids = identify(self.run.table, rows, member.fold.name, member.seed, member.fraction)
+        return self.run.task.record(ids, self.run.table, rows, predicted)
+
+    def predict(self, member: Member, variables: State, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """What the task predicts of some rows of the table, arrays `[N, ...]` by name."""
+        batch_size = self.config.evaluate.batch_size
+        how = {"batch_size": batch_size, "total": len(rows), "desc": member.name}
+        return apply_batches(self.mesh, self._predict, variables, self._whole_images(rows), **how)
+
+    def batches(self, member: Member) -> Any:
+        """This process's endless batches of a member; see `data.pipeline.training_batches`."""
+        config, run, rows = self.config, self.run, member.fold.train
+        (size, channels), balanced = run.image_format, config.regularization.balanced_sampling
+        source = Rows(run.table.shards, run.table.index[rows], run.task.targets(run.table, rows))
+        return pipeline.training_batches(
+            LoadView((source,), size, channels, augment.Augmentation(**config.augment)),
+            batch_size=config.train.batch_size,
+            seed=config.seed + member.seed,
+            strata=run.task.strata(run.table).code[rows] if balanced else None,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+        )
+
+    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of a batch on the mesh."""
+        size, over = self.config.train.batch_size, batch_sharding(self.mesh)
+        (height, width), channels = self.run.image_format
+        targets = self.run.task.targets(self.run.table, self.run.members[0].fold.train)
+        shapes: dict[str, Any] = {"image": ((height, width, channels), np.uint8)}
+        shapes |= {name: (value.shape[1:], value.dtype) for name, value in targets.items()}
+        return {
+            name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=over) for name, (shape, dtype) in shapes.items()
+        }
+
+    def _decoded(self) -> Any:
+        """What gives batches uint8 `[n, H, W, C]` of whole images of some rows.
+
+        Validation and test images are decoded now, so that a damaged one is refused now, and kept, unless they are very
+        many.
+
+        Raises:
+          InputError: an image is damaged; says which.
+        """
+        (size, channels), batch_size = self.run.image_format, self.config.evaluate.batch_size
+        how = {"batch_size": batch_size, "threads": self.config.data.threads}
+
+        def whole(rows: np.ndarray) -> Iterator[np.ndarray]:
+            return decode(self.run.table, rows, size=size, channels=channels, **how)
+
+        parts = [rows for member in self.run.members for rows in (member.fold.validation, member.fold.test)]
+        needed = np.unique(np.concatenate(parts))
+        if len(needed) * size[0] * size[1] * channels > KEPT_BYTES:
+            return whole
+        kept = np.concatenate(list(whole(needed)))
+
+        def slices(rows: np.ndarray) -> Iterator[np.ndarray]:
+            places = np.searchsorted(needed, rows)
+            for start in range(0, len(rows), batch_size):
+                yield kept[places[start : start + batch_size]]
+
+        return slices
 
 
-def training_batches(job: Job, member: Member) -> Any:
-    """This process's endless batches of a member; see `pipeline.training_batches`."""
-    config = job.config
-    rows = member.fold.train
-    label = job.frames.label[rows].astype(np.int32)
-    source = pipeline.Rows(job.frames.shards, job.frames.index[rows], {"label": label})
-    return pipeline.training_batches(
-        pipeline.LoadView((source,), job.size, config.data.channels, augment.Augmentation(**config.augment)),
-        batch_size=config.train.batch_size,
-        seed=config.seed + member.seed,
-        strata=label if config.regularization.balanced_sampling else None,
-        host=jax.process_index(),
-        hosts=jax.process_count(),
-    )
-
-
-def test(job: Job, member: Member, programs: Programs, best: State, step: int, validation: Predictions | None) -> None:
-    """Writes what a finished member leaves, whose `best` weights are those after `step` updates.
-
-    `predictions.csv` comes last and marks it. What `best` predicts of the validation part is asked again if not given.
-    """
-    replicate = jax.jit(lambda tree: tree, out_shardings=replicated(programs.mesh))
-    best = replicate(best)  # what other processes hold comes here
-    if validation is None:
-        validation = predict(job, member, programs, best, member.fold.validation)
-    parts = {"validation": validation, "predictions": predict(job, member, programs, best, member.fold.test)}
-    if jax.process_index():
-        return
-    directory = epath.Path(member_reports.folder(job, member))
-    params, stats = jax.device_get((best["params"], best.get("stats", {})))
-    lineage = member_reports.lineage(job, member, step)
-    save_model(str(directory / "classifier"), Model(params, job.description, job.preprocessing, lineage, stats))
-    for name, found in parts.items():
-        found.write(directory / f"{name}.csv")
-    if not job.config.checkpoint.keep_finished:
-        (directory / "checkpoints").rmtree()
-
-
-def predict(job: Job, member: Member, programs: Programs, variables: State, rows: np.ndarray) -> Predictions:
-    """Predictions of a member for some rows of the table."""
-    found = apply_batches(
-        programs.mesh,
-        programs.predict,
-        variables,
-        programs.images(rows),
-        batch_size=job.config.evaluate.batch_size,
-        total=len(rows),
-        desc=member.name,
-    )
-    return member_reports.predictions(job, member, rows, found["probabilities"])
-
-
-def validate(job: Job, member: Member, programs: Programs, state: State) -> tuple[dict[str, float], Predictions]:
-    """Metrics of a state on the member's validation part, without those that are not defined there; and predictions."""
-    variables: State = {name: state[name] for name in ("params", "stats") if name in state}
-    found = predict(job, member, programs, variables, member.fold.validation)
-    positive = positive_class(found.classes, job.config.positive)
-    values = metrics(found.label, found.probabilities, positive)
-    scores = {name: float(values[name][0]) for name in NAMES if name in values}
-    return {name: value for name, value in scores.items() if math.isfinite(value)}, found
-
-
-def better(metric: str, score: dict[str, float], best: dict[str, float]) -> bool:
-    """Whether an evaluation beats the best one so far; among equals the lower log loss is better."""
+def better(score: dict[str, float], best: dict[str, float], metric: str, tie: str, losses: frozenset[str]) -> bool:
+    """Whether an evaluation beats the best one so far: by `metric`, and among equals by `tie`; of `losses` less is."""
     if not best:
         return True
-    sign = -1 if metric in LOSSES else 1
-    return (sign * score[metric], -score["log_loss"]) > (sign * best[metric], -best["log_loss"])
+    names = [name for name in (metric, tie) if name]
+    new, old = ([-one[name] if name in losses else one[name] for name in names] for one in (score, best))
+    return new > old

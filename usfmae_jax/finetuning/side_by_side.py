@@ -14,14 +14,11 @@ from multiprocessing import connection
 from typing import Any
 
 import jax
-import ml_collections
 from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from usfmae_jax.errors import BAD_INPUT, DONE, PREEMPTED, InputError
-from usfmae_jax.finetuning import classifiers
-from usfmae_jax.finetuning.build import Job
 from usfmae_jax.finetuning.members import Member
 from usfmae_jax.training.mesh import keep_memory
 from usfmae_jax.training.monitor import DivergedError, Preemption
@@ -29,34 +26,35 @@ from usfmae_jax.training.monitor import DivergedError, Preemption
 #: Models of more parameters than this keep several cores busy by themselves, and fill the memory if there are many.
 SMALL = 10_000_000
 
-#: `(job, members, line)` to False when it was preempted after saving; `line` of the terminal is its own.
-Action = Callable[[Job, Sequence[Member], int], bool]
+#: `(members, line)` to False when it was preempted after saving; `line` of the terminal is its own.
+Action = Callable[[Sequence[Member], int], bool]
 
 
-def check(config: ml_collections.ConfigDict, mesh: Mesh) -> None:
+def check(parallel: int, mesh: Mesh) -> None:
     """Raises InputError if several members at a time are asked for where they are not on a single CPU device."""
-    if config.parallel > 1 and not _alone(mesh):
+    if parallel > 1 and not _alone(mesh):
         raise InputError(
-            f"config.parallel={config.parallel} is for a CPU that is one device; here members are trained one after "
+            f"config.parallel={parallel} is for a CPU that is one device; here members are trained one after "
             "another, each on all devices: leave it out"
         )
 
 
-def how_many(job: Job, mesh: Mesh) -> int:
+def how_many(members: int, parallel: int, parameters: int, mesh: Mesh) -> int:
     """How many members are trained at a time; it follows from the run, not from how far it is.
 
     A member's arithmetic depends on the number of its threads in the last bits, and is to be the same after a restart.
 
     Args:
-      job: with `config.parallel`: 0 = what keeps all cores busy, if the model is small.
+      members: of the run.
+      parallel: how many are asked for; 0 = what keeps all cores busy, if the model is small.
+      parameters: of the model.
       mesh: one device, or members share all of them one after the other.
     """
     if not _alone(mesh):
         return 1
-    if job.config.parallel:
-        return min(job.config.parallel, len(job.members))
-    size = classifiers.count_parameters(classifiers.model_maker(job.config, job.description, 0))
-    return quickest(len(job.members), _cores()) if size <= SMALL else 1
+    if parallel:
+        return min(parallel, members)
+    return quickest(members, _cores()) if parameters <= SMALL else 1
 
 
 def quickest(members: int, cores: int) -> int:
@@ -73,12 +71,11 @@ def quickest(members: int, cores: int) -> int:
     return min(range(min(cores, members), min(2 * cores, members) + 1), key=duration)
 
 
-def train(action: Action, job: Job, unfinished: Sequence[Member], processes: int) -> bool:
+def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
     """Trains members in so many processes; returns False when they were preempted after saving.
 
     Args:
-      action: trains the members that it is given one after another; a function of a module.
-      job: of the run.
+      action: trains the members that it is given one after another; can be pickled.
       unfinished: those to be trained.
       processes: from `how_many`; 1 = this one.
 
@@ -87,12 +84,12 @@ def train(action: Action, job: Job, unfinished: Sequence[Member], processes: int
       RuntimeError: a process ended in another way.
     """
     if processes == 1 or not unfinished:
-        return not unfinished or action(job, unfinished, 0)
+        return not unfinished or action(unfinished, 0)
     context = multiprocessing.get_context("spawn")  # JAX has threads, and a fork copies none of them
     failures, lock = context.SimpleQueue(), context.RLock()
     threads = max(_cores() // processes, 1)
     workers = [
-        context.Process(target=_work, args=(action, job, unfinished[line::processes], line, threads, lock, failures))
+        context.Process(target=_work, args=(action, unfinished[line::processes], line, threads, lock, failures))
         for line in range(min(processes, len(unfinished)))
     ]
     told = False
@@ -124,9 +121,7 @@ def train(action: Action, job: Job, unfinished: Sequence[Member], processes: int
     )
 
 
-def _work(
-    action: Action, job: Job, members: Sequence[Member], line: int, threads: int, lock: Any, failures: Any
-) -> None:
+def _work(action: Action, members: Sequence[Member], line: int, threads: int, lock: Any, failures: Any) -> None:
     os.setsid()  # Ctrl-C is for the parent, which passes it on
     os.environ["NPROC"] = str(threads)  # of XLA's pool, which starts with the first array
     keep_memory()
@@ -134,7 +129,7 @@ def _work(
     tqdm.set_lock(lock)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        code = DONE if action(job, members, line) else PREEMPTED
+        code = DONE if action(members, line) else PREEMPTED
     except (InputError, DivergedError) as error:
         failures.put(error)
         code = BAD_INPUT

@@ -37,6 +37,8 @@ from usfmae_jax.models.vit import ViT
 FORMAT = 1
 
 _STATS = "stats."
+#: Kinds of models with a head, which are the names of their directories too.
+_WITH_HEAD = ("classifier", "model")
 
 #: One entry for each job that trained the weights, oldest first: `job`, `code`, `step`, `config` and `data`
 #: (see `data.provenance.describe_data`).
@@ -194,7 +196,8 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
             "with an encoder or a classifier"
         )
     if step is None and not (whole and is_pretraining(path)):
-        for directory in (root, root / "classifier", root / "encoder"):  # convert writes both, of a classifier
+        # convert writes both, of a classifier
+        for directory in (root, *(root / kind for kind in _WITH_HEAD), root / "encoder"):
             if (directory / "architecture.json").exists():
                 return _from_directory(os.fspath(directory))
     found = members(path)
@@ -222,13 +225,15 @@ def is_pretraining(path: str) -> bool:
 def members(path: str) -> list[str]:
     """Folders of the trained members of a fine-tuning run, in order; [] when `path` is none.
 
-    A member counts as trained when it has a `classifier/`.
+    A member counts as trained when it has a `classifier/`, or a `model/` of another task.
     """
     folder = epath.Path(path) / "members"
     if not folder.is_dir():
         return []
     return sorted(
-        os.fspath(child) for child in folder.iterdir() if (child / "classifier" / "architecture.json").exists()
+        os.fspath(child)
+        for child in folder.iterdir()
+        if any((child / kind / "architecture.json").exists() for kind in _WITH_HEAD)
     )
 
 

@@ -4,12 +4,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, layer_norm
 from usfmae_jax.models.patches import patchify, resize_table, sincos_table, take_tokens
-from usfmae_jax.models.vit import Block, Blocks, ViT
+from usfmae_jax.models.vit import Block, Blocks, ViT, blocks_flops, vit_flops
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -210,14 +209,10 @@ def training_flops(
     """Floating-point operations to train on one image once: matrix products only, backward counted as twice forward."""
     visible = num_visible(num_patches, mask_ratio)
 
-    def transformer(tokens: int, width: int, depth: int) -> float:
-        return depth * (2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width)
-
     forward = (
-        2 * visible * patch_dim * width
-        + transformer(visible + 1, width, depth)
+        vit_flops(visible, patch_dim, width=width, depth=depth, mlp_ratio=mlp_ratio)
         + 2 * (visible + 1) * width * decoder_width
-        + transformer(num_patches + 1, decoder_width, decoder_depth)
+        + blocks_flops(num_patches + 1, width=decoder_width, depth=decoder_depth, mlp_ratio=mlp_ratio)
         + 2 * num_patches * decoder_width * patch_dim
     )
-    return float(3 * np.float64(forward))
+    return float(3 * forward)

@@ -31,6 +31,16 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+def blocks_flops(tokens: int, *, width: int, depth: int, mlp_ratio: float) -> float:
+    """Floating-point operations of a stack of blocks on one image, forward: the matrix products."""
+    return depth * (2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width)
+
+
+def vit_flops(patches: int, patch_dim: int, *, width: int, depth: int, mlp_ratio: float) -> float:
+    """Floating-point operations of a `ViT` on so many patches of `patch_dim` numbers each, forward."""
+    return 2 * patches * patch_dim * width + blocks_flops(patches + 1, width=width, depth=depth, mlp_ratio=mlp_ratio)
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block, `[B, N, D] -> [B, N, D]`."""
 

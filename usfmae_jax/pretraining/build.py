@@ -23,9 +23,7 @@ from usfmae_jax.objectives import Objective
 from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
 from usfmae_jax.tasks import classification
-from usfmae_jax.training import optimizers
-from usfmae_jax.training.checks import public_settings
-from usfmae_jax.training.common import check_computation, image_size
+from usfmae_jax.training import checks, optimizers
 from usfmae_jax.training.state import State
 
 #: Config fields that a resumed run may change: they alter where and how fast it computes, not what.
@@ -99,7 +97,7 @@ def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
             f"config.data.channels={config.data.channels} must be 1 or config.model.channels={model.channels}"
         )
     _check_heads(model, "width", "num_heads")
-    size = image_size(config)
+    size = checks.square(model.image_size)
     try:
         check_patches(size, model.patch_size)
     except ValueError as error:
@@ -118,14 +116,16 @@ def _check_heads(model: ml_collections.ConfigDict, width: str, heads: str) -> No
 def computation(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The arguments of `vit.ViT` that say how it computes, and change no parameter."""
     model = config.model
-    check_computation(model)
+    checks.check_computation(model.dtype, model.attention)
     how = {"dtype": jnp.dtype(model.dtype), "attention": model.attention or None}
     return how | {"scan": model.scan, "remat": model.remat}
 
 
 def about(config: ml_collections.ConfigDict, learn: Objective) -> dict[str, Any]:
     """What a checkpoint says of itself: what kind of run wrote it, what its model is, and what the model sees."""
-    pixels = preprocessing(image_size(config), config.data.channels, config.model.mean, config.model.std)
+    pixels = preprocessing(
+        checks.square(config.model.image_size), config.data.channels, config.model.mean, config.model.std
+    )
     return {"kind": config.objective, "description": learn.describe(), "preprocessing": pixels}
 
 
@@ -150,9 +150,9 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
         raise InputError(f"config.data.path: {error}." + how_to) from error
     if config.augment.interpolation not in augment.INTERPOLATION:
         raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
-    how = augment.Augmentation(**config.augment)
+    how, size = augment.Augmentation(**config.augment), checks.square(config.model.image_size)
     dataset = pipeline.training_batches(
-        pipeline.LoadView(pipeline.all_rows(sources), image_size(config), config.data.channels, how),
+        pipeline.LoadView(pipeline.all_rows(sources), size, config.data.channels, how),
         batch_size=config.train.batch_size,
         seed=config.seed,
         weights=config.data.weights,
@@ -167,7 +167,7 @@ def settings(config: ml_collections.ConfigDict, sources: list[Shards]) -> dict[s
 
     Of absolute paths only the last part is kept: they tell who ran where, and the fingerprint tells the data better.
     """
-    public = public_settings(config, ("init", "data.path", "probe.data.path"))
+    public = checks.public_settings(config.to_json_best_effort(), ("init", "data.path", "probe.data.path"))
     return public | {"data_fingerprint": [s.fingerprint() for s in sources]}
 
 
@@ -271,7 +271,7 @@ def inspections(
         if trained_on.intersection(table.shards.contents()):
             note = "warning: the probe's frames are also trained on, if without labels: no held-out result"
         labelled = classification.labelled_images(
-            table, size=image_size(config), channels=config.data.channels, limit=config.probe.limit
+            table, size=checks.square(config.model.image_size), channels=config.data.channels, limit=config.probe.limit
         )
         if config.probe.every:
             found.append((config.probe.every, inspect.probe(learn, graph, mesh, labelled, note, config.seed)))

@@ -18,7 +18,7 @@ from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
 from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, save_model, write_lineage
 from usfmae_jax.pretraining import build, inspect
-from usfmae_jax.training import checkpoints, common
+from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption
 from usfmae_jax.training.state import State, abstract_state, init_state
@@ -41,12 +41,12 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     """
     objective = build.objective(config)
     mesh = make_mesh(**config.mesh)
-    common.check_batch(config, mesh)
+    checks.check_batch(checks.flat(config.to_dict()), mesh.size)
     sources, dataset = build.open_data(config)
     total_steps = build.count_steps(config, sources)
     optimizer, learning_rate = build.make_optimizer(config)
     settings, about = build.settings(config, sources), build.about(config, objective)
-    saver = checkpoints.open_checkpoints(common.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
+    saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     found = checkpoints.latest_metadata(saver)
     if found:
@@ -66,7 +66,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     looks = build.inspections(config, graph, mesh, sources, dataset, workdir)
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
-    update = make_update(graph, objective, optimizer, learning_rate, mesh, accumulate=config.train.accumulate)
+    learn = (objective.prepare, objective.loss)
+    update = make_update(graph, *learn, optimizer, learning_rate, mesh, accumulate=config.train.accumulate)
     report = Monitor(
         workdir,
         total_steps=total_steps,

@@ -3,44 +3,39 @@
 import csv
 import dataclasses
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from scipy.special import softmax
 
-from usfmae_jax.data import provenance, splits
-from usfmae_jax.data import table as labelled
+from usfmae_jax.data import provenance
+from usfmae_jax.data.splits import Fold
 from usfmae_jax.data.table import Table
+from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.model import Model, members, open_model
-from usfmae_jax.probing import inspect as looking
-from usfmae_jax.probing.features import image_format
-from usfmae_jax.reporting.classification import embedding_points
-from usfmae_jax.tasks import classification
-from usfmae_jax.training import outcomes
-from usfmae_jax.training.forward import apply_batches, classifier_function
-from usfmae_jax.training.outcomes import Outcome, Tested
+from usfmae_jax.probing.inspect import Outcome, Tested, parted, record
+from usfmae_jax.training.forward import apply_batches, head_function
+from usfmae_jax.training.inspect import foremost, rollout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Member:
+class Judge:
     """A classifier and what it learnt from.
 
     Attributes:
-      weights: of kind 'classifier'.
+      model: of kind 'classifier'.
       fold, seed, fraction: which member of its run it is.
       seen: (dataset, video, frame) of its training and validation frames, and (dataset, patient) of their patients.
       chosen: (dataset, video, frame) of its validation frames alone.
       held_out: (dataset, video, frame) of its test frames.
     """
 
-    weights: Model
+    model: Model
     fold: str
     seed: int
     fraction: float
@@ -49,7 +44,7 @@ class Member:
     held_out: frozenset[tuple[str, ...]]
 
 
-def open_judges(path: str) -> list[Member]:
+def open_judges(path: str) -> list[Judge]:
     """Reads all members of a fine-tuning run, or the one classifier that `path` names.
 
     Raises:
@@ -57,25 +52,25 @@ def open_judges(path: str) -> list[Member]:
     """
     found = []
     for folder in members(path) or [path]:
-        weights = open_model(folder)
-        if weights.kind != "classifier":
+        model = open_model(folder)
+        if model.kind != "classifier":
             raise InputError(
                 f"config.protocol=finetuned, but {path} holds an encoder without a head; fine-tune it first, or probe "
                 "it with --config.protocol=logistic"
             )
-        found.append(_member(folder, weights))
-    if any(m.weights.description != found[0].weights.description for m in found):
+        found.append(_judge(folder, model))
+    if any(m.model.description != found[0].model.description for m in found):
         raise InputError(f"the members of {path} are different models; choose one of them")
     return found
 
 
-def _member(folder: str, weights: Model) -> Member:
+def _judge(folder: str, model: Model) -> Judge:
     fold, seed, fraction = "", 0, 1.0
     root = epath.Path(folder)
     root = root if "://" in folder else root.expanduser().resolve()
     root = root.parent if root.name == "classifier" else root
     if (root / "predictions.csv").exists():
-        own = predictions.read(root / "predictions.csv")
+        own = predictions.read(root / "predictions.csv", predictions.ClassPredictions)
         fold, seed, fraction = str(own.fold[0]), int(own.seed[0]), float(own.fraction[0])
     table = root.parent.parent / "splits" / "splits.csv"
     seen: set[tuple[str, ...]] = set()
@@ -87,115 +82,102 @@ def _member(folder: str, weights: Model) -> Member:
                 parts[row["part"]].add(frame)
                 if row["part"] != "test":
                     seen |= {frame, (row["dataset"], row["patient"])} if row["patient"] else {frame}
-    return Member(
-        weights, fold, seed, fraction, frozenset(seen), frozenset(parts["validation"]), frozenset(parts["test"])
-    )
+    return Judge(model, fold, seed, fraction, frozenset(seen), frozenset(parts["validation"]), frozenset(parts["test"]))
 
 
-def test(judges: list[Member], config: ml_collections.ConfigDict, frames: Table, mesh: Mesh) -> Outcome:
+def test(
+    judges: list[Judge],
+    table: Table,
+    mesh: Mesh,
+    asked_for: Callable[[], tuple[list[Fold], str] | None],
+    *,
+    batch_size: int,
+    threads: int,
+    dtype: Any,
+) -> Outcome:
     """Predicts every frame by the members that have not seen its patient; of several by their mean probability.
 
     On a run's own data that is the member of the fold in whose test part a frame is; on other data it is all of them.
 
     Args:
       judges: from `open_judges`.
-      config: of the evaluation.
-      frames: the table.
+      table: the frames.
       mesh: devices.
+      asked_for: gives the folds that the person names, whose test parts alone are tested, and a phrase; or None.
+      batch_size: images per call.
+      threads: that decode.
+      dtype: of the arithmetic.
 
     Raises:
       InputError: other classes, or it is not known what a classifier learnt from while the data may be among it.
     """
-    description = judges[0].weights.description
-    classes = [name.casefold() for name in description["classes"]]
-    if classes != [name.casefold() for name in frames.label_names]:
+    model = judges[0].model
+    classes = [name.casefold() for name in model.description["classes"]]
+    if classes != [name.casefold() for name in table.label_names]:
         raise InputError(
-            f"the classifier tells {', '.join(description['classes'])} apart, but the data has the classes "
-            f"{', '.join(frames.label_names)}"
+            f"the classifier tells {', '.join(model.description['classes'])} apart, but the data has the classes "
+            f"{', '.join(table.label_names)}"
         )
-    allowed, note, warnings = _allowed(judges, config, frames)
-    names = _frame_names(frames)
-    size, channels = image_format(judges[0].weights)
-    function, _ = classifier_function(judges[0].weights, dtype=jnp.dtype(config.dtype))
+    allowed, note, warnings = _allowed(judges, table, asked_for)
+    names = _frame_names(table)
+    size, channels = model.image_format
+    function, _ = head_function(model, dtype=dtype)
 
     def judge(number: int, images: Iterable[np.ndarray], total: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-        weights = judges[number].weights
-        found = apply_batches(
-            mesh,
-            function,
-            (weights.params, weights.stats),
-            iter(images),
-            batch_size=config.batch_size,
-            total=total,
-            desc=name,
-        )
+        variables = (judges[number].model.params, judges[number].model.stats)
+        how: dict[str, Any] = {"batch_size": batch_size, "total": total, "desc": name}
+        found = apply_batches(mesh, function, variables, iter(images), **how)
         return softmax(found["logits"].astype(np.float64), axis=1), found["features"]
 
     def judge_rows(number: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        how: dict[str, Any] = {"batch_size": config.batch_size, "threads": config.data.threads}
-        images = labelled.images(frames, rows, size=size, channels=channels, **how)
+        images = decode(table, rows, size=size, channels=channels, batch_size=batch_size, threads=threads)
         return judge(number, images, len(rows), f"member {number + 1}/{len(judges)}")
 
     tested, panels = [], []
-    embedded = None
+    mapped = None
     for panel, rows in _panels(judges, allowed):
         said = [judge_rows(number, rows) for number in panel]
-        embedded = (rows, said[0][1]) if embedded is None else embedded
-        alone = judges[panel[0]] if len(panel) == 1 else None
-        chosen = np.flatnonzero([name in alone.chosen for name in names]) if alone else np.zeros(0, int)
-        validation = judge_rows(panel[0], chosen)[0] if len(chosen) else np.zeros((0, len(classes)))
-        tested.append(
-            Tested(
-                fold=(alone.fold if alone else "") or "all",
-                seed=judges[panel[0]].seed,
-                fraction=judges[panel[0]].fraction,
-                rows=rows,
-                probabilities=np.mean([probabilities for probabilities, _ in said], axis=0),
-                validation_rows=chosen,
-                validation_probabilities=validation,
-                settings={"classifiers": len(panel)},
-            )
-        )
+        mapped = (rows, said[0][1]) if mapped is None else mapped
+        first, alone = judges[panel[0]], len(panel) == 1
+        ids = ((first.fold if alone else "") or "all", first.seed, first.fraction)
+        mean = np.mean([probabilities for probabilities, _ in said], axis=0)
+        chosen = np.flatnonzero([name in first.chosen for name in names]) if alone else np.zeros(0, int)
+        validation = record(table, chosen, ids, judge_rows(panel[0], chosen)[0]) if len(chosen) else None
+        tested.append(Tested(*ids, rows, record(table, rows, ids, mean), validation, {"classifiers": len(panel)}))
         panels.append(panel)
-    best = outcomes.foremost(tested)
+    best = foremost(tested)
 
     def predict(images: Iterator[np.ndarray], total: int, name: str) -> list[np.ndarray]:
         found = []
-        for number, part in zip(best, outcomes.parted(np.concatenate(list(images)), tested, best), strict=True):
-            batches = [part[i : i + config.batch_size] for i in range(0, len(part), config.batch_size)]
+        parts = parted(np.concatenate(list(images)), [tested[number] for number in best])
+        for number, part in zip(best, parts, strict=True):
+            batches = [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
             said = [judge(member, batches, len(part), name)[0] for member in panels[number]]
             found.append(np.mean(said, axis=0))
         return found
 
-    robustness = None
-    if config.corruptions:
-        entries = [tested[number] for number in best]
-        robustness = looking.sweep(frames, entries, predict, size=size, channels=channels, config=config)
-    assert embedded is not None
-    rows, points = embedding_points(embedded[1], config.seed)
-    pool = description.get("pool", "mean")
+    assert mapped is not None
+    space = "features of the fine-tuned classifier" + (f", fold {tested[0].fold}" if len(best) > 1 else "")
+    pool = model.description.get("pool", "mean")
     return Outcome(
         tested=tested,
-        excluded=[],
         split=note,
-        rows=embedded[0][rows],
-        points=points,
-        space="features of the fine-tuned classifier" + (f", fold {tested[0].fold}" if len(best) > 1 else ""),
-        attention={number: looking.rollout(judges[panels[number][0]].weights, pool) for number in best},
-        robustness=robustness,
+        mapped=(*mapped, space),
+        attention={number: rollout(judges[panels[number][0]].model, pool) for number in best},
+        predict=predict,
         image_format=(size, channels),
         warnings=warnings,
     )
 
 
 def _allowed(
-    judges: list[Member], config: ml_collections.ConfigDict, frames: Table
+    judges: list[Judge], frames: Table, asked_for: Callable[[], tuple[list[Fold], str] | None]
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """Which member may judge which frame, bool `[M, N]`; where the split comes from; what to warn of."""
     known = all(member.seen for member in judges)
-    chosen = bool(config.split.path) or config.split.kind != "auto"
-    learnt = [stage for stage in judges[0].weights.lineage if stage.get("job") == "finetune"]
+    learnt = [stage for stage in judges[0].model.lineage if stage.get("job") == "finetune"]
     among = provenance.seen_in(learnt, [frames.shards])
+    chosen = asked_for()
     if among and not known and not chosen:
         raise InputError(
             f"the classifier was fine-tuned on frames of {', '.join(among)}, and which ones is not known without its "
@@ -216,8 +198,7 @@ def _allowed(
     unnamed = int((allowed.any(axis=0) & ~held_out.any(axis=0)).sum())
     note += f", and {unnamed} frames that it neither learnt from nor tested" if held_out.any() and unnamed else ""
     if chosen:
-        options = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
-        folds, _, _, note = splits.plan(frames, classification.strata(frames), **options, seed=config.seed, pairs=None)
+        folds, note = chosen
         tested = np.unique(np.concatenate([fold.test for fold in folds]))
         allowed &= np.isin(np.arange(len(frames)), tested)
     left_out = int((~allowed.any(axis=0)).sum())
@@ -229,7 +210,7 @@ def _allowed(
     return allowed, note, warnings
 
 
-def _panels(judges: list[Member], allowed: np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
+def _panels(judges: list[Judge], allowed: np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
     """Members of one label fraction and seed that judge the same frames, and the rows of those frames."""
     for fraction, seed in sorted({(member.fraction, member.seed) for member in judges}):
         numbers = [i for i, member in enumerate(judges) if (member.fraction, member.seed) == (fraction, seed)]

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits  # which scikit-learn needs itself
 from usfmae_jax.evaluation import classification, tables
 from usfmae_jax.evaluation import results as scoring
 from usfmae_jax.evaluation.classification import LOSSES, MAIN, NAMES
-from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.evaluation.predictions import ClassPredictions
 from usfmae_jax.reporting import charts, pages, run
 from usfmae_jax.reporting.pages import part
 
@@ -47,12 +47,12 @@ _CURVES = {"auroc": (classification.roc, "AUROC"), "average_precision": (classif
 
 def finish(
     workdir: str,
-    predictions: Predictions,
+    predictions: ClassPredictions,
     *,
-    task: Mapping[str, Any],
+    about: Mapping[str, Any],
     positive: str,
     context: Mapping[str, Any],
-    validation: Predictions | None = None,
+    validation: ClassPredictions | None = None,
     embedding: Mapping[str, Any] | None = None,
     examples: Sequence[Mapping[str, Any]] = (),
     robustness: Mapping[str, Any] | None = None,
@@ -63,7 +63,7 @@ def finish(
     Args:
       workdir: where to; exists.
       predictions: of the test parts of all members; one row or more.
-      task: what was done, see `evaluation.results`.
+      about: what was done, see `task` in `evaluation.results`.
       positive: name of the positive class of a binary task; "" = the last. Of no consequence with more classes.
       context: what the results come from, see `evaluation.results`.
       validation: see `evaluation.results.summarise`.
@@ -84,7 +84,7 @@ def finish(
     return run.finish(
         workdir,
         results,
-        task=task,
+        task=about,
         context={**context, "warnings": warnings},
         text=scoring.text(results),
         **described(results, predictions, embedding, examples),
@@ -93,7 +93,7 @@ def finish(
 
 def described(
     results: Mapping[str, Any],
-    predictions: Predictions,
+    predictions: ClassPredictions,
     embedding: Mapping[str, Any] | None = None,
     examples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _right_and_wrong(results: Mapping[str, Any]) -> Markup:
     return part("beside", bars, charts.matrix("What is taken for what", reads, classes, counts))
 
 
-def _threshold_curves(predictions: Predictions, results: Mapping[str, Any]) -> list[Markup]:
+def _threshold_curves(predictions: ClassPredictions, results: Mapping[str, Any]) -> list[Markup]:
     """ROC and precision-recall curves: of the positive class with bands, of more classes without."""
     classes, positive = predictions.classes, results["task"].get("positive")
     shown = [classes.index(positive)] if len(classes) == 2 and positive in classes else range(len(classes))
@@ -301,7 +301,9 @@ def _threshold_curves(predictions: Predictions, results: Mapping[str, Any]) -> l
     ]
 
 
-def _curve(which: str, predictions: Predictions, results: Mapping[str, Any], index: int, band: bool) -> charts.Line:
+def _curve(
+    which: str, predictions: ClassPredictions, results: Mapping[str, Any], index: int, band: bool
+) -> charts.Line:
     function, title = _CURVES[which]
     name = predictions.classes[index]
     curve = classification.with_band(

@@ -1,1 +1,100 @@
-"""What is learnt with labels: one file for each task."""
+"""What is learnt with labels: one file for each task.
+
+A new one is a file here that has what `Task` names, an entry in `finetuning.build.TASKS` and a variant in
+`configs/finetune.py`; table, splits, members, loop, resuming and report take it as they take classification.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+
+from usfmae_jax.data.splits import Strata
+from usfmae_jax.data.table import Table
+from usfmae_jax.evaluation import tables
+from usfmae_jax.evaluation.predictions import Predictions
+
+Arrays = dict[str, np.ndarray]
+
+
+class Task(Protocol):
+    """What a model learns from labels, and how good it is at it.
+
+    Attributes:
+      outputs: names of what the model puts out, in order: classes, or quantities.
+      losses: names of those metrics of which less is better.
+      tie: the metric that decides between evaluations that are equally good; "" = the earlier one is kept.
+      predictions: the type of what is written of every frame that is tested.
+    """
+
+    outputs: tuple[str, ...]
+    losses: frozenset[str]
+    tie: str
+    predictions: type[Predictions]
+
+    def strata(self, table: Table) -> Strata:
+        """What every part of a split has some of; without classes one stratum for all."""
+        return Strata(np.zeros(len(table), int), ("all",))
+
+    def summary(self, table: Table) -> str:
+        """What the table holds of each output, a few words; "" = nothing to say."""
+        return ""
+
+    def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
+        """The model of this task on a backbone, JSON; see `interop.model.build`."""
+        return {**backbone, "pool": "mean", "outputs": list(self.outputs)}
+
+    def targets(self, table: Table, rows: np.ndarray) -> Arrays:
+        """What goes beside the images of a member's training rows: arrays `[R, ...]` by name."""
+
+    def prepare(self, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Draws what is random in a batch, before it is cut into micro-batches.
+
+        Args:
+          batch: `image` float32 `[B, H, W, C]`, normalised, and the targets.
+          rng: of this step.
+
+        Returns:
+          arrays with a first axis of B, and the random key that is left for `loss`.
+        """
+        return batch, rng
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(sum, count) of a batch from `prepare` or of a part of it; the quotient of the parts' sums is the loss."""
+
+    def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+        """Normalised images `[B, H, W, C]` to arrays `[B, ...]` by name."""
+
+    def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
+        """Metrics of what was predicted of some rows, by name, those that are defined there; to choose by."""
+
+    def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> Predictions:
+        """What is written of tested rows; `ids` are those of `evaluation.predictions.identify`."""
+
+    def examples(self, table: Table, rows: np.ndarray, predictions: Predictions) -> list[dict[str, Any]]:
+        """Tested frames worth a look, with `order` (least first) and `row`, and what `finish` wants to show of them."""
+        return []
+
+    def finish(
+        self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any
+    ) -> dict[str, Any]:
+        """Scores the predictions of all members with intervals over patients, and writes results and report.
+
+        Args:
+          workdir: receives them; see `reporting.run.finish`.
+          predictions: of the test parts.
+          validation: of the validation parts.
+          **found: `about`, what was done: title, protocol, datasets and split; `context`, what the results come from;
+            `embedding`, a map of features or None; `examples`, from the method of that name, with `image` uint8
+            `[H, W, C]` and `map` float `[gh, gw]` or None; `resamples`, bootstrap replicates.
+
+        Returns:
+          what results.json holds.
+        """
+
+    def table(self, results: Mapping[str, Any]) -> str:
+        """The results for a terminal."""
+        names = {name: name for name in results["metrics"]}
+        return tables.overview(results, names, next(iter(names)))

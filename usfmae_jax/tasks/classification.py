@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,47 +14,11 @@ from usfmae_jax.data.pipeline import decode_ahead
 from usfmae_jax.data.splits import Strata
 from usfmae_jax.data.table import Table, folders, names_beside, whole_image
 from usfmae_jax.errors import InputError
-from usfmae_jax.models.patches import normalize_images
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    """How a classifier is taught, and how it sees pixels.
-
-    Attributes:
-      num_classes: outputs of the model.
-      mean: per channel of the model's input.
-      std: per channel.
-      smoothing: of the labels, in [0, 1).
-      mixup: see `mix`; 0 = off.
-      cutmix: see `mix`; 0 = off.
-      erasing: probability, see `erase`.
-    """
-
-    num_classes: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    erasing: float = 0.0
-
-    def prepare(self, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Normalises, erases and mixes `image` uint8 `[B, H, W, c]`, and makes a `target` `[B, C]` of `label`."""
-        mix_rng, erase_rng, model_rng = jax.random.split(rng, 3)
-        inputs = normalize_images(batch["image"], self.mean, self.std)
-        targets = smoothed_targets(batch["label"], self.num_classes, self.smoothing)
-        inputs = erase(erase_rng, inputs, self.erasing)  # before they are mixed, as MAE's recipe has it
-        inputs, targets = mix(mix_rng, inputs, targets, mixup=self.mixup, cutmix=self.cutmix)
-        return {"image": inputs, "target": targets, "weight": batch["weight"]}, model_rng
-
-    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The cross entropy weighted by `weight` `[B, C]`, and the sum of the weights."""
-        return cross_entropy(model(batch["image"], rng=rng, train=True), batch["target"], batch["weight"])
-
-    def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-        """uint8 `[B, H, W, c]` to `probabilities` float32 `[B, C]`."""
-        return {"probabilities": jax.nn.softmax(model(normalize_images(images, self.mean, self.std)))}
+from usfmae_jax.evaluation import results as scoring
+from usfmae_jax.evaluation.classification import LOSSES, NAMES, metrics, positive_class
+from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions
+from usfmae_jax.reporting import classification as reporting
+from usfmae_jax.tasks import Arrays, Task
 
 
 def select(table: Table, classes: Sequence[str] = ()) -> Table:
@@ -152,6 +116,125 @@ def labelled_images(table: Table, *, size: tuple[int, int], channels: int, limit
         "label": table.label[rows],
         "patient": table.patient_key[rows].tolist(),
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification(Task):
+    """How a classifier is taught.
+
+    Attributes:
+      outputs: names of the classes.
+      pool: "mean" or "cls", of a vision transformer's tokens.
+      positive: name of the positive one of two classes; "" = the last.
+      smoothing: of the labels, in [0, 1).
+      mixup: see `mix`; 0 = off.
+      cutmix: see `mix`; 0 = off.
+      erasing: probability, see `erase`.
+      balanced: whether all classes weigh alike in the loss, however many frames they have.
+    """
+
+    outputs: tuple[str, ...]
+    pool: str = "mean"
+    positive: str = ""
+    smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    erasing: float = 0.0
+    balanced: bool = False
+
+    losses = LOSSES
+    tie = "log_loss"
+    predictions = ClassPredictions
+
+    def strata(self, table: Table) -> Strata:
+        """The classes."""
+        return strata(table)
+
+    def summary(self, table: Table) -> str:
+        """Frames of each class."""
+        counts = np.bincount(table.label, minlength=len(self.outputs))
+        return ", ".join(f"{count} {name}" for name, count in zip(self.outputs, counts, strict=True))
+
+    def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
+        """A linear head for the classes; a ResNet pools in its own way."""
+        pool = {"pool": self.pool} if backbone["model"] == "vit" else {}
+        return {**backbone, **pool, "classes": list(self.outputs)}
+
+    def targets(self, table: Table, rows: np.ndarray) -> Arrays:
+        """`label` int32 `[R]`, and `weight` float32 `[R, C]`, the same for all: of the classes in the loss."""
+        label, classes = table.label[rows].astype(np.int32), len(self.outputs)
+        weights = np.ones(classes, np.float32)
+        if self.balanced:  # inverse to their share
+            counts = np.bincount(label, minlength=classes)
+            weights = (counts.sum() / (classes * np.maximum(counts, 1))).astype(np.float32)
+        return {"label": label, "weight": np.broadcast_to(weights, (len(rows), classes))}
+
+    def prepare(self, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Erases and mixes the images, and makes `target` `[B, C]` of the labels."""
+        mix_rng, erase_rng, model_rng = jax.random.split(rng, 3)
+        targets = smoothed_targets(batch["label"], len(self.outputs), self.smoothing)
+        inputs = erase(erase_rng, batch["image"], self.erasing)  # before they are mixed, as MAE's recipe has it
+        inputs, targets = mix(mix_rng, inputs, targets, mixup=self.mixup, cutmix=self.cutmix)
+        return {"image": inputs, "target": targets, "weight": batch["weight"]}, model_rng
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The weighted cross entropy, and the sum of the weights."""
+        return cross_entropy(model(batch["image"], rng=rng, train=True), batch["target"], batch["weight"])
+
+    def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+        """`probabilities` float32 `[B, C]`."""
+        return {"probabilities": jax.nn.softmax(model(images))}
+
+    def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
+        """See `evaluation.classification.metrics`."""
+        probabilities = predicted["probabilities"].astype(np.float64)
+        found = metrics(table.label[rows], probabilities, positive_class(self.outputs, self.positive))
+        values = {name: float(found[name][0]) for name in NAMES if name in found}
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> ClassPredictions:
+        """Labels and probabilities."""
+        return ClassPredictions(
+            **ids, classes=self.outputs, label=table.label[rows], probabilities=predicted["probabilities"]
+        )
+
+    def examples(self, table: Table, rows: np.ndarray, predictions: Predictions) -> list[dict[str, Any]]:
+        """The errors, those first of which the model was most sure."""
+        assert isinstance(predictions, ClassPredictions)
+        return errors(rows, predictions)
+
+    def finish(self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any) -> Any:
+        """See `reporting.classification.finish`."""
+        assert isinstance(predictions, ClassPredictions)
+        assert isinstance(validation, ClassPredictions | None)
+        return reporting.finish(workdir, predictions, validation=validation, positive=self.positive, **found)
+
+    def table(self, results: Mapping[str, Any]) -> str:
+        """See `evaluation.results.table`."""
+        return scoring.table(results)
+
+
+def errors(rows: np.ndarray, predictions: ClassPredictions) -> list[dict[str, Any]]:
+    """Every wrong answer, with the predicted class's probability; the surer, the lower its `order`.
+
+    Args:
+      rows: int `[N]` of a table, which were tested.
+      predictions: of these rows, by one member.
+    """
+    names, found = predictions.classes, []
+    for place in np.flatnonzero(predictions.predicted != predictions.label):
+        predicted = int(predictions.predicted[place])
+        probability = float(predictions.probabilities[place, predicted])
+        found.append(
+            {
+                "order": -probability,
+                "row": int(rows[place]),
+                "label": names[predictions.label[place]],
+                "predicted": names[predicted],
+                "probability": probability,
+            }
+        )
+    return found
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

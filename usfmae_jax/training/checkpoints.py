@@ -7,11 +7,12 @@ from etils import epath
 from orbax.checkpoint import v1 as orbax
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.training.checks import flat
 from usfmae_jax.training.state import State
 
 
 def open_checkpoints(
-    directory: str, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 1, read_only: bool = False
+    directory: str, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 1
 ) -> orbax.training.Checkpointer:
     """Opens the checkpoints below a folder; a half-written one, left by a killed run, is removed.
 
@@ -20,7 +21,6 @@ def open_checkpoints(
       keep_latest: how many of the newest to keep.
       keep_every: keep those at multiples of this step for good; 0 = none.
       keep_best: how many of those with the lowest loss to keep.
-      read_only: leave everything as it is: a run may be writing there.
     """
     keep = orbax.training.preservation_policies
     policies: list[Any] = [keep.LatestN(max(keep_latest, 1))]
@@ -32,8 +32,8 @@ def open_checkpoints(
         epath.Path(directory),
         # The loop decides when; asking again here would refuse the save on preemption.
         save_decision_policy=orbax.training.save_decision_policies.FixedIntervalPolicy(1),
-        preservation_policy=keep.PreserveAll() if read_only else keep.AnyPreservationPolicy(policies),
-        cleanup_tmp_directories=not read_only,
+        preservation_policy=keep.AnyPreservationPolicy(policies),
+        cleanup_tmp_directories=True,
     )
 
 
@@ -93,7 +93,7 @@ def check_resumable(
     Raises:
       InputError: names every field that differs, with both values.
     """
-    old, new = _flatten(stored), _flatten(current)
+    old, new = flat(stored), flat(current)
     differences = [
         f"{name} is {new.get(name)!r} but was {old.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
@@ -104,11 +104,3 @@ def check_resumable(
             f"the checkpoint in {workdir} was made with another config: {'; '.join(differences)}. "
             "Use the old values to resume, or another --workdir to start anew."
         )
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, name + ".") if isinstance(value, Mapping) else {name: value}
-    return flat

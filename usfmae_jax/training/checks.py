@@ -1,128 +1,136 @@
-"""Configs: which fields are out of their range, as far as the config alone tells; what artefacts may show of them."""
+"""What a person gives: whether a run can use it, and what artefacts may show of it."""
 
 import functools
 import json
 import operator
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ml_collections
+import jax
 import numpy as np
+from etils import epath
 
-from usfmae_jax.data import augment
+from usfmae_jax.data.table import Table, read_table
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation.classification import NAMES
-from usfmae_jax.training import probes
 
-PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "finetuned")
-#: Smallest values of config fields.
-LEAST = {
-    "bootstrap": 1,
-    "examples": 0,
-    "step": 0,
-    "data.threads": 1,
-    "linear.epochs": 1,
-    "linear.batch_size": 1,
-    "attentive.epochs": 1,
-    "attentive.batch_size": 1,
-    "attentive.patience": 1,
-}
-
-#: Config fields, and their defaults, that mean nothing for a classifier that is tested as it is.
-PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0}
+Fields = Mapping[str, Any]
 
 
-def check_finetune(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for single fields that are out of their range."""
-    regular, stop = config.regularization, config.stop
-    for name, value, low, high in (
-        ("regularization.smoothing", regular.smoothing, 0, 0.99),
-        ("regularization.erasing", regular.erasing, 0, 1),
-        ("regularization.mixup", regular.mixup, 0, np.inf),
-        ("regularization.cutmix", regular.cutmix, 0, np.inf),
-        ("optimizer.warmup", config.optimizer.warmup, 0, 1),
-        ("optimizer.layer_decay", config.optimizer.layer_decay, 1e-3, 1),
-        ("optimizer.learning_rate", config.optimizer.learning_rate, 0, np.inf),
-        ("optimizer.floor", config.optimizer.floor, 0, np.inf),
-        ("optimizer.weight_decay", config.optimizer.weight_decay, 0, np.inf),
-        ("optimizer.b1", config.optimizer.b1, 0, 0.9999),
-        ("optimizer.b2", config.optimizer.b2, 0, 0.999999),
-        ("augment.hflip", config.augment.hflip, 0, 1),
-        ("augment.vflip", config.augment.vflip, 0, 1),
-        ("data.max_damaged", config.data.max_damaged, 0, 1),
-        ("train.epochs", config.train.epochs, 0, np.inf),
-        ("train.steps", config.train.steps, 0, np.inf),
-        ("stop.patience", stop.patience, 0, np.inf),
-        ("parallel", config.parallel, 0, np.inf),
-        ("evaluate.bootstrap", config.evaluate.bootstrap, 1, np.inf),
-        ("train.min_steps", config.train.min_steps, 0, np.inf),
-    ):
-        if not low <= value <= high:
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, name + ".") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
+def check_ranges(fields: Fields, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises InputError for the first field that is not between its lowest and highest value."""
+    for name, (low, high) in ranges.items():
+        if not low <= fields[name] <= high:
             bound = "at least {}" if high == np.inf else "between {} and {}"
-            raise InputError(f"config.{name}={value:g} must be {bound.format(low, high)}")
-    low, high = config.augment.crop_scale
-    if not 0 < low <= high <= 1:
-        raise InputError(f"config.augment.crop_scale=({low:g}, {high:g}) must be two shares of the area, up to 1")
-    if stop.every <= 0:
-        raise InputError(f"config.stop.every={stop.every:g} must be more than 0 epochs")
-    if stop.metric not in NAMES:
-        raise InputError(f"config.stop.metric={stop.metric!r} must be one of {', '.join(NAMES)}")
-    if regular.class_weights not in ("none", "balanced"):
-        raise InputError(f"config.regularization.class_weights={regular.class_weights!r} must be 'none' or 'balanced'")
-    if config.augment.interpolation not in augment.INTERPOLATION:
-        raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"config.seeds={tuple(config.seeds)} must be one or more different numbers from 0 on")
-    if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
+            raise InputError(f"config.{name}={fields[name]:g} must be {bound.format(low, high)}")
+
+
+def check_least(fields: Fields, least: Mapping[str, int]) -> None:
+    """Raises InputError for the first count that is less than it may be."""
+    for name, value in least.items():
+        if fields[name] < value:
+            raise InputError(f"config.{name}={fields[name]} must be {value} or more")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises InputError unless `config.seeds` are different numbers."""
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise InputError(f"config.seeds={tuple(seeds)} must be one or more different numbers from 0 on")
+
+
+def check_batch(fields: Fields, devices: int) -> None:
+    """Raises InputError unless counts are positive, and devices and micro-batches divide the batch."""
+    check_least(fields, dict.fromkeys(("train.batch_size", "train.accumulate", "checkpoint.every", "log.every"), 1))
+    batch_size, accumulate = fields["train.batch_size"], fields["train.accumulate"]
+    parts = devices * accumulate
+    if batch_size % parts:
         raise InputError(
-            f"config.fractions={tuple(config.fractions)} must be shares of the training patients in (0, 1]"
+            f"config.train.batch_size={batch_size} cannot be divided among {devices} devices times {accumulate} "
+            f"micro-batches; make it a multiple of {parts}"
         )
 
 
-def check_evaluate(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a field that cannot be, as far as the config alone tells."""
-    if config.protocol not in PROTOCOLS:
-        raise InputError(f"config.protocol={config.protocol!r} must be one of {', '.join(PROTOCOLS)}")
-    if config.pool not in ("mean", "cls"):
-        raise InputError(f"config.pool={config.pool!r} must be 'mean' or 'cls'")
-    if config.linear.optimizer not in probes.RATES:
-        raise InputError(f"config.linear.optimizer={config.linear.optimizer!r} must be 'lars' or 'adamw'")
-    if config.dtype not in ("float32", "bfloat16"):
-        raise InputError(f"config.dtype={config.dtype!r} must be 'float32' or 'bfloat16'")
-    if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
-        raise InputError(f"config.fractions={tuple(config.fractions)} must be shares above 0 and up to 1")
-    if not config.seeds or len(set(config.seeds)) < len(config.seeds) or min(config.seeds) < 0:
-        raise InputError(f"config.seeds={tuple(config.seeds)} must be one or more different numbers from 0 on")
-    for name, least in LEAST.items():
-        value = functools.reduce(operator.getitem, name.split("."), config)
-        if value < least:
-            raise InputError(f"config.{name}={value} must be {least} or more")
-    if not config.checkpoint:
-        raise InputError(
-            "config.checkpoint is missing: the workdir of a run, one of its checkpoints, an encoder or classifier "
-            "directory, or 'pixels' for the raw pixels that an encoder has to beat"
-        )
+def check_computation(dtype: str, attention: str) -> None:
+    """Raises InputError unless `config.model.dtype` and `.attention` name something that exists."""
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"config.model.dtype={dtype!r} must be 'float32' or 'bfloat16'")
+    if attention not in ("", "xla", "cudnn"):
+        raise InputError(f"config.model.attention={attention!r} must be 'xla', 'cudnn' or '' for JAX's choice")
 
 
-def check_finetuned(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a field that only probes have, where a classifier is tested as it is."""
-    for name, default in PROBES_ONLY.items():
-        value = functools.reduce(operator.getitem, name.split("."), config)
-        if (tuple(value) if isinstance(default, tuple) else value) != default:
-            raise InputError(
-                f"config.{name} is for probes, and this checkpoint is a classifier that is tested as it was trained: "
-                "leave it out, or name a protocol such as --config.protocol=logistic"
-            )
+def square(size: Any) -> tuple[int, int]:
+    """`config.model.image_size` as (height, width); a single number stands for both.
+
+    Raises:
+      InputError: it is neither one number nor two.
+    """
+    size = tuple(size)
+    if len(size) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in size):
+        raise InputError(f"config.model.image_size={size} must be one positive integer, or (height, width)")
+    return size * 2 if len(size) == 1 else size
 
 
-def public_settings(config: ml_collections.ConfigDict, paths: tuple[str, ...]) -> dict[str, Any]:
-    """The config as JSON, with paths as `public_paths` has them.
+def names(values: Sequence[Any]) -> tuple[str, ...]:
+    """Names as a person may type them: `('a', 'b')`, `a,b`, or numbers."""
+    return tuple(name.strip() for value in values for name in str(value).split(",") if name.strip())
+
+
+def make_workdir(workdir: str) -> str:
+    """Creates the working directory and returns its absolute path.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = epath.Path(workdir)
+    try:
+        path = path if "://" in workdir else path.resolve()
+        path.mkdir(parents=True, exist_ok=True)
+        trial = path / f".writable-{jax.process_index()}"
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be written: {error.strerror or error}") from error
+    return str(path)
+
+
+def read_frames(path: str, split: str) -> Table:
+    """All frames of `config.data.path` in the TFDS split `config.data.split`, "" = all.
+
+    Raises:
+      InputError: there are none, with how to make some, or they cannot be used.
+    """
+    last = path.rstrip("/").rpartition("/")[2]
+    public = last if last.isidentifier() else "bus_bra"
+    how_to = (
+        "\n  Prepare your own:  python -m data_prep.build --dataset=folder --input=DIR --labels=parent --output=data"
+        f"\n  or a public set:   python -m data_prep.build --dataset={public} --input=DIR --output=data"
+    )
+    if not path:
+        raise InputError("config.data.path names no labelled shards." + how_to)
+    try:
+        return read_table(path, split)
+    except InputError as error:
+        text = str(error)
+        raise InputError(f"config.data.path: {text}." + how_to if "no shards match" in text else text) from error
+
+
+def public_settings(settings: str, paths: tuple[str, ...]) -> dict[str, Any]:
+    """A run's settings, with paths as `public_paths` has them.
 
     Args:
-      config: of a run.
+      settings: JSON.
       paths: names of the fields, such as `data.path`, that hold paths, several separated by commas.
     """
-    public = json.loads(config.copy_and_resolve_references().to_json_best_effort())
+    public = json.loads(settings)
     for name in paths:
         *groups, field = name.split(".")
         node = functools.reduce(operator.getitem, groups, public)

@@ -63,7 +63,7 @@ def apply_batches(
       mesh: batches are spread over it; its devices must divide `batch_size`.
       function: returns an array or a dict of arrays, the first axis that of the images.
       variables: parameters (and statistics) as `function` takes them; arrays of the mesh stay as they are sharded.
-      batches: uint8 `[n, H, W, C]` with n <= `batch_size`, the same ones in every process.
+      batches: uint8 `[n, H, W, C]`, or what else the function takes, with n <= `batch_size`; the same in all processes.
       batch_size: rows per call.
       total: images in all, for the progress bar.
       desc: names the pass in the bar.
@@ -74,8 +74,9 @@ def apply_batches(
     run = _compiled(function, mesh)
     if not all(_lies_on(mesh, leaf) for leaf in jax.tree.leaves(variables)):
         variables = jax.device_put(variables, replicated(mesh))
-    rows = batch_size // jax.process_count()
-    first = jax.process_index() * rows
+    processes = sorted({device.process_index for device in mesh.devices.flat})
+    rows = batch_size // len(processes)
+    first = processes.index(jax.process_index()) * rows
     found: list[Any] = []
     pending: list[tuple[Any, int]] = []
 
@@ -88,7 +89,7 @@ def apply_batches(
         for images in batches:
             count = len(images)
             if count < batch_size:
-                padding = np.zeros((batch_size - count, *images.shape[1:]), np.uint8)
+                padding = np.zeros((batch_size - count, *images.shape[1:]), images.dtype)
                 images = np.concatenate([images, padding])
             pending.append((run(variables, global_batch(mesh, images[first : first + rows])), count))
             collect(1)  # the batch before: the devices have this one to work on
@@ -142,13 +143,18 @@ def encoder_function(weights: Model, pool: str = "mean", *, dtype: Any = jnp.flo
     return features, encoder.params["encoder"]
 
 
-def classifier_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
-    """The function `(variables, images uint8) -> {"logits" [B, C], "features" [B, D]}` of a classifier, and variables.
+def head_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
+    """The function `(variables, images uint8) -> {"logits" [B, C], "features" [B, D]}` of a model with a head.
+
+    `logits` are what the head puts out, `features` what it sees.
+
+    Returns:
+      the function, and the variables.
 
     Raises:
       InputError: the weights have no head.
     """
-    if weights.kind != "classifier":
+    if weights.kind not in ("classifier", "model"):
         raise InputError(
             "these weights are of an encoder without a head; fine-tune it, or choose a protocol to probe it"
         )
@@ -157,8 +163,7 @@ def classifier_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Fo
 
     def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
         model = nnx.merge(graph, *[part for part in variables if part])
-        inputs = normalize_images(images, mean, std)
-        pooled = model.features(inputs)
+        pooled = model.features(normalize_images(images, mean, std))
         return {"logits": model.head(pooled), "features": pooled}
 
     return predict, (weights.params, weights.stats)

@@ -8,11 +8,12 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from usfmae_jax.errors import InputError
@@ -132,3 +133,25 @@ def global_batch(mesh: Mesh, local: Any) -> Any:
     """
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
+
+
+def on_first_process(action: Callable[[], None]) -> None:
+    """Has process 0 write what all share; if it refuses to, all processes stop, and none waits for another.
+
+    Raises:
+      InputError: the action did, on process 0.
+    """
+    refusal: InputError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except InputError as error:
+            refusal = error
+    if multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None)):
+        raise refusal or InputError("process 0 of this job refuses to start; see what it says")
+
+
+def one_device() -> Mesh:
+    """A mesh of one device of this process, for what one process does alone."""
+    axes = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=axes, devices=jax.local_devices()[:1])

@@ -24,6 +24,8 @@ from usfmae_jax.data.splits import cross_validation
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import bootstrap_chunks, metrics
 from usfmae_jax.models.heads import AttentivePool
+from usfmae_jax.training.forward import apply_batches
+from usfmae_jax.training.mesh import one_device
 from usfmae_jax.training.state import model_graph
 
 Data = tuple[np.ndarray, np.ndarray]
@@ -38,6 +40,10 @@ LARGEST_HESSIAN = 1600
 RATES = {"lars": (0.1, 0.3, 1.0, 3.0, 10.0), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
 #: Of the attentive probe, for its batch as it is.
 ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3)
+
+
+#: Frames whose patch tokens are looked at together.
+_BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,16 +398,12 @@ def _attentive_program(graph: Any, steps: int) -> tuple[Any, Any, optax.Gradient
     def forward(params: Any, tokens: jax.Array) -> jax.Array:
         return jax.vmap(lambda p: nnx.merge(graph, p)(tokens.astype(jnp.float32)), out_axes=1)(params)
 
-    return jax.jit(update, donate_argnums=(0, 1)), jax.jit(forward), optimizer
+    return jax.jit(update, donate_argnums=(0, 1)), forward, optimizer
 
 
-def _by_batches(forward: Any, params: Any, tokens: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    found = []
-    for start in range(0, len(tokens), batch_size):
-        chunk = tokens[start : start + batch_size]
-        padded = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]), chunk.dtype)])
-        found.append(np.asarray(forward(params, padded))[: len(chunk)])
-    return np.concatenate(found)
+def _by_batches(forward: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
+    batches = (tokens[start : start + _BATCH] for start in range(0, len(tokens), _BATCH))
+    return apply_batches(one_device(), forward, params, batches, batch_size=_BATCH, total=len(tokens))
 
 
 def _order(count: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:

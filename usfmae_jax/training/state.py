@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from usfmae_jax.interop.model import model_graph
+from usfmae_jax.interop.model import flatten, model_graph, unflatten
 from usfmae_jax.training.mesh import state_sharding
 
 State = dict[str, Any]
@@ -67,6 +67,21 @@ def abstract_state(
         abstract,
         state_sharding(mesh, abstract),
     )
+
+
+def fill(state: State, loaded: dict[str, Any]) -> State:
+    """Puts weights into a fresh state, on the devices that its arrays are on.
+
+    Args:
+      state: from `init_state`.
+      loaded: `params`, and `stats` if any: nested, some or all of the state's.
+    """
+    filled = {}
+    for group, new in loaded.items():
+        old = flatten(state[group])
+        placed = {name: jax.device_put(leaf, old[name].sharding) for name, leaf in flatten(new).items()}
+        filled[group] = unflatten(old | placed)
+    return state | filled
 
 
 def _words(seed: int) -> jax.Array:

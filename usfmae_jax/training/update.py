@@ -33,7 +33,8 @@ def combine(params: Any, part: Any) -> Any:
 
 def make_update(
     graph: Any,
-    learn: Any,
+    prepare: Callable[[Any, jax.Array], tuple[Any, jax.Array]],
+    loss: Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array]],
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[jax.Array, jax.Array], jax.Array],
     mesh: Mesh,
@@ -45,8 +46,8 @@ def make_update(
 
     Args:
       graph: of the model, from `state.model_graph`.
-      learn: an objective or a task: `prepare(batch, rng) -> (arrays, rng)` draws what is random, for the whole batch,
-        and `loss(model, arrays, rng) -> (sum, count)`.
+      prepare: of an objective or a task, `(batch, rng) -> (arrays, rng)`: draws what is random, for the whole batch.
+      loss: likewise, `(model, arrays, rng) -> (sum, count)`.
       optimizer: what `state["opt_state"]` belongs to, with a learning rate of 1.
       learning_rate: `(step, total_steps) -> rate`; the length is an argument, so that runs of different lengths share
         one compiled program.
@@ -58,7 +59,7 @@ def make_update(
 
     def summed(part: Any, params: Any, stats: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
         model = nnx.merge(graph, combine(params, part), *([stats] if stats else []))
-        total, count = learn.loss(model, batch, rng)
+        total, count = loss(model, batch, rng)
         return total, (count, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     gradient = jax.value_and_grad(summed, has_aux=True)
@@ -69,7 +70,7 @@ def make_update(
 
     def update(state: State, batch: Any, total_steps: Any) -> tuple[State, Metrics]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state["rng"]), state["step"])
-        batch, rng = learn.prepare(batch, rng)
+        batch, rng = prepare(batch, rng)
         batch = jax.lax.with_sharding_constraint(batch, sharding)
         params, stats = state["params"], state.get("stats", {})
         part = pick(params, trained)

@@ -1,0 +1,174 @@
+"""From a config to the parts of an evaluation, refusing what cannot work before anything is computed."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import ml_collections
+
+from usfmae_jax.data import provenance, splits
+from usfmae_jax.data.duplicates import cached_near_duplicates
+from usfmae_jax.data.table import Table
+from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation.classification import positive_class
+from usfmae_jax.interop.model import Model, members, open_model
+from usfmae_jax.tasks import classification
+from usfmae_jax.training import checks, probes
+
+PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "finetuned")
+#: Smallest values of config fields.
+LEAST = {
+    "bootstrap": 1,
+    "examples": 0,
+    "step": 0,
+    "data.threads": 1,
+    "linear.epochs": 1,
+    "linear.batch_size": 1,
+    "attentive.epochs": 1,
+    "attentive.batch_size": 1,
+    "attentive.patience": 1,
+}
+#: Config fields, and their defaults, that mean nothing for a classifier that is tested as it is.
+PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Who is fitted on what.
+
+    Attributes:
+      folds: after near-duplicates were taken out of their training parts.
+      groups: int `[N]`, what belongs together.
+      members: (fraction, seed, fold with its share of the training rows), one for each fit.
+      excluded: frames that were taken out, and why.
+      note: where the split comes from.
+    """
+
+    folds: list[splits.Fold]
+    groups: Any
+    members: list[tuple[float, int, splits.Fold]]
+    excluded: list[dict[str, Any]]
+    note: str
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for a field that cannot be, as far as the config alone tells."""
+    if config.protocol not in PROTOCOLS:
+        raise InputError(f"config.protocol={config.protocol!r} must be one of {', '.join(PROTOCOLS)}")
+    if config.pool not in ("mean", "cls"):
+        raise InputError(f"config.pool={config.pool!r} must be 'mean' or 'cls'")
+    if config.linear.optimizer not in probes.RATES:
+        raise InputError(f"config.linear.optimizer={config.linear.optimizer!r} must be 'lars' or 'adamw'")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"config.dtype={config.dtype!r} must be 'float32' or 'bfloat16'")
+    if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
+        raise InputError(f"config.fractions={tuple(config.fractions)} must be shares above 0 and up to 1")
+    checks.check_seeds(config.seeds)
+    checks.check_least(checks.flat(config.to_dict()), LEAST)
+    if not config.checkpoint:
+        raise InputError(
+            "config.checkpoint is missing: the workdir of a run, one of its checkpoints, an encoder or classifier "
+            "directory, or 'pixels' for the raw pixels that an encoder has to beat"
+        )
+
+
+def check_finetuned(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError for a field that only probes have, where a classifier is tested as it is."""
+    fields = checks.flat(config.to_dict())
+    for name, default in PROBES_ONLY.items():
+        if (tuple(fields[name]) if isinstance(default, tuple) else fields[name]) != default:
+            raise InputError(
+                f"config.{name} is for probes, and this checkpoint is a classifier that is tested as it was trained: "
+                "leave it out, or name a protocol such as --config.protocol=logistic"
+            )
+
+
+def protocol(config: ml_collections.ConfigDict) -> str:
+    """The protocol that 'auto' stands for: a classifier is tested as it is, an encoder by logistic regression."""
+    if config.protocol != "auto":
+        return config.protocol
+    if config.checkpoint == "pixels":
+        return "logistic"
+    if members(config.checkpoint):
+        return "finetuned"
+    return "finetuned" if open_model(config.checkpoint, config.step or None).kind == "classifier" else "logistic"
+
+
+def encoder(config: ml_collections.ConfigDict) -> Model | None:
+    """The model whose encoder is probed; None for raw pixels.
+
+    Raises:
+      InputError: it cannot be read, or is no vision transformer.
+    """
+    if config.checkpoint == "pixels":
+        return None
+    model = open_model(config.checkpoint, config.step or None)
+    model.encoder()
+    return model
+
+
+def labelled(config: ml_collections.ConfigDict) -> Table:
+    """The labelled frames.
+
+    Raises:
+      InputError: there are none, or they cannot be used.
+    """
+    table = checks.read_frames(config.data.path, config.data.split)
+    table = classification.select(table, checks.names(config.classes))
+    try:
+        positive_class(table.label_names, config.positive)
+    except InputError as error:
+        raise InputError(f"config.{error}") from error
+    return table
+
+
+def refuse_labels_seen(model: Model | None, table: Table) -> None:
+    """Raises InputError if a probe would test features on frames whose labels they may have been trained on."""
+    for dataset, jobs in provenance.seen_in(model.lineage if model else [], [table.shards]).items():
+        if "finetune" in jobs:
+            raise InputError(
+                f"these weights were fine-tuned on labels of {dataset}: a probe of them on it is no test; use "
+                "--config.protocol=finetuned, weights from before, or other data"
+            )
+
+
+def split(
+    config: ml_collections.ConfigDict, table: Table, pairs: Any = None
+) -> tuple[list[splits.Fold], Any, list[dict[str, Any]], str]:
+    """The folds of the data; see `splits.plan`."""
+    how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
+    return splits.plan(table, classification.strata(table), **how, seed=config.seed, pairs=pairs)
+
+
+def asked_for(config: ml_collections.ConfigDict, table: Table) -> tuple[list[splits.Fold], str] | None:
+    """The folds that the person names for a classifier that is tested as it is, and a phrase; None if they do not."""
+    if not config.split.path and config.split.kind == "auto":
+        return None
+    folds, _, _, note = split(config, table)
+    return folds, note
+
+
+def plan(config: ml_collections.ConfigDict, table: Table, protocol: str, cache: str) -> Plan:
+    """Folds of the data and the members to fit; equal ones are made once."""
+    pairs = None
+    if config.split.duplicates:
+        kept = f"{cache}/duplicates-{table.fingerprint}.csv"
+        pairs = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
+    folds, groups, excluded, note = split(config, table, pairs)
+    folds, only = splits.only(folds, checks.names(config.split.only))
+    strata = classification.strata(table)
+    chosen = []
+    for fraction in sorted(set(config.fractions)):
+        # Without chance in what is learnt from, or in how, all seeds would be the same.
+        seeds = config.seeds if fraction < 1 or protocol in ("linear", "attentive") else config.seeds[:1]
+        for seed in seeds:
+            for fold in folds:
+                part = splits.take_fraction(strata, fold, groups, fraction, config.seed + seed)
+                chosen.append((float(fraction), int(seed), part))
+    return Plan(folds, groups, chosen, excluded, note + only)
+
+
+def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The config as JSON, without what tells who ran where."""
+    text = config.copy_and_resolve_references().to_json_best_effort()
+    return checks.public_settings(text, ("checkpoint", "data.path", "split.path", "cache"))

@@ -1,0 +1,105 @@
+"""A closer look at what was tested: where attention went, which answers are shown, and a map of the features."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from usfmae_jax.data.table import Table, whole_image
+from usfmae_jax.interop.model import Model, build, model_graph
+from usfmae_jax.models.patches import normalize_images
+from usfmae_jax.models.vit import attention_rollout
+from usfmae_jax.reporting.classification import embedding_points
+
+#: uint8 `[n, H, W, C]` to maps float32 `[n, gh, gw]`.
+Attention = Callable[[np.ndarray], np.ndarray]
+
+
+def rollout(model: Model | None, pool: Literal["mean", "cls"]) -> Attention | None:
+    """Attention rollout of a vision transformer; None for other models, and for raw pixels (no model)."""
+    if model is None or model.description["model"] != "vit":
+        return None
+    encoder = model.encoder()
+    params = encoder.params["encoder"]
+    mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
+    follow = _follower(model_graph(build(encoder.description)), mean, std, pool)
+    return lambda images: np.asarray(follow(params, images))
+
+
+@functools.lru_cache(4)  # the members of a run share the compiled program
+def _follower(
+    graph: Any, mean: tuple[float, ...], std: tuple[float, ...], pool: Literal["mean", "cls"]
+) -> Callable[[Any, np.ndarray], jax.Array]:
+    return jax.jit(
+        lambda params, images: attention_rollout(nnx.merge(graph, params), normalize_images(images, mean, std), pool)
+    )
+
+
+def foremost(members: Sequence[Any]) -> list[int]:
+    """Numbers of the members that are looked at: of the largest label `fraction`, those of the first `seed`."""
+    fraction = max(member.fraction for member in members)
+    seed = next(member.seed for member in members if member.fraction == fraction)
+    return [i for i, member in enumerate(members) if member.fraction == fraction and member.seed == seed]
+
+
+def shown(
+    table: Table,
+    found: Sequence[tuple[Mapping[str, Any], Attention | None]],
+    count: int,
+    image_format: tuple[tuple[int, int], int],
+) -> list[dict[str, Any]]:
+    """Examples as reports show them, with their images and where the model looked.
+
+    Args:
+      table: of the frames.
+      found: examples with `order`, least first, and `row`; and the attention of the model that was asked.
+      count: how many are shown.
+      image_format: (height, width) and channels of the model's input.
+    """
+    size, channels = image_format
+    examples = []
+    for example, attention in sorted(found, key=lambda one: (one[0]["order"], one[0]["row"]))[:count]:
+        image = whole_image(table, example["row"], size, channels)
+        look = attention(image[None])[0] if attention else None
+        examples.append({**example, "image": image, "map": look, "frame": str(table.frame_key[example["row"]])})
+    return examples
+
+
+def feature_map(
+    table: Table, rows: np.ndarray, names: np.ndarray, features: np.ndarray, space: str, seed: int = 0
+) -> dict[str, Any] | None:
+    """A map of features for a report; None where there is nothing to see.
+
+    Args:
+      table: of the frames.
+      rows: int `[N]` of it.
+      names: str `[N]`, what points are coloured by.
+      features: float `[N, D]`.
+      space: what the features are, a few words.
+      seed: of the map.
+    """
+    chosen, points = embedding_points(features, seed)
+    if not len(chosen):
+        return None
+    return {
+        "points": points,
+        "label": names[chosen],
+        "dataset": table.dataset[rows[chosen]],
+        "frame": table.frame_key[rows[chosen]],
+        "space": space,
+    }
+
+
+def cautions(table: Table) -> list[str]:
+    """What a reader of any result on these frames has to know of them."""
+    found = []
+    # Without an id, a build writes the path of the file.
+    unknown = int(((table.patient == "") | (table.patient == table.source)).sum())
+    if unknown:
+        found.append(f"{unknown} of {len(table)} frames have no patient id and count as patients of their own")
+    if table.damaged:
+        found.append(f"{table.damaged} damaged records were left out")
+    return found
