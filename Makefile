@@ -5,8 +5,10 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := data/demo
+# The tests of a file share what it makes once, so they stay in one process; files begin in the order of conftest.py.
+PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev install-interop demo-data pretrain test lint format clean
+.PHONY: help install install-dev install-interop demo-data pretrain test test-all lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,8 +43,11 @@ demo-data: $(VENV)/.core  ## simulate labelled ultrasound frames into data/demo 
 pretrain: demo-data  ## pretrain a small model on simulated frames, minutes on a laptop
 	$(BIN)/python -m usfmae_jax.main --config=configs/pretrain.py:demo
 
-test: $(VENV)/.dev  ## run all tests, two at a time
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.dev  ## run the tests but those marked slow, two files at a time
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+test-all: $(VENV)/.dev  ## run all tests
+	$(BIN)/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check --output-format=concise .

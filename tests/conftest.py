@@ -18,6 +18,14 @@ from tests.helpers import tiny_config, write_shards  # noqa: E402
 
 flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
 
+#: They run doors in processes of their own, for minutes.
+LONGEST = ("tests/test_finetune.py", "tests/pretraining/test_runs.py", "tests/finetuning/test_loop.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first: of two processes, one would wait for the other that took such a file last."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -1,3 +1,5 @@
+import functools
+
 import cv2
 import numpy as np
 import pytest
@@ -8,9 +10,12 @@ from data_prep.overlays import burn
 from data_prep.sector import Sector, find_sector
 
 
+@functools.cache
 def simulated(geometry="linear", size=320, seed=3):
+    """Image and sector of one frame, `[H, W]`, both read-only."""
     frames = (phantom.simulate_patient(k, seed=seed, image_size=size, frames=1)[0] for k in range(50))
     one = next(frame for frame in frames if frame.geometry == geometry)
+    one.image.flags.writeable = one.sector.flags.writeable = False
     return one.image, one.sector
 
 

@@ -9,8 +9,6 @@ import pytest
 from data_prep.readers import Frame, UnreadableError
 from tests.data_prep.readers import fuzz, samples
 
-CASES_PER_FILE = 12
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -19,8 +17,9 @@ def files(tmp_path_factory):
     return [str(path) for path in samples.write_all(tmp_path_factory.mktemp("files"))]
 
 
-def test_mutated_files_of_every_kind_end_in_frames_or_in_one_reason(files):
-    cases = [(path, seed) for path in files for seed in range(CASES_PER_FILE)]
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 12), marks=pytest.mark.slow)], ids=len)
+def test_mutated_files_of_every_kind_end_in_frames_or_in_one_reason(files, seeds):
+    cases = [(path, seed) for path in files for seed in seeds]
     ended = list(fuzz.run(cases))
     failures = [str(one) for one in ended if isinstance(one, fuzz.Failure)]
     assert not failures, "\n".join(failures)
@@ -51,23 +50,24 @@ def misbehave(path, options):
     yield Frame(np.zeros((4, 4, 1), np.float32 if length < 5000 else np.uint8))
 
 
-@pytest.mark.parametrize(
-    ("length", "expected"),
-    [
-        (50, "hang: more than 0.5 s"),
-        (500, "crash: exit status -6"),
-        (1500, "printed: chatter"),
-        (2500, "a reason that cannot be stored"),
-        (3500, "KeyError"),
-        (4500, "frame 0 after -1 is float32"),
-    ],
-)
-def test_what_no_reader_should_do_is_noticed_and_the_next_case_runs(tmp_path, monkeypatch, length, expected):
-    path, good = tmp_path / "x.png", tmp_path / "y.png"
-    path.write_bytes(bytes(length))
-    good.write_bytes(bytes(20_000))
-    seed = next(seed for seed in range(1000) if len(fuzz.mutate(bytes(length), seed)) == length)
-    failure, after = fuzz.run([(str(path), seed), (str(good), seed)], limit=0.5, read=misbehave)
-    assert expected in failure.what
-    assert f"--seed={seed} '{path}'" in str(failure)
-    assert after == "frames"
+def test_what_no_reader_should_do_is_noticed_and_the_next_case_runs(tmp_path):
+    expected = {
+        50: "hang: more than 0.5 s",
+        500: "crash: exit status -6",
+        1500: "printed: chatter",
+        2500: "a reason that cannot be stored",
+        3500: "KeyError",
+        4500: "frame 0 after -1 is float32",
+    }
+    cases = []
+    for length in (*expected, 20_000):
+        path = tmp_path / f"{length}.png"
+        path.write_bytes(bytes(length))
+        # One that leaves the length as it is.
+        cases.append((str(path), next(seed for seed in range(1000) if len(fuzz.mutate(bytes(length), seed)) == length)))
+    good = cases.pop()
+    ended = list(fuzz.run([case for bad in cases for case in (bad, good)], limit=0.5, read=misbehave))
+    for (path, seed), what, failure, after in zip(cases, expected.values(), ended[::2], ended[1::2], strict=True):
+        assert what in failure.what
+        assert f"--seed={seed} '{path}'" in str(failure)
+        assert after == "frames"

@@ -82,15 +82,21 @@ def test_data_outside_of_their_file_are_refused(tmp_path, offset):
             read(path)
 
 
+@pytest.mark.slow
+def test_a_packed_plane_of_too_many_pixels_is_refused(tmp_path):
+    packed = samples.write_nifti(tmp_path / "v.nii.gz", np.zeros((300, 1000, 1000), np.uint8), dims=(10_000, 10_000, 3))
+    for axis in range(3):
+        with pytest.raises(UnreadableError, match="more than 50 million"):
+            read(packed, axis=axis)
+
+
 def test_a_plane_of_too_many_pixels_is_refused_before_it_is_read(tmp_path):
     path = samples.write_meta_image(tmp_path / "v.mha", np.zeros((1, 1, 1), np.uint8), DimSize="10000 10000 3")
     with path.open("ab") as file:
         file.truncate(300_100_000)  # sparse
-    packed = samples.write_nifti(tmp_path / "v.nii.gz", np.zeros((300, 1000, 1000), np.uint8), dims=(10_000, 10_000, 3))
     for axis in range(3):
-        for large in (path, packed):
-            with pytest.raises(UnreadableError, match="more than 50 million"):
-                read(large, axis=axis)
+        with pytest.raises(UnreadableError, match="more than 50 million"):
+            read(path, axis=axis)
 
 
 def test_what_gives_no_pictures_along_an_axis_is_refused(tmp_path):
