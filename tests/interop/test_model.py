@@ -12,7 +12,7 @@ import safetensors
 from flax import nnx
 
 from usfmae_jax import load_encoder
-from usfmae_jax.data.table import read_labelled
+from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import load_parameters, save_parameters
 from usfmae_jax.interop.model import (
@@ -116,7 +116,7 @@ def test_what_version_0_1_wrote_is_opened(place, kind, fingerprint):
     model = open_model(str(VERSION_0_1 / place))
     assert (model.kind, model.fingerprint) == (kind, fingerprint)  # as it was then: resumed runs compare it
     assert model.lineage[0]["step"] == 2
-    frames = read_labelled(str(VERSION_0_1 / "shards"))
+    frames = read_table(str(VERSION_0_1 / "shards"))
     assert len(frames) == 8
     assert load_encoder(VERSION_0_1 / "run")(np.zeros((1, 8, 8), np.uint8)).class_token.shape == (1, 16)
 
