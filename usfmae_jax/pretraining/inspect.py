@@ -79,7 +79,7 @@ def probe(objective: Objective, graph: Any, mesh: Mesh, labelled: Mapping[str, A
       objective: what is learnt.
       graph: of the model, which has an `encoder`.
       mesh: devices of the run.
-      labelled: from `pipeline.load_labelled`.
+      labelled: from `classification.labelled_images`.
       note: said with the first probe.
       seed: of the folds.
 
