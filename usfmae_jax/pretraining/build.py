@@ -24,7 +24,7 @@ from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks, optimizers
-from usfmae_jax.training.state import State
+from usfmae_jax.training.state import State, fill
 
 #: Config fields that a resumed run may change: they alter where and how fast it computes, not what.
 RESUMABLE = (
@@ -220,26 +220,25 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
         raise InputError(f"{directory} is not an encoder directory, nor a run or what usfmae_jax.convert wrote")
     weights = open_model(directory, whole=True)
     weights = weights if weights.kind == "mae" else weights.encoder()
-    found = weights.params
-    about = weights.description["encoder"] | weights.description.get("decoder", {}) | weights.preprocessing
-    params = dict(state["params"])
-    for part in [part for part in ("encoder", "decoder") if part in found]:
-        params[part] = _fitted(found[part], params[part], directory, part)
+    own, about = state["params"], weights.description["encoder"] | weights.preprocessing
+    taken = {part: params for part, params in weights.params.items() if part in own}
+    for part, params in taken.items():
+        _check_shapes(params, own[part], directory, part)
     # Heads leave no trace in the shapes.
-    for name in ("num_heads", "decoder_num_heads")[: len(found)]:
-        if about[name] != model[name]:
-            raise InputError(
-                f"config.init={directory} has {about[name]} heads: add --config.model.{name}={about[name]}"
-            )
-    taken = "encoder and decoder" if "decoder" in found else "encoder, with a freshly initialised decoder,"
-    said = f"starting from the {taken} of {directory}"
+    for part, name in (("encoder", "num_heads"), ("decoder", "decoder_num_heads")):
+        heads = (about | weights.description.get("decoder", {})).get(name)
+        if part in taken and heads != model[name]:
+            raise InputError(f"config.init={directory} has {heads} heads: add --config.model.{name}={heads}")
+    fresh = [part for part in own if part not in taken]
+    said = f"starting from the {' and '.join(taken)}{', with a freshly initialised ' * bool(fresh)}"
+    said += f"{' and '.join(fresh)}{',' * bool(fresh)} of {directory}"
     for name in ("mean", "std"):
         if not np.allclose(about[name], model[name], atol=1e-3):
             said += f"\nwarning: its pixels had another {name}: {tuple(about[name])}, here {tuple(model[name])}"
-    return state | {"params": params}, weights.lineage, said
+    return fill(state, {"params": taken}), weights.lineage, said
 
 
-def _fitted(new: Any, own: Any, directory: str, part: str) -> Any:
+def _check_shapes(new: Any, own: Any, directory: str, part: str) -> None:
     shapes, expected = ({k: v.shape for k, v in flatten(tree).items()} for tree in (new, own))
     for name in sorted(shapes.keys() | expected.keys()):
         there, here = shapes.get(name, "absent"), expected.get(name, "absent")
@@ -247,7 +246,6 @@ def _fitted(new: Any, own: Any, directory: str, part: str) -> Any:
             instead = f"; to take the encoder alone, add --config.init={directory}/encoder" * (part == "decoder")
             message = f"config.init={directory}: {part}.{name} is {there} there and {here} in this config"
             raise InputError(message + instead)
-    return jax.tree.map(lambda value, old: jax.device_put(value, old.sharding), new, own)
 
 
 def inspections(

@@ -53,10 +53,9 @@ def finish(
     positive: str,
     context: Mapping[str, Any],
     validation: ClassPredictions | None = None,
-    embedding: Mapping[str, Any] | None = None,
-    examples: Sequence[Mapping[str, Any]] = (),
     robustness: Mapping[str, Any] | None = None,
     resamples: int = 1000,
+    **shown: Any,
 ) -> dict[str, Any]:
     """Computes the results of a run and writes them: results.json, results.md, predictions.csv, report.html.
 
@@ -67,10 +66,9 @@ def finish(
       positive: name of the positive class of a binary task; "" = the last. Of no consequence with more classes.
       context: what the results come from, see `evaluation.results`.
       validation: see `evaluation.results.summarise`.
-      embedding: see `described`.
-      examples: see `described`.
       robustness: metrics under corruption, see `evaluation.results`.
       resamples: bootstrap replicates; 0 = no intervals.
+      **shown: `embedding` and `examples`, see `described`.
 
     Returns:
       what results.json holds.
@@ -87,7 +85,7 @@ def finish(
         task=about,
         context={**context, "warnings": warnings},
         text=scoring.text(results),
-        **described(results, predictions, embedding, examples),
+        **described(results, predictions, **shown),
     )
 
 
