@@ -13,8 +13,8 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -102,20 +102,27 @@ def embed(
     weights.encoder()
     mesh = make_mesh()
     batch_size = fitting_batch(batch_size, mesh, "--batch_size")
-    items: _Records | _Files | None = _shard_items(data, split)
-    items = _file_items(data, split) if items is None else items
+    items = _shard_items(data, split) or _file_items(data, split)
     size, channels = image_format(weights)
     columns: dict[str, list[Any]] = collections.defaultdict(list)
     images = _load(items, columns, size, channels, batch_size, threads)
-    features = extractor(weights, pool, mesh=mesh, batch_size=batch_size)(images, len(items), "features")
+    features = extractor(weights, pool, mesh=mesh, batch_size=batch_size)(images, items.total, "features")
     _write(output, features, columns, {"weights": weights.fingerprint, "pool": pool})
     print(f"features {list(features.shape)} of {len(features)} frames: {output}", file=sys.stderr)
     return len(features)
 
 
-def _shard_items(data: str, split: str) -> "_Records | None":
+class _Items(NamedTuple):
+    """What there is to read: how many, the record of a number (or `DamagedRecord`), and what a person calls it."""
+
+    total: int
+    read: Callable[[int], dict[str, Any]]
+    name: Callable[[int], str]
+
+
+def _shard_items(data: str, split: str) -> _Items | None:
     """The records of shards; None if there are no shards."""
-    from usfmae_jax.data.records import Shards, open_shards
+    from usfmae_jax.data.records import Shards, dataset_name, decode_record, open_shards
 
     paths: list[str] = []
     for path in data.split(","):
@@ -125,65 +132,42 @@ def _shard_items(data: str, split: str) -> "_Records | None":
             if "no shards match" in str(error) and "," not in data and os.path.isdir(data):
                 return None  # perhaps a folder of picture files
             raise InputError(f"--data: {error}; give shards, or a folder with PNG, JPEG or BMP files") from error
-    return _Records(Shards(list(dict.fromkeys(paths))))
+    shards = Shards(list(dict.fromkeys(paths)))
+
+    def read(number: int) -> dict[str, Any]:
+        record = decode_record(shards[number])
+        return record | {"dataset": record["dataset"] or dataset_name(shards.locate(number)[0])}
+
+    return _Items(len(shards), read, lambda number: "record number {1} of {0}".format(*shards.locate(number)))
 
 
-class _Records:
-    """Records of shards with what is missing in them filled in."""
-
-    def __init__(self, shards: Any):
-        self._shards = shards
-
-    def __len__(self) -> int:
-        return len(self._shards)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        from usfmae_jax.data.records import dataset_name, decode_record
-
-        record = decode_record(self._shards[index])
-        return record | {"dataset": record["dataset"] or dataset_name(self._shards.locate(index)[0])}
-
-    def name(self, index: int) -> str:
-        path, number = self._shards.locate(index)
-        return f"record number {number} of {path}"
-
-
-class _Files:
+def _file_items(data: str, split: str) -> _Items:
     """Picture files as records."""
+    from usfmae_jax.data.records import FIELDS
 
-    def __init__(self, root: pathlib.Path, paths: Sequence[pathlib.Path]):
-        self._root, self._paths = root, paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        from usfmae_jax.data.records import FIELDS
-
-        path = self._paths[index]
-        try:
-            image = path.read_bytes()
-        except OSError as error:
-            raise DamagedRecord(str(error)) from error
-        source = self.name(index)
-        return FIELDS | {"image": image, "source": source, "frame": source, "dataset": self._root.resolve().name}
-
-    def name(self, index: int) -> str:
-        return self._paths[index].relative_to(self._root).as_posix()
-
-
-def _file_items(data: str, split: str) -> "_Files":
     root = pathlib.Path(data)
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise InputError(f"--data={data} holds neither shards nor PNG, JPEG or BMP files")
     if split:
         raise InputError(f"--split={split} is for shards, and --data={data} holds picture files; leave it out")
-    return _Files(root, paths)
+
+    def name(number: int) -> str:
+        return paths[number].relative_to(root).as_posix()
+
+    def read(number: int) -> dict[str, Any]:
+        try:
+            image = paths[number].read_bytes()
+        except OSError as error:
+            raise DamagedRecord(str(error)) from error
+        source = name(number)
+        return FIELDS | {"image": image, "source": source, "frame": source, "dataset": root.resolve().name}
+
+    return _Items(len(paths), read, name)
 
 
 def _load(
-    items: Any, columns: dict[str, list[Any]], size: tuple[int, int], channels: int, batch_size: int, threads: int
+    items: _Items, columns: dict[str, list[Any]], size: tuple[int, int], channels: int, batch_size: int, threads: int
 ) -> Iterator[np.ndarray]:
     """Batches uint8 `[n, H, W, C]`; fills the columns in the same order."""
     import cv2
@@ -196,13 +180,13 @@ def _load(
 
     def load(index: int) -> tuple[dict[str, Any], np.ndarray] | str:
         try:
-            record = items[index]
+            record = items.read(index)
             return record, augment.resize(decode_image(record["image"], channels), size)
         except DamagedRecord as error:
             return f"{items.name(index)} is left out: {error}"
 
     batch: list[np.ndarray] = []
-    with contextlib.closing(decode_ahead(load, range(len(items)), threads, 2 * batch_size)) as loaded:
+    with contextlib.closing(decode_ahead(load, range(items.total), threads, 2 * batch_size)) as loaded:
         for item in loaded:
             if isinstance(item, str):
                 print(f"warning: {item}", file=sys.stderr)

@@ -41,7 +41,7 @@ def extractor(weights: Model | None, pool: str, *, mesh: Mesh, batch_size: int, 
 
     Args:
       weights: with an encoder; None takes the pixels of the shrunk image.
-      pool: 'mean', 'cls' or 'patches', see `inference.encoder_function`.
+      pool: 'mean', 'cls' or 'patches', see `training.forward.encoder_function`.
       mesh: devices; they must divide `batch_size`.
       batch_size: images per call.
       dtype: of the arithmetic.

@@ -1,1 +1,1 @@
-"""Training: the loops and what every loop shares."""
+"""What every loop shares: devices, state, update, checkpoints, forward passes, probes, and what a person sees."""

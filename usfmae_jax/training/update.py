@@ -45,7 +45,7 @@ def make_update(
     """Builds the update `(state, batch, total_steps) -> (state, metrics)`.
 
     Args:
-      graph: of the model, from `state.model_graph`.
+      graph: of the model, from `interop.model.model_graph`.
       prepare: of an objective or a task, `(batch, rng) -> (arrays, rng)`: draws what is random, for the whole batch.
       loss: likewise, `(model, arrays, rng) -> (sum, count)`.
       optimizer: what `state["opt_state"]` belongs to, with a learning rate of 1.
