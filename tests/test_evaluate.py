@@ -92,9 +92,8 @@ def test_the_split_that_one_run_leaves_is_the_split_of_another(settings, tmp_pat
     settings.split.path = str(tmp_path / "a" / "splits" / "splits.csv")
     settings.checkpoint = "pixels"
     evaluate(settings, str(tmp_path / "b"))
-    folds = [
-        dict(zip(f.frame_key, f.fold, strict=True)) for f in map(predictions.read, (tmp_path / "a", tmp_path / "b"))
-    ]
+    both = [predictions.read(tmp_path / name, predictions.ClassPredictions) for name in "ab"]
+    folds = [dict(zip(one.frame_key, one.fold, strict=True)) for one in both]
     assert folds[0] == folds[1]
     assert door.compare([str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'c.json'}"]) == 0
     assert json.loads((tmp_path / "c.json").read_text())["frames"] == 48
