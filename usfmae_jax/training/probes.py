@@ -26,6 +26,7 @@ from usfmae_jax.evaluation.classification import bootstrap_chunks, metrics
 from usfmae_jax.models.heads import AttentivePool
 from usfmae_jax.training.forward import apply_batches
 from usfmae_jax.training.mesh import one_device
+from usfmae_jax.training.optimizers import warmup_cosine
 from usfmae_jax.training.state import model_graph
 
 Data = tuple[np.ndarray, np.ndarray]
@@ -415,8 +416,8 @@ def _order(count: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
 
 def _schedule(steps: int) -> optax.Schedule:
     """Relative: the rate itself multiplies it."""
-    warmup = steps // 10
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else 1.0, 1.0, warmup, max(steps, warmup + 1))
+    warmup = steps // 10 / steps
+    return lambda step: warmup_cosine(step, jnp.asarray(steps), learning_rate=1.0, floor=0.0, warmup=warmup)
 
 
 def _matrices(params: Any) -> Any:
