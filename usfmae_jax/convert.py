@@ -21,10 +21,9 @@ from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from usfmae_jax.interop.files import Source
     from usfmae_jax.interop.model import Model
-    from usfmae_jax.interop.reading import Account
-    from usfmae_jax.interop.settings import Options
-    from usfmae_jax.interop.source import Source
+    from usfmae_jax.interop.reading import Account, Options
 
 #: What an output folder of this door may hold.
 WRITTEN = ("checkpoints", "classifier", "config.json", "encoder", "lineage.json")
@@ -71,8 +70,8 @@ def convert(path: str, output: str, options: "Options", licence: str = "") -> No
     Raises:
       InputError: the file cannot be used, or the output holds something else; nothing is written then.
     """
-    from usfmae_jax.interop.reading import read_model  # after the flags are known to be right
-    from usfmae_jax.interop.source import open_source
+    from usfmae_jax.interop.files import check_output, open_source  # after the flags are known to be right
+    from usfmae_jax.interop.reading import read_model
 
     check_output(output, WRITTEN)
     source = open_source(path)
@@ -92,17 +91,8 @@ def convert(path: str, output: str, options: "Options", licence: str = "") -> No
     print(f"written to {output}: {', '.join(sorted(set(os.listdir(output)) & set(WRITTEN)))}", file=sys.stderr)
 
 
-def check_output(output: str, written: Sequence[str]) -> None:
-    """Raises InputError when a folder holds anything but what this door writes, or is a file."""
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise InputError(f"--output={output} is a file; name a new folder")
-    others = sorted(set(os.listdir(output)) - set(written)) if os.path.isdir(output) else []
-    if others:
-        raise InputError(f"--output={output} holds something else ({', '.join(others[:3])}); name a new folder")
-
-
 def _options(args: argparse.Namespace) -> "Options":
-    from usfmae_jax.interop.settings import Options
+    from usfmae_jax.interop.reading import Options
 
     def numbers(name: str, kind: type) -> tuple[Any, ...]:
         text = getattr(args, name)
@@ -128,7 +118,7 @@ def _options(args: argparse.Namespace) -> "Options":
 
 def _origin(path: str, source: "Source", licence: str, account: "Account") -> list[dict[str, Any]]:
     """The stage that made weights which carry no lineage, as far as it is known."""
-    from usfmae_jax.interop.licences import published_stage
+    from usfmae_jax.interop.card import published_stage
 
     name = os.path.basename(os.path.abspath(path))
     stage = published_stage(name)

@@ -26,8 +26,8 @@ from flax import nnx
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import holds_checkpoints, load_parameters
-from usfmae_jax.interop.positions import stored_table
-from usfmae_jax.interop.tensors import from_array, write_safetensors
+from usfmae_jax.interop.files import from_array, write_safetensors
+from usfmae_jax.interop.names import stored_table
 from usfmae_jax.models.heads import Classifier
 from usfmae_jax.models.mae import MAE
 from usfmae_jax.models.resnet import ResNet
@@ -106,7 +106,7 @@ class Model:
         return height // patch, width // patch
 
     def stored_positions(self) -> np.ndarray:
-        """The position table for these images as files hold it: float32 `[1, 1 + N, width]`, see `positions`."""
+        """The position table for these images as files hold it: float32 `[1, 1 + N, width]`, see `stored_table`."""
         about = self.description["encoder"]
         base = (about["image_size"][0] // about["patch_size"], about["image_size"][1] // about["patch_size"])
         return stored_table(base, self.grid(), about["width"], self.params["encoder"].get("position"))

@@ -8,7 +8,7 @@ import pytest
 from tests.interop import made
 from tests.interop.torch_models import need
 from usfmae_jax import convert, export
-from usfmae_jax.interop import onnx_export, stablehlo_export, verification
+from usfmae_jax.interop import onnx, stablehlo, verify, writing
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +21,14 @@ def weights(tmp_path_factory):
 
 def test_an_export_that_differs_fails_and_leaves_no_weights(weights, tmp_path, capsys, monkeypatch):
     need("flatbuffers")
-    write = stablehlo_export.write_stablehlo
+    write = stablehlo.write_stablehlo
 
     def wrong(model, directory):
         norm = model.params["encoder"]["norm"]
         norm["bias"] = norm["bias"] + 2e-4
         write(model, directory)
 
-    monkeypatch.setattr(stablehlo_export, "write_stablehlo", wrong)
+    monkeypatch.setitem(writing.WRITERS, "stablehlo", wrong)
     assert export.main([f"--checkpoint={weights}", "--format=stablehlo", f"--output={tmp_path / 'out'}"]) == 2
     assert "the export to stablehlo is 0.0002 off the model, more than 0.0001" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.stablehlo").exists()
@@ -39,7 +39,7 @@ def test_an_export_that_differs_fails_and_leaves_no_weights(weights, tmp_path, c
 def test_what_is_no_number_or_of_another_shape_is_infinitely_far():
     ours = {"a": np.zeros(3), "b": np.zeros(3)}
     theirs = {"a": np.array([0, np.nan, 0]), "b": np.zeros((1, 3)), "c": np.zeros(1)}
-    assert verification.largest_difference(ours, theirs) == {"a": np.inf, "b": np.inf, "c": np.inf}
+    assert verify.largest_difference(ours, theirs) == {"a": np.inf, "b": np.inf, "c": np.inf}
 
 
 def test_a_runtime_that_is_missing_is_said_in_export_json_and_on_the_card(weights, tmp_path, monkeypatch):
@@ -53,13 +53,13 @@ def test_a_runtime_that_is_missing_is_said_in_export_json_and_on_the_card(weight
 
 def test_onnx_without_its_package_is_refused_in_a_sentence(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    assert onnx_export.OPSET == 17
+    assert onnx.OPSET == 17
     assert export.main([f"--checkpoint={weights}", "--format=onnx", f"--output={tmp_path / 'out'}"]) == 2
     assert "needs the package onnx: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
 
 
 def test_stablehlo_without_its_package_is_refused_in_a_sentence(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stablehlo_export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
     assert export.main([f"--checkpoint={weights}", "--format=stablehlo", f"--output={tmp_path / 'out'}"]) == 2
     assert "needs the package flatbuffers: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
 
