@@ -44,11 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--std", default="", metavar="S,S,S", help="of the normalisation; default: the file's")
     parser.add_argument("--norm_eps", type=float, default=0, metavar="EPS", help="of the layer norms; 1e-6 is MAE's")
     parser.add_argument("--licence", default="", help="of the weights, if the file is silent")
-    parser.add_argument(
-        "--allow_partial",
-        action="store_true",
-        help="go on without what is missing or not understood, where that can be",
-    )
+    say = "go on without what is missing or not understood, where that can be"
+    parser.add_argument("--allow_partial", action="store_true", help=say)
     args = parser.parse_args(argv)
     try:
         convert(args.input, args.output, _options(args), args.licence)
@@ -104,16 +101,9 @@ def _options(args: argparse.Namespace) -> "Options":
     size = numbers("image_size", int)
     if len(size) > 2 or any(side < 1 for side in size):
         raise InputError(f"--image_size={args.image_size} must be one positive number, or height,width")
-    return Options(
-        channels=args.channels,
-        image_size=(size * 2)[:2] if size else None,  # type: ignore[arg-type]
-        num_heads=args.num_heads,
-        decoder_num_heads=args.decoder_num_heads,
-        mean=numbers("mean", float),
-        std=numbers("std", float),
-        norm_eps=args.norm_eps,
-        allow_partial=args.allow_partial,
-    )
+    given = {name: getattr(args, name) for name in Options.__dataclass_fields__}
+    given |= {"image_size": (size * 2)[:2] or None, "mean": numbers("mean", float), "std": numbers("std", float)}
+    return Options(**given)
 
 
 def _origin(path: str, source: "Source", licence: str, account: "Account") -> list[dict[str, Any]]:
@@ -164,7 +154,7 @@ def _write(model: "Model", output: str) -> None:
     os.makedirs(output, exist_ok=True)
     write_lineage(output, model.lineage)
     save_model(os.path.join(output, "encoder"), model.encoder())
-    if model.kind == "classifier":
+    if model.kind in ("classifier", "model"):
         save_model(os.path.join(output, "classifier"), model)
         return
     about = {"kind": model.kind, "description": model.description, "preprocessing": model.preprocessing}

@@ -167,14 +167,18 @@ def _settings(source: Source, found: Tensors, options: Options, notes: list[str]
         description["decoder"] = {"decoder_width": narrow, "decoder_depth": depth, "decoder_num_heads": heads}
     if any(name.startswith(_HEAD) for name in found):
         description["pool"] = "mean" if any(name.startswith("fc_norm.") for name in found) else "cls"
-        description["classes"] = _classes(own, config, found)
+        if own["outputs"]:  # of another task
+            description["outputs"] = list(own["outputs"])
+        else:
+            description["classes"] = _classes(own, config, found)
     return Model({}, description, _preprocessing(source, channels, own["image_size"] or size, options, notes), [])
 
 
 def _own_settings(source: Source) -> dict[str, Any]:
     """What our own exports and directories say of the model."""
     export, about = source.settings.get("export", {}).get("model"), source.settings.get("architecture", {})
-    own = {"architecture": about.get("encoder", about), "decoder": None, "classes": about.get("classes", ())}
+    own = {"architecture": about.get("encoder", about), "decoder": None}
+    own |= {name: about.get(name, ()) for name in ("classes", "outputs")}
     own |= export if isinstance(export, dict) else {}
     return own | {"image_size": source.settings.get("preprocessing", {}).get("image_size")}
 
@@ -239,8 +243,8 @@ def _take_head(found: Tensors, description: dict[str, Any], account: Account) ->
     head = {name: found.pop(name) for name in list(found) if name.startswith(_HEAD)}
     if not head:
         return {}
-    width, classes = description["encoder"]["width"], len(description["classes"])
-    shapes = {"head.weight": (classes, width), "head.bias": (classes,)}
+    width, outputs = description["encoder"]["width"], len(description.get("outputs") or description["classes"])
+    shapes = {"head.weight": (outputs, width), "head.bias": (outputs,)}
     if description["pool"] == "mean":
         shapes |= {"fc_norm.weight": (width,), "fc_norm.bias": (width,)}
     _compare(head, shapes)
@@ -264,7 +268,7 @@ def _take_tables(found: Tensors, model: Model, options: Options, account: Accoun
             raise InputError(f"--image_size={size[0]},{size[1]} must be divisible by the patch size {patch}")
         model = dataclasses.replace(model, preprocessing=model.preprocessing | {"image_size": list(size)})
         if "position" in found:  # a parameter is resized once, so that what is exported is what is here
-            old, new, position = _base(model), (size[0] // patch, size[1] // patch), found["position"]
+            old, new, position = model.table_grid(), (size[0] // patch, size[1] // patch), found["position"]
             if position.shape[0] == old[0] * old[1]:  # else the shapes are compared later
                 found["position"] = from_array(np.asarray(resize_table(position.read(), old, new)))
             model = _with_encoder(model, image_size=list(size))
@@ -273,7 +277,8 @@ def _take_tables(found: Tensors, model: Model, options: Options, account: Accoun
 
 def _take_table(found: Tensors, name: str, model: Model, account: Account) -> Model:
     table = found.pop(name).read()
-    about, base, patch = model.description["encoder"], _base(model), model.description["encoder"]["patch_size"]
+    about, base = model.description["encoder"], model.table_grid()
+    patch = about["patch_size"]
     grid = names.find_grid(table.shape[1] - 1, model.grid()) if table.ndim == 3 else None
     if grid is None:
         known = names.expected_shapes(about, model.description.get("decoder"))
@@ -304,13 +309,6 @@ def _take_table(found: Tensors, name: str, model: Model, account: Account) -> Mo
     found["position"] = from_array(table[0, 1:])
     account.notes.append("the position table is a learned one, and is kept as a parameter")
     return _with_encoder(model, image_size=[grid[0] * patch, grid[1] * patch], learned_positions=True)
-
-
-def _base(model: Model) -> tuple[int, int]:
-    """Patches down and across of the images that the model's position table is made for."""
-    height, width = model.description["encoder"]["image_size"]
-    patch = model.description["encoder"]["patch_size"]
-    return height // patch, width // patch
 
 
 def _with_encoder(model: Model, **changes: Any) -> Model:

@@ -52,25 +52,22 @@ def expected(model: Model, images: np.ndarray) -> Outputs:
     used = model.encoder() if model.kind == "mae" else model
     outputs = dict(jax.jit(inference(used))(images, used.params))
     if model.kind == "mae":
-        outputs["loss"] = jax.jit(_loss, static_argnums=0)(_Static(model), images, model.params, sample_noise(model))
+        outputs["loss"] = jax.jit(_loss(model))(images, model.params, sample_noise(model))
     return jax.device_get(outputs)
 
 
-class _Static:
-    """A model that a jitted function is compiled for."""
+def _loss(model: Model) -> Callable[[jax.Array, Any, jax.Array], jax.Array]:
+    graph, patch_size = model_graph(build(model.description)), model.description["encoder"]["patch_size"]
+    mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
 
-    def __init__(self, model: Model):
-        self.graph = model_graph(build(model.description))
-        self.patch_size = model.description["encoder"]["patch_size"]
-        self.mean, self.std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
+    def apply(images: jax.Array, params: Any, noise: jax.Array) -> jax.Array:
+        x = normalize_images(images, mean, std)
+        keep, restore, mask = mask_from_noise(noise, MASK_RATIO)
+        predicted = nnx.merge(graph, params)(x, keep, restore)
+        error, count = masked_error(predicted, patch_targets(x, patch_size, normalize=True), mask)
+        return error / count
 
-
-def _loss(static: _Static, images: jax.Array, params: Any, noise: jax.Array) -> jax.Array:
-    x = normalize_images(images, static.mean, static.std)
-    keep, restore, mask = mask_from_noise(noise, MASK_RATIO)
-    predicted = nnx.merge(static.graph, params)(x, keep, restore)
-    error, count = masked_error(predicted, patch_targets(x, static.patch_size, normalize=True), mask)
-    return error / count
+    return apply
 
 
 def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tuple[Outputs, str]:

@@ -30,13 +30,12 @@ def original_tensors(model: Model) -> Tensors:
     A classifier that pools patches has no final norm of the encoder, as in MAE's fine-tuning and in timm.
     """
     about = model.description["encoder"]
-    patch, (height, width) = about["patch_size"], about["image_size"]
-    tensors = names.to_original(flatten(model.params), patch, about["channels"])
+    tensors = names.to_original(flatten(model.params), about["patch_size"], about["channels"])
     tensors.pop("position", None)
     tensors["pos_embed"] = from_array(model.stored_positions())
     if model.kind == "mae":
-        base, narrow = (height // patch, width // patch), model.description["decoder"]["decoder_width"]
-        tensors["decoder_pos_embed"] = from_array(names.stored_table(base, model.grid(), narrow))
+        narrow = model.description["decoder"]["decoder_width"]
+        tensors["decoder_pos_embed"] = from_array(names.stored_table(model.table_grid(), model.grid(), narrow))
     if model.description.get("pool") == "mean":
         del tensors["norm.weight"], tensors["norm.bias"]
     return tensors
