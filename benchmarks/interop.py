@@ -18,9 +18,8 @@ import time
 
 import numpy as np
 
-from usfmae_jax.interop.layout import expected_shapes
-from usfmae_jax.interop.positions import stored_table
-from usfmae_jax.interop.tensors import Tensor, write_safetensors
+from usfmae_jax.interop.files import Tensor, write_safetensors
+from usfmae_jax.interop.names import expected_shapes, stored_table
 from usfmae_jax.models.vit import SIZES
 
 DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_num_heads": 16}

@@ -9,8 +9,8 @@ import pytest
 from tests.interop import made
 from usfmae_jax import convert, export
 from usfmae_jax.interop.checkpoint import load_parameters
+from usfmae_jax.interop.files import from_array, open_safetensors
 from usfmae_jax.interop.model import flatten, open_model, read_lineage
-from usfmae_jax.interop.tensors import from_array, open_safetensors
 from usfmae_jax.loading import load_encoder
 from usfmae_jax.models.patches import resize_table
 
@@ -54,7 +54,7 @@ def test_parameters_lie_where_ours_do(converted):
     ],
 )
 def test_a_round_trip_is_bitwise(converted, tmp_path, monkeypatch, kind, form):
-    monkeypatch.setattr("usfmae_jax.interop.verification.observed", _unavailable)  # compared elsewhere; here it is slow
+    monkeypatch.setattr("usfmae_jax.interop.verify.observed", _unavailable)  # compared elsewhere; here it is slow
     assert export.main([f"--checkpoint={converted / kind}", f"--format={form}", f"--output={tmp_path / 'out'}"]) == 0
     assert run(tmp_path / "out", tmp_path / "back") == 0  # heads are known from the export
     before, after = all_parameters(converted / kind), all_parameters(tmp_path / "back")
@@ -72,7 +72,7 @@ def _assert_same_encoder(*outputs):
 
 
 def _unavailable(*_):
-    from usfmae_jax.interop.verification import UnavailableError
+    from usfmae_jax.interop.verify import UnavailableError
 
     raise UnavailableError("not compared here")
 
@@ -203,7 +203,7 @@ def test_a_decoder_that_is_not_whole_is_left_out_on_request(tmp_path, capsys):
 @pytest.mark.parametrize("size", [32, 48], ids=["as made", "resized"])
 @pytest.mark.parametrize("form", ["safetensors", "timm", "hf", "mae"])
 def test_a_learned_position_table_is_kept_and_a_round_trip_is_bitwise(tmp_path, rng, monkeypatch, form, size):
-    monkeypatch.setattr("usfmae_jax.interop.verification.observed", _unavailable)
+    monkeypatch.setattr("usfmae_jax.interop.verify.observed", _unavailable)
     table = rng.normal(0, 0.2, (1, 17, 32)).astype(np.float32)
     found = made.tensors(decoder=False) | {"pos_embed": from_array(table)}
     source = made.write(tmp_path / "w.safetensors", found)
@@ -238,7 +238,7 @@ def test_grey_images_keep_their_features_when_channels_change(tmp_path, rng, old
 
 
 def test_another_image_size_is_used_with_an_interpolated_table_and_survives_a_round_trip(tmp_path, monkeypatch):
-    monkeypatch.setattr("usfmae_jax.interop.verification.observed", _unavailable)
+    monkeypatch.setattr("usfmae_jax.interop.verify.observed", _unavailable)
     source = made.write(tmp_path / "w.safetensors", made.tensors(decoder=False))
     assert run(source, tmp_path / "bad", *made.HEADS, "--image_size=33") == 2
     assert run(source, tmp_path / "out", *made.HEADS, "--image_size=16,48") == 0
@@ -250,7 +250,7 @@ def test_another_image_size_is_used_with_an_interpolated_table_and_survives_a_ro
 
 
 def test_lineage_says_whose_weights_these_were_and_is_carried_on(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("usfmae_jax.interop.verification.observed", _unavailable)
+    monkeypatch.setattr("usfmae_jax.interop.verify.observed", _unavailable)
     source = made.write(tmp_path / "mae_pretrain_vit_large.safetensors", made.tensors())
     assert run(source, tmp_path / "a", *made.HEADS) == 0
     assert "nothing says under which licence" not in capsys.readouterr().err

@@ -21,10 +21,9 @@ from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:
+    from usfmae_jax.interop.files import Source
     from usfmae_jax.interop.model import Model
-    from usfmae_jax.interop.reading import Account
-    from usfmae_jax.interop.settings import Options
-    from usfmae_jax.interop.source import Source
+    from usfmae_jax.interop.reading import Account, Options
 
 #: What an output folder of this door may hold.
 WRITTEN = ("checkpoints", "classifier", "config.json", "encoder", "lineage.json")
@@ -45,11 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--std", default="", metavar="S,S,S", help="of the normalisation; default: the file's")
     parser.add_argument("--norm_eps", type=float, default=0, metavar="EPS", help="of the layer norms; 1e-6 is MAE's")
     parser.add_argument("--licence", default="", help="of the weights, if the file is silent")
-    parser.add_argument(
-        "--allow_partial",
-        action="store_true",
-        help="go on without what is missing or not understood, where that can be",
-    )
+    say = "go on without what is missing or not understood, where that can be"
+    parser.add_argument("--allow_partial", action="store_true", help=say)
     args = parser.parse_args(argv)
     try:
         convert(args.input, args.output, _options(args), args.licence)
@@ -71,8 +67,8 @@ def convert(path: str, output: str, options: "Options", licence: str = "") -> No
     Raises:
       InputError: the file cannot be used, or the output holds something else; nothing is written then.
     """
-    from usfmae_jax.interop.reading import read_model  # after the flags are known to be right
-    from usfmae_jax.interop.source import open_source
+    from usfmae_jax.interop.files import check_output, open_source  # after the flags are known to be right
+    from usfmae_jax.interop.reading import read_model
 
     check_output(output, WRITTEN)
     source = open_source(path)
@@ -92,17 +88,8 @@ def convert(path: str, output: str, options: "Options", licence: str = "") -> No
     print(f"written to {output}: {', '.join(sorted(set(os.listdir(output)) & set(WRITTEN)))}", file=sys.stderr)
 
 
-def check_output(output: str, written: Sequence[str]) -> None:
-    """Raises InputError when a folder holds anything but what this door writes, or is a file."""
-    if os.path.exists(output) and not os.path.isdir(output):
-        raise InputError(f"--output={output} is a file; name a new folder")
-    others = sorted(set(os.listdir(output)) - set(written)) if os.path.isdir(output) else []
-    if others:
-        raise InputError(f"--output={output} holds something else ({', '.join(others[:3])}); name a new folder")
-
-
 def _options(args: argparse.Namespace) -> "Options":
-    from usfmae_jax.interop.settings import Options
+    from usfmae_jax.interop.reading import Options
 
     def numbers(name: str, kind: type) -> tuple[Any, ...]:
         text = getattr(args, name)
@@ -114,21 +101,14 @@ def _options(args: argparse.Namespace) -> "Options":
     size = numbers("image_size", int)
     if len(size) > 2 or any(side < 1 for side in size):
         raise InputError(f"--image_size={args.image_size} must be one positive number, or height,width")
-    return Options(
-        channels=args.channels,
-        image_size=(size * 2)[:2] if size else None,  # type: ignore[arg-type]
-        num_heads=args.num_heads,
-        decoder_num_heads=args.decoder_num_heads,
-        mean=numbers("mean", float),
-        std=numbers("std", float),
-        norm_eps=args.norm_eps,
-        allow_partial=args.allow_partial,
-    )
+    given = {name: getattr(args, name) for name in Options.__dataclass_fields__}
+    given |= {"image_size": (size * 2)[:2] or None, "mean": numbers("mean", float), "std": numbers("std", float)}
+    return Options(**given)
 
 
 def _origin(path: str, source: "Source", licence: str, account: "Account") -> list[dict[str, Any]]:
     """The stage that made weights which carry no lineage, as far as it is known."""
-    from usfmae_jax.interop.licences import published_stage
+    from usfmae_jax.interop.card import published_stage
 
     name = os.path.basename(os.path.abspath(path))
     stage = published_stage(name)
@@ -174,7 +154,7 @@ def _write(model: "Model", output: str) -> None:
     os.makedirs(output, exist_ok=True)
     write_lineage(output, model.lineage)
     save_model(os.path.join(output, "encoder"), model.encoder())
-    if model.kind == "classifier":
+    if model.kind in ("classifier", "model"):
         save_model(os.path.join(output, "classifier"), model)
         return
     about = {"kind": model.kind, "description": model.description, "preprocessing": model.preprocessing}

@@ -17,16 +17,15 @@ pip install 'usfmae_jax[interop]'.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
-from usfmae_jax.convert import check_output
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,17 +33,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("safetensors", "timm", "hf", "mae", "onnx", "stablehlo")
 _WEIGHTS = ("model.safetensors", "mae.pth", "model.onnx", "model.onnx.data", "model.stablehlo")
+_JSON = ("architecture", "config", "export", "lineage", "preprocessing", "preprocessor_config")
 #: What an output folder of this door may hold.
-WRITTEN = (
-    *_WEIGHTS,
-    "README.md",
-    "architecture.json",
-    "config.json",
-    "export.json",
-    "lineage.json",
-    "preprocessing.json",
-    "preprocessor_config.json",
-)
+WRITTEN = (*_WEIGHTS, "README.md", *(f"{name}.json" for name in _JSON))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,12 +71,11 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
       InputError: nothing there, no such checkpoint, a model that the format has no place for, a package is missing, the
         output holds something else; or the export differs from the model, which leaves no weights.
     """
-    from usfmae_jax.interop import verification, writing  # after the flags are known to be right
+    from usfmae_jax.interop import card, files, verify, writing  # after the flags are known to be right
     from usfmae_jax.interop.model import is_pretraining, open_model
-    from usfmae_jax.models.layers import NORM_EPS
 
     output = output or _default_output(checkpoint, form)
-    check_output(output, WRITTEN)
+    files.check_output(output, WRITTEN)
     _check_replaces_its_own(output, form)
     in_training = is_pretraining(checkpoint)
     if step is not None and not in_training:
@@ -93,50 +83,73 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
     model = open_model(checkpoint, step, whole=True)
     if model.description["model"] != "vit":
         raise InputError(f"{checkpoint} holds a {model.description['model']}; only vision transformers can be exported")
-    said = "classifier" if model.kind == "classifier" else "encoder"
+    if model.kind == "model" and form in ("timm", "hf", "mae"):
+        raise InputError(
+            f"{checkpoint} has a head for another task than classification, which {form} has no place for; use "
+            "--format=safetensors, onnx or stablehlo"
+        )
+    said = "encoder" if model.kind in ("encoder", "mae") else model.kind
     if in_training and model.lineage:
         said += f" after step {model.lineage[-1]['step']}"
     if model.kind == "mae" and form not in ("hf", "mae"):
         model = model.encoder()
-    verification.share(model.params)
+    verify.share(model.params)
     os.makedirs(output, exist_ok=True)
-    for name in _WEIGHTS:  # an interrupted export leaves no weights beside the export.json of another
-        if os.path.exists(os.path.join(output, name)) and form != "safetensors":
-            os.remove(os.path.join(output, name))
-    images = verification.sample_images(model)
-    ours = verification.expected(model, images) if form != "safetensors" else {}
-    _write(model, form, output)
-    if form != "safetensors":  # what the other side loads takes their place in memory
-        model = dataclasses.replace(model, params={})
-    if form == "mae":
-        writing.add_pth(output)
-    result = _compare(model, form, output, images, ours)
+    if form == "safetensors":  # renamed into place, over those of an earlier export
+        writing.WRITERS[form](model, output)
+        result = verify.compare_parameters(model, output)
+    else:
+        _remove_weights(output)  # an interrupted export leaves none beside the export.json of another
+        images = verify.sample_images(model)
+        ours = verify.expected(model, images)
+        writing.WRITERS[form](model, output)
+        model = dataclasses.replace(model, params={})  # what the other side loads takes their place in memory
+        if form == "mae":
+            writing.add_pth(output)
+        result = verify.compare_outputs(form, model, output, images, ours)
     described = {
         "architecture": model.description["encoder"],
         "decoder": model.description.get("decoder"),
         "pool": model.description.get("pool", ""),
         "classes": model.description.get("classes", []),
     }
+    if model.kind == "model":
+        described["outputs"] = model.description["outputs"]
     about = {"format": form, "code": f"usfmae_jax {__version__}", "model": described, **result}
-    _finish(model, form, output, about)
-    difference = about["largest_difference"]
-    if difference is not None and any(value > about["limits"][name] for name, value in about["differences"].items()):
-        for name in _WEIGHTS:
-            if os.path.exists(os.path.join(output, name)):
-                os.remove(os.path.join(output, name))
-        eps = model.description["encoder"].get("norm_eps", NORM_EPS)
-        what = "please report it with the versions of your packages"
-        if form in ("timm", "mae") and eps != NORM_EPS:  # they have no setting for it
-            what = (
-                f"its layer norms add {eps:g} to the variance and those of {form} {NORM_EPS:g}; export it to hf, onnx "
-                f"or stablehlo, or convert it once more with --norm_eps={NORM_EPS:g}"
-            )
-        raise InputError(
-            f"the export to {form} is {difference:.2g} off the model, more than {about['limit']:g}; its weights are "
-            f"removed, and {output}/export.json has the numbers: {what}"
-        )
-    compared = about.get("not_compared") or f"largest difference {difference:.1e} with {about['runtime']}"
+    parity = {name: about.get(name) for name in ("format", "code", "largest_difference", "runtime", "not_compared")}
+    writing.write_preprocessing(model, output)
+    writing.write_json(output, "export.json", about)
+    writing.write_json(output, "lineage.json", {"stages": model.lineage, "export": parity})
+    card.write_card(model, form, output, about)
+    if any(value > about["limits"][name] for name, value in about.get("differences", {}).items()):
+        _remove_weights(output)
+        raise InputError(_too_far(model, form, output, about))
+    compared = (
+        about.get("not_compared") or f"largest difference {about['largest_difference']:.1e} with {about['runtime']}"
+    )
     print(f"{said}: {output} ({compared})", file=sys.stderr)
+
+
+def _too_far(model: "Model", form: str, output: str, about: dict[str, Any]) -> str:
+    from usfmae_jax.models.layers import NORM_EPS
+
+    eps = model.description["encoder"].get("norm_eps", NORM_EPS)
+    what = "please report it with the versions of your packages"
+    if form in ("timm", "mae") and eps != NORM_EPS:  # they have no setting for it
+        what = (
+            f"its layer norms add {eps:g} to the variance and those of {form} {NORM_EPS:g}; export it to hf, onnx "
+            f"or stablehlo, or convert it once more with --norm_eps={NORM_EPS:g}"
+        )
+    return (
+        f"the export to {form} is {about['largest_difference']:.2g} off the model, more than {about['limit']:g}; its "
+        f"weights are removed, and {output}/export.json has the numbers: {what}"
+    )
+
+
+def _remove_weights(output: str) -> None:
+    for name in _WEIGHTS:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(output, name))
 
 
 def _default_output(checkpoint: str, form: str) -> str:
@@ -163,66 +176,6 @@ def _check_replaces_its_own(output: str, form: str) -> None:
         raise InputError(
             f"--output={output} holds weights already ({earlier}), not an export to {form}; name a new folder"
         )
-
-
-def _write(model: "Model", form: str, output: str) -> None:
-    from usfmae_jax.interop import onnx_export, stablehlo_export, writing
-    from usfmae_jax.interop.model import save_model
-
-    if form == "safetensors":
-        save_model(output, model)
-    else:
-        write = {
-            "timm": writing.write_timm,
-            "hf": writing.write_hf,
-            "mae": writing.write_mae,
-            "onnx": onnx_export.write_onnx,
-            "stablehlo": stablehlo_export.write_stablehlo,
-        }
-        write[form](model, output)
-
-
-def _compare(model: "Model", form: str, output: str, images: Any, ours: dict[str, Any]) -> dict[str, Any]:
-    """Runs the export and measures; for our own format compares every parameter."""
-    from usfmae_jax.interop import verification
-    from usfmae_jax.interop.model import flatten
-    from usfmae_jax.interop.tensors import open_safetensors
-
-    if form == "safetensors":
-        stored = open_safetensors(os.path.join(output, "model.safetensors"))[0]
-        prefix = "encoder." if model.kind == "encoder" else ""
-        mine, differences = flatten(model.params), dict[str, float]()
-        for name in mine.keys() | {prefix + name for name in stored}:  # one by one: a large model is in memory once
-            theirs = {name: stored[name.removeprefix(prefix)].read()} if name.removeprefix(prefix) in stored else {}
-            differences |= verification.largest_difference(mine, theirs) or {name: math.inf}
-        runtime, limits, count = "its parameters, one by one", dict.fromkeys(differences, 0.0), 0
-    else:
-        try:
-            theirs, runtime = verification.observed(form, model, output, images)
-        except verification.UnavailableError as error:
-            return {"largest_difference": None, "not_compared": str(error)}
-        differences = verification.largest_difference(ours, theirs)
-        limits = {n: verification.LOSS_LIMIT if n == "loss" else verification.LIMIT for n in differences}
-        count = len(images)
-    return {
-        "largest_difference": max(differences.values()),
-        "limit": max(limits.values()),
-        "limits": limits,
-        "differences": differences,
-        "runtime": runtime,
-        "images": count,
-    }
-
-
-def _finish(model: "Model", form: str, output: str, about: dict[str, Any]) -> None:
-    from usfmae_jax.interop import model_card, writing
-
-    writing.write_preprocessing(model, output)
-    parity = {name: about.get(name) for name in ("format", "code", "largest_difference", "runtime", "not_compared")}
-    for name, value in (("export", about), ("lineage", {"stages": model.lineage, "export": parity})):
-        with open(os.path.join(output, name + ".json"), "w") as file:
-            file.write(json.dumps(value, indent=2) + "\n")
-    model_card.write_model_card(model, form, output, about)
 
 
 if __name__ == "__main__":

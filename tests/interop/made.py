@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from usfmae_jax.interop.layout import expected_shapes
-from usfmae_jax.interop.positions import stored_table
-from usfmae_jax.interop.tensors import Tensors, from_array, write_safetensors
+from usfmae_jax.interop.files import Tensors, from_array, write_safetensors
+from usfmae_jax.interop.names import expected_shapes, stored_table
 
 ARCHITECTURE: dict[str, Any] = {
     "image_size": [32, 32], "patch_size": 8, "channels": 3, "width": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 4.0,

@@ -12,10 +12,11 @@ from flax import nnx
 from tests.interop import made, torch_models
 from tests.interop.torch_models import need
 from usfmae_jax import convert, export, load_encoder
-from usfmae_jax.interop import layout, names, verification
+from usfmae_jax.interop import names, verify
 from usfmae_jax.interop.checkpoint import load_parameters
+from usfmae_jax.interop.files import Tensor
 from usfmae_jax.interop.model import build, flatten, model_graph, open_model
-from usfmae_jax.interop.tensors import Tensor
+from usfmae_jax.interop.stablehlo import run_stablehlo
 from usfmae_jax.models.layers import NORM_EPS
 from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
 from usfmae_jax.models.patches import normalize_images
@@ -77,12 +78,12 @@ def test_published_shapes_are_understood_name_by_name(size):
         of_timm = timm.create_model(f"vit_{size}_patch{patch}_224", num_classes=0).state_dict()
     n = 1 + (224 // patch) ** 2
     for state, origin, expected in (
-        (theirs, "hf", layout.expected_shapes(about, decoder) | {"decoder_pos_embed": (1, n, 512)}),
-        (of_timm, "timm", layout.expected_shapes(about, None)),
+        (theirs, "hf", names.expected_shapes(about, decoder) | {"decoder_pos_embed": (1, n, 512)}),
+        (of_timm, "timm", names.expected_shapes(about, None)),
     ):
         tensors = {name: Tensor(tuple(value.shape), list) for name, value in state.items()}
         assert names.recognise(set(tensors)) == origin
-        found, left, unknown = names.to_original(tensors, origin)
+        found, left, unknown = names.from_others(tensors, origin)
         assert not left
         assert not unknown
         shapes = {name: tensor.shape for name, tensor in found.items()}
@@ -229,12 +230,12 @@ def test_a_vit_of_timm_with_learned_positions_comes_in_and_agrees_with_every_exp
     model = open_model(str(tmp_path / "in"))
     about = model.description
     assert (model.kind, about["pool"], about["encoder"]["learned_positions"]) == ("classifier", "cls", True)
-    images = verification.sample_images(model)
-    ours = verification.expected(model, images)["probabilities"]
+    images = verify.sample_images(model)
+    ours = verify.expected(model, images)["probabilities"]
     import torch
 
     with torch.inference_mode():
-        theirs = network(verification._normalised(model, images)).softmax(dim=-1).numpy()
+        theirs = network(verify._normalised(model, images)).softmax(dim=-1).numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for form in ("timm", "hf", "mae", "onnx"):
         assert export.main([f"--checkpoint={tmp_path / 'in'}", f"--format={form}", f"--output={tmp_path / form}"]) == 0
@@ -257,14 +258,14 @@ def test_graphs_take_any_batch_size(folder, tmp_path):
     for count in (1, 5):
         single = session.run(["mean_patch"], {"images": images[:count]})[0]
         np.testing.assert_allclose(single, whole[:count], atol=1e-5)
-        outputs = verification.run_stablehlo(str(tmp_path / "stablehlo"), images[:count])
+        outputs = run_stablehlo(str(tmp_path / "stablehlo"), images[:count])
         np.testing.assert_allclose(outputs["mean_patch"], whole[:count], atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["onnx", "stablehlo"])
 def test_a_large_program_keeps_its_weights_in_a_file_beside_it(folder, tmp_path, monkeypatch, form):
     need(*(("onnx", "onnxruntime") if form == "onnx" else ("flatbuffers",)))
-    monkeypatch.setattr("usfmae_jax.interop.tensors.EXTERNAL", 1000)
+    monkeypatch.setattr("usfmae_jax.interop.files.EXTERNAL", 1000)
     checkpoint = folder / "from" / "hf"
     assert export.main([f"--checkpoint={checkpoint}", f"--format={form}", f"--output={tmp_path / 'o'}"]) == 0
     beside = "model.onnx.data" if form == "onnx" else "model.safetensors"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from usfmae_jax.interop.verification import declare_torchvision
+from usfmae_jax.interop.verify import declare_torchvision
 
 #: Small, and nothing in it equal to something else, so that a mix-up shows.
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}

@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from usfmae_jax.interop.verification import declare_torchvision
+from usfmae_jax.interop.verify import declare_torchvision
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "hf_vit_mae.npz"
 SIZE = {

@@ -26,8 +26,8 @@ from flax import nnx
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import holds_checkpoints, load_parameters
-from usfmae_jax.interop.positions import stored_table
-from usfmae_jax.interop.tensors import from_array, write_safetensors
+from usfmae_jax.interop.files import from_array, write_safetensors
+from usfmae_jax.interop.names import stored_table
 from usfmae_jax.models.heads import Classifier
 from usfmae_jax.models.mae import MAE
 from usfmae_jax.models.resnet import ResNet
@@ -105,11 +105,15 @@ class Model:
         patch = self.description["encoder"]["patch_size"]
         return height // patch, width // patch
 
+    def table_grid(self) -> tuple[int, int]:
+        """Patches down and across of the images that its position table is made for."""
+        (height, width), patch = (self.description["encoder"][name] for name in ("image_size", "patch_size"))
+        return height // patch, width // patch
+
     def stored_positions(self) -> np.ndarray:
-        """The position table for these images as files hold it: float32 `[1, 1 + N, width]`, see `positions`."""
-        about = self.description["encoder"]
-        base = (about["image_size"][0] // about["patch_size"], about["image_size"][1] // about["patch_size"])
-        return stored_table(base, self.grid(), about["width"], self.params["encoder"].get("position"))
+        """The position table for these images as files hold it: float32 `[1, 1 + N, width]`, see `stored_table`."""
+        width, learned = self.description["encoder"]["width"], self.params["encoder"].get("position")
+        return stored_table(self.table_grid(), self.grid(), width, learned)
 
 
 def preprocessing(

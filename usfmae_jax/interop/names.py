@@ -1,62 +1,119 @@
-"""Other people's names of a ViT's parameters, to and from those of the original MAE code (He et al. 2022).
+"""Whose parameters lie where: tables of other people's names, and the way from and to ours.
 
-The original names, which timm shares, are the common ground:
+The names of the original MAE code (He et al. 2022), which timm shares, are the common ground that files are read and
+checked in; our names and Hugging Face's are brought to them and back by the tables below, in which `#` stands for the
+number of a block. Everything is moved, nothing is computed: there and back is bitwise the same.
 
-  cls_token  pos_embed  patch_embed.proj.{weight,bias}  norm.{weight,bias}
-  blocks.N.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}.{weight,bias}
-  decoder_embed  mask_token  decoder_pos_embed  decoder_blocks.N...  decoder_norm  decoder_pred    (pretraining)
-  fc_norm  head                                                                                   (fine-tuned)
-
-Hugging Face keeps query, key and value apart, and has two sets of names: that of files, and that of modules since
-version 5, which files written with `torch.save` have.
+PyTorch's kernels are `[out, in]` or `[out, in, P, P]`. Ours are `[in, out]`, the patch kernel flattened to
+`[P*P*C, D]` in row, column, channel order, and the blocks are stacked along a first axis.
 """
 
+import collections
+import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.tensors import Tensor, Tensors
+from usfmae_jax.interop.files import Tensor, Tensors, from_array
+from usfmae_jax.models.patches import resize_table, sincos_table
 
 Origin = Literal["usfmae_jax", "hf", "mae", "timm"]
 
-#: In a block: the original name, and Hugging Face's in files and in modules.
-_HF_BLOCK = {
-    "norm1": ("layernorm_before", "layernorm_before"),
-    "attn.q": ("attention.attention.query", "attention.q_proj"),
-    "attn.k": ("attention.attention.key", "attention.k_proj"),
-    "attn.v": ("attention.attention.value", "attention.v_proj"),
-    "attn.proj": ("attention.output.dense", "attention.o_proj"),
-    "norm2": ("layernorm_after", "layernorm_after"),
-    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
-    "mlp.fc2": ("output.dense", "mlp.fc2"),
-}
-_HF_ENCODER = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "norm": "layernorm",
-}
-_HF_DECODER = {
-    "mask_token": "decoder.mask_token",
-    "decoder_pos_embed": "decoder.decoder_pos_embed",
-    "decoder_embed": "decoder.decoder_embed",
-    "decoder_norm": "decoder.decoder_norm",
-    "decoder_pred": "decoder.decoder_pred",
-    "head": "classifier",
-}
-_FROM_HF_BLOCK = {theirs: ours for ours, pair in _HF_BLOCK.items() for theirs in pair}
-_FROM_HF = {theirs: ours for ours, theirs in (_HF_ENCODER | _HF_DECODER).items()}
-_BLOCK = re.compile(
-    r"(?P<decoder>decoder\.)?(?:encoder\.layer|layers|decoder_encoder\.layer|decoder_layers)\.(?P<i>\d+)\."
+#: Parts of a block: the original name, ours, and the shape of the weight in PyTorch's layout.
+_BLOCK = (
+    ("norm1", "norm1", "D"),
+    ("attn.qkv", "attn.qkv", "3D D"),
+    ("attn.proj", "attn.proj", "D D"),
+    ("norm2", "norm2", "D"),
+    ("mlp.fc1", "fc1", "H D"),
+    ("mlp.fc2", "fc2", "D H"),
 )
+#: The whole model likewise. D and H are the width and that of the MLP, small letters those of the decoder.
+_PARTS = (
+    ("cls_token", "encoder.cls_token", "1 1 D"),
+    ("position", "encoder.position", "N D"),  # only a learned table, without the row of the class token
+    ("patch_embed.proj", "encoder.patch_embed", "D C P P"),
+    *((f"blocks.#.{theirs}", f"encoder.blocks.stack.{ours}", shape) for theirs, ours, shape in _BLOCK),
+    ("norm", "encoder.norm", "D"),
+    ("mask_token", "decoder.mask_token", "1 1 d"),
+    ("decoder_embed", "decoder.embed", "d D"),
+    *((f"decoder_blocks.#.{theirs}", f"decoder.blocks.stack.{ours}", shape.lower()) for theirs, ours, shape in _BLOCK),
+    ("decoder_norm", "decoder.norm", "d"),
+    ("decoder_pred", "decoder.pred", "PPC d"),
+    ("fc_norm", "head_norm", "D"),
+    ("head", "head", "classes D"),
+)
+#: Position tables, with a row for the class token. Ours: fixed, or the parameter `position` without that row.
+TABLES = ("pos_embed", "decoder_pos_embed")
+#: How far a stored table may be from the exact one; a table kept in bfloat16 is off by up to 0.004.
+TOLERANCE = 5e-3
+
+#: The original name and Hugging Face's in files, and that of modules since version 5, which `torch.save` writes.
+#: Query, key and value are kept apart there.
+_HF_BLOCK = (
+    ("norm1", "layernorm_before"),
+    ("attn.q", "attention.attention.query", "attention.q_proj"),
+    ("attn.k", "attention.attention.key", "attention.k_proj"),
+    ("attn.v", "attention.attention.value", "attention.v_proj"),
+    ("attn.proj", "attention.output.dense", "attention.o_proj"),
+    ("norm2", "layernorm_after"),
+    ("mlp.fc1", "intermediate.dense", "mlp.fc1"),
+    ("mlp.fc2", "output.dense", "mlp.fc2"),
+)
+_HF_BLOCKS = (
+    ("blocks", "encoder.layer", "layers"),
+    (
+        "decoder_blocks",
+        "decoder.decoder_encoder.layer",
+        "decoder.decoder_layers",
+        "decoder.encoder.layer",
+        "decoder.layers",
+    ),
+)
+_HF = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    ("norm", "layernorm"),
+    ("mask_token", "decoder.mask_token"),
+    *((name, f"decoder.{name}") for name in ("decoder_pos_embed", "decoder_embed", "decoder_norm", "decoder_pred")),
+    ("head", "classifier"),
+    *(
+        (f"{blocks}.#.{part}", f"{theirs}.#.{spelling}")
+        for blocks, *places in _HF_BLOCKS
+        for theirs in places
+        for part, *spellings in _HF_BLOCK
+        for spelling in spellings
+    ),
+)
+_FROM_HF = {theirs: original for original, theirs in _HF}
+_TO_HF = dict(reversed(_HF))  # of several spellings the first, which is that of files
 
 #: What files may hold beside the parameters, and why it is left out.
 _EXPLAINED = {
     r"pooler\.dense\.(weight|bias)": "the pooler, which MAE does not train",
     r"embeddings\.mask_token": "the mask token of another pretraining",
 }
+
+
+def _parameters() -> list[tuple[str, str, list[str]]]:
+    rows = []
+    for original, ours, shape in _PARTS:
+        sizes = shape.split()
+        if original.endswith(("token", "position")):
+            rows.append((original, ours, sizes))
+        else:
+            kind = "scale" if len(sizes) == 1 else "kernel"
+            rows += [(f"{original}.weight", f"{ours}.{kind}", sizes), (f"{original}.bias", f"{ours}.bias", sizes[:1])]
+    return rows
+
+
+#: Every parameter: the original name, ours, and the original shape.
+_PARAMETERS = _parameters()
+_OURS = {original: ours for original, ours, _ in _PARAMETERS}
+_ORIGINAL = {ours: original for original, ours in _OURS.items()}
 
 
 def recognise(names: set[str]) -> Origin | None:
@@ -71,7 +128,69 @@ def recognise(names: set[str]) -> Origin | None:
     return None
 
 
-def to_original(tensors: Tensors, origin: Origin) -> tuple[Tensors, dict[str, str], list[str]]:
+def expected_shapes(architecture: dict[str, Any], decoder: dict[str, Any] | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of an encoder, and of a decoder unless it is None, under the original names.
+
+    Args:
+      architecture: arguments of `vit.ViT`.
+      decoder: `decoder_width`, `decoder_depth` and so on, as arguments of `mae.MAE`.
+    """
+    width, patch, channels = architecture["width"], architecture["patch_size"], architecture["channels"]
+    ratio, depth = architecture["mlp_ratio"], {"blocks": architecture["depth"]}
+    sizes = {"1": 1, "C": channels, "P": patch, "D": width, "3D": 3 * width, "H": int(width * ratio)}
+    if architecture.get("learned_positions"):
+        sizes["N"] = math.prod(side // patch for side in architecture["image_size"])
+    if decoder is not None:
+        narrow, depth["decoder_blocks"] = decoder["decoder_width"], decoder["decoder_depth"]
+        sizes |= {"PPC": patch * patch * channels, "d": narrow, "3d": 3 * narrow, "h": int(narrow * ratio)}
+    return {
+        original.replace("#", str(i)): tuple(sizes[size] for size in shape)
+        for original, ours, shape in _PARAMETERS
+        if not ours.startswith("head") and sizes.keys() >= set(shape)
+        for i in range(depth[original.split(".")[0]] if "#" in original else 1)
+    }
+
+
+def to_ours(original: Tensors) -> dict[str, np.ndarray]:
+    """Parameters under our names, `encoder.`, `decoder.`, `head_norm.` and `head.`, from the original ones.
+
+    Tensors are read one at a time into the stacked arrays, so that the parameters are in memory once.
+    """
+    depths = collections.Counter(_pattern(name)[0] for name in original)
+    ours: dict[str, np.ndarray] = {}
+    for name, tensor in original.items():
+        pattern, block = _pattern(name)
+        new, value = _OURS[pattern], tensor.read()
+        if new.endswith(".kernel"):
+            value = value.transpose(*range(2, value.ndim), 1, 0).reshape(-1, len(value))
+        if block is None:
+            ours[new] = np.array(value, np.float32, order="C")  # a copy: the file may be mapped into memory
+            continue
+        if new not in ours:
+            ours[new] = np.empty((depths[pattern], *value.shape), np.float32)
+        ours[new][block] = value
+    return ours
+
+
+def to_original(ours: dict[str, np.ndarray], patch_size: int, channels: int) -> Tensors:
+    """The inverse of `to_ours`; values are laid out when they are read.
+
+    Raises:
+      KeyError, ValueError: a name that is none of ours, or another patch kernel.
+    """
+    original: Tensors = {}
+    for name, array in ours.items():
+        theirs = _ORIGINAL[name]
+        if name.endswith(".kernel"):
+            array = array.swapaxes(-1, -2)
+        if name == "encoder.patch_embed.kernel":
+            array = array.reshape(-1, patch_size, patch_size, channels).transpose(0, 3, 1, 2)
+        for i, value in enumerate(array if "#" in theirs else [array]):
+            original[theirs.replace("#", str(i))] = from_array(value)
+    return original
+
+
+def from_others(tensors: Tensors, origin: Origin) -> tuple[Tensors, dict[str, str], list[str]]:
     """Renames tensors.
 
     Args:
@@ -80,20 +199,25 @@ def to_original(tensors: Tensors, origin: Origin) -> tuple[Tensors, dict[str, st
 
     Returns:
       the tensors under the original names; what was left out, with the reason; names that mean nothing here.
+
+    Raises:
+      InputError: query, key and value of a block differ in shape.
     """
     found: Tensors = {}
     left: dict[str, str] = {}
     unknown: list[str] = []
     for name, tensor in tensors.items():
         plain = _strip(name)
-        reason = next((why for pattern, why in _EXPLAINED.items() if re.fullmatch(pattern, plain)), "")
-        new = _from_hf(plain) if origin == "hf" else plain
-        if reason:
+        stem, leaf = _split_leaf(plain)
+        pattern, block = _pattern(stem)
+        if reason := next((why for left_out, why in _EXPLAINED.items() if re.fullmatch(left_out, plain)), ""):
             left[name] = reason
-        elif new is None:
-            unknown.append(name)
+        elif origin != "hf":
+            found[plain] = tensor
+        elif pattern in _FROM_HF:
+            found[_FROM_HF[pattern].replace("#", str(block)) + leaf] = tensor
         else:
-            found[new] = tensor
+            unknown.append(name)
     return (_join_qkv(found) if origin == "hf" else found), left, unknown
 
 
@@ -101,34 +225,59 @@ def to_hf(original: Tensors) -> Tensors:
     """Tensors under the original names, renamed to those of Hugging Face's files."""
     renamed: Tensors = {}
     for name, tensor in original.items():
-        block = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
-        if not block:
-            stem, dot, leaf = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-            theirs = "vit." + _HF_ENCODER[stem] if stem in _HF_ENCODER else _HF_DECODER[stem]
-            renamed[theirs + dot + leaf] = tensor
-            continue
-        decoder, index, part, leaf = block.groups()
-        prefix = f"decoder.decoder_encoder.layer.{index}." if decoder else f"vit.encoder.layer.{index}."
-        parts = (
-            dict(zip(("attn.q", "attn.k", "attn.v"), _split(tensor), strict=True))
-            if part == "attn.qkv"
-            else {part: tensor}
-        )
-        renamed |= {f"{prefix}{_HF_BLOCK[part][0]}.{leaf}": value for part, value in parts.items()}
+        stem, leaf = _split_leaf(name)
+        pattern, block = _pattern(stem)
+        parts = {pattern: tensor}
+        if pattern.endswith(".qkv"):
+            rows = tensor.shape[0] // 3
+            parts = {pattern[:-3] + which: _rows(tensor, i * rows, rows) for i, which in enumerate("qkv")}
+        for part, value in parts.items():
+            theirs = _TO_HF[part].replace("#", str(block)) + leaf
+            renamed[theirs if theirs.startswith(("decoder.", "classifier.")) else f"vit.{theirs}"] = value
     return renamed
 
 
+def stored_table(
+    base: tuple[int, int], grid: tuple[int, int], width: int, learned: np.ndarray | None = None
+) -> np.ndarray:
+    """A position table as files hold it: float32 `[1, 1 + N, width]`, zeros for the class token, then the table.
+
+    Args:
+      base: the grid that the model's table is made for.
+      grid: the grid that the file is for; the table is interpolated as the model does it.
+      width: channels.
+      learned: the model's table `[base[0] * base[1], width]`; None = the sin-cos table.
+    """
+    table = np.asarray(resize_table(sincos_table(base, width) if learned is None else learned, base, grid), np.float32)
+    return np.concatenate([np.zeros((1, width), np.float32), table])[None]
+
+
+def find_grid(patches: int, hint: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Patches down and across of a table for that many patches: what the hint says, else a square; None if neither."""
+    if hint and hint[0] * hint[1] == patches:
+        return hint
+    side = math.isqrt(patches)
+    return (side, side) if side * side == patches else None
+
+
 def _strip(name: str) -> str:
+    """A name without what training in parallel and a model around the encoder put before it."""
     return re.sub(r"^(module\.)?(vit\.)?", "", name)
 
 
-def _from_hf(name: str) -> str | None:
-    block = _BLOCK.match(name)
-    stem, dot, leaf = name.rpartition(".") if name.endswith((".weight", ".bias")) else (name, "", "")
-    if not block:
-        return _FROM_HF[stem] + dot + leaf if stem in _FROM_HF else None
-    part = _FROM_HF_BLOCK.get(stem[block.end() :])
-    return f"{'decoder_' if block['decoder'] else ''}blocks.{block['i']}.{part}.{leaf}" if part else None
+def _pattern(name: str) -> tuple[str, int | None]:
+    """`blocks.3.norm1.bias` as `blocks.#.norm1.bias` and 3; a name without a block's number as it is, and None."""
+    found = re.search(r"(?<=\.)\d+(?=\.)", name)
+    return (name[: found.start()] + "#" + name[found.end() :], int(found[0])) if found else (name, None)
+
+
+def _split_leaf(name: str) -> tuple[str, str]:
+    found = re.search(r"\.(weight|bias)$", name)
+    return (name[: found.start()], found[0]) if found else (name, "")
+
+
+def _rows(tensor: Tensor, start: int, count: int) -> Tensor:
+    return Tensor((count, *tensor.shape[1:]), lambda: tensor.read()[start : start + count])
 
 
 def _join_qkv(tensors: Tensors) -> Tensors:
@@ -151,12 +300,3 @@ def _join_qkv(tensors: Tensors) -> Tensors:
 def _concatenate(parts: list[Tensor]) -> Tensor:
     rows = sum(part.shape[0] for part in parts)
     return Tensor((rows, *parts[0].shape[1:]), lambda: np.concatenate([part.read() for part in parts]))
-
-
-def _split(tensor: Tensor) -> list[Tensor]:
-    rows = tensor.shape[0] // 3
-
-    def third(i: int) -> Tensor:
-        return Tensor((rows, *tensor.shape[1:]), lambda: tensor.read()[i * rows : (i + 1) * rows])
-
-    return [third(i) for i in range(3)]

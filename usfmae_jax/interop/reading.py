@@ -1,4 +1,4 @@
-"""From somebody else's tensors to a `Model`, with an account of every one of them."""
+"""From somebody else's tensors and settings to a `Model`, with an account of every tensor."""
 
 import dataclasses
 import json
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop import layout, names, positions
+from usfmae_jax.interop import names
+from usfmae_jax.interop.files import Source, Tensors, from_array
 from usfmae_jax.interop.model import Model, preprocessing, unflatten
-from usfmae_jax.interop.settings import HEAD, Options, read_settings
-from usfmae_jax.interop.source import Source
-from usfmae_jax.interop.tensors import Tensor, Tensors, from_array
+from usfmae_jax.models.layers import NORM_EPS
 from usfmae_jax.models.patches import resize_table
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _LABELS: dict[names.Origin, str] = {
     "usfmae_jax": "usfmae_jax",
@@ -21,6 +22,36 @@ _LABELS: dict[names.Origin, str] = {
     "mae": "original MAE with decoder",
     "timm": "timm, or original MAE without decoder",
 }
+#: Beginnings of the original names of a classifier's head.
+_HEAD = ("head.", "fc_norm.")
+#: Attention heads of the usual models, by width; the tensors do not tell. Hugging Face's name for the setting is first.
+_USUAL = {
+    "num_heads": ("num_attention_heads", {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}),
+    "decoder_num_heads": ("decoder_num_attention_heads", {128: 4, 256: 8, 512: 16}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a file may not say, or is to be changed.
+
+    Attributes:
+      channels: 1 or 3 changes the patch kernel to as many; 0 leaves it.
+      image_size: (height, width) that the model is to be used on; None = what the file says.
+      num_heads, decoder_num_heads: 0 = what the file says, else what is usual for the width.
+      mean, std: of the normalisation, one number per channel; () = what the file says, else ImageNet's.
+      norm_eps: of the layer norms; 0 = what the file says, else 1e-6.
+      allow_partial: go on without what is missing or not understood, where that can be.
+    """
+
+    channels: int = 0
+    image_size: tuple[int, int] | None = None
+    num_heads: int = 0
+    decoder_num_heads: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    norm_eps: float = 0.0
+    allow_partial: bool = False
 
 
 @dataclasses.dataclass
@@ -56,17 +87,23 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
         some = ", ".join(list(source.tensors)[:3]) or "nothing"
         raise InputError(f"{source.files[0]} holds no ViT encoder: no class token and blocks, but {some} ...")
     account = Account(_LABELS[origin])
-    found = _original(source, origin, account)
-    depth = _depth(found, "blocks")
+    if origin == "usfmae_jax":
+        found = _from_own(source)
+    else:
+        found, account.left, account.unknown = names.from_others(source.tensors, origin)
     kernel = found.get("patch_embed.proj.weight")
-    if kernel is None or len(kernel.shape) != 4 or 0 in kernel.shape or not depth:
+    if kernel is None or len(kernel.shape) != 4 or 0 in kernel.shape or not _depth(found, "blocks"):
         raise InputError(f"{source.files[0]} holds no whole encoder: patch_embed.proj.weight or all blocks are missing")
-    model = read_settings(source, found, depth, _depth(found, "decoder_blocks"), options, account.notes)
+    model = _settings(source, found, options, account.notes)
     head = _take_head(found, model.description, account)
     model = _take_tables(found, model, options, account)
     found, description = _check(found, model.description, options, account)
-    params = layout.to_ours(found | head)
-    _check_numbers(params)
+    params = names.to_ours(found | head)
+    for name, value in params.items():
+        with np.errstate(invalid="ignore"):  # an infinite sum, or none, and no second array as large as this
+            finite = np.isfinite(value.sum(dtype=np.float64))
+        if not finite:
+            raise InputError(f"{name} holds values that are not finite numbers: the training that made it diverged")
     model = Model(unflatten(params), description, model.preprocessing, _lineage(source))
     if options.channels and options.channels != description["encoder"]["channels"]:
         model = _change_channels(model, options.channels)
@@ -74,10 +111,7 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     return model, account
 
 
-def _original(source: Source, origin: names.Origin, account: Account) -> Tensors:
-    if origin != "usfmae_jax":
-        found, account.left, account.unknown = names.to_original(source.tensors, origin)
-        return found
+def _from_own(source: Source) -> Tensors:
     whole = any(name.startswith("encoder.") for name in source.tensors)
     arrays = {("" if whole else "encoder.") + name: tensor.read() for name, tensor in source.tensors.items()}
     about = source.settings.get("architecture", {})
@@ -85,7 +119,7 @@ def _original(source: Source, origin: names.Origin, account: Account) -> Tensors
     if "patch_size" not in about or "channels" not in about:
         raise InputError(f"{source.files[0]} is in our format; name its directory, with the architecture.json in it")
     try:
-        return layout.with_patch_kernel(layout.to_original(arrays), about["patch_size"], about["channels"])
+        return names.to_original(arrays, about["patch_size"], about["channels"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{source.files[0]} does not fit the architecture.json beside it: {error}") from error
 
@@ -94,19 +128,128 @@ def _depth(found: Tensors, blocks: str) -> int:
     return max((int(m[1]) + 1 for name in found if (m := re.match(rf"{blocks}\.(\d+)\.", name))), default=0)
 
 
+def _settings(source: Source, found: Tensors, options: Options, notes: list[str]) -> Model:
+    """What has to be known beside the tensors, from their shapes, the JSON files beside them, and what is usual.
+
+    Returns:
+      the model without parameters and lineage.
+    """
+    config, own = source.settings.get("config", {}), _own_settings(source)
+    for field, wanted in (("hidden_act", "gelu"), ("qkv_bias", True)):
+        if config.get(field, wanted) != wanted:
+            raise InputError(f"config.json has {field}={config[field]!r}; only {field}={wanted!r} can be computed here")
+    width, channels, patch = found["patch_embed.proj.weight"].shape[:3]
+    hidden = found["blocks.0.mlp.fc1.bias"].shape[0] if "blocks.0.mlp.fc1.bias" in found else 4 * width
+    heads = _heads("num_heads", options.num_heads, width, own["architecture"], config)
+    size = _image_size(config, own, found, patch, options)
+    architecture = {
+        "image_size": size,
+        "patch_size": patch,
+        "channels": channels,
+        "width": width,
+        "depth": _depth(found, "blocks"),
+        "num_heads": heads,
+        "mlp_ratio": hidden / width,
+    }
+    eps = options.norm_eps or own["architecture"].get("norm_eps") or config.get("layer_norm_eps", NORM_EPS)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise InputError(f"layer_norm_eps={eps!r} in config.json is no small positive number; add --norm_eps=1e-6")
+    if eps != NORM_EPS:
+        architecture["norm_eps"] = eps
+        notes.append(
+            f"layer norms add {eps:g} to the variance, as config.json says; the MAE code, timm and pretraining here "
+            f"add {NORM_EPS:g}: --norm_eps={NORM_EPS:g} does as they do"
+        )
+    description: dict[str, Any] = {"model": "vit", "encoder": architecture}
+    if "decoder_embed.weight" in found and (depth := _depth(found, "decoder_blocks")):
+        narrow = found["decoder_embed.weight"].shape[0]
+        heads = _heads("decoder_num_heads", options.decoder_num_heads, narrow, own["decoder"] or {}, config)
+        description["decoder"] = {"decoder_width": narrow, "decoder_depth": depth, "decoder_num_heads": heads}
+    if any(name.startswith(_HEAD) for name in found):
+        description["pool"] = "mean" if any(name.startswith("fc_norm.") for name in found) else "cls"
+        if own["outputs"]:  # of another task
+            description["outputs"] = list(own["outputs"])
+        else:
+            description["classes"] = _classes(own, config, found)
+    return Model({}, description, _preprocessing(source, channels, own["image_size"] or size, options, notes), [])
+
+
+def _own_settings(source: Source) -> dict[str, Any]:
+    """What our own exports and directories say of the model."""
+    export, about = source.settings.get("export", {}).get("model"), source.settings.get("architecture", {})
+    own = {"architecture": about.get("encoder", about), "decoder": None}
+    own |= {name: about.get(name, ()) for name in ("classes", "outputs")}
+    own |= export if isinstance(export, dict) else {}
+    return own | {"image_size": source.settings.get("preprocessing", {}).get("image_size")}
+
+
+def _heads(name: str, given: int, width: int, own: dict[str, Any], config: dict[str, Any]) -> int:
+    theirs, usual = _USUAL[name]
+    arguments = config.get("model_args") or {}  # timm's
+    heads = given or own.get(name) or config.get(theirs) or arguments.get(name) or usual.get(width, 0)
+    if not isinstance(heads, int) or heads < 1:
+        raise InputError(f"the file does not say how many attention heads share a width of {width}; add --{name}=N")
+    if width % heads:
+        raise InputError(f"{heads} attention heads do not divide a width of {width}; correct it with --{name}=N")
+    return heads
+
+
+def _image_size(config: dict[str, Any], own: dict[str, Any], found: Tensors, patch: int, options: Options) -> list[int]:
+    """The size that the position table is made for."""
+    arguments, stated = config.get("model_args") or {}, own["architecture"].get("image_size")
+    size = stated or config.get("image_size") or arguments.get("img_size")
+    sides = [size, size] if isinstance(size, int) else list(size or ())
+    if len(sides) == 2 and all(isinstance(side, int) and side >= patch for side in sides):
+        return sides
+    table = found.get("pos_embed")
+    side = round((table.shape[1] - 1) ** 0.5) * patch if table and len(table.shape) == 3 else 0
+    return [side, side] if side else list(options.image_size or (224, 224))
+
+
+def _preprocessing(
+    source: Source, channels: int, size: list[int], options: Options, notes: list[str]
+) -> dict[str, Any]:
+    theirs = source.settings.get("preprocessor_config", {})
+    timm = source.settings.get("config", {}).get("pretrained_cfg") or {}
+    ours = source.settings.get("preprocessing", {})
+    mean = options.mean or ours.get("mean") or theirs.get("image_mean") or timm.get("mean")
+    std = options.std or ours.get("std") or theirs.get("image_std") or timm.get("std")
+    if not mean or not std:
+        if channels != 3:
+            raise InputError(
+                f"the file does not say how its {channels}-channel images are normalised; add --mean and --std"
+            )
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+        notes.append(
+            "normalisation: nothing is said of it, so that of ImageNet, which the published MAE weights expect"
+        )
+    if len(mean) != channels or len(std) != channels:
+        raise InputError(
+            f"mean {tuple(mean)} and std {tuple(std)} must have one number for each of {channels} channels"
+        )
+    return preprocessing(size, ours.get("channels", channels), mean, std)
+
+
+def _classes(own: dict[str, Any], config: dict[str, Any], found: Tensors) -> list[str]:
+    count = found["head.bias"].shape[0] if "head.bias" in found else 0
+    named, labels = list(own["classes"] or ()), config.get("id2label")
+    if not named and isinstance(labels, dict) and all(key.isdigit() for key in labels):
+        named = [labels[key] for key in sorted(labels, key=int)]
+    return list(map(str, named if len(named) == count else range(count)))
+
+
 def _take_head(found: Tensors, description: dict[str, Any], account: Account) -> Tensors:
     """Takes a classifier's head out of `found`; checks its shapes."""
-    head = {name: found.pop(name) for name in list(found) if name.startswith(HEAD)}
+    head = {name: found.pop(name) for name in list(found) if name.startswith(_HEAD)}
     if not head:
         return {}
-    width, classes = description["encoder"]["width"], len(description["classes"])
-    shapes = {"head.weight": (classes, width), "head.bias": (classes,)}
-    if any(name.startswith("fc_norm.") for name in head):
+    width, outputs = description["encoder"]["width"], len(description.get("outputs") or description["classes"])
+    shapes = {"head.weight": (outputs, width), "head.bias": (outputs,)}
+    if description["pool"] == "mean":
         shapes |= {"fc_norm.weight": (width,), "fc_norm.bias": (width,)}
     _compare(head, shapes)
-    missing = sorted(shapes.keys() - head.keys())
     account.unknown += sorted(head.keys() - shapes.keys())
-    if missing:
+    if missing := sorted(shapes.keys() - head.keys()):
         raise InputError(f"the head of the classifier lacks {', '.join(missing)}; the file is not whole")
     account.used["head"] = len(shapes)
     return {name: head[name] for name in shapes}
@@ -116,46 +259,56 @@ def _take_tables(found: Tensors, model: Model, options: Options, account: Accoun
     """Takes the position tables out of `found` and finds the grid that the model's own table has to be made for."""
     if "position" in found:  # our own format
         model = _with_encoder(model, learned_positions=True)
-    for name in layout.TABLES:
-        tensor = found.pop(name, None)
-        if tensor is None:
-            continue
-        table = tensor.read()
-        about, decoder = model.description["encoder"], model.description.get("decoder")
-        patch = about["patch_size"]
-        base = (about["image_size"][0] // patch, about["image_size"][1] // patch)
-        grid = positions.find_grid(table.shape[1] - 1, model.grid()) if table.ndim == 3 else None
-        others = sorted(found.keys() - layout.expected_shapes(about, decoder) - {*layout.TABLES})
-        if grid is None and others:  # such as tokens of its own, which the table has rows for
-            raise InputError(
-                f"the file holds {_some(others)}, which mean nothing here, and {name} is {table.shape}: not a class "
-                "token and a square of patches"
-            )
-        if grid is None:
-            raise InputError(f"{name} is {table.shape}: not a class token and a square of patches; give --image_size")
-        # A resized table is the interpolation of one of the size that the model was made for, or exact for its own.
-        bases = [base, grid] if base != grid else [grid]
-        differences = {b: positions.difference(table, b, grid) for b in bases}
-        best = min(bases, key=lambda b: differences[b])
-        if name == "pos_embed" and differences[best] > positions.TOLERANCE:
-            model = _keep_table(found, table[0], model, grid, account)
-            continue
-        if differences[best] > positions.TOLERANCE:
-            raise InputError(
-                f"{name} is off the sin-cos table of MAE by {differences[best]:.2g}; decoders here have that"
-            )
-        if name == "pos_embed" and best != base:
-            model = _with_encoder(model, image_size=[best[0] * patch, best[1] * patch])
-        account.left[name] = "the fixed sin-cos table, which is not stored here"
+    for name in names.TABLES:
+        if name in found:
+            model = _take_table(found, name, model, account)
     if options.image_size:
         size, patch = options.image_size, model.description["encoder"]["patch_size"]
         if size[0] % patch or size[1] % patch:
             raise InputError(f"--image_size={size[0]},{size[1]} must be divisible by the patch size {patch}")
         model = dataclasses.replace(model, preprocessing=model.preprocessing | {"image_size": list(size)})
         if "position" in found:  # a parameter is resized once, so that what is exported is what is here
-            _resize_position(found, model.description["encoder"], size)
+            old, new, position = model.table_grid(), (size[0] // patch, size[1] // patch), found["position"]
+            if position.shape[0] == old[0] * old[1]:  # else the shapes are compared later
+                found["position"] = from_array(np.asarray(resize_table(position.read(), old, new)))
             model = _with_encoder(model, image_size=list(size))
     return model
+
+
+def _take_table(found: Tensors, name: str, model: Model, account: Account) -> Model:
+    table = found.pop(name).read()
+    about, base = model.description["encoder"], model.table_grid()
+    patch = about["patch_size"]
+    grid = names.find_grid(table.shape[1] - 1, model.grid()) if table.ndim == 3 else None
+    if grid is None:
+        known = names.expected_shapes(about, model.description.get("decoder"))
+        if others := sorted(
+            found.keys() - known - {*names.TABLES}
+        ):  # such as tokens of its own, with rows in the table
+            raise InputError(
+                f"the file holds {_some(others)}, which mean nothing here, and {name} is {table.shape}: not a class "
+                "token and a square of patches"
+            )
+        raise InputError(f"{name} is {table.shape}: not a class token and a square of patches; give --image_size")
+    # A resized table is the interpolation of one of the size that the model was made for, or exact for its own.
+    differences = {
+        one: float(np.abs(table - names.stored_table(one, grid, table.shape[-1])).max()) for one in (base, grid)
+    }
+    best = min(differences, key=lambda one: differences[one])
+    if differences[best] <= names.TOLERANCE:
+        account.left[name] = "the fixed sin-cos table, which is not stored here"
+        changed = name == "pos_embed" and best != base
+        return _with_encoder(model, image_size=[best[0] * patch, best[1] * patch]) if changed else model
+    if name != "pos_embed":
+        raise InputError(f"{name} is off the sin-cos table of MAE by {differences[best]:.2g}; decoders here have that")
+    # A learned table becomes a parameter; what it adds to the class token goes into the token.
+    if "cls_token" not in found or found["cls_token"].shape[-1] != table.shape[-1]:
+        raise InputError(f"pos_embed is {table.shape[-1]} wide, and cls_token is not; the file is not whole")
+    token, first = found["cls_token"].read(), table[0, 0]
+    found["cls_token"] = from_array(token + first if first.any() else token)
+    found["position"] = from_array(table[0, 1:])
+    account.notes.append("the position table is a learned one, and is kept as a parameter")
+    return _with_encoder(model, image_size=[grid[0] * patch, grid[1] * patch], learned_positions=True)
 
 
 def _with_encoder(model: Model, **changes: Any) -> Model:
@@ -163,43 +316,28 @@ def _with_encoder(model: Model, **changes: Any) -> Model:
     return dataclasses.replace(model, description=description)
 
 
-def _resize_position(found: Tensors, architecture: dict[str, Any], size: tuple[int, int]) -> None:
-    patch, before = architecture["patch_size"], architecture["image_size"]
-    old, new = ((height // patch, width // patch) for height, width in (before, size))
-    position = found["position"]
-    if position.shape[0] == old[0] * old[1]:  # else the shapes are compared later
-        found["position"] = from_array(np.asarray(resize_table(position.read(), old, new)))
-
-
-def _keep_table(found: Tensors, table: np.ndarray, model: Model, grid: tuple[int, int], account: Account) -> Model:
-    """Makes a learned table a parameter; what it adds to the class token goes into the token."""
-    if "cls_token" not in found or found["cls_token"].shape[-1] != table.shape[-1]:
-        raise InputError(f"pos_embed is {table.shape[-1]} wide, and cls_token is not; the file is not whole")
-    token = found["cls_token"].read()
-    found["cls_token"] = from_array(token + table[0] if table[0].any() else token)
-    found["position"] = from_array(table[1:])
-    account.notes.append("the position table is a learned one, and is kept as a parameter")
-    patch = model.description["encoder"]["patch_size"]
-    return _with_encoder(model, image_size=[grid[0] * patch, grid[1] * patch], learned_positions=True)
-
-
 def _check(
     found: Tensors, description: dict[str, Any], options: Options, account: Account
 ) -> tuple[Tensors, dict[str, Any]]:
     """Compares what is there with what has to be there; returns what is to be used, and of what model it is."""
     decoder = description.get("decoder")
-    expected = layout.expected_shapes(description["encoder"], decoder)
+    expected = names.expected_shapes(description["encoder"], decoder)
+    of_decoder = expected.keys() - names.expected_shapes(description["encoder"], None)
     _compare(found, expected)
     missing = expected.keys() - found.keys()
-    filled: dict[str, Tensor] = {}
+    filled: Tensors = {}
     if {"norm.weight", "norm.bias"} <= missing and account.used.get("head") == 4:
         account.notes.append("the encoder's own norm is absent, as after MAE's fine-tuning: scale 1 and bias 0 for it")
         filled = _identity({"norm.weight", "norm.bias"}, expected)
     account.missing = sorted(missing - filled.keys())
     account.unknown += sorted(found.keys() - expected.keys())
-    of_decoder = {name for name in expected if name.startswith("decoder_") or name == "mask_token"}
-    if account.missing or account.unknown:
-        _refuse_unless_partial(account, options, of_decoder)
+    needed = [n for n in account.missing if n not in of_decoder and not n.endswith("bias") and "norm" not in n]
+    if needed:
+        raise InputError(f"the file lacks {_some(needed)}: there is no whole encoder in it")
+    if (account.missing or account.unknown) and not options.allow_partial:
+        what = [f"lacks {_some(account.missing)}"] if account.missing else []
+        what += [f"holds {_some(account.unknown)}, which mean nothing here"] if account.unknown else []
+        raise InputError(f"the file {' and '.join(what)}; --allow_partial goes on without")
     if decoder and of_decoder & set(account.missing):
         account.notes.append("the decoder is not whole and is left out")
         description = {part: about for part, about in description.items() if part != "decoder"}
@@ -209,24 +347,6 @@ def _check(
     if "decoder" in description:
         account.used["decoder"] = len(found.keys() & of_decoder)
     return {name: (filled | found)[name] for name in expected}, description
-
-
-def _refuse_unless_partial(account: Account, options: Options, of_decoder: set[str]) -> None:
-    needed = [n for n in account.missing if n not in of_decoder and not n.endswith("bias") and "norm" not in n]
-    if needed:
-        raise InputError(f"the file lacks {_some(needed)}: there is no whole encoder in it")
-    if not options.allow_partial:
-        what = [f"lacks {_some(account.missing)}"] if account.missing else []
-        what += [f"holds {_some(account.unknown)}, which mean nothing here"] if account.unknown else []
-        raise InputError(f"the file {' and '.join(what)}; --allow_partial goes on without")
-
-
-def _check_numbers(params: dict[str, np.ndarray]) -> None:
-    for name, value in params.items():
-        with np.errstate(invalid="ignore"):  # an infinite sum, or none, and no second array as large as this
-            finite = np.isfinite(value.sum(dtype=np.float64))
-        if not finite:
-            raise InputError(f"{name} holds values that are not finite numbers: the training that made it diverged")
 
 
 def _some(items: list[str]) -> str:

@@ -8,9 +8,8 @@ import numpy as np
 from flax import nnx
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.interop.files import Tensors, open_safetensors, open_torch
 from usfmae_jax.interop.model import flatten, unflatten
-from usfmae_jax.interop.tensors import Tensors, open_safetensors
-from usfmae_jax.interop.torch_files import open_torch
 from usfmae_jax.models.resnet import STAGES, ResNet
 
 RUNNING = {"running_mean": "mean", "running_var": "var"}

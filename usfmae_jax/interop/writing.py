@@ -1,14 +1,16 @@
-"""A `Model` in the formats of others: timm, Hugging Face and the original MAE code."""
+"""A `Model` in the formats of others: timm, Hugging Face and the original MAE code; and what writes every format."""
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop import layout, names
-from usfmae_jax.interop.model import Model, flatten
-from usfmae_jax.interop.positions import stored_table
-from usfmae_jax.interop.tensors import Tensors, from_array, write_safetensors
+from usfmae_jax.interop import names
+from usfmae_jax.interop.files import Tensors, from_array, write_safetensors
+from usfmae_jax.interop.model import Model, flatten, save_model
+from usfmae_jax.interop.onnx import write_onnx
+from usfmae_jax.interop.stablehlo import write_stablehlo
 from usfmae_jax.models.layers import NORM_EPS
 
 #: timm's models by width; everything else is said by arguments.
@@ -28,14 +30,12 @@ def original_tensors(model: Model) -> Tensors:
     A classifier that pools patches has no final norm of the encoder, as in MAE's fine-tuning and in timm.
     """
     about = model.description["encoder"]
-    patch, (height, width) = about["patch_size"], about["image_size"]
-    tensors = layout.with_patch_kernel(layout.to_original(flatten(model.params)), patch, about["channels"])
-    base = (height // patch, width // patch)
+    tensors = names.to_original(flatten(model.params), about["patch_size"], about["channels"])
     tensors.pop("position", None)
     tensors["pos_embed"] = from_array(model.stored_positions())
     if model.kind == "mae":
         narrow = model.description["decoder"]["decoder_width"]
-        tensors["decoder_pos_embed"] = from_array(stored_table(base, model.grid(), narrow))
+        tensors["decoder_pos_embed"] = from_array(names.stored_table(model.table_grid(), model.grid(), narrow))
     if model.description.get("pool") == "mean":
         del tensors["norm.weight"], tensors["norm.bias"]
     return tensors
@@ -77,7 +77,7 @@ def write_timm(model: Model, directory: str) -> None:
             "label_names": classes or None,
         },
     }
-    _write_json(directory, "config.json", config)
+    write_json(directory, "config.json", config)
     _write(model, directory, original_tensors(model))
 
 
@@ -127,7 +127,7 @@ def write_hf(model: Model, directory: str) -> None:
     if model.kind == "classifier":
         config["id2label"] = {str(i): name for i, name in enumerate(model.description["classes"])}
         config["label2id"] = {name: i for i, name in enumerate(model.description["classes"])}
-    _write_json(directory, "config.json", config)
+    write_json(directory, "config.json", config)
     tensors = names.to_hf(original_tensors(model))
     _write(model, directory, tensors)
 
@@ -158,7 +158,7 @@ def _write(model: Model, directory: str, tensors: Tensors) -> None:
 def write_preprocessing(model: Model, directory: str) -> None:
     """Writes how pixels become input: `preprocessing.json`, ours, and Hugging Face's `preprocessor_config.json`."""
     about = model.preprocessing
-    _write_json(directory, "preprocessing.json", about)
+    write_json(directory, "preprocessing.json", about)
     height, width = about["image_size"]
     config = {
         "image_processor_type": "ViTImageProcessor",
@@ -172,9 +172,21 @@ def write_preprocessing(model: Model, directory: str) -> None:
         "image_mean": about["mean"],
         "image_std": about["std"],
     }
-    _write_json(directory, "preprocessor_config.json", config)
+    write_json(directory, "preprocessor_config.json", config)
 
 
-def _write_json(directory: str, name: str, value: dict[str, Any]) -> None:
+def write_json(directory: str, name: str, value: dict[str, Any]) -> None:
+    """Writes one of the JSON files of an export."""
     with open(os.path.join(directory, name), "w") as file:
         file.write(json.dumps(value, indent=2) + "\n")
+
+
+#: What writes an export into a directory, by format.
+WRITERS: dict[str, Callable[[Model, str], None]] = {
+    "safetensors": lambda model, directory: save_model(directory, model),
+    "timm": write_timm,
+    "hf": write_hf,
+    "mae": write_mae,
+    "onnx": write_onnx,
+    "stablehlo": write_stablehlo,
+}

@@ -14,7 +14,7 @@ from tests.interop import made
 from tests.interop.torch_models import need
 from usfmae_jax import convert
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.torch_files import open_torch
+from usfmae_jax.interop.files import open_torch
 
 
 class Attack:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from usfmae_jax.interop.model import Model, build, model_graph
-from usfmae_jax.interop.stablehlo_export import inference, run_stablehlo
-from usfmae_jax.interop.tensors import open_safetensors
+from usfmae_jax.interop.files import open_safetensors, open_torch
+from usfmae_jax.interop.model import Model, build, flatten, model_graph
+from usfmae_jax.interop.stablehlo import inference, run_stablehlo
 from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
 from usfmae_jax.models.patches import normalize_images
 
@@ -52,25 +52,22 @@ def expected(model: Model, images: np.ndarray) -> Outputs:
     used = model.encoder() if model.kind == "mae" else model
     outputs = dict(jax.jit(inference(used))(images, used.params))
     if model.kind == "mae":
-        outputs["loss"] = jax.jit(_loss, static_argnums=0)(_Static(model), images, model.params, sample_noise(model))
+        outputs["loss"] = jax.jit(_loss(model))(images, model.params, sample_noise(model))
     return jax.device_get(outputs)
 
 
-class _Static:
-    """A model that a jitted function is compiled for."""
+def _loss(model: Model) -> Callable[[jax.Array, Any, jax.Array], jax.Array]:
+    graph, patch_size = model_graph(build(model.description)), model.description["encoder"]["patch_size"]
+    mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
 
-    def __init__(self, model: Model):
-        self.graph = model_graph(build(model.description))
-        self.patch_size = model.description["encoder"]["patch_size"]
-        self.mean, self.std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
+    def apply(images: jax.Array, params: Any, noise: jax.Array) -> jax.Array:
+        x = normalize_images(images, mean, std)
+        keep, restore, mask = mask_from_noise(noise, MASK_RATIO)
+        predicted = nnx.merge(graph, params)(x, keep, restore)
+        error, count = masked_error(predicted, patch_targets(x, patch_size, normalize=True), mask)
+        return error / count
 
-
-def _loss(static: _Static, images: jax.Array, params: Any, noise: jax.Array) -> jax.Array:
-    x = normalize_images(images, static.mean, static.std)
-    keep, restore, mask = mask_from_noise(noise, MASK_RATIO)
-    predicted = nnx.merge(static.graph, params)(x, keep, restore)
-    error, count = masked_error(predicted, patch_targets(x, static.patch_size, normalize=True), mask)
-    return error / count
+    return apply
 
 
 def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tuple[Outputs, str]:
@@ -124,6 +121,39 @@ def declare_torchvision() -> None:
             _DECLARED.append(library.Library("torchvision", "FRAGMENT"))
             for name in ("nms", "qnms"):
                 _DECLARED[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def compare_parameters(model: Model, directory: str) -> dict[str, Any]:
+    """What `export.json` says of an export in our own format, of which every parameter is compared."""
+    stored = open_safetensors(os.path.join(directory, "model.safetensors"))[0]
+    prefix = "encoder." if model.kind == "encoder" else ""
+    mine, differences = flatten(model.params), dict[str, float]()
+    for name in sorted(mine.keys() | {prefix + name for name in stored}):  # one by one: a large model is in memory once
+        theirs = {name: stored[name.removeprefix(prefix)].read()} if name.removeprefix(prefix) in stored else {}
+        differences |= largest_difference(mine, theirs) or {name: np.inf}
+    return _measured(differences, dict.fromkeys(differences, 0.0), "its parameters, one by one", 0)
+
+
+def compare_outputs(form: str, model: Model, directory: str, images: np.ndarray, ours: Outputs) -> dict[str, Any]:
+    """What `export.json` says of an export that was run: `ours` is what the model makes of the images."""
+    try:
+        theirs, runtime = observed(form, model, directory, images)
+    except UnavailableError as error:
+        return {"largest_difference": None, "not_compared": str(error)}
+    differences = largest_difference(ours, theirs)
+    limits = {name: LOSS_LIMIT if name == "loss" else LIMIT for name in differences}
+    return _measured(differences, limits, runtime, len(images))
+
+
+def _measured(differences: dict[str, float], limits: dict[str, float], runtime: str, images: int) -> dict[str, Any]:
+    return {
+        "largest_difference": max(differences.values()),
+        "limit": max(limits.values()),
+        "limits": limits,
+        "differences": differences,
+        "runtime": runtime,
+        "images": images,
+    }
 
 
 def largest_difference(ours: Outputs, theirs: Outputs) -> dict[str, float]:
@@ -219,7 +249,6 @@ def _run_mae(model: Model, directory: str, images: np.ndarray) -> Outputs:
     import torch
 
     from usfmae_jax.interop import torch_reference
-    from usfmae_jax.interop.torch_files import open_torch
 
     path = os.path.join(directory, "mae.pth")
     tensors = open_torch(path) if os.path.exists(path) else open_safetensors(path[:-7] + "model.safetensors")[0]

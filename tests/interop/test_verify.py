@@ -8,7 +8,8 @@ import pytest
 from tests.interop import made
 from tests.interop.torch_models import need
 from usfmae_jax import convert, export
-from usfmae_jax.interop import onnx_export, stablehlo_export, verification
+from usfmae_jax.interop import onnx, stablehlo, verify, writing
+from usfmae_jax.interop.model import open_model
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,14 @@ def weights(tmp_path_factory):
 
 def test_an_export_that_differs_fails_and_leaves_no_weights(weights, tmp_path, capsys, monkeypatch):
     need("flatbuffers")
-    write = stablehlo_export.write_stablehlo
+    write = stablehlo.write_stablehlo
 
     def wrong(model, directory):
         norm = model.params["encoder"]["norm"]
         norm["bias"] = norm["bias"] + 2e-4
         write(model, directory)
 
-    monkeypatch.setattr(stablehlo_export, "write_stablehlo", wrong)
+    monkeypatch.setitem(writing.WRITERS, "stablehlo", wrong)
     assert export.main([f"--checkpoint={weights}", "--format=stablehlo", f"--output={tmp_path / 'out'}"]) == 2
     assert "the export to stablehlo is 0.0002 off the model, more than 0.0001" in capsys.readouterr().err
     assert not (tmp_path / "out" / "model.stablehlo").exists()
@@ -39,7 +40,7 @@ def test_an_export_that_differs_fails_and_leaves_no_weights(weights, tmp_path, c
 def test_what_is_no_number_or_of_another_shape_is_infinitely_far():
     ours = {"a": np.zeros(3), "b": np.zeros(3)}
     theirs = {"a": np.array([0, np.nan, 0]), "b": np.zeros((1, 3)), "c": np.zeros(1)}
-    assert verification.largest_difference(ours, theirs) == {"a": np.inf, "b": np.inf, "c": np.inf}
+    assert verify.largest_difference(ours, theirs) == {"a": np.inf, "b": np.inf, "c": np.inf}
 
 
 def test_a_runtime_that_is_missing_is_said_in_export_json_and_on_the_card(weights, tmp_path, monkeypatch):
@@ -53,15 +54,43 @@ def test_a_runtime_that_is_missing_is_said_in_export_json_and_on_the_card(weight
 
 def test_onnx_without_its_package_is_refused_in_a_sentence(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
-    assert onnx_export.OPSET == 17
+    assert onnx.OPSET == 17
     assert export.main([f"--checkpoint={weights}", "--format=onnx", f"--output={tmp_path / 'out'}"]) == 2
     assert "needs the package onnx: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
 
 
 def test_stablehlo_without_its_package_is_refused_in_a_sentence(weights, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(stablehlo_export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
     assert export.main([f"--checkpoint={weights}", "--format=stablehlo", f"--output={tmp_path / 'out'}"]) == 2
     assert "needs the package flatbuffers: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
+
+
+def test_a_head_for_another_task_gives_its_outputs_as_they_are(tmp_path, capsys):
+    need("onnx", "onnxruntime", "flatbuffers")
+    source = made.write(tmp_path / "w.safetensors", made.tensors(decoder=False, pool="mean", classes=1))
+    assert convert.main([f"--input={source}", f"--output={tmp_path / 'in'}", *made.HEADS]) == 0
+    about = tmp_path / "in" / "classifier" / "architecture.json"
+    described = json.loads(about.read_text())
+    del described["classes"]
+    about.write_text(json.dumps(described | {"outputs": ["thickness in mm"]}))
+    for form in ("safetensors", "onnx", "stablehlo"):
+        arguments = [f"--checkpoint={tmp_path / 'in'}", f"--format={form}", f"--output={tmp_path / form}"]
+        assert export.main(arguments) == 0
+        assert "; it gives thickness in mm." in (tmp_path / form / "README.md").read_text()
+        compared = json.loads((tmp_path / form / "export.json").read_text())["differences"].keys()
+        assert form == "safetensors" or compared == {"outputs"}
+    model = open_model(str(tmp_path / "safetensors"))
+    images = verify.sample_images(model)
+    outputs = stablehlo.run_stablehlo(str(tmp_path / "stablehlo"), images)["outputs"]
+    assert outputs.shape == (2, 1)
+    assert not np.isclose(outputs, 1).any()  # what a softmax would make of one output
+    assert convert.main([f"--input={tmp_path / 'safetensors'}", f"--output={tmp_path / 'back'}"]) == 0
+    assert open_model(str(tmp_path / "back")).description == model.description
+    for form in ("timm", "hf", "mae"):
+        arguments = [f"--checkpoint={tmp_path / 'in'}", f"--format={form}", f"--output={tmp_path / form}"]
+        assert export.main(arguments) == 2
+        assert f"another task than classification, which {form} has no place for" in capsys.readouterr().err
+        assert not (tmp_path / form).exists()
 
 
 def test_folders_that_cannot_be_exported_are_refused(weights, tmp_path, capsys):

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop import tensors
+from usfmae_jax.interop import files
 from usfmae_jax.interop.model import Model, flatten
-from usfmae_jax.interop.tensors import Tensor, from_array
 from usfmae_jax.models.layers import NORM_EPS
 
 #: Old enough for runtimes of 2022, new enough for LayerNormalization.
@@ -24,7 +23,8 @@ def write_onnx(model: Model, directory: str) -> None:
     """Writes `model.onnx`, for a large model with `model.onnx.data` beside it.
 
     Input: `images`, uint8 `[batch, H, W, C]`, any batch size. Outputs: `class_token` `[batch, D]`, `mean_patch`
-    `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier: `probabilities` `[batch, classes]`.
+    `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier `probabilities` `[batch, classes]`; of a
+    model with another head `outputs` `[batch, outputs]`, as they are.
 
     Raises:
       InputError: the package onnx is missing.
@@ -35,7 +35,7 @@ def write_onnx(model: Model, directory: str) -> None:
         raise InputError("--format=onnx needs the package onnx: pip install 'usfmae_jax[interop]'") from error
     graph = _Graph(model.description["encoder"].get("norm_eps", NORM_EPS))
     last = _tokens(graph, model)
-    outputs = _classifier(graph, model, last) if model.kind == "classifier" else _features(graph, model, last)
+    outputs = _features(graph, model, last) if model.kind == "encoder" else _head(graph, model, last)
     size, kind = model.preprocessing["image_size"], onnx.TensorProto
     images = onnx.helper.make_tensor_value_info("images", kind.UINT8, ["batch", *size, model.preprocessing["channels"]])
     results = [onnx.helper.make_tensor_value_info(n, kind.FLOAT, ["batch", *shape]) for n, shape in outputs.items()]
@@ -58,7 +58,7 @@ class _Graph:
     def __init__(self, norm_eps: float) -> None:
         self.norm_eps = norm_eps
         self.nodes: list[tuple[str, list[str], list[str], dict[str, Any]]] = []
-        self.weights: dict[str, Tensor] = {}
+        self.weights: dict[str, np.ndarray] = {}
         self.shapes: dict[str, list[int]] = {}
 
     def add(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
@@ -68,7 +68,7 @@ class _Graph:
 
     def weight(self, name: str, array: np.ndarray) -> str:
         """A float32 constant."""
-        self.weights[name] = from_array(array)
+        self.weights[name] = np.asarray(array, "<f4", order="C")
         return name
 
     def reshape(self, x: str, shape: list[int], name: str) -> str:
@@ -157,7 +157,7 @@ def _features(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
     return {"class_token": [width], "mean_patch": [width], "patch_grid": [rows, columns, width]}
 
 
-def _classifier(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
+def _head(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
     p, width, (rows, columns) = flatten(model.params), model.description["encoder"]["width"], model.grid()
     graph.shapes["end"] = [1 + rows * columns]
     if model.description["pool"] == "mean":
@@ -167,6 +167,9 @@ def _classifier(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]
     else:
         x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
         x = graph.reshape(graph.add("Slice", [x, "first", "second", "axis"], "class_token"), [-1, width], "pooled")
+    if model.kind == "model":
+        graph.linear(x, p["head.kernel"], p["head.bias"], "outputs")
+        return {"outputs": [len(model.description["outputs"])]}
     graph.add("Softmax", [graph.linear(x, p["head.kernel"], p["head.bias"], "logits")], "probabilities", axis=-1)
     return {"probabilities": [len(model.description["classes"])]}
 
@@ -178,18 +181,16 @@ def _weights(graph: _Graph, data_path: str) -> list[Any]:
     used = {name for _, inputs, _, _ in graph.nodes for name in inputs}
     shapes = {name: np.asarray(shape, np.int64) for name, shape in graph.shapes.items() if name in used}
     protos = [onnx.numpy_helper.from_array(shape, name) for name, shape in shapes.items()]
-    size = sum(4 * math.prod(tensor.shape) for tensor in graph.weights.values())
-    if size <= tensors.EXTERNAL:  # one protobuf ends at 2 GiB, and is built in memory
-        return protos + [onnx.numpy_helper.from_array(t.read(), name) for name, t in graph.weights.items()]
+    if sum(array.nbytes for array in graph.weights.values()) <= files.EXTERNAL:  # one protobuf ends at 2 GiB
+        return protos + [onnx.numpy_helper.from_array(array, name) for name, array in graph.weights.items()]
     with open(data_path, "wb") as file:
-        for name, tensor in graph.weights.items():
-            proto = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=tensor.shape)
+        for name, array in graph.weights.items():
+            proto = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=array.shape)
             proto.data_location = onnx.TensorProto.EXTERNAL
             file.write(b"\0" * (-file.tell() % 4096))  # runtimes map the file into memory, page by page
-            values = np.ascontiguousarray(tensor.read(), "<f4")
-            place = {"location": os.path.basename(data_path), "offset": file.tell(), "length": values.nbytes}
+            place = {"location": os.path.basename(data_path), "offset": file.tell(), "length": array.nbytes}
             for key, value in place.items():
                 proto.external_data.add(key=key, value=str(value))
-            file.write(values.data)
+            file.write(array.data)
             protos.append(proto)
     return protos

@@ -14,7 +14,7 @@ from flax import nnx
 from jax import export
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop import tensors
+from usfmae_jax.interop import files
 from usfmae_jax.interop.model import Model, build, flatten, model_graph, unflatten
 from usfmae_jax.models.patches import normalize_images
 
@@ -26,7 +26,7 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
     """What a model is for, as a function of uint8 images `[B, H, W, C]` and its parameters.
 
     It gives float32 `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`; of a
-    classifier `probabilities` `[B, classes]`.
+    classifier `probabilities` `[B, classes]`; of a model with another head `outputs` `[B, outputs]`, as they are.
     """
     static, grid = model_graph(build(model.description)), model.grid()
     mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
@@ -36,6 +36,8 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
         x = normalize_images(images, mean, std)
         if model.kind == "classifier":
             return {"probabilities": jax.nn.softmax(network(x))}
+        if model.kind == "model":
+            return {"outputs": network(x)}
         tokens = network(x)
         patches = tokens[:, 1:]
         return {
@@ -63,14 +65,14 @@ def write_stablehlo(model: Model, directory: str) -> None:
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)
     path, flat = os.path.join(directory, FILE), flatten(model.params)
-    if sum(value.nbytes for value in flat.values()) > tensors.EXTERNAL:
+    if sum(value.nbytes for value in flat.values()) > files.EXTERNAL:
         # Constants of a program are copied several times before they are on the disk.
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in flat.items()}
         function = jax.jit(lambda images, weights: apply(images, unflatten(weights)))
         exported = export.export(function, platforms=_PLATFORMS)(images, shapes)
-        arrays = {name: tensors.from_array(value) for name, value in flat.items()}
+        arrays = {name: files.from_array(value) for name, value in flat.items()}
         metadata = {"lineage": json.dumps(model.lineage)}
-        tensors.write_safetensors(os.path.join(directory, WEIGHTS), arrays, metadata)
+        files.write_safetensors(os.path.join(directory, WEIGHTS), arrays, metadata)
     else:
         exported = export.export(jax.jit(lambda images: apply(images, model.params)), platforms=_PLATFORMS)(images)
     with open(path + ".incomplete", "wb") as file:

@@ -1,0 +1,131 @@
+"""The model card of an export, `README.md` as the Hugging Face Hub reads it, and what a lineage says about licences."""
+
+import os
+import pathlib
+import re
+from typing import Any
+
+import jinja2
+
+from usfmae_jax.interop.model import Lineage, Model
+
+_LIBRARY = {
+    "safetensors": "jax", "timm": "timm", "hf": "transformers", "mae": "pytorch", "onnx": "onnx", "stablehlo": "jax"
+}  # fmt: skip
+
+#: File names of published weights whose origin is known, with the stages behind them.
+_PUBLISHED = (
+    (
+        r"(mae_(pretrain|finetuned|finetune)_vit_|vit-mae-)(base|large|huge)",
+        {
+            "job": "mae",
+            "code": "published by the authors of MAE (He et al. 2022)",
+            "licence": "CC BY-NC 4.0",
+            "data": [
+                {"dataset": "imagenet-1k", "licence": "research and education only", "citation": "Deng et al. 2009"}
+            ],
+        },
+    ),
+)
+
+
+def published_stage(name: str) -> dict[str, Any] | None:
+    """The stage behind weights that are published under that file or folder name; None if it is not known here."""
+    return next((dict(stage) for pattern, stage in _PUBLISHED if re.search(pattern, name, re.IGNORECASE)), None)
+
+
+def licences(lineage: Lineage) -> list[tuple[str, str]]:
+    """(what, licence) of every ancestor's weights and of all training data, without repetition; "" = not stated."""
+    found: dict[tuple[str, str], None] = {}
+    for stage in lineage:
+        if "licence" in stage:
+            found[f"weights of the job '{stage['job']}'", str(stage["licence"])] = None
+        for data in stage.get("data", ()):
+            found[f"data: {data.get('dataset', 'unnamed')}", str(data.get("licence", ""))] = None
+    return list(found)
+
+
+def non_commercial(lineage: Lineage) -> bool:
+    """Whether any ancestor's weights or data may be used without commerce only; what starts from them inherits that."""
+    return any(
+        re.search(r"\bNC\b|non-?commercial|research (and education )?only", licence, re.IGNORECASE)
+        for _, licence in licences(lineage)
+    )
+
+
+def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) -> None:
+    """Writes `README.md`: what the model is, how to load it, what it was trained on, and under which licences.
+
+    Args:
+      model: what was exported.
+      form: the format.
+      directory: of the export.
+      export: what is in `export.json`.
+    """
+    description, has_head = model.description, "pool" in model.description
+    outputs = "class_token, mean_patch, patch_grid"
+    if has_head:
+        outputs = "probabilities" if model.kind == "classifier" else "outputs"
+    height, width = model.preprocessing["image_size"]
+    known = {licence for _, licence in licences(model.lineage)}
+    restricted = non_commercial(model.lineage)
+    by_nc = restricted and all("CC BY-NC 4.0" in one for one in known if "NC" in one.upper())
+    environment = jinja2.Environment(  # Markdown: nothing is escaped, and what stands in the front matter is quoted
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["quoted"] = _quoted
+    template = environment.from_string((pathlib.Path(__file__).parent / "card.md").read_text())
+    text = template.render(
+        form=form,
+        kind=model.kind,
+        export=export,
+        library=_LIBRARY[form],
+        # Terms that are stricter than CC BY-NC have no name that the Hub knows.
+        hub_licence="cc-by-nc-4.0" if by_nc else "unknown",
+        licence="; ".join(sorted(known)) if all(known) and not by_nc else "",
+        datasets=sorted({d["dataset"] for stage in model.lineage for d in stage.get("data", ()) if d.get("dataset")}),
+        about=description["encoder"],
+        pool=description.get("pool"),
+        classes=description.get("classes", []),
+        named_outputs=description.get("outputs", []),
+        has_head=has_head,
+        height=height,
+        width=width,
+        pixels=model.preprocessing,
+        outputs=outputs,
+        beside=os.path.exists(os.path.join(directory, "model.safetensors")),  # of a program: its weights
+        stages=[_stage(stage) for stage in model.lineage],
+        licences=licences(model.lineage),
+        non_commercial=restricted,
+    )
+    with open(os.path.join(directory, "README.md"), "w") as file:
+        file.write(text)
+
+
+def _quoted(text: str) -> str:
+    """A string in YAML, where names of datasets can be anything."""
+    return "'" + text.replace("'", "''").replace("\n", " ") + "'"
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    parts = [f"**{stage.get('job', 'unknown')}** ({stage.get('code', 'code not stated')}"]
+    parts += [f", {stage['step']} steps)" if stage.get("step") else ")"]
+    config = stage.get("config") or {}
+    recipe = {
+        "mask ratio": config.get("mask", {}).get("ratio"),
+        "batch": config.get("train", {}).get("batch_size"),
+        "learning rate per 256": config.get("optimizer", {}).get("learning_rate"),
+        "weight decay": config.get("optimizer", {}).get("weight_decay"),
+    }
+    said = [f"{name} {value}" for name, value in recipe.items() if value is not None]
+    data = [
+        f"{d.get('dataset', 'unnamed')} ({d['frames']} frames)" if d.get("frames") else str(d.get("dataset", ""))
+        for d in stage.get("data", ())
+    ]
+    source = (
+        [f"from {', '.join(stage['source']['files'])}, sha256 {stage['source']['sha256'][:12]}"]
+        if "source" in stage
+        else []
+    )
+    rest = [*source, *([", ".join(said)] if said else []), *(["data: " + ", ".join(data)] if data else [])]
+    return "".join(parts) + (": " + "; ".join(rest) if rest else "")
