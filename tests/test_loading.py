@@ -6,6 +6,7 @@ import pytest
 from tests.interop import made
 from usfmae_jax import convert, load_encoder
 from usfmae_jax.errors import InputError
+from usfmae_jax.training.forward import _compiled
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +31,10 @@ def test_images_of_any_size_become_features(encoder, rng):
 
 def test_features_do_not_depend_on_the_batch_and_one_shape_is_compiled(encoder, rng):
     images = rng.integers(0, 256, (5, 32, 32, 3), np.uint8)
-    compiled = encoder._apply._cache_size()
+    program = _compiled(encoder._apply, encoder._mesh)
+    compiled = program._cache_size()
     features = encoder(images, batch_size=4)  # one full batch and one padded
-    assert encoder._apply._cache_size() == compiled + 1
+    assert program._cache_size() == compiled + 1
     np.testing.assert_allclose(features.patch_grid, encoder(images, batch_size=5).patch_grid, atol=1e-5)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -13,6 +12,8 @@ from usfmae_jax.data.augment import resize
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Model, build, model_graph, open_model
 from usfmae_jax.models.patches import normalize_images
+from usfmae_jax.training.forward import apply_batches
+from usfmae_jax.training.mesh import one_device, replicated
 
 
 class Features(NamedTuple):
@@ -48,8 +49,8 @@ class Encoder:
             patches = tokens[:, 1:]
             return tokens[:, 0], patches.mean(axis=1), patches.reshape(len(images), *grid, -1)
 
-        self._params = jax.device_put(model.params["encoder"])
-        self._apply = jax.jit(apply)  # compiled once for each shape
+        self._mesh, self._apply = one_device(), apply
+        self._params = jax.device_put(model.params["encoder"], replicated(self._mesh))
 
     def __call__(
         self, images: np.ndarray | Sequence[np.ndarray], *, resized: bool = True, batch_size: int = 64
@@ -72,13 +73,9 @@ class Encoder:
         if len({image.shape for image in prepared}) > 1:
             raise InputError("images of different sizes have to be resized: leave out resized=False")
         batch_size = min(batch_size, len(prepared))
-        parts = []
-        for start in range(0, len(prepared), batch_size):
-            batch = np.stack(prepared[start : start + batch_size])
-            padding = [(0, batch_size - len(batch))] + [(0, 0)] * 3  # the last batch has the shape of the others
-            outputs = jax.device_get(self._apply(self._params, jnp.asarray(np.pad(batch, padding))))
-            parts.append([output[: len(batch)] for output in outputs])
-        return Features(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        batches = (np.stack(prepared[start : start + batch_size]) for start in range(0, len(prepared), batch_size))
+        how: dict[str, Any] = {"batch_size": batch_size, "total": len(prepared), "desc": "features"}
+        return Features(*apply_batches(self._mesh, self._apply, self._params, batches, **how))
 
     def _prepare(self, image: np.ndarray, resized: bool) -> np.ndarray:
         image = np.asarray(image)
