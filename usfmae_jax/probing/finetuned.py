@@ -53,6 +53,8 @@ def open_judges(path: str) -> list[Judge]:
     found = []
     for folder in members(path) or [path]:
         model = open_model(folder)
+        if model.kind == "model":
+            raise InputError(f"{path} holds a model of another task than classification; its own run has tested it")
         if model.kind != "classifier":
             raise InputError(
                 f"config.protocol=finetuned, but {path} holds an encoder without a head; fine-tune it first, or probe "
