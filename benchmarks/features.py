@@ -66,7 +66,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     from usfmae_jax.data import splits
     from usfmae_jax.data.table import read_table
     from usfmae_jax.interop.model import open_model
-    from usfmae_jax.probing import features as feature_cache
+    from usfmae_jax.probing import features as frozen
     from usfmae_jax.tasks import classification
     from usfmae_jax.training import probes
     from usfmae_jax.training.mesh import make_mesh
@@ -76,15 +76,15 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     weights = open_model(args.work + "/encoder")
     frames = classification.select(read_table(args.data))
     how: dict[str, Any] = {"pool": "mean", "batch_size": args.batch}
-    run = feature_cache.extractor(weights, mesh=make_mesh(), **how)
+    run = frozen.extractor(weights, mesh=make_mesh(), **how)
     if args.images:
-        from usfmae_jax.data import table as labelled
+        from usfmae_jax.data import table
 
-        size, channels = feature_cache.image_format(weights)
-        batches = labelled.images(frames, range(args.images), size=size, channels=channels, batch_size=args.batch)
+        size, channels = frozen.image_format(weights)
+        batches = table.images(frames, range(args.images), size=size, channels=channels, batch_size=args.batch)
         features = run(batches, args.images, "features")
     else:
-        features = feature_cache.extract(run, weights, frames, **how)
+        features = frozen.extract(run, weights, frames, **how)
     extracted = time.perf_counter()
     np.save(args.work + f"/features-{args.side}.npy", features)
     times = {"features": extracted - start}

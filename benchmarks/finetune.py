@@ -46,11 +46,11 @@ def ours(args: argparse.Namespace) -> alternate.Result:
     """The command, with a clock on its loop."""
     import csv
 
-    from usfmae_jax.finetuning import loop as supervised
+    from usfmae_jax.finetuning import loop
 
     spent = []
     with tempfile.TemporaryDirectory() as workdir:
-        describe, finish = supervised.results.describe, supervised.results.finish
+        describe, finish = loop.results.describe, loop.results.finish
 
         def begin(*arguments: Any) -> Any:
             describe(*arguments)
@@ -60,8 +60,8 @@ def ours(args: argparse.Namespace) -> alternate.Result:
             spent.append(time.perf_counter())
             return finish(*arguments)
 
-        supervised.results.describe, supervised.results.finish = begin, stop  # type: ignore[assignment]
-        supervised.finetune(settings(args), workdir)
+        loop.results.describe, loop.results.finish = begin, stop  # type: ignore[assignment]
+        loop.finetune(settings(args), workdir)
         with open(f"{workdir}/predictions.csv", newline="") as file:
             tested = len(list(csv.DictReader(file)))
         results = json.loads(pathlib.Path(workdir, "results.json").read_text())

@@ -14,8 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from usfmae_jax.data import table as labelled
 from usfmae_jax.data.table import Table
+from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Model
 from usfmae_jax.training.forward import apply_batches, encoder_function
@@ -91,7 +91,7 @@ def extract(
     if np.all(multihost_utils.process_allgather(np.bool_(found is not None))) and found is not None:
         print(f"features: computed before, {path}", file=sys.stderr)
         return found
-    images = labelled.images(
+    images = decode(
         frames, range(len(frames)), size=(height, width), channels=channels, batch_size=batch_size, threads=threads
     )
     features = run(images, len(frames), "features")
