@@ -47,8 +47,7 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture
-def settings(shards, encoder, cache):
+def _settings(shards, encoder, cache):
     """Three folds by patient of 24 patients; their small pictures look alike, so copies are not looked for."""
     config = get_config()
     config.checkpoint, config.data.path, config.cache = encoder, shards, cache
@@ -57,6 +56,19 @@ def settings(shards, encoder, cache):
     config.linear.update(epochs=30)
     config.attentive.update(epochs=2)
     return config
+
+
+@pytest.fixture
+def settings(shards, encoder, cache):
+    return _settings(shards, encoder, cache)
+
+
+@pytest.fixture(scope="module")
+def probed(shards, encoder, cache, tmp_path_factory):
+    """What an evaluation with these settings left."""
+    workdir = tmp_path_factory.mktemp("probed")
+    evaluate(_settings(shards, encoder, cache), str(workdir))
+    return workdir
 
 
 @pytest.mark.parametrize("protocol", ["logistic", "knn", "linear", "attentive"])
@@ -80,22 +92,19 @@ def test_every_protocol_tests_every_frame_once_and_leaves_its_results(settings, 
     assert all(len(parts) == 1 for parts in patients.values())
 
 
-def test_the_same_evaluation_gives_the_same_bytes(settings, tmp_path):
-    for name in ("a", "b"):
-        evaluate(settings, str(tmp_path / name))
-    a, b = ((tmp_path / name / "predictions.csv").read_bytes() for name in ("a", "b"))
-    assert a == b
+def test_the_same_evaluation_gives_the_same_bytes(probed, settings, tmp_path):
+    evaluate(settings, str(tmp_path))
+    assert (tmp_path / "predictions.csv").read_bytes() == (probed / "predictions.csv").read_bytes()
 
 
-def test_the_split_that_one_run_leaves_is_the_split_of_another(settings, tmp_path):
-    evaluate(settings, str(tmp_path / "a"))
-    settings.split.path = str(tmp_path / "a" / "splits" / "splits.csv")
+def test_the_split_that_one_run_leaves_is_the_split_of_another(probed, settings, tmp_path):
+    settings.split.path = str(probed / "splits" / "splits.csv")
     settings.checkpoint = "pixels"
     evaluate(settings, str(tmp_path / "b"))
-    both = [predictions.read(tmp_path / name, predictions.ClassPredictions) for name in "ab"]
-    folds = [dict(zip(one.frame_key, one.fold, strict=True)) for one in both]
+    both = [predictions.read(run, predictions.ClassPredictions) for run in (probed, tmp_path / "b")]
+    folds = [dict(zip(found.frame_key, found.fold, strict=True)) for found in both]
     assert folds[0] == folds[1]
-    assert door.compare([str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'c.json'}"]) == 0
+    assert door.compare([str(probed), str(tmp_path / "b"), f"--output={tmp_path / 'c.json'}"]) == 0
     assert json.loads((tmp_path / "c.json").read_text())["frames"] == 48
 
 
@@ -147,17 +156,13 @@ def write_run(workdir, splits_from, folds, params_of):
         own.select(own.fold == fold).write(member / "predictions.csv")
 
 
-def test_a_fine_tuned_run_judges_every_frame_by_the_member_that_has_not_seen_it(settings, shards, tmp_path):
-    evaluate(settings, str(tmp_path / "probe"))
-    write_run(tmp_path / "run", tmp_path / "probe" / "splits" / "splits.csv", ("1", "2", "3"), int)
+def test_a_fine_tuned_run_judges_every_frame_by_the_member_that_has_not_seen_it(probed, settings, tmp_path):
+    write_run(tmp_path / "run", probed / "splits" / "splits.csv", ("1", "2", "3"), int)
     settings.checkpoint = str(tmp_path / "run")
     results = evaluate(settings, str(tmp_path / "out"))
     assert results["task"]["protocol"] == "finetuned"
-    found, probed = (
-        predictions.read(tmp_path / "out", predictions.ClassPredictions),
-        predictions.read(tmp_path / "probe", predictions.ClassPredictions),
-    )
-    assert dict(zip(found.frame_key, found.fold, strict=True)) == dict(zip(probed.frame_key, probed.fold, strict=True))
+    found, first = (predictions.read(run, predictions.ClassPredictions) for run in (tmp_path / "out", probed))
+    assert dict(zip(found.frame_key, found.fold, strict=True)) == dict(zip(first.frame_key, first.fold, strict=True))
 
     # One member alone may judge only its own test part, also when its classifier/ is what is named.
     for place in ("", "classifier"):
@@ -168,9 +173,8 @@ def test_a_fine_tuned_run_judges_every_frame_by_the_member_that_has_not_seen_it(
         np.testing.assert_allclose(one.probabilities, found.probabilities[found.fold == "2"], rtol=1e-5)
 
 
-def test_a_setting_of_probes_is_not_ignored_for_a_classifier(settings, tmp_path):
-    evaluate(settings, str(tmp_path / "probe"))
-    write_run(tmp_path / "run", tmp_path / "probe" / "splits" / "splits.csv", ("1",), int)
+def test_a_setting_of_probes_is_not_ignored_for_a_classifier(probed, settings, tmp_path):
+    write_run(tmp_path / "run", probed / "splits" / "splits.csv", ("1",), int)
     settings.checkpoint = str(tmp_path / "run")
     for name, value in (("seeds", (0, 1)), ("fractions", (0.5,)), ("split.only", ("1",)), ("pool", "cls"), ("step", 5)):
         changed = settings.copy_and_resolve_references()
@@ -180,9 +184,8 @@ def test_a_setting_of_probes_is_not_ignored_for_a_classifier(settings, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_classifier_that_may_have_seen_the_data_needs_a_split(settings, tmp_path):
-    evaluate(settings, str(tmp_path / "probe"))
-    splits = tmp_path / "probe" / "splits" / "splits.csv"
+def test_a_classifier_that_may_have_seen_the_data_needs_a_split(probed, settings, tmp_path):
+    splits = probed / "splits" / "splits.csv"
     write_run(tmp_path / "run", splits, ("1",), int)
     moved = tmp_path / "elsewhere" / "model"
     (tmp_path / "run" / "members" / "fold-1" / "classifier").rename((moved.parent.mkdir(), moved)[1])

@@ -85,6 +85,7 @@ def test_sigterm_saves_exits_75_and_resumes_bitwise(undisturbed, shards, tmp_pat
     assert _tested(tmp_path) == _tested(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_members_trained_side_by_side_are_those_trained_one_after_another(undisturbed, shards, tmp_path):
     done = _run(shards, tmp_path, parallel=1)
     assert done.returncode == 0, done.stderr
@@ -114,6 +115,7 @@ def test_help_names_the_variants_and_fields():
         assert expected in done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_members_and_both_end(undisturbed, shards, tmp_path):
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

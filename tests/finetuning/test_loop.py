@@ -40,8 +40,7 @@ def compiled():
         yield
 
 
-@pytest.fixture
-def config(shards):
+def _config(shards):
     """Two folds of a model of two small blocks, ten updates each."""
     config = configs.get_config("folder")
     config.data.path = shards
@@ -55,26 +54,16 @@ def config(shards):
     return config
 
 
+@pytest.fixture
+def config(shards):
+    return _config(shards)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    config = configs.get_config("folder")
-    config.update(_plain(shards))
-    assert finetune(config, str(workdir))
+    assert finetune(_config(shards), str(workdir))
     return workdir
-
-
-def _plain(shards):
-    return {
-        "data": {"path": shards},
-        "model": {"image_size": (32, 32), "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2},
-        "split": {"folds": 2, "duplicates": False},
-        "train": {"batch_size": 16, "steps": 10},
-        "stop": {"every": 1.6},
-        "checkpoint": {"every": 2},
-        "log": {"every": 1},
-        "evaluate": {"batch_size": 16, "bootstrap": 20},
-    }
 
 
 @pytest.fixture
@@ -136,8 +125,8 @@ def test_evaluations_are_logged_and_the_best_is_what_is_tested(undisturbed):
         np.testing.assert_allclose(loss, best["validation/log_loss"], rtol=1e-5)
 
 
-# Before a checkpoint; on one; at the end of a member; in the next one.
-@pytest.mark.parametrize("after", [1, 4, 10, 13])
+# Before a checkpoint; in the next member; on a checkpoint; at the end of a member.
+@pytest.mark.parametrize("after", [1, 13, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 10))])
 def test_a_stopped_run_ends_bitwise_as_the_undisturbed_one(
     undisturbed, config, tmp_path, monkeypatch, after, no_report
 ):
@@ -272,6 +261,7 @@ def test_it_starts_from_an_encoder_and_warns_when_that_has_seen_the_test_data(co
         np.testing.assert_array_equal(flatten(model.params)[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, monkeypatch, no_report):
     config.model.update(arch="resnet50", width=4, depth=1, channels=1, patch_size=0, num_heads=0)
     config.split.only = ("1",)

@@ -1,6 +1,7 @@
 """Members in processes of their own: what becomes of them when one of them, or the parent, comes to an end."""
 
 import functools
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -36,6 +37,14 @@ def work(folder, members, line):
     return True
 
 
+@pytest.fixture
+def quick_start(monkeypatch):
+    """Processes from one that has imported JAX, rather than each importing it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context)
+
+
 def _members(names):
     return [types.SimpleNamespace(name=name) for name in names]
 
@@ -44,7 +53,7 @@ def _done(folder):
     return {file.name for file in folder.iterdir()}
 
 
-def test_a_member_has_the_same_threads_after_a_restart(tmp_path, monkeypatch):
+def test_a_member_has_the_same_threads_after_a_restart(quick_start, tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "_cores", lambda: 6)
     assert side_by_side.train(functools.partial(work, tmp_path), _members("abc"), 3)
     assert _done(tmp_path) == {"a-2", "b-2", "c-2"}
@@ -59,19 +68,26 @@ def test_the_fewest_processes_that_keep_all_cores_busy(members, cores, processes
     assert side_by_side.quickest(members, cores) == processes
 
 
-def test_an_error_of_one_process_is_raised_and_the_others_save(tmp_path):
+def test_an_error_of_one_process_is_raised_and_the_others_save(quick_start, tmp_path):
     with pytest.raises(DivergedError, match="nan at step 3"):
         side_by_side.train(functools.partial(work, tmp_path), _members(["wait", "diverge"]), 2)
     assert "saved" in _done(tmp_path)
 
 
-def test_a_process_that_dies_is_spoken_of(tmp_path):
+def test_a_process_that_dies_is_spoken_of(quick_start, tmp_path):
     with pytest.raises(RuntimeError, match=r"status -9.*config\.parallel=1"):
         side_by_side.train(functools.partial(work, tmp_path), _members(["wait", "die"]), 2)
     assert "saved" in _done(tmp_path)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGINT, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow),
+    ],
+)
 def test_whatever_ends_the_parent_has_the_others_save(tmp_path, number, code):
     script = (
         "import functools\n"

@@ -20,7 +20,8 @@ def command(shards, workdir, *flags, **overrides):
 
 
 def environment(devices=1):
-    return os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"  # as in conftest.py
+    return os.environ | {"XLA_FLAGS": flags}
 
 
 def run(shards, workdir, devices=1, **overrides):

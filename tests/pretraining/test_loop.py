@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.helpers import write_shards
+from tests.helpers import tiny_config, write_shards
 from tests.pretraining.runs import losses, metrics
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import flatten, open_model
@@ -30,15 +30,22 @@ def test_an_evaluation_set_is_not_trained_on_unless_asked_for(config, tmp_path):
     assert "data_prep.build" not in str(error.value)
 
 
-def test_resuming_with_another_config_names_the_fields(config, tmp_path):
-    config.train.steps = 2
-    config.checkpoint.every = 2
-    assert pretrain(config, str(tmp_path))
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """A run of two steps, and its config."""
+    workdir, config = tmp_path_factory.mktemp("finished"), tiny_config(shards)
+    config.train.steps = config.checkpoint.every = 2
+    assert pretrain(config, str(workdir))
+    return workdir, config
+
+
+def test_resuming_with_another_config_names_the_fields(finished):
+    workdir, config = finished[0], finished[1].copy_and_resolve_references()
     config.optimizer.learning_rate = 0.5
     config.mask.ratio = 0.5
     config.mesh.fsdp = 2  # may change
     with pytest.raises(InputError) as error:
-        pretrain(config, str(tmp_path))
+        pretrain(config, str(workdir))
     assert "mask.ratio is 0.5 but was 0.75" in str(error.value)
     assert "optimizer.learning_rate is 0.5 but was" in str(error.value)
     assert "mesh" not in str(error.value)
@@ -52,11 +59,9 @@ def test_checkpoints_are_kept_by_policy(config, tmp_path):
     assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {3, 6, 7}
 
 
-def test_a_finished_run_is_not_run_again(config, tmp_path, capfd):
-    config.train.steps = 2
-    assert pretrain(config, str(tmp_path))
-    capfd.readouterr()
-    assert pretrain(config, str(tmp_path))
+def test_a_finished_run_is_not_run_again(finished, capfd):
+    workdir, config = finished
+    assert pretrain(config, str(workdir))
     assert "already finished" in capfd.readouterr().err
 
 
@@ -87,7 +92,7 @@ def test_pictures_and_probe_appear_in_the_logs(config, tmp_path, shards):
     assert probes[4]["probe/rankme"] >= 1
 
 
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_colour_models_train_on_views_that_are_not_square(config, tmp_path, channels):
     config.model.update(image_size=(32, 48), channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
     config.data.channels = channels  # 1: grey frames, repeated on the device
@@ -99,13 +104,12 @@ def test_colour_models_train_on_views_that_are_not_square(config, tmp_path, chan
     assert cv2.imread(str(tmp_path / "reconstructions" / "step_0000002.png")) is not None
 
 
-def test_pretraining_starts_from_an_encoder(config, tmp_path):
+def test_pretraining_starts_from_an_encoder(finished, config, tmp_path):
     config.train.steps = 2
-    assert pretrain(config, str(tmp_path / "first"))
-    config.init = str(tmp_path / "first" / "encoder")
+    config.init = str(finished[0] / "encoder")
     config.optimizer.learning_rate = 0.0
     assert pretrain(config, str(tmp_path / "second"))
-    first, second = (flatten(open_model(str(tmp_path / run / "encoder")).params) for run in ("first", "second"))
+    first, second = (flatten(open_model(str(run / "encoder")).params) for run in (finished[0], tmp_path / "second"))
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value)
     config.model.width = 64

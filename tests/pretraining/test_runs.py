@@ -67,8 +67,9 @@ def test_no_absolute_path_leaks_into_what_a_run_leaves(undisturbed, shards):
             assert str(path).encode() not in file.read_bytes(), file
 
 
-def test_a_run_killed_again_and_again_ends_bitwise_as_the_undisturbed_run(undisturbed, shards, tmp_path):
-    for after in (2, 4, 8):  # between, during and right after checkpoints at every third step
+@pytest.mark.parametrize("kills", [(4,), pytest.param((2, 4, 8), marks=pytest.mark.slow)], ids=len)
+def test_a_run_killed_again_and_again_ends_bitwise_as_the_undisturbed_run(undisturbed, shards, tmp_path, kills):
+    for after in kills:  # between, during and right after checkpoints at every third step
         process = subprocess.Popen(command(shards, tmp_path), env=environment(), stderr=subprocess.DEVNULL)
         while process.poll() is None and max(losses_or_none(tmp_path)) < after:
             time.sleep(0.005)
@@ -141,6 +142,7 @@ def _assert_close(workdir, other):
         np.testing.assert_allclose(ours[name], value, atol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(shards, tmp_path):
     processes = _start_two_processes(shards, tmp_path, train__steps=100_000, checkpoint__every=100_000)
     while all(process.poll() is None for process in processes) and max(losses_or_none(tmp_path)) < 2:

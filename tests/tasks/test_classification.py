@@ -82,7 +82,7 @@ def test_the_loss_is_the_weighted_mean_over_labels():
     np.testing.assert_allclose(error / count, (each * weights[labels]).sum() / weights[labels].sum(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_training_learns_and_predicts(kind):
     start, step, predict = _parts(kind)
     state, losses = start(0), []
@@ -107,6 +107,7 @@ def test_accumulation_gives_the_update_of_the_whole_batch():
     np.testing.assert_allclose(parts[1]["grad_norm"], whole[1]["grad_norm"], rtol=1e-4)
 
 
+@pytest.mark.slow  # so they do for any loss, see tests/training/test_update.py
 def test_eight_devices_compute_what_one_does():
     one, eight = _parts(), _parts(devices=8)
     a, b = one[1](one[0](0), _batch(), 100), eight[1](eight[0](0), _batch(), 100)
@@ -141,12 +142,16 @@ def test_full_trains_all_of_a_vit_but_the_norm_that_mean_pooling_does_not_use():
 def test_frozen_leaves_the_encoder_bitwise():
     moved, _ = _moved("vit", "frozen")
     assert moved == {"head.kernel", "head.bias", "head_norm.scale", "head_norm.bias"}
+
+
+@pytest.mark.slow
+def test_frozen_leaves_a_resnet_and_its_statistics_bitwise():
     moved, everything = _moved("resnet", "frozen")
     assert moved == {"head.kernel", "head.bias"}
     assert any("var" in name for name in everything)
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("pool", [pytest.param("mean", marks=pytest.mark.slow), "cls"])
 def test_last_k_leaves_earlier_blocks_bitwise(pool):
     moved, everything = _moved("vit", "last_k", 2, pool)
     blocks = {name for name in everything if name.startswith("encoder.blocks.") and not name.endswith("0")}
@@ -209,7 +214,8 @@ def test_mixed_targets_are_the_shares_of_pixels(mixup, cutmix):
 
 
 def test_a_cut_is_one_rectangle():
-    mixed, _ = mix(jax.random.key(3), _plain_images(), jnp.eye(6), mixup=0.0, cutmix=1.0)
+    cut = jax.jit(functools.partial(mix, mixup=0.0, cutmix=1.0))
+    mixed, _ = cut(jax.random.key(3), _plain_images(), jnp.eye(6))
     hole = np.asarray(mixed[0, ..., 0]) > 0
     rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
     assert 0 < hole.sum() < hole.size

@@ -7,16 +7,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from tests.training.test_update import _mesh
+from tests.helpers import tiny_config
 from usfmae_jax.pretraining import build
 from usfmae_jax.training import optimizers
-from usfmae_jax.training.state import init_state
 
 
-@pytest.fixture
-def params(config):
-    return init_state(build.objective(config).make, optimizers.adamw(), _mesh(1), seed=0)[1]["params"]
+@pytest.fixture(scope="module")
+def params():
+    """Of the model of `tiny_config`, with numbers that cost no compilation."""
+    model = nnx.eval_shape(lambda: build.objective(tiny_config("")).make(nnx.Rngs(0)))
+    shapes, rng = nnx.to_pure_dict(nnx.state(model, nnx.Param)), np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), shapes)
+
+
+def _first(optimizer, gradients, params):
+    """The first update, and the state that it leaves."""
+    return jax.jit(lambda gradients, params: optimizer.update(gradients, optimizer.init(params), params))(
+        gradients, params
+    )
 
 
 @pytest.mark.parametrize("total", [110, 120])
@@ -46,7 +56,7 @@ def test_biases_norms_and_tokens_are_not_decayed(params):
 def test_weight_decay_is_decoupled_and_follows_the_mask(params, decay_all):
     optimizer = optimizers.adamw(weight_decay=0.5, decay_all=decay_all)
     params = jax.tree.map(jnp.ones_like, params)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = _first(optimizer, jax.tree.map(jnp.zeros_like, params), params)
     np.testing.assert_allclose(updates["encoder"]["patch_embed"]["kernel"], -0.5)
     np.testing.assert_allclose(updates["encoder"]["patch_embed"]["bias"], -0.5 if decay_all else 0.0)
 
@@ -67,8 +77,7 @@ def test_layer_decay_scales_the_update(params):
     gradients = jax.tree.map(jnp.ones_like, params)
 
     def update(layer_decay):
-        optimizer = optimizers.adamw(layer_decay=layer_decay, weight_decay=0.0)
-        return optimizer.update(gradients, optimizer.init(params), params)[0]["encoder"]
+        return _first(optimizers.adamw(layer_decay=layer_decay, weight_decay=0.0), gradients, params)[0]["encoder"]
 
     plain, scaled = update(1.0), update(0.5)
     np.testing.assert_allclose(scaled["cls_token"], 0.125 * plain["cls_token"], rtol=1e-6)
@@ -79,6 +88,6 @@ def test_layer_decay_scales_the_update(params):
 def test_clipping_bounds_the_gradient_norm(params):
     gradients = jax.tree.map(lambda p: jnp.full_like(p, 1e3), params)
     optimizer = optimizers.adamw(clip_norm=1.0, b1=0.0, b2=0.0, weight_decay=0.0)
-    state = optimizer.update(gradients, optimizer.init(params), params)[1]
-    first_moment = state[1].mu
-    np.testing.assert_allclose(np.sqrt(sum(float((m**2).sum()) for m in jax.tree.leaves(first_moment))), 1.0, rtol=1e-4)
+    first_moment = _first(optimizer, gradients, params)[1][1].mu
+    squares = [np.square(np.asarray(moment)).sum() for moment in jax.tree.leaves(first_moment)]
+    np.testing.assert_allclose(np.sqrt(sum(squares)), 1.0, rtol=1e-4)

@@ -40,23 +40,32 @@ def _objective(fan_aware=False, mean=0.5, std=0.25):
 
 
 @functools.cache
+def _start(devices, fsdp):
+    return init_state(_objective().make, optimizers.adamw(clip_norm=1.0), _mesh(devices, fsdp), seed=0)
+
+
+@functools.cache
+def _update(devices, fsdp, accumulate, fan_aware):
+    mesh, optimizer, objective = _mesh(devices, fsdp), optimizers.adamw(clip_norm=1.0), _objective(fan_aware)
+    graph, state = _start(devices, fsdp)
+    rate = lambda step, rate: rate  # noqa: E731  takes the place of the length, so that all rates share a program
+    update = make_update(graph, objective.prepare, objective.loss, optimizer, rate, mesh, accumulate=accumulate)
+    return jax.jit(update, out_shardings=(meshes.state_sharding(mesh, state), meshes.replicated(mesh)))
+
+
+@functools.cache
 def train(devices=1, fsdp=1, steps=3, accumulate=1, fan_aware=False, learning_rate=1e-2):
     """Updates on the same 16 images: losses, gradient norms and the last state."""
-    mesh = _mesh(devices, fsdp)
-    optimizer, objective = optimizers.adamw(clip_norm=1.0), _objective(fan_aware)
-    graph, state = init_state(objective.make, optimizer, mesh, seed=0)
-    rate = functools.partial(optimizers.warmup_cosine, learning_rate=learning_rate, floor=0.0, warmup=0.0)
-    update = make_update(graph, objective.prepare, objective.loss, optimizer, rate, mesh, accumulate=accumulate)
-    update = jax.jit(update, out_shardings=(meshes.state_sharding(mesh, state), meshes.replicated(mesh)))
-    images = meshes.global_batch(mesh, _images())
+    images = meshes.global_batch(_mesh(devices, fsdp), _images())
+    update, (_, state) = _update(devices, fsdp, accumulate, fan_aware), _start(devices, fsdp)
     metrics = []
     for _ in range(steps):
-        state, values = update(state, images, 10**6)
+        state, values = update(state, images, learning_rate)
         metrics.append(jax.device_get(values))
     return [m["loss"] for m in metrics], [m["grad_norm"] for m in metrics], state
 
 
-@pytest.mark.parametrize("fsdp", [1, 4, 8])
+@pytest.mark.parametrize("fsdp", [4, *(pytest.param(fsdp, marks=pytest.mark.slow) for fsdp in (1, 8))])
 def test_eight_devices_compute_what_one_does(fsdp):
     single = train()
     losses, norms, state = train(8, fsdp)
@@ -66,9 +75,11 @@ def test_eight_devices_compute_what_one_does(fsdp):
     assert kernel.addressable_shards[0].data.size * fsdp == kernel.size  # it was really split
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-@pytest.mark.parametrize("fan_aware", [False, True])
-def test_accumulated_micro_batches_give_the_update_of_the_large_batch(accumulate, fan_aware):
+@pytest.mark.parametrize(
+    ("fan_aware", "accumulate"),
+    [(False, 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, 2), (True, 2), (True, 4)])],
+)
+def test_accumulated_micro_batches_give_the_update_of_the_large_batch(fan_aware, accumulate):
     whole = train(fan_aware=fan_aware)
     parts = train(fan_aware=fan_aware, accumulate=accumulate)
     np.testing.assert_allclose(parts[0], whole[0], rtol=1e-5)
@@ -79,6 +90,7 @@ def test_accumulated_micro_batches_give_the_update_of_the_large_batch(accumulate
         np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-3, err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_accumulation_on_eight_devices():
     losses, _, _ = train(8, 2, accumulate=2)
     np.testing.assert_allclose(losses, train()[0], rtol=2e-5)
@@ -94,13 +106,9 @@ def test_every_step_draws_new_masks():
     assert len(set(np.asarray(frozen).tolist())) == 3
 
 
-def test_state_is_born_in_its_shards(config, monkeypatch):
-    monkeypatch.setattr(meshes, "MIN_SHARDED_SIZE", 64)
-    optimizer = optimizers.adamw()
-    mesh = _mesh(8, 8)
-    make = build.objective(config).make
-    _, state = init_state(make, optimizer, mesh, seed=0)
-    abstract = abstract_state(make, optimizer, mesh)
+def test_state_is_born_in_its_shards():
+    _, state = _start(8, 4)
+    abstract = abstract_state(_objective().make, optimizers.adamw(clip_norm=1.0), _mesh(8, 4))
     assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == jax.tree.map(
         lambda x: (x.shape, x.dtype, x.sharding), abstract
     )
@@ -110,7 +118,7 @@ def test_state_is_born_in_its_shards(config, monkeypatch):
 
 def test_pictures_show_visible_pixels_where_nothing_is_hidden():
     objective = _objective(mean=0.2, std=0.2)
-    graph, state = init_state(objective.make, optimizers.adamw(), _mesh(1), seed=0)
+    graph, state = _start(1, 1)
     images = jnp.asarray(_images())
     draw = jax.jit(lambda params: objective.pictures(nnx.merge(graph, params), images, jax.random.key(0)))
     shown = jax.device_get(draw(state["params"]))
