@@ -11,6 +11,9 @@ from configs.pretrain import get_config
 from usfmae_jax.data import records
 from usfmae_jax.data.tfrecord import frame_tfrecord
 
+#: For `jax.jit`: compiles as users do, where conftest.py has all else compiled without LLVM's optimisation.
+OPTIMIZED = {"xla_backend_optimization_level": 3}
+
 
 def frame(index: int, label: int, size: tuple[int, int] = (40, 48)) -> np.ndarray:
     """A smooth random grey picture; those of label 1 have a bright disc."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.helpers import OPTIMIZED
 from tests.models.make_golden import GOLDEN, MASK_RATIO, SIZE, reference
 from usfmae_jax.interop.model import flatten, unflatten
 from usfmae_jax.models import mae, patches
@@ -43,7 +44,8 @@ def ours(torch_run):
         error, count = mae.masked_error(predicted, mae.patch_targets(images, SIZE["patch_size"], True), mask)
         return error / count, predicted
 
-    (value, predicted), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jax.tree.map(jnp.asarray, params))
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=OPTIMIZED)
+    (value, predicted), gradient = run(jax.tree.map(jnp.asarray, params))
     return value, predicted, flatten(gradient)
 
 

@@ -1,5 +1,6 @@
 """ResNet-50 computes what torchvision's does, trains as it does, and freezes in stages."""
 
+import functools
 import importlib.util
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from tests.helpers import OPTIMIZED
 from tests.models.make_resnet_golden import DEPTHS, GOLDEN, RESNET50, direction, images, names, reference, weights
 from usfmae_jax.interop.model import flatten
 from usfmae_jax.interop.resnet import architecture, read_resnet
@@ -56,7 +58,7 @@ def golden():
 def ours(tmp_path_factory):
     graph, params, stats = _loaded(DEPTHS, tmp_path_factory.mktemp("weights"))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=OPTIMIZED)
     def run(params, stats, pixels):
         model = nnx.merge(graph, params, stats)
         (loss, (_, new)), gradients = _step(graph, params, stats, pixels)
@@ -111,7 +113,9 @@ def test_resnet50_equals_torchvisions_that_is_installed(tmp_path):
     except RuntimeError as error:
         pytest.skip(f"the installed torchvision does not fit the installed torch: {error}")
     graph, params, stats = _loaded(RESNET50, tmp_path)
-    features = jax.jit(lambda params, stats, pixels: nnx.merge(graph, params, stats).features(pixels))
+    features = jax.jit(
+        lambda params, stats, pixels: nnx.merge(graph, params, stats).features(pixels), compiler_options=OPTIMIZED
+    )
     np.testing.assert_allclose(
         features(params, stats, images()), expected["features"], rtol=1e-4, atol=1e-5 * expected["features"].max()
     )
