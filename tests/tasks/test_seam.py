@@ -9,8 +9,10 @@ import json
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs.finetune import get_config
+from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import bootstrap_chunks
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.finetuning import build
@@ -30,6 +32,7 @@ class Measured(Predictions):
 @dataclasses.dataclass(frozen=True)
 class Brightness(Task):
     outputs = ("brightness",)
+    metrics = ("mae",)
     losses = frozenset({"mae"})
     tie = ""
     predictions = Measured
@@ -75,7 +78,10 @@ def test_a_new_task_is_fine_tuned_and_scored_through_the_same_loop(shards, tmp_p
     config.model.update(image_size=(32, 32), patch_size=8, width=32, depth=1, num_heads=2, drop_path=0.0)
     config.split.update(folds=2, duplicates=False)
     config.train.update(batch_size=16, steps=12)
-    config.stop.update(metric="mae", every=2.0)
+    config.stop.every = 2.0
+    with pytest.raises(InputError, match=r"config\.stop\.metric='auroc' must be one of mae"):
+        finetune(config, str(tmp_path))
+    config.stop.metric = "mae"
     config.evaluate.update(batch_size=16, bootstrap=20)
     asked = []
     with monkeypatch.context() as patch:

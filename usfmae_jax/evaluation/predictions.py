@@ -82,7 +82,11 @@ class Predictions:
 
     def columns(self) -> dict[str, Sequence[Any]]:
         """What the CSV holds beside the ids, by column: N values each."""
-        return {name: getattr(self, name).tolist() for name in self.rows() if name not in _IDS}
+        own = {name: getattr(self, name) for name in self.rows() if name not in _IDS}
+        for name, values in own.items():
+            if values.ndim != 1:  # found now, not when it is read again
+                raise ValueError(f"{name} is {values.shape}, and a column is [N]: give it a field for each column")
+        return {name: values.tolist() for name, values in own.items()}
 
     @classmethod
     def from_columns(cls, ids: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[str]]) -> Self:

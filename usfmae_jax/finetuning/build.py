@@ -149,6 +149,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     if config.task not in TASKS:
         raise InputError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")
     table, task = TASKS[config.task](config, table)
+    if config.stop.metric not in task.metrics:
+        raise InputError(f"config.stop.metric={config.stop.metric!r} must be one of {', '.join(task.metrics)}")
     init = read_init(config, len(task.outputs))
     backbone, pixels = describe_backbone(config, init)
     description = task.describe(backbone)

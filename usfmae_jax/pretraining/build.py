@@ -221,7 +221,8 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     weights = open_model(directory, whole=True)
     weights = weights if weights.kind == "mae" else weights.encoder()
     own, about = state["params"], weights.description["encoder"] | weights.preprocessing
-    taken = {part: params for part, params in weights.params.items() if part in own}
+    parts = sorted(weights.params, key=lambda part: part != "encoder")  # the encoder is what a person asks about first
+    taken = {part: weights.params[part] for part in parts if part in own}
     for part, params in taken.items():
         _check_shapes(params, own[part], directory, part)
     # Heads leave no trace in the shapes.

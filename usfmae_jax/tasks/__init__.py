@@ -24,7 +24,8 @@ class Task(Protocol):
 
     Attributes:
       outputs: names of what the model puts out, in order: classes, or quantities.
-      losses: names of those metrics of which less is better.
+      metrics: names of what `score` gives, one of which chooses the best evaluation.
+      losses: those of them of which less is better.
       tie: the metric that decides between evaluations that are equally good; "" = the earlier one is kept.
       predictions: the type of what is written of every frame that is tested.
     """
@@ -33,6 +34,10 @@ class Task(Protocol):
     losses: frozenset[str]
     tie: str
     predictions: type[Predictions]
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """See above."""
 
     def strata(self, table: Table) -> Strata:
         """What every part of a split has some of; without classes one stratum for all."""

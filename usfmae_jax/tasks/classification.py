@@ -15,7 +15,7 @@ from usfmae_jax.data.splits import Strata
 from usfmae_jax.data.table import Table, folders, names_beside, whole_image
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import results as scoring
-from usfmae_jax.evaluation.classification import LOSSES, NAMES, metrics, positive_class
+from usfmae_jax.evaluation.classification import LOSSES, NAMES, defined, metrics, positive_class
 from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions
 from usfmae_jax.reporting import classification as reporting
 from usfmae_jax.tasks import Arrays, Task
@@ -145,6 +145,11 @@ class Classification(Task):
     losses = LOSSES
     tie = "log_loss"
     predictions = ClassPredictions
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that are defined for so many classes."""
+        return tuple(defined(len(self.outputs) == 2))
 
     def strata(self, table: Table) -> Strata:
         """The classes."""
