@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from usfmae_jax.evaluation.classification import bootstrap_chunks
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 BINARY = ("benign", "malignant")
@@ -49,3 +50,8 @@ def several(rng: np.random.Generator) -> ClassPredictions:
             part = predictions(rng, patients=40, folds=3, seed=seed, skill=skill)
             parts.append(dataclasses.replace(part, fraction=np.full(len(part), fraction)))
     return concatenate(parts)
+
+
+def bootstrap_weights(patients: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
+    """All rows of `bootstrap_chunks` at once."""
+    return np.concatenate(list(bootstrap_chunks(patients, resamples, seed)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 
-from tests.evaluation.made import predictions
+from tests.evaluation.made import bootstrap_weights, predictions
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import classification
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
@@ -51,7 +51,7 @@ def _expected(labels, probabilities, positive, weight):
 @pytest.mark.parametrize(("classes", "positive"), [(2, 1), (2, 0), (4, None)])
 def test_weighted_metrics_are_those_of_scikit_learn(rng, classes, positive, decimals):
     made = predictions(rng, classes=tuple("abcd"[:classes]), decimals=decimals)
-    weights = np.concatenate([np.ones((1, len(made))), classification.bootstrap_weights(made.patient_key, 5)])
+    weights = np.concatenate([np.ones((1, len(made))), bootstrap_weights(made.patient_key, 5)])
     found = classification.metrics(made.label, made.probabilities, positive, weights)
     assert set(found) - {"ece"} == set(_expected(made.label, made.probabilities, positive, weights[0]))
     for i, weight in enumerate(weights):
@@ -61,7 +61,7 @@ def test_weighted_metrics_are_those_of_scikit_learn(rng, classes, positive, deci
 
 def test_confusion_matrices_are_those_of_scikit_learn(rng):
     made = predictions(rng, classes=tuple("abc"))
-    weights = classification.bootstrap_weights(made.patient_key, 3)
+    weights = bootstrap_weights(made.patient_key, 3)
     found = classification.confusion(made.label, made.probabilities, weights)
     for matrix, weight in zip(found, weights, strict=True):
         assert (matrix == sk.confusion_matrix(made.label, made.predicted, sample_weight=weight)).all()
@@ -69,7 +69,7 @@ def test_confusion_matrices_are_those_of_scikit_learn(rng):
 
 def test_a_weight_of_two_is_a_frame_that_occurs_twice(rng):
     made = predictions(rng, classes=tuple("abc"), decimals=1)
-    weights = classification.bootstrap_weights(made.patient_key, 4, seed=3)
+    weights = bootstrap_weights(made.patient_key, 4, seed=3)
     found = classification.metrics(made.label, made.probabilities, None, weights)
     for i, weight in enumerate(weights):
         drawn = made.select(np.repeat(np.arange(len(made)), weight))
@@ -100,7 +100,7 @@ def test_one_class_alone_has_accuracy_but_no_auroc():
 
 def test_bootstrap_draws_as_many_patients_as_there_are_and_all_their_frames():
     patients = np.array(["b", "a", "b", "c", "c", "c"])
-    weights = classification.bootstrap_weights(patients, 200, seed=1)
+    weights = bootstrap_weights(patients, 200, seed=1)
     assert weights.shape == (200, 6)
     assert (weights[:, 0] == weights[:, 2]).all()
     assert (weights[:, 3:] == weights[:, 3:4]).all()
@@ -110,7 +110,7 @@ def test_bootstrap_draws_as_many_patients_as_there_are_and_all_their_frames():
 
 def test_bootstrap_chunks_do_not_change_the_draws(monkeypatch):
     patients = np.arange(50) % 20
-    whole = classification.bootstrap_weights(patients, 30)
+    whole = bootstrap_weights(patients, 30)
     monkeypatch.setattr(classification, "_AT_ONCE", 200)
     parts = list(classification.bootstrap_chunks(patients, 30))
     assert [len(part) for part in parts] == [4] * 7 + [2]
@@ -145,7 +145,7 @@ def test_several_seeds_give_the_mean_and_no_more_evidence(rng):
 def test_the_interval_of_the_calibration_error_is_around_its_value(rng):
     # Each replicate of a well calibrated model is worse calibrated than the frames that it is drawn from.
     made = predictions(rng, patients=60, frames=1)
-    weights = classification.bootstrap_weights(made.patient_key, 200)
+    weights = bootstrap_weights(made.patient_key, 200)
     drawn = classification.metrics(made.label, made.probabilities, 1, weights)["ece"]
     metric = classification.summarise(made, resamples=200)["metrics"]["ece"]
     assert metric["value"] < drawn.mean()
@@ -155,7 +155,7 @@ def test_the_interval_of_the_calibration_error_is_around_its_value(rng):
 def test_replicates_without_a_class_are_left_out_and_counted(rng):
     made = predictions(rng, patients=4, frames=3)
     found = classification.summarise(made, resamples=400)["metrics"]
-    weights = classification.bootstrap_weights(made.patient_key, 400)
+    weights = bootstrap_weights(made.patient_key, 400)
     absent = sum(not (weight[made.label == 0].any() and weight[made.label == 1].any()) for weight in weights)
     assert found["auroc"]["left_out"] == absent > 20
     assert "left_out" not in found["accuracy"]

@@ -170,14 +170,11 @@ def _passed(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple
     return hits, alarms
 
 
-def bootstrap_weights(patients: np.ndarray, resamples: int, seed: int = 0) -> np.ndarray:
-    """How often each frame is drawn when patients are drawn with replacement: `[N]` -> int32 `[resamples, N]`."""
-    parts = list(bootstrap_chunks(patients, resamples, seed))
-    return np.concatenate(parts) if parts else np.zeros((0, len(patients)), np.int32)
-
-
 def bootstrap_chunks(patients: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """The rows of `bootstrap_weights`, some at a time, so that memory does not grow with the frames."""
+    """How often each frame is drawn when patients are drawn with replacement: `[N]` -> int32 `[resamples, N]`.
+
+    The rows come some at a time, so that memory does not grow with the frames.
+    """
     names, member = np.unique(np.asarray(patients, str), return_inverse=True)
     rng = np.random.default_rng(seed)
     step = max(1, _AT_ONCE // max(len(member), 1))

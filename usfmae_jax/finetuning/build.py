@@ -28,25 +28,15 @@ from usfmae_jax.models.patches import check_patches
 from usfmae_jax.models.resnet import STAGES, resnet_flops
 from usfmae_jax.models.vit import SIZES, vit_flops
 from usfmae_jax.tasks import Task, classification
-from usfmae_jax.training import checks, optimizers
+from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.inspect import cautions
 
-#: Config fields that a continued run may change: they alter where and how fast it computes, which members it has, or
-#: what is said of them, not what a member is.
+#: Config fields that a continued run may change: beside where and how fast it computes, which members it has, or what
+#: is said of them, not what a member is. Of weights to start from, the fingerprint is compared.
 RESUMABLE = (
-    "mesh",
+    *checkpoints.RESUMABLE,
     "parallel",
-    "log",
-    "checkpoint",
     "evaluate",
-    "init",  # the weights may have moved; their fingerprint is compared instead
-    "data.path",  # likewise
-    "data.workers",
-    "data.threads",
-    "data.max_damaged",
-    "model.scan",
-    "model.remat",
-    "model.attention",
     "seeds",
     "fractions",
     "split.only",
@@ -201,6 +191,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         lineage=[*before, stage | {"data": describe_data([table.shards])}],
         warnings=seen + cautions(table),
     )
+
+
+def check_resumable(run: Run, stored: dict[str, Any]) -> None:
+    """Raises InputError if a run that was stored with those settings was another one; see `checkpoints`."""
+    # Version 0.1 had no other task, and did not name it.
+    checkpoints.check_resumable({"task": "classification"} | stored, run.settings, run.workdir, RESUMABLE)
 
 
 def _json(config: ml_collections.ConfigDict) -> str:

@@ -56,9 +56,9 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     config.evaluate.batch_size = fitting_batch(config.evaluate.batch_size, mesh, "config.evaluate.batch_size")
     run = build.prepare(config, workdir)
     unfinished = [member for member in run.members if not results.is_finished(run, member)]
-    parameters = build.count_parameters(build.model_maker(config, run.description, 0))
-    processes = side_by_side.how_many(len(run.members), config.parallel, parameters, mesh)
-    results.start(run, build.RESUMABLE)
+    count = functools.partial(build.count_parameters, build.model_maker(config, run.description, 0))
+    processes = side_by_side.how_many(len(run.members), config.parallel, count, mesh)
+    results.start(run)
     results.describe(run, mesh, config.train.batch_size, len(unfinished), processes)
     if not side_by_side.train(functools.partial(train_members, config, run), unfinished, processes):
         return False
@@ -156,7 +156,7 @@ class Trainer:
         found = checkpoints.latest_metadata(saver)
         if found:
             first_step, position, stored = found
-            checkpoints.check_resumable({"task": "classification"} | stored, run.settings, run.workdir, build.RESUMABLE)
+            build.check_resumable(run, stored)
             state = checkpoints.restore(saver, self._abstract, first_step)
         else:
             first_step, position = 0, {"next_batch": 0, "damaged": [], "best": {}, "worse": 0, "done": False}

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.evaluation import predictions
-from usfmae_jax.finetuning.build import Run
+from usfmae_jax.finetuning.build import Run, check_resumable
 from usfmae_jax.finetuning.members import Member, write_splits
 from usfmae_jax.interop.model import Model, open_model, write_lineage
-from usfmae_jax.training import checkpoints, inspect
+from usfmae_jax.training import inspect
 from usfmae_jax.training.forward import apply_batches, head_function
 from usfmae_jax.training.mesh import on_first_process, one_device
 
@@ -33,12 +33,8 @@ def is_finished(run: Run, member: Member) -> bool:
     return (epath.Path(run.folder(member)) / "predictions.csv").exists()
 
 
-def start(run: Run, resumable: tuple[str, ...]) -> None:
+def start(run: Run) -> None:
     """Writes settings, lineage and splits.
-
-    Args:
-      run: what it was found to be.
-      resumable: fields that may differ from those of the run that the workdir holds.
 
     Raises:
       InputError: the workdir holds a run with other settings or another split.
@@ -48,7 +44,7 @@ def start(run: Run, resumable: tuple[str, ...]) -> None:
         root = epath.Path(run.workdir)
         if (root / "config.json").exists():
             stored = json.loads((root / "config.json").read_text())
-            checkpoints.check_resumable({"task": "classification"} | stored, run.settings, run.workdir, resumable)
+            check_resumable(run, stored)
         write_splits(run.workdir, run.table, run.folds, run.groups, run.members)
         (root / "config.json").write_text(json.dumps(run.settings, indent=2) + "\n")
         write_lineage(run.workdir, run.lineage)

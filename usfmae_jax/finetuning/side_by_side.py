@@ -39,7 +39,7 @@ def check(parallel: int, mesh: Mesh) -> None:
         )
 
 
-def how_many(members: int, parallel: int, parameters: int, mesh: Mesh) -> int:
+def how_many(members: int, parallel: int, parameters: Callable[[], int], mesh: Mesh) -> int:
     """How many members are trained at a time; it follows from the run, not from how far it is.
 
     A member's arithmetic depends on the number of its threads in the last bits, and is to be the same after a restart.
@@ -47,14 +47,14 @@ def how_many(members: int, parallel: int, parameters: int, mesh: Mesh) -> int:
     Args:
       members: of the run.
       parallel: how many are asked for; 0 = what keeps all cores busy, if the model is small.
-      parameters: of the model.
+      parameters: counts those of the model; asked only where that decides.
       mesh: one device, or members share all of them one after the other.
     """
     if not _alone(mesh):
         return 1
     if parallel:
         return min(parallel, members)
-    return quickest(members, _cores()) if parameters <= SMALL else 1
+    return quickest(members, _cores()) if parameters() <= SMALL else 1
 
 
 def quickest(members: int, cores: int) -> int:

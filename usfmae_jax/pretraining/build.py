@@ -23,24 +23,11 @@ from usfmae_jax.objectives import Objective
 from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
 from usfmae_jax.tasks import classification
-from usfmae_jax.training import checks, optimizers
+from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.state import State, fill
 
-#: Config fields that a resumed run may change: they alter where and how fast it computes, not what.
-RESUMABLE = (
-    "mesh",
-    "log",
-    "checkpoint",
-    "probe",
-    "init",
-    "data.path",  # the shards may have moved; their fingerprint is compared instead
-    "data.workers",
-    "data.threads",
-    "data.max_damaged",
-    "model.scan",
-    "model.remat",
-    "model.attention",
-)
+#: Config fields that a resumed run may change.
+RESUMABLE = (*checkpoints.RESUMABLE, "probe")
 
 
 def objective(config: ml_collections.ConfigDict) -> Objective:

@@ -10,6 +10,21 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.training.checks import flat
 from usfmae_jax.training.state import State
 
+#: Config fields that a resumed run of any loop may change: they alter where and how fast it computes, not what.
+RESUMABLE = (
+    "mesh",
+    "log",
+    "checkpoint",
+    "init",  # the weights may have moved
+    "data.path",  # likewise the shards; their fingerprint is compared instead
+    "data.workers",
+    "data.threads",
+    "data.max_damaged",
+    "model.scan",
+    "model.remat",
+    "model.attention",
+)
+
 
 def open_checkpoints(
     directory: str, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 1
