@@ -91,7 +91,7 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
     said = "encoder" if model.kind in ("encoder", "mae") else model.kind
     if in_training and model.lineage:
         said += f" after step {model.lineage[-1]['step']}"
-    if model.kind == "mae" and form not in ("hf", "mae"):
+    if model.kind == "encoder" or (model.kind == "mae" and form not in ("hf", "mae")):
         model = model.encoder()
     verify.share(model.params)
     os.makedirs(output, exist_ok=True)

@@ -96,15 +96,9 @@ class Encoder:
 
 
 def load_encoder(directory: str | os.PathLike) -> Encoder:
-    """Loads an encoder directory, or the one in the workdir of a run or in what `usfmae_jax.convert` wrote.
+    """Loads an encoder from wherever `interop.model.open_model` finds one, that inside a classifier too.
 
     Raises:
       InputError: there is none.
     """
-    from etils import epath
-
-    inner = epath.Path(directory) / "encoder"
-    path = inner if inner.is_dir() else epath.Path(directory)
-    if not (path / "architecture.json").exists():
-        raise InputError(f"{path} is not an encoder directory: it has no architecture.json")
-    return Encoder(open_model(os.fspath(path)).encoder())
+    return Encoder(open_model(os.fspath(directory)).encoder())

@@ -55,7 +55,7 @@ def entry(config):
     return PredictBrightness(build.encoder(config), tuple(config.model.mean), tuple(config.model.std))
 
 
-def test_a_new_objective_trains_resumes_and_exports_through_the_same_loop(config, shards, tmp_path, monkeypatch):
+def test_a_new_objective_trains_resumes_and_exports(config, shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(build.OBJECTIVES, "brightness", entry)
     config.objective = "brightness"
     config.train.accumulate = 1
@@ -74,6 +74,11 @@ def test_a_new_objective_trains_resumes_and_exports_through_the_same_loop(config
     assert pretrain(config, stopped)
     ends = [open_model(path) for path in (whole, stopped)]
     assert ends[0].fingerprint == ends[1].fingerprint
+
+    config.init, config.train.steps = whole, 1
+    assert pretrain(config, str(tmp_path / "further"))
+    said = capsys.readouterr().err
+    assert f"starting from the encoder and head of {whole}" in said
 
     for form in ("safetensors", "stablehlo"):
         export(whole, str(tmp_path / form), None, form)

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from usfmae_jax import __version__
-from usfmae_jax.data import augment, splits
+from usfmae_jax.data import splits
 from usfmae_jax.data.duplicates import cached_near_duplicates
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
@@ -57,8 +57,6 @@ RANGES = {
     "optimizer.weight_decay": (0, np.inf),
     "optimizer.b1": (0, 0.9999),
     "optimizer.b2": (0, 0.999999),
-    "augment.hflip": (0, 1),
-    "augment.vflip": (0, 1),
     "data.max_damaged": (0, 1),
     "train.epochs": (0, np.inf),
     "train.steps": (0, np.inf),
@@ -207,17 +205,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Raises InputError for single fields that are out of their range."""
     regular, stop = config.regularization, config.stop
     checks.check_ranges(checks.flat(config.to_dict()), RANGES)
-    low, high = config.augment.crop_scale
-    if not 0 < low <= high <= 1:
-        raise InputError(f"config.augment.crop_scale=({low:g}, {high:g}) must be two shares of the area, up to 1")
+    checks.check_augmentation(config.augment.to_dict())
+    checks.check_least(config.model, dict.fromkeys(_SHAPE, 0), "model.")
     if stop.every <= 0:
         raise InputError(f"config.stop.every={stop.every:g} must be more than 0 epochs")
     if regular.class_weights not in ("none", "balanced"):
         raise InputError(f"config.regularization.class_weights={regular.class_weights!r} must be 'none' or 'balanced'")
-    if config.augment.interpolation not in augment.INTERPOLATION:
-        raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
     checks.check_seeds(config.seeds)
-    if not config.fractions or not all(0 < fraction <= 1 for fraction in config.fractions):
+    shares = [isinstance(fraction, float | int) and 0 < fraction <= 1 for fraction in config.fractions]
+    if not all(shares) or not shares:
         raise InputError(
             f"config.fractions={tuple(config.fractions)} must be shares of the training patients in (0, 1]"
         )

@@ -51,7 +51,7 @@ class Model:
 
     Attributes:
       params: nested dict of float32 numpy arrays; of a vision transformer below `encoder`, and `decoder`, or `head` and
-        `head_norm`; of a ResNet its own names.
+        `head_norm`, or what else its objective has; of a ResNet its own names.
       description: what `build` takes, JSON: `{"model": "vit", "encoder": arguments of ViT}`, of an MAE with `decoder`
         (`decoder_width`, `decoder_depth` and `decoder_num_heads`), with a head `pool` and the names of its outputs,
         `classes` (of another task than classification: `outputs`); `{"model": "resnet50", "resnet": arguments of
@@ -335,7 +335,6 @@ def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Mo
         description, pixels = about["description"], about["preprocessing"]
         if _has_head(description):
             raise KeyError("pool")
-        params = {name: params[name] for name in ("encoder", "decoder") if name in description}
     except KeyError as error:
         raise InputError(
             f"checkpoint {step} in {directory} is not of a pretraining run; finish the run to get its classifier/"

@@ -47,6 +47,7 @@ def masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoencoding
     decoder = {name: model[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
     shape = encoder(config)
     _check_heads(model, "decoder_width", "decoder_num_heads")
+    checks.check_least(model, {"decoder_depth": 0}, "model.")
     (height, width), patch = shape["image_size"], shape["patch_size"]
     try:
         num_visible((height // patch) * (width // patch), config.mask.ratio)
@@ -84,6 +85,7 @@ def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
             f"config.data.channels={config.data.channels} must be 1 or config.model.channels={model.channels}"
         )
     _check_heads(model, "width", "num_heads")
+    checks.check_least(model, {"depth": 1, "patch_size": 1}, "model.")
     size = checks.square(model.image_size)
     try:
         check_patches(size, model.patch_size)
@@ -94,6 +96,7 @@ def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _check_heads(model: ml_collections.ConfigDict, width: str, heads: str) -> None:
+    checks.check_least(model, {width: 1, heads: 1}, "model.")
     if model[width] % model[heads] or model[width] % 4:
         raise InputError(
             f"config.model.{width}={model[width]} must be divisible by 4 and by config.model.{heads}={model[heads]}"
@@ -135,8 +138,7 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
         if "excluded" in str(error):
             how_to = "\n  To train on it all the same, add --config.data.exclude='()'"
         raise InputError(f"config.data.path: {error}." + how_to) from error
-    if config.augment.interpolation not in augment.INTERPOLATION:
-        raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
+    checks.check_augmentation(config.augment.to_dict())
     how, size = augment.Augmentation(**config.augment), checks.square(config.model.image_size)
     dataset = pipeline.training_batches(
         pipeline.LoadView(pipeline.all_rows(sources), size, config.data.channels, how),
@@ -206,7 +208,7 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     if not any((epath.Path(directory) / place).exists() for place in places):
         raise InputError(f"{directory} is not an encoder directory, nor a run or what usfmae_jax.convert wrote")
     weights = open_model(directory, whole=True)
-    weights = weights if weights.kind == "mae" else weights.encoder()
+    weights = weights if weights.kind in ("mae", "encoder") else weights.encoder()
     own, about = state["params"], weights.description["encoder"] | weights.preprocessing
     parts = sorted(weights.params, key=lambda part: part != "encoder")  # the encoder is what a person asks about first
     taken = {part: weights.params[part] for part in parts if part in own}
@@ -231,7 +233,7 @@ def _check_shapes(new: Any, own: Any, directory: str, part: str) -> None:
     for name in sorted(shapes.keys() | expected.keys()):
         there, here = shapes.get(name, "absent"), expected.get(name, "absent")
         if there != here:
-            instead = f"; to take the encoder alone, add --config.init={directory}/encoder" * (part == "decoder")
+            instead = f"; to take the encoder alone, add --config.init={directory}/encoder" * (part != "encoder")
             message = f"config.init={directory}: {part}.{name} is {there} there and {here} in this config"
             raise InputError(message + instead)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from usfmae_jax.data import augment
 from usfmae_jax.data.table import Table, read_table
 from usfmae_jax.errors import InputError
 
@@ -26,24 +27,42 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check_ranges(fields: Fields, ranges: Mapping[str, tuple[float, float]]) -> None:
+def check_ranges(fields: Fields, ranges: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
     """Raises InputError for the first field that is not between its lowest and highest value."""
     for name, (low, high) in ranges.items():
         if not low <= fields[name] <= high:
             bound = "at least {}" if high == np.inf else "between {} and {}"
-            raise InputError(f"config.{name}={fields[name]:g} must be {bound.format(low, high)}")
+            raise InputError(f"config.{prefix}{name}={fields[name]:g} must be {bound.format(low, high)}")
 
 
-def check_least(fields: Fields, least: Mapping[str, int]) -> None:
+def check_least(fields: Fields, least: Mapping[str, int], prefix: str = "") -> None:
     """Raises InputError for the first count that is less than it may be."""
     for name, value in least.items():
         if fields[name] < value:
-            raise InputError(f"config.{name}={fields[name]} must be {value} or more")
+            raise InputError(f"config.{prefix}{name}={fields[name]} must be {value} or more")
+
+
+def check_augmentation(fields: Mapping[str, Any]) -> None:
+    """Raises InputError for the first field of `config.augment` that `augment.Augmentation` could not use."""
+    for name, pair in fields.items():
+        if not isinstance(pair, tuple):
+            continue
+        if len(pair) != 2 or not all(isinstance(bound, float | int) for bound in pair) or not pair[0] <= pair[1]:
+            raise InputError(f"config.augment.{name}={pair} must be two numbers, the lower one first")
+        if name in ("crop_ratio", "contrast", "gamma") and pair[0] <= 0:
+            raise InputError(f"config.augment.{name}={pair} must be two positive numbers")
+    low, high = fields["crop_scale"]
+    if not 0 < low <= high <= 1:
+        raise InputError(f"config.augment.crop_scale=({low:g}, {high:g}) must be two shares of the area, up to 1")
+    check_ranges(fields, dict.fromkeys(("hflip", "vflip"), (0, 1)), "augment.")
+    if fields["interpolation"] not in augment.INTERPOLATION:
+        raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raises InputError unless `config.seeds` are different numbers."""
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+    whole = all(isinstance(seed, int) for seed in seeds)
+    if not seeds or not whole or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"config.seeds={tuple(seeds)} must be one or more different numbers from 0 on")
 
 
