@@ -72,6 +72,7 @@ def test_no_absolute_path_leaks_into_what_a_run_leaves(undisturbed, shards):
             assert str(path).encode() not in file.read_bytes(), file
 
 
+@pytest.mark.slow  # the same in one process: tests/finetuning/test_loop.py
 def test_sigterm_saves_exits_75_and_resumes_bitwise(undisturbed, shards, tmp_path):
     process = subprocess.Popen(_command(shards, tmp_path), env=environment(), stderr=subprocess.PIPE, text=True)
     for line in process.stderr:

@@ -14,7 +14,7 @@ from usfmae_jax.interop.model import flatten, unflatten
 from usfmae_jax.models import mae, patches
 
 
-@pytest.fixture(scope="module", params=["golden", "live"])
+@pytest.fixture(scope="module", params=["golden", pytest.param("live", marks=pytest.mark.slow)])
 def torch_run(request):
     if request.param == "golden":
         return dict(np.load(GOLDEN))

@@ -104,6 +104,7 @@ def test_a_training_step_equals_torchvisions(golden, ours):
         np.testing.assert_allclose(np.vdot(gradient, direction(theirs, gradient.shape)), product, atol=2e-3 * norm)
 
 
+@pytest.mark.slow
 def test_resnet50_equals_torchvisions_that_is_installed(tmp_path):
     missing = [name for name in ("torch", "torchvision") if not importlib.util.find_spec(name)]
     if missing:

@@ -80,7 +80,9 @@ def test_position_tables_are_resized_as_the_installed_pytorch_does_it(rng, old, 
 
 
 def test_position_is_no_parameter():
-    model = vit.ViT(image_size=(16, 16), patch_size=8, channels=1, width=8, depth=1, num_heads=2, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(
+        lambda: vit.ViT(image_size=(16, 16), patch_size=8, channels=1, width=8, depth=1, num_heads=2, rngs=nnx.Rngs(0))
+    )
     assert set(nnx.to_pure_dict(nnx.state(model))) == {"patch_embed", "cls_token", "blocks", "norm"}
 
 
@@ -105,10 +107,11 @@ def test_visible_patches_alone_are_what_masking_the_sequence_would_give(rng):
     model = vit.ViT(image_size=(32, 32), patch_size=8, channels=1, width=32, depth=2, num_heads=2, rngs=nnx.Rngs(0))
     images = jnp.asarray(rng.normal(size=(2, 32, 32, 1)), jnp.float32)
     everything = jnp.broadcast_to(jnp.arange(16), (2, 16))
-    np.testing.assert_allclose(model(images, everything), model(images), atol=1e-5)
+    run = jax.jit(lambda model, images, keep: model(images, keep))
+    np.testing.assert_allclose(run(model, images, everything), run(model, images, None), atol=1e-5)
     few = jnp.asarray([[3, 1, 7], [0, 15, 2]])
     changed = images.at[:, 24:, :8].set(9.0)  # patch 12, which nobody sees
-    np.testing.assert_array_equal(model(images, few), model(changed, few))
+    np.testing.assert_array_equal(run(model, images, few), run(model, changed, few))
 
 
 def test_softmax_and_norm_are_float32_under_bfloat16():
@@ -144,13 +147,14 @@ def test_attention_of_cpus_is_that_of_jax_with_the_same_gradients(rng):
     np.testing.assert_allclose(layers.attend(q, k, v), reference(q, k, v), atol=1e-6)
     weigh = jnp.arange(4.0)
     own, derived = (
-        jax.grad(lambda *x, f=f: (f(*x) ** 2 * weigh).sum(), argnums=(0, 1, 2))(q, k, v)
+        jax.jit(jax.grad(lambda *x, f=f: (f(*x) ** 2 * weigh).sum(), argnums=(0, 1, 2)))(q, k, v)
         for f in (layers.attend, reference)
     )
     for one, other in zip(own, derived, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+ROLLOUT = jax.jit(vit.attention_rollout, static_argnums=2)
 TINY = {"patch_size": 8, "channels": 1, "width": 32, "depth": 3, "num_heads": 2}
 
 
@@ -186,13 +190,13 @@ def _rolled_by_hand(encoder, images, pool):
 @pytest.mark.parametrize(("pool", "shape"), [("cls", (2, 32, 32, 1)), ("mean", (2, 32, 48, 1))])
 def test_rollout_is_its_definition(encoder, pool, shape):
     images = jax.random.normal(jax.random.key(0), shape)
-    found = jax.jit(vit.attention_rollout, static_argnums=2)(encoder, images, pool)
+    found = ROLLOUT(encoder, images, pool)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, _rolled_by_hand(encoder, images, pool), atol=1e-4)
 
 
 def test_each_rollout_reaches_from_0_to_1(encoder):
-    maps = np.asarray(vit.attention_rollout(encoder, jax.random.normal(jax.random.key(0), (3, 32, 32, 1)), "cls"))
+    maps = np.asarray(ROLLOUT(encoder, jax.random.normal(jax.random.key(0), (3, 32, 32, 1)), "cls"))
     np.testing.assert_array_equal(maps.min(axis=(1, 2)), 0)
     np.testing.assert_allclose(maps.max(axis=(1, 2)), 1, atol=1e-6)
 
@@ -201,12 +205,12 @@ def test_each_rollout_reaches_from_0_to_1(encoder):
 def test_even_attention_is_no_picture(encoder, pool):
     even = nnx.clone(encoder)
     even.blocks.stack.attn.qkv.kernel[...] = jnp.zeros_like(even.blocks.stack.attn.qkv.kernel[...])
-    assert not vit.attention_rollout(even, jax.random.normal(jax.random.key(0), (2, 32, 32, 1)), pool).any()
+    assert not ROLLOUT(even, jax.random.normal(jax.random.key(0), (2, 32, 32, 1)), pool).any()
 
 
 def test_rollout_in_bfloat16_follows_the_same_paths(encoder):
     half = vit.ViT(image_size=(32, 32), **TINY, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     nnx.update(half, nnx.state(encoder))
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
-    maps = [np.asarray(vit.attention_rollout(model, images, "cls")).ravel() for model in (half, encoder)]
+    maps = [np.asarray(ROLLOUT(model, images, "cls")).ravel() for model in (half, encoder)]
     assert np.corrcoef(maps)[0, 1] > 0.98
