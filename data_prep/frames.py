@@ -16,6 +16,7 @@ from data_prep import identity, masks, phantom
 from data_prep.deannotate import clean_frame
 from data_prep.items import Item, printable
 from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
+from data_prep.readers.clips import look_ahead
 from data_prep.sector import Sector, find_sector
 from usfmae_jax.data import fingerprints
 from usfmae_jax.data.records import Record, pixel_hash
@@ -99,11 +100,11 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
       UnreadableError: the file, or its mask, cannot be used.
     """
     frames = read_frames(os.path.join(root, item.path), how.options)
-    head = list(itertools.islice(frames, _HEAD))
+    head, rest = look_ahead(frames, lambda first: len(first) == _HEAD)
     # The frames of a clip share one; those of other files may differ in size.
     sectors: dict[tuple[int, int], Sector] = {}
     last, video, warnings = None, "", set[str]()
-    for frame in itertools.chain(head, frames):
+    for frame in itertools.chain(head, rest):
         warnings |= set(frame.warnings)  # also of a frame that is dropped
         pixels, cleaned = to_uint8(frame.pixels), None
         shape = pixels.shape[:2]
