@@ -113,9 +113,15 @@ def _stack(
 def _planes(dataset: Any, numbers: Iterable[int], layout: Layout, cut: "_CutOff | None") -> Iterator[np.ndarray]:
     """Planes as they are stored."""
     where: list[Any] = [slice(None) if length > 1 else 0 for length in dataset.shape]
+    first = next((axis for axis, length in enumerate(dataset.shape) if length > 1), 0)
+    # Chunks that hold parts of several planes are kept, and unpacked once.
+    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+    kept = dataset.chunks[first] * math.prod(layout[1:]) * dataset.dtype.itemsize
+    access.set_chunk_cache(10_007, min(2 * kept, _CACHE), 1.0)
+    dataset = h5py.Dataset(h5py.h5d.open(dataset.file.id, dataset.name.encode(), access))
     for number in numbers:
         if layout.frames > 1:
-            where[next(axis for axis, length in enumerate(dataset.shape) if length > 1)] = number
+            where[first] = number
         if cut:
             cut.missed = False
         plane = dataset[tuple(where)]
@@ -160,11 +166,10 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, _CutOff | None]
         try:
             cut = None
             try:
-                # Chunks that hold parts of several planes are unpacked once.
-                file = h5py.File(path, "r", locking=False, rdcc_nbytes=_CACHE, rdcc_nslots=10_007)
+                file = h5py.File(path, "r", locking=False)
             except OSError:
                 cut = _CutOff(stack.enter_context(pathlib.Path(path).open("rb")))
-                file = h5py.File(cut, "r", rdcc_nbytes=_CACHE, rdcc_nslots=10_007)
+                file = h5py.File(cut, "r")
             yield stack.enter_context(file), cut
         except _ERRORS as error:
             raise UnreadableError("damaged or cut off") from error
