@@ -89,7 +89,7 @@ def _stack(
         if dataset.external or dataset.is_virtual:
             raise UnreadableError("an array whose data lie in other files, which are not read")
         size, start = dataset.id.get_storage_size(), dataset.id.get_offset()
-        if start is not None:  # plain bytes, one after the other
+        if start is not None and dataset.id.get_type() == h5py.h5t.py_create(dtype):  # plain bytes, without gaps
             opened, stored = functools.partial(stacks.unpacked, path, start, "raw"), os.path.getsize(path) - start
             how: dict[str, Any] = {"channels": layout.channels, "columns_first": columns_first}
             return stacks.in_file(opened, min(stored, size), shape, dtype, elsewhere=elsewhere, **how)
@@ -100,7 +100,8 @@ def _stack(
             raise UnreadableError("compressed in a way that is not supported, without a plug-in of HDF5")
         if not size:
             raise UnreadableError("cut off: nothing of it was written")
-        warnings = (stacks.FEWER,) if cut is None and dataset.id.get_num_chunks() < _chunks(dataset) else ()
+        holes = dataset.chunks and not cut and dataset.id.get_num_chunks() < _chunks(dataset)
+        warnings = (stacks.FEWER,) if holes else ()
 
     def planes(numbers: Iterable[int]) -> Iterator[np.ndarray]:
         with _opened(path) as (file, cut):
@@ -114,11 +115,11 @@ def _planes(dataset: Any, numbers: Iterable[int], layout: Layout, cut: "_CutOff 
     """Planes as they are stored."""
     where: list[Any] = [slice(None) if length > 1 else 0 for length in dataset.shape]
     first = next((axis for axis, length in enumerate(dataset.shape) if length > 1), 0)
-    # Chunks that hold parts of several planes are kept, and unpacked once.
-    access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-    kept = dataset.chunks[first] * math.prod(layout[1:]) * dataset.dtype.itemsize
-    access.set_chunk_cache(10_007, min(2 * kept, _CACHE), 1.0)
-    dataset = h5py.Dataset(h5py.h5d.open(dataset.file.id, dataset.name.encode(), access))
+    if dataset.chunks:  # those that hold parts of several planes are kept, and unpacked once
+        access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+        kept = dataset.chunks[first] * math.prod(layout[1:]) * dataset.dtype.itemsize
+        access.set_chunk_cache(10_007, min(2 * kept, _CACHE), 1.0)
+        dataset = h5py.Dataset(h5py.h5d.open(dataset.file.id, dataset.name.encode(), access))
     for number in numbers:
         if layout.frames > 1:
             where[first] = number

@@ -170,6 +170,20 @@ def test_chunks_of_hdf5_may_hold_parts_of_several_frames(tmp_path):
     np.testing.assert_array_equal(grey(tmp_path / "a.h5"), np.concatenate([CLIP] * 4))
 
 
+def test_hdf5_whose_numbers_lie_in_its_header_or_have_other_bits_than_those_of_numpy_is_read(tmp_path):
+    types, space = h5py.h5t, h5py.h5s.create_simple(CLIP.shape)
+    inside = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    inside.set_layout(h5py.h5d.COMPACT)
+    twelve = types.STD_I16LE.copy()
+    twelve.set_precision(12)  # of which the last is the sign
+    for name, kind, how, data in (("a", types.STD_U8LE, inside, CLIP), ("b", twelve, None, CLIP * 16.0 - 2048)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            h5py.h5d.create(file.id, b"image", kind, space, how).write(space, space, data.astype(np.int16))
+    np.testing.assert_array_equal(grey(tmp_path / "a.h5"), CLIP)
+    low, high = np.percentile(CLIP, [0.1, 99.9])
+    np.testing.assert_allclose(grey(tmp_path / "b.h5"), np.clip((CLIP - low) / (high - low), 0, 1) * 255, atol=3)
+
+
 @pytest.mark.parametrize("name", ["a.npy", "z.npz", "z.mat"])
 def test_a_large_array_is_never_in_memory(tmp_path, monkeypatch, name):
     monkeypatch.setattr(stacks, "_HELD", 10_000)
