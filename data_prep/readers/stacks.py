@@ -153,7 +153,7 @@ def _still_axis(stack: Stack) -> int | None:
     planes: list[np.ndarray] = []
     with contextlib.suppress(UnreadableError):  # it is told where its turn comes
         for plane in stack.planes(chosen(count, Options(max_frames=_LOOKED_AT))):
-            planes.append((plane if plane.ndim == 2 else plane[:, :, 1])[steps].astype(np.float64))
+            planes.append(_as_float((plane if plane.ndim == 2 else plane[:, :, 1])[steps]))
     if len(planes) < 2:
         return None
     block = np.moveaxis(np.stack(planes), 0, stack.slow)
@@ -162,6 +162,11 @@ def _still_axis(stack: Stack) -> int | None:
         shares = [float((np.ptp(block, axis) <= _STILL_LEVELS * (high - low)).mean()) for axis in range(3)]
     *_, second, most = sorted(shares)
     return shares.index(most) if most > max(_STILL, _STILL_TIMES * second) else None
+
+
+def _as_float(values: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # of the kinds of NaN, one warns
+        return values.astype(np.float64)
 
 
 def check_numbers(dtype: np.dtype) -> None:
@@ -379,7 +384,7 @@ def _find_window(stack: Stack) -> tuple[float, float]:
     try:
         for plane in stack.planes(chosen(stack.shape[stack.slow], Options(max_frames=_SAMPLED_PLANES))):
             values = plane.ravel()
-            sample.append(values[:: max(1, values.size // _SAMPLED_VALUES)].astype(np.float64))
+            sample.append(_as_float(values[:: max(1, values.size // _SAMPLED_VALUES)]))
     except UnreadableError:
         if not sample:
             raise  # otherwise it is told after the sound planes
