@@ -181,7 +181,7 @@ def _add_reading(group: Any) -> None:
     add = group.add_argument
     add("--stride", type=_at_least(1), help="every n-th frame of a clip or slice of a volume; default: the catalogue's")
     add("--max_frames", type=_at_least(0), help="of a file, evenly spread; 0 takes all; default: the catalogue's")
-    add("--axis", type=int, choices=(0, 1, 2), help="that volumes are sliced along, of (z, y, x)")
+    add("--axis", type=int, choices=(0, 1, 2), help="of (z, y, x) that arrays are sliced along; default: told")
     add("--flip", choices=("none", "vertical", "horizontal", "both"), help="slices of volumes")
     add("--key", help="name of the array in HDF5, MATLAB and npz files")
     add("--time_limit", type=_at_least(1), default=60, help="seconds for a frame; default: %(default)s")

@@ -16,6 +16,7 @@ from data_prep import identity, masks, phantom
 from data_prep.deannotate import clean_frame
 from data_prep.items import Item, printable
 from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
+from data_prep.readers.clips import look_ahead
 from data_prep.sector import Sector, find_sector
 from usfmae_jax.data import fingerprints
 from usfmae_jax.data.records import Record, pixel_hash
@@ -76,6 +77,7 @@ class Stored:
       cleaned: pixels removed by kind.
       facts: technical values of the source.
       removed: kinds of information in the source that were not taken over.
+      warnings: of the reader about the source, so far.
       originals: pseudonym, kind and what stands behind it, for the person who holds the linkage table.
     """
 
@@ -87,6 +89,7 @@ class Stored:
     cleaned: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     originals: tuple[Original, ...] = ()
 
 
@@ -97,11 +100,12 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
       UnreadableError: the file, or its mask, cannot be used.
     """
     frames = read_frames(os.path.join(root, item.path), how.options)
-    head = list(itertools.islice(frames, _HEAD))
+    head, rest = look_ahead(frames, lambda first: len(first) == _HEAD)
     # The frames of a clip share one; those of other files may differ in size.
     sectors: dict[tuple[int, int], Sector] = {}
-    last, video = None, ""
-    for frame in itertools.chain(head, frames):
+    last, video, warnings = None, "", set[str]()
+    for frame in itertools.chain(head, rest):
+        warnings |= set(frame.warnings)  # also of a frame that is dropped
         pixels, cleaned = to_uint8(frame.pixels), None
         shape = pixels.shape[:2]
         mask = _mask(item, root, how, shape) if item.mask else None
@@ -134,6 +138,7 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             cleaned=cleaned.removed if cleaned else {},
             facts=frame.facts,
             removed=frame.removed,
+            warnings=tuple(sorted(warnings)),
             originals=originals,
         )
 

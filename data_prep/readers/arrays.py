@@ -3,26 +3,28 @@
 Axes: frames come first in NumPy and HDF5, `[N, H, W]` or `[N, H, W, C]`, and last in MATLAB, H x W x N or
 H x W x C x N; stills are `[H, W]` or `[H, W, C]`. C is 3 (RGB), or 4 outside MATLAB; axes of length 1 are left out.
 `Options.axis` counts as if the array were `[N, H, W]`, so that 0 is the last axis of MATLAB. An array that has its
-frames elsewhere, such as `[H, W, N]` in a .npy file, is sliced along that axis.
+frames elsewhere, such as `[H, W, N]` in a .npy file or `[N, H, W]` in what SciPy wrote for MATLAB, is told by its shape
+and what stands still in it (`stacks.find_axis`), with a warning.
 
 Which: an array of numbers that can be frames, at least 16 x 16 pixels. If there are several, masks among them
 perhaps, `Options.key` has to name one. Truth values, texts, objects, complex numbers and structures are never read.
 
-Intensity: see `stacks.read`. Memory stays flat; a compressed array may have up to 64 GiB.
+Intensity: see `stacks.read`. Memory stays flat, which np.load and scipy.io.loadmat do not do for compressed arrays and
+MATLAB files, and what is cut off gives its sound frames first, for which they give nothing.
 """
 
 import contextlib
 import dataclasses
 import functools
 import importlib
-import math
 import os
 import pathlib
+import struct
 import tokenize
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -30,7 +32,6 @@ from data_prep.readers import stacks
 from data_prep.readers.base import Array, Frame, Layout, Options, UnreadableError
 
 _MATLAB5 = b"MATLAB 5.0 MAT-file"
-_MIN_SIDE = 16
 _MAX_MEMBERS = 10_000
 _HEADER_ERRORS = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
 
@@ -48,7 +49,8 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
         return
     from data_prep.readers import hdf5
 
-    names = hdf5.read_names(path, options.patient_key, stack.shape[options.axis])
+    axis = stacks.find_axis(stack) if options.axis is None else options.axis
+    names = hdf5.read_names(path, options.patient_key, stack.shape[axis])
     for frame in frames:
         yield dataclasses.replace(frame, patient=names[frame.number], video=names[frame.number])
 
@@ -89,13 +91,13 @@ def open_array(path: str | os.PathLike[str], key: str = "") -> stacks.Stack:
 def _can_be_frames(array: Array) -> bool:
     layout = _layout(array)
     # The second longest, since frames may be along any axis.
-    return layout is not None and array.dtype.kind in "iuf" and sorted(layout[:3])[1] >= _MIN_SIDE
+    return layout is not None and array.dtype.kind in "iuf" and sorted(layout[:3])[1] >= stacks.MIN_SIDE
 
 
 def _layout(array: Array) -> Layout | None:
-    if min(array.dims, default=0) < 1:
+    if min(array.dims[0 if array.frames_last else 1 :], default=0) < 1:  # no frames: how many is not known
         return None
-    match [length for length in array.dims if length > 1]:
+    match [length for length in array.dims if length != 1]:
         case [height, width]:
             return Layout(1, height, width, 1)
         case [height, width, 3 | 4 as channels] if channels == 3 or not array.frames_last:
@@ -117,34 +119,65 @@ def _npy(path: str | os.PathLike[str]) -> Array:
         start = file.tell()
         stored = os.fstat(file.fileno()).st_size - start
     opened = functools.partial(stacks.unpacked, path, start, "raw")
-    return Array("", dims, dtype, False, functools.partial(_numpy_stack, opened, dtype, fortran, stored, "raw"))
+    return Array("", dims, dtype, False, functools.partial(_numpy_stack, opened, stored, dtype, fortran))
 
 
 def _npz(path: str | os.PathLike[str]) -> list[Array]:
-    found = []
-    with stacks.unpacking(), zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
-        if len(members) > _MAX_MEMBERS:
+    members: list[tuple[str, int, int | None, Callable[..., Any]]]
+    try:
+        with stacks.unpacking(), zipfile.ZipFile(path) as archive:
+            members = [
+                (member.filename, member.flag_bits, None, functools.partial(_member, path, member))
+                for member in archive.infolist()
+            ]
+    except UnreadableError:  # the list of members is at the end
+        members = list(_members_in_place(path))
+        if not members:
+            raise
+    found: list[Array] = []
+    for name, flags, stored, opened in members:
+        if not name.endswith(".npy"):
+            continue
+        if flags & 1:
+            raise UnreadableError("encrypted")
+        if len(found) == _MAX_MEMBERS:
             raise UnreadableError(f"more than {_MAX_MEMBERS} arrays")
-        for member in members:
-            if member.flag_bits & 1:
-                raise UnreadableError("encrypted")
-            with archive.open(member) as file:
-                dims, fortran, dtype = _npy_header(file)
-                start = file.tell()
-            packing = {zipfile.ZIP_STORED: "raw", zipfile.ZIP_DEFLATED: "gzip"}.get(member.compress_type, "other")
-            stored = member.compress_size - start if packing == "raw" else member.compress_size
-            opened = functools.partial(_member, path, member.filename, start)
-            make = functools.partial(_numpy_stack, opened, dtype, fortran, stored, packing)
-            found.append(Array(member.filename.removesuffix(".npy"), dims, dtype, False, make))
+        with opened() as file:
+            start = file.tell()
+            dims, fortran, dtype = _npy_header(file)
+            start = file.tell() - start
+        stored = None if stored is None else stored - start
+        make = functools.partial(_numpy_stack, functools.partial(opened, start), stored, dtype, fortran)
+        found.append(Array(name.removesuffix(".npy"), dims, dtype, False, make))
     return found
 
 
 @contextlib.contextmanager
-def _member(path: str | os.PathLike[str], name: str, start: int) -> Iterator[IO[bytes]]:
-    with stacks.unpacking(), zipfile.ZipFile(path) as archive, archive.open(name) as file:
+def _member(path: str | os.PathLike[str], member: zipfile.ZipInfo, start: int = 0) -> Iterator[IO[bytes]]:
+    with stacks.unpacking(), zipfile.ZipFile(path) as archive, archive.open(member) as file:
         stacks.skip_bytes(file, start)
         yield file
+
+
+def _members_in_place(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int | None, Callable[..., Any]]]:
+    """(name, flags, bytes if it is not packed, what opens it) of the members of an archive that is cut off."""
+    with pathlib.Path(path).open("rb") as file:
+        end = os.fstat(file.fileno()).st_size
+        while len(head := file.read(30)) == 30 and head.startswith(b"PK\3\4"):
+            flags, method = struct.unpack_from("<HH", head, 6)
+            size, _, name_length, extra_length = struct.unpack_from("<IIHH", head, 18)
+            name, extra = file.read(name_length).decode("latin-1"), file.read(extra_length)
+            if size == 0xFFFFFFFF and len(extra) >= 20:
+                (size,) = struct.unpack_from("<Q", extra, 12)
+            start = file.tell()
+            if method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                packed = method == zipfile.ZIP_DEFLATED
+                opened = functools.partial(stacks.unpacked, path, start, "deflate" if packed else "raw")
+                # What was being written when the file ended has no size yet.
+                yield name, flags, None if packed else min(size or end, end - start), opened
+            if size > end - start:
+                return
+            file.seek(size, os.SEEK_CUR)
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -165,23 +198,18 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _numpy_stack(
-    opened: Callable[[], contextlib.AbstractContextManager[IO[bytes]]],
-    dtype: np.dtype,
-    fortran: bool,
-    stored: int,
-    packing: str,
-    layout: Layout,
+    opened: stacks.Opened, stored: int | None, dtype: np.dtype, fortran: bool, layout: Layout
 ) -> stacks.Stack:
     frames, height, width, channels = layout
     if fortran and frames > 1 and channels > 1:
         raise UnreadableError("NumPy array of colour frames in Fortran order, which is not supported")
-    stacks.check_unpacked(math.prod(layout) * dtype.itemsize, stored, packing)
     return stacks.in_file(
         opened,
+        stored,
         (frames, height, width),
         dtype,
         channels=channels,
-        slow=2 if fortran and frames > 1 else 0,
+        slow=2 if fortran and frames != 1 else 0,
         columns_first=fortran,
-        packed=packing != "raw",
+        elsewhere="kept",
     )

@@ -18,7 +18,7 @@ class Options:
     Attributes:
       stride: every n-th frame of a clip or slice of a volume.
       max_frames: at most so many frames of a file, evenly spread; 0 takes all.
-      axis: of a volume, along which it is sliced: 0, 1 or 2 of the array (z, y, x).
+      axis: of a volume, along which it is sliced: 0, 1 or 2 of the array (z, y, x); None is told by its shape.
       flip: of the slices of a volume: "", "vertical", "horizontal" or "both".
       key: name of the array in HDF5, MATLAB and npz files; "" takes the only one that can be frames.
       patient_key: name of the HDF5 dataset that says, frame by frame, whose clip it is of.
@@ -26,7 +26,7 @@ class Options:
 
     stride: int = 1
     max_frames: int = 0
-    axis: int = 0
+    axis: int | None = None
     flip: str = ""
     key: str = ""
     patient_key: str = ""
@@ -45,6 +45,8 @@ class Frame:
       video: likewise: study, series and instance, whatever tells clips apart.
       facts: technical values that may be written, from a whitelist; the same in every frame of a file.
       removed: kinds of information in the file that were not taken over, and how many; the same in every frame.
+      warnings: what a person should know about the file although its frames were taken, in fixed phrases that quote
+        nothing of it; on the first frame is enough.
     """
 
     pixels: np.ndarray
@@ -54,6 +56,7 @@ class Frame:
     video: str = ""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Layout(NamedTuple):

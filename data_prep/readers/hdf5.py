@@ -5,11 +5,12 @@ Only what lies in the file itself is read: links into other files, external stor
 
 import contextlib
 import functools
+import io
 import math
 import os
-import zlib
+import pathlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import h5py
 import numpy as np
@@ -18,12 +19,9 @@ from data_prep.readers import stacks
 from data_prep.readers.base import Array, Layout, UnreadableError
 from data_prep.readers.clips import check_size
 
-_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
-_FILTERS = {_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF}  # others are looked for in plug-ins
-_MAX_CHUNK = 256 << 20  # bytes
-_MAX_LZF_CHUNK = 16 << 20  # h5py writes up to 1 MiB
-_UNCHECKED = 1 << 20  # bytes of a compressed chunk, which cannot become more than 1 GiB
+_CACHE = 256 << 20  # bytes of unpacked chunks
 _MAX_OBJECTS = 10_000
+_FAR = 1 << 50  # bytes: no HDF5 file ends behind it
 _MATLAB_NUMERIC = {f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)} | {"single", "double"}
 _ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
@@ -44,7 +42,7 @@ def arrays(path: str | os.PathLike[str]) -> list[Array]:
             found.extend(_describe(name, thing, path))
         return count > _MAX_OBJECTS or None
 
-    with _opened(path) as file:
+    with _opened(path) as (file, _):
         file.visititems(visit)  # follows no link but the hard ones
     if count > _MAX_OBJECTS:
         raise UnreadableError(f"more than {_MAX_OBJECTS} objects")
@@ -57,7 +55,7 @@ def read_names(path: str | os.PathLike[str], key: str, count: int) -> list[str]:
     Raises:
       UnreadableError: damaged, not there, or not `count` of them.
     """
-    with _opened(path) as file:
+    with _opened(path) as (file, _):
         dataset = file.get(key) if file.get(key, getlink=True).__class__ is h5py.HardLink else None
         if not isinstance(dataset, h5py.Dataset) or dataset.shape != (count,) or dataset.external or dataset.is_virtual:
             raise UnreadableError("has no names for each of its frames")
@@ -84,76 +82,95 @@ def _describe(name: str, dataset: Any, path: str | os.PathLike[str]) -> Iterator
 def _stack(
     path: str | os.PathLike[str], name: str, dtype: np.dtype, columns_first: bool, layout: Layout
 ) -> stacks.Stack:
-    check_size(layout.width, layout.height)
-    with _opened(path) as file:
-        _check(file[name])
+    elsewhere = "transposed" if columns_first else "kept"
+    shape = layout.frames, layout.height, layout.width
+    with _opened(path) as (file, cut):
+        dataset = file[name]
+        if dataset.external or dataset.is_virtual:
+            raise UnreadableError("an array whose data lie in other files, which are not read")
+        size, start = dataset.id.get_storage_size(), dataset.id.get_offset()
+        if start is not None and dataset.id.get_type() == h5py.h5t.py_create(dtype):  # plain bytes, without gaps
+            opened, stored = functools.partial(stacks.unpacked, path, start, "raw"), os.path.getsize(path) - start
+            how: dict[str, Any] = {"channels": layout.channels, "columns_first": columns_first}
+            return stacks.in_file(opened, min(stored, size), shape, dtype, elsewhere=elsewhere, **how)
+        check_size(layout.width, layout.height)
+        properties = dataset.id.get_create_plist()
+        filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
+        if not all(map(h5py.h5z.filter_avail, filters)):
+            raise UnreadableError("compressed in a way that is not supported, without a plug-in of HDF5")
+        if not size:
+            raise UnreadableError("cut off: nothing of it was written")
+        holes = dataset.chunks and not cut and dataset.id.get_num_chunks() < _chunks(dataset)
+        warnings = (stacks.FEWER,) if holes else ()
 
     def planes(numbers: Iterable[int]) -> Iterator[np.ndarray]:
-        with _opened(path) as file:
-            for plane in _rows(file[name], numbers, layout):
+        with _opened(path) as (file, cut):
+            for plane in _planes(file[name], numbers, layout, cut):
                 yield plane.T if columns_first else plane
 
-    return stacks.Stack((layout.frames, layout.height, layout.width), dtype, planes)
+    return stacks.Stack(shape, dtype, planes, elsewhere=elsewhere, warnings=warnings)
 
 
-def _rows(dataset: Any, numbers: Iterable[int], layout: Layout) -> Iterator[np.ndarray]:
-    """Planes as they are stored. Chunks that span several are read once."""
-    kept = [axis for axis, length in enumerate(dataset.shape) if length > 1]
-    if layout.frames == 1:
-        for _ in numbers:
-            yield dataset[()].squeeze()
-        return
-    shape = [dataset.shape[axis] for axis in kept[1:]]
-    together = dataset.chunks[kept[0]] if dataset.chunks else 1
-    if together * math.prod(shape) * dataset.dtype.itemsize > _MAX_CHUNK:
-        together = 1
-    where: list[Any] = [0] * len(dataset.shape)
-    for axis in kept:
-        where[axis] = slice(None)
-    first, block = 0, np.empty((0, *shape), dataset.dtype)
+def _planes(dataset: Any, numbers: Iterable[int], layout: Layout, cut: "_CutOff | None") -> Iterator[np.ndarray]:
+    """Planes as they are stored."""
+    where: list[Any] = [slice(None) if length > 1 else 0 for length in dataset.shape]
+    first = next((axis for axis, length in enumerate(dataset.shape) if length > 1), 0)
+    if dataset.chunks:  # those that hold parts of several planes are kept, and unpacked once
+        access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+        kept = dataset.chunks[first] * math.prod(layout[1:]) * dataset.dtype.itemsize
+        access.set_chunk_cache(10_007, min(2 * kept, _CACHE), 1.0)
+        dataset = h5py.Dataset(h5py.h5d.open(dataset.file.id, dataset.name.encode(), access))
     for number in numbers:
-        if not first <= number < first + len(block):
-            first = number
-            where[kept[0]] = slice(number, (number // together + 1) * together)
-            block = dataset[tuple(where)]
-        yield block[number - first]
+        if layout.frames > 1:
+            where[first] = number
+        if cut:
+            cut.missed = False
+        plane = dataset[tuple(where)]
+        if cut and cut.missed:
+            raise UnreadableError(f"cut off in plane {number}")
+        yield plane
 
 
-def _check(dataset: Any) -> None:
-    """Refuses what lies in other files, and what would take more memory than it says."""
-    if dataset.external or dataset.is_virtual:
-        raise UnreadableError("an array whose data lie in other files, which are not read")
-    size = math.prod(dataset.shape) * dataset.dtype.itemsize
-    properties = dataset.id.get_create_plist()
-    filters = {properties.get_filter(number)[0] for number in range(properties.get_nfilters())}
-    if filters - _FILTERS:
-        raise UnreadableError("compressed in a way that is not supported, expected gzip or lzf")
-    stacks.check_unpacked(size, dataset.id.get_storage_size(), "gzip" if dataset.chunks else "raw")
-    if not dataset.chunks:
-        return
-    chunk = math.prod(dataset.chunks) * dataset.dtype.itemsize
-    if chunk > (_MAX_LZF_CHUNK if _LZF in filters else _MAX_CHUNK):
-        raise UnreadableError(f"chunks of {chunk >> 20} MiB are too large")
-    stored: list[Any] = []
-    dataset.id.chunk_iter(
-        lambda info: stored.append((info.size, info.chunk_offset)) if info.size > _UNCHECKED else None
-    )
-    for length, offset in stored:
-        if length > chunk + _UNCHECKED:
-            raise UnreadableError("a chunk that is larger than it says")
-        skipped, data = dataset.id.read_direct_chunk(offset)
-        if _DEFLATE in filters and not skipped:  # as it is for chunks that would have grown
-            # HDF5 unpacks whatever comes; here it ends at the size that it should have, with a checksum.
-            engine = zlib.decompressobj()
-            engine.decompress(data, chunk + 4)
-            if not engine.eof:
-                raise UnreadableError("a chunk that is larger than it says")
+def _chunks(dataset: Any) -> int:
+    return math.prod(-(-length // part) for length, part in zip(dataset.shape, dataset.chunks, strict=True))
+
+
+class _CutOff(io.RawIOBase):
+    """A file that is cut off, as HDF5 would otherwise not open it: with zeros behind its end.
+
+    Attributes:
+      missed: whether some of these were read.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self._file, self._end, self._position, self.missed = file, os.fstat(file.fileno()).st_size, 0, False
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = _FAR if whence == os.SEEK_END else offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(min(self._position, self._end))
+        data = self._file.read(len(buffer))
+        self.missed |= len(data) < len(buffer)
+        buffer[:] = data.ljust(len(buffer), b"\0")
+        self._position += len(buffer)
+        return len(buffer)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    except (*_ERRORS, zlib.error) as error:
-        raise UnreadableError("damaged or cut off") from error
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, _CutOff | None]]:
+    with contextlib.ExitStack() as stack:
+        try:
+            cut = None
+            try:
+                file = h5py.File(path, "r", locking=False)
+            except OSError:
+                cut = _CutOff(stack.enter_context(pathlib.Path(path).open("rb")))
+                file = h5py.File(cut, "r")
+            yield stack.enter_context(file), cut
+        except _ERRORS as error:
+            raise UnreadableError("damaged or cut off") from error

@@ -1,11 +1,10 @@
 """MATLAB files of version 5 (and 6, 7): the numeric arrays at their top level, without reading them.
 
 The format is described in MathWorks' "MAT-File Format" (R2019b, chapter 1). SciPy reads it too, but a whole array at
-a time, and allocates what a compressed element declares.
+a time, and nothing of one that is cut off.
 """
 
 import functools
-import math
 import os
 import pathlib
 import struct
@@ -23,8 +22,7 @@ _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8"
 _NUMERIC = range(6, 16)  # classes of arrays: double, single, int8 to uint64
 _COMPLEX, _LOGICAL = 0x0800, 0x0200
 _MAX_ELEMENTS = 10_000
-_MAX_DIMS = 32
-_MAX_NAME = 64
+_MAX_SMALL = 128  # bytes of a name, or of the dimensions
 
 
 def arrays(path: str | os.PathLike[str]) -> list[Array]:
@@ -49,63 +47,51 @@ def _arrays(file: IO[bytes], path: str | os.PathLike[str]) -> Iterator[Array]:
             return
         file.seek(position)
         kind, size = struct.unpack(order + "II", file.read(8))
-        packing = "zlib" if kind == _COMPRESSED else "raw"
+        packed = kind == _COMPRESSED
         if kind in (_MATRIX, _COMPRESSED):
-            start = position + 8 if kind == _COMPRESSED else position
+            start, packing = (position + 8, "zlib") if packed else (position, "raw")
             with stacks.unpacked(path, start, packing) as stream:
                 found = _describe(stream, order)
             if found is not None:
-                name, dims, dtype, skip = found
-                stored = min(size, end - position - 8) if kind == _COMPRESSED else end - position
-                stacks.check_unpacked(math.prod(dims) * dtype.itemsize + skip, stored, packing)
-                make = functools.partial(_stack, path, start, packing, skip, dtype)
-                yield Array(name, dims, dtype, True, make)
-        position += 8 + size + (0 if kind == _COMPRESSED else -size % 8)
+                name, dims, dtype, skip, numbers = found
+                stored = None if packed else min(numbers, end - position - skip)
+                opened = functools.partial(stacks.unpacked, path, start, packing, skip)
+                yield Array(name, dims, dtype, True, functools.partial(_stack, opened, stored, dtype))
+        position += 8 + size + (0 if packed else -size % 8)
     raise UnreadableError(f"more than {_MAX_ELEMENTS} variables")
 
 
-def _describe(stream: IO[bytes], order: str) -> tuple[str, tuple[int, ...], np.dtype, int] | None:
-    """(name, dims, dtype, bytes before the numbers) of an array that starts here; None if not of plain numbers."""
+def _describe(stream: IO[bytes], order: str) -> tuple[str, tuple[int, ...], np.dtype, int, int] | None:
+    """(name, dims, dtype, bytes before the numbers, bytes of them) of an array here; None if not of plain numbers."""
     kind, _, flags, *_ = struct.unpack(order + "II8xI4x", stream.read(24))
     if kind != _MATRIX or flags & 0xFF not in _NUMERIC or flags & (_COMPLEX | _LOGICAL):
         return None
-    _, dims_data, dims_read = _element(stream, order, 4 * _MAX_DIMS)
-    _, name, name_read = _element(stream, order, _MAX_NAME)
+    dims_data, dims_read = _element(stream, order)
+    name, name_read = _element(stream, order)
     stored, size = struct.unpack(order + "II", stream.read(8))
     dims = struct.unpack(f"{order}{len(dims_data) // 4}i", dims_data[: len(dims_data) // 4 * 4])
-    if stored not in _TYPES:
+    if stored not in _TYPES or min(dims, default=0) < 1:
         return None  # also the short form, for up to four bytes
-    dtype = np.dtype(order + _TYPES[stored])
-    if min(dims, default=0) < 1:
-        return None
-    if math.prod(dims) * dtype.itemsize != size:
-        raise UnreadableError("header is damaged or cut off")
-    return name.decode("latin-1"), dims, dtype, 24 + dims_read + name_read + 8
+    return name.decode("latin-1"), dims, np.dtype(order + _TYPES[stored]), 24 + dims_read + name_read + 8, size
 
 
-def _element(stream: IO[bytes], order: str, limit: int) -> tuple[int, bytes, int]:
-    """(type, data, bytes read) of a small element, which may have the short form of eight bytes in all."""
+def _element(stream: IO[bytes], order: str) -> tuple[bytes, int]:
+    """(data, bytes read) of a small element, which may have the short form of eight bytes in all."""
     tag = stream.read(8)
     kind, size = struct.unpack(order + "II", tag)
     if kind >> 16:
-        return kind & 0xFFFF, tag[4 : 4 + min(4, kind >> 16)], 8
-    if size > limit:
+        return tag[4 : 4 + min(4, kind >> 16)], 8
+    if size > _MAX_SMALL:
         raise UnreadableError("header is damaged or cut off")
     padded = size + -size % 8
     data = stream.read(padded)
     if len(data) < padded:
         raise EOFError
-    return kind, data[:size], 8 + padded
+    return data[:size], 8 + padded
 
 
-def _stack(
-    path: str | os.PathLike[str], start: int, packing: str, skip: int, dtype: np.dtype, layout: Layout
-) -> stacks.Stack:
+def _stack(opened: stacks.Opened, stored: int | None, dtype: np.dtype, layout: Layout) -> stacks.Stack:
+    shape = layout.frames, layout.height, layout.width
     return stacks.in_file(
-        functools.partial(stacks.unpacked, path, start, packing, skip),
-        (layout.frames, layout.height, layout.width),
-        dtype,
-        channels=layout.channels,
-        columns_first=True,
-        packed=packing != "raw",
+        opened, stored, shape, dtype, channels=layout.channels, columns_first=True, elsewhere="transposed"
     )

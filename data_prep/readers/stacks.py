@@ -1,7 +1,8 @@
 """Stacks of planes to frames: what volumes and arrays share once their headers are understood.
 
 A stack is read plane by plane in the order in which the file holds it, so that memory stays flat whatever its size,
-compressed or not. Slicing along another axis gathers as many slices as fit into 64 MiB in each pass over the file.
+compressed or not, and a file that is cut off gives its sound frames first. Slicing along another axis gathers as many
+slices as fit into 64 MiB in each pass over the file.
 """
 
 import bz2
@@ -23,11 +24,22 @@ import numpy as np
 from data_prep.readers.base import Frame, Options, UnreadableError
 from data_prep.readers.clips import as_frames, check_size, chosen
 
+MIN_SIDE = 16  # pixels of a picture
+FEWER = "its header declares more frames than there are"
+MORE = "its header declares fewer frames than there are"
+UNKNOWN = "its header does not say how many frames there are"
+ELSEWHERE = "its frames lie along another axis than is usual for its format"
+
 _HELD = 64 << 20  # bytes of a stack in memory at a time
 _MAX_UNPACKED = 64 << 30  # bytes of a compressed stack
 _MAX_SLICES = 1_000_000
-_MAX_RATIO = {"gzip": 1032, "zlib": 1032}  # no deflate stream unpacks to more times its size
 _PIECE = 1 << 20
+
+_ALIKE = 3  # times the other side: pictures are seldom longer, and slices across a clip often are
+_STILL = 0.01  # of the pixels: the screen around a moving picture
+_STILL_TIMES = 2  # as many as along any other axis; in 45 real clips never along one that was not time
+_STILL_LEVELS = 4 / 255  # of the range
+_LOOKED_AT = 64  # positions along each axis
 
 _WINDOW = 0.1, 99.9  # percentiles
 _SAMPLED_PLANES = 16
@@ -36,18 +48,24 @@ _SAMPLED_VALUES = 1 << 16  # of each
 # What compressed data that is damaged, cut off or of an unknown method raises.
 _UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError)
 
+Opened = Callable[[], contextlib.AbstractContextManager[IO[bytes]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """A three-dimensional array in a file.
 
     Attributes:
-      shape: (Z, Y, X), in the order of the axes as `Options.axis` counts them.
+      shape: (Z, Y, X), in the order of the axes as `Options.axis` counts them, of what is there.
       dtype: of the numbers, with their byte order.
       planes: gives the planes of these numbers, ascending, along the axis `slow`: each `[rest]` or `[rest, C]`,
         C = 3 or 4 (RGB, RGBA), the rest in the order of `shape`.
       slow: the axis along which the file can be read plane by plane.
       series: a series of volumes one after the other along the first axis, which can be sliced along no other.
+      elsewhere: what becomes of pictures that are found along another axis than the first: "" refuses them, "kept"
+        takes them as they are, "transposed" with rows for columns.
+      warnings: see `Frame`.
+      cut: why there is less than the header declares, raised after the last frame; "" if there is not.
     """
 
     shape: tuple[int, int, int]
@@ -55,10 +73,13 @@ class Stack:
     planes: Callable[[Iterable[int]], Iterator[np.ndarray]]
     slow: int = 0
     series: bool = False
+    elsewhere: str = ""
+    warnings: tuple[str, ...] = ()
+    cut: str = ""
 
 
 def read(stack: Stack, options: Options) -> Iterator[Frame]:
-    """Yields the slices of a stack along `options.axis`, as the array stores them but for `options.flip`.
+    """Yields the slices of a stack along `options.axis` (see `find_axis` if it is None), but for `options.flip`.
 
     uint8 stays as it is. All other numbers are mapped to it by one window for the whole stack, from the 0.1st to the
     99.9th percentile of a sample (up to 2**16 values of each of 16 planes), so that slices stay comparable; NaN and
@@ -67,20 +88,85 @@ def read(stack: Stack, options: Options) -> Iterator[Frame]:
     Raises:
       UnreadableError: too large, mostly NaN, cut off, damaged, or without a slice that shows anything.
     """
-    if stack.series and options.axis != 0:
+    axis = find_axis(stack) if options.axis is None else options.axis
+    if stack.series and axis != 0:
         raise UnreadableError("a series of volumes, which can be sliced along axis 0 only")
-    height, width = (length for axis, length in enumerate(stack.shape) if axis != options.axis)
+    height, width = _sides(stack, axis)
     check_size(width, height)
     if min(width, height) == 1:
         raise UnreadableError(f"slices are lines of {max(width, height)} pixels: another axis?")
-    if stack.shape[options.axis] > _MAX_SLICES:
-        raise UnreadableError(f"{stack.shape[options.axis]} slices, more than a million")
+    if stack.shape[axis] > _MAX_SLICES:
+        raise UnreadableError(f"{stack.shape[axis]} slices, more than a million")
+    if stack.cut and axis != stack.slow:
+        raise UnreadableError(stack.cut)
+    told = options.axis is None and axis != 0
+    warnings = (*stack.warnings, ELSEWHERE) if told else stack.warnings
+    transposed = told and stack.elsewhere == "transposed"
     empty = True
-    for frame in as_frames(_shown(stack, options)):
-        yield frame
+    for frame in as_frames(_shown(stack, dataclasses.replace(options, axis=axis), transposed)):
+        yield dataclasses.replace(frame, warnings=warnings) if empty else frame
         empty = False
+    if stack.cut:
+        raise UnreadableError(stack.cut)
     if empty:
         raise UnreadableError("all slices are empty: one value throughout")
+
+
+def find_axis(stack: Stack) -> int:
+    """The axis along which a stack holds its pictures.
+
+    Pictures have at least 16 x 16 pixels, which leaves one axis or all three. Of three it is the first, unless its
+    pictures are far longer than wide, or so much stands still along another axis as only along that of time.
+
+    Raises:
+      UnreadableError: along none, or that cannot be told.
+    """
+    sides = [sorted(_sides(stack, axis)) for axis in range(3)]
+    possible = [axis for axis in range(1 if stack.series else 3) if sides[axis][0] >= MIN_SIDE]
+    found = possible[0] if possible else None
+    if len(possible) == 3:
+        alike = [axis for axis in possible if sides[axis][1] <= _ALIKE * sides[axis][0]]
+        still = _still_axis(stack)
+        if alike == [still]:
+            found = still
+        elif still not in (None, 0) or (still is None and 0 not in alike):
+            found = None
+    if found is None or (found and not stack.elsewhere):
+        slices = ", ".join("{} x {} along {}".format(*_sides(stack, axis), axis) for axis in range(3))
+        raise UnreadableError(f"its frames may lie along another axis ({slices}): say which with --axis")
+    return found
+
+
+def _sides(stack: Stack, axis: int) -> tuple[int, int]:
+    height, width = (length for other, length in enumerate(stack.shape) if other != axis)
+    return height, width
+
+
+def _still_axis(stack: Stack) -> int | None:
+    """The axis along which many more pixels stay as they are than along the others; None if there is none.
+
+    Of the first 64 MiB, so that a large stack need not be unpacked once more.
+    """
+    rest = _sides(stack, stack.slow)
+    steps = tuple(slice(None, None, max(1, length // _LOOKED_AT)) for length in rest)
+    count = min(stack.shape[stack.slow], max(2, _HELD // (math.prod(rest) * stack.dtype.itemsize)))
+    planes: list[np.ndarray] = []
+    with contextlib.suppress(UnreadableError):  # it is told where its turn comes
+        for plane in stack.planes(chosen(count, Options(max_frames=_LOOKED_AT))):
+            planes.append(_as_float((plane if plane.ndim == 2 else plane[:, :, 1])[steps]))
+    if len(planes) < 2:
+        return None
+    block = np.moveaxis(np.stack(planes), 0, stack.slow)
+    low, high = np.percentile(block[np.isfinite(block)], _WINDOW) if np.isfinite(block).any() else (0.0, 0.0)
+    with np.errstate(invalid="ignore"):
+        shares = [float((np.ptp(block, axis) <= _STILL_LEVELS * (high - low)).mean()) for axis in range(3)]
+    *_, second, most = sorted(shares)
+    return shares.index(most) if most > max(_STILL, _STILL_TIMES * second) else None
+
+
+def _as_float(values: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # of the kinds of NaN, one warns
+        return values.astype(np.float64)
 
 
 def check_numbers(dtype: np.dtype) -> None:
@@ -94,7 +180,8 @@ def check_numbers(dtype: np.dtype) -> None:
 
 
 def in_file(
-    opened: Callable[[], contextlib.AbstractContextManager[IO[bytes]]],
+    opened: Opened,
+    stored: int | None,
     shape: tuple[int, int, int],
     dtype: np.dtype,
     *,
@@ -102,44 +189,70 @@ def in_file(
     slow: int = 0,
     columns_first: bool = False,
     series: bool = False,
-    packed: bool = False,
+    elsewhere: str = "",
 ) -> Stack:
-    """A stack that a file holds without gaps.
+    """A stack that a file holds without gaps: what is there of it, whatever its header declares.
 
     Args:
       opened: opens the file (or what unpacks it) at the first number.
-      shape: as in `Stack`, and so are `dtype`, `slow` and `series`.
+      stored: bytes that there are from there on; None for compressed data, which are unpacked once if they are small,
+        instead of for each pass.
+      shape: as the header declares it; its length along `slow` is below 1 if it does not.
       dtype: of the numbers, with their byte order.
       channels: of each pixel.
-      slow: the axis along which planes follow each other in the file.
+      slow: the axis along which planes follow each other in the file; see `Stack` also for the others.
       columns_first: whether planes are stored with their axes in reverse, channels included.
-      series: whether volumes follow each other along the first axis.
-      packed: whether it is compressed; it is then unpacked once if it is small, instead of for each pass.
+      series: see `Stack`.
+      elsewhere: likewise.
 
     Raises:
-      UnreadableError: planes are too large; or what is to be held in memory is damaged or cut off.
+      UnreadableError: there is no plane, or they are too large.
     """
     check_numbers(dtype)
     height, width = (length for axis, length in enumerate(shape) if axis != slow)
-    check_size(width, height)
     plane_shape = (height, width, channels) if channels > 1 else (height, width)
-    plane_bytes = math.prod(plane_shape) * dtype.itemsize
-    held: list[bytes] = []
-    if packed and shape[slow] * plane_bytes <= _HELD:
-        held.extend(_read_planes(opened, range(shape[slow]), plane_bytes))
+    check_size(width, height)
+    plane_bytes, declared, cut = math.prod(plane_shape) * dtype.itemsize, shape[slow], ""
+    if stored is None:
+        data, cut = _unpack(opened)
+        if len(data) <= _HELD:
+            opened, stored = lambda: io.BytesIO(data), len(data)
+        elif not 0 < declared * plane_bytes <= _MAX_UNPACKED:
+            raise UnreadableError(f"compressed, and not known to be up to {_MAX_UNPACKED >> 30} GiB: unpack it first")
+    there, rest = (declared, 0) if stored is None else divmod(max(0, stored), plane_bytes)
+    if there < max(declared, 1) and (rest or slow or not there):
+        cut = (
+            cut
+            or f"cut off: {max(0, stored or 0)} bytes of the {max(declared, 1) * plane_bytes} that its header declares"
+        )
+    if not there:
+        raise UnreadableError(cut)
+    warnings: tuple[str, ...] = ()
+    if declared < 1:
+        warnings = (UNKNOWN,)
+    elif there > declared and (rest or slow):
+        there = declared  # and something else behind it
+    elif there != declared and not cut:
+        warnings = (MORE if there > declared else FEWER,)
 
     def planes(numbers: Iterable[int]) -> Iterator[np.ndarray]:
-        stored = (held[number] for number in numbers) if held else _read_planes(opened, numbers, plane_bytes)
-        for data in stored:
-            plane = np.frombuffer(data, dtype)
+        for stored_plane in _read_planes(opened, numbers, plane_bytes):
+            plane = np.frombuffer(stored_plane, dtype)
             yield plane.reshape(plane_shape[::-1]).T if columns_first else plane.reshape(plane_shape)
 
-    return Stack(shape, dtype, planes, slow, series)
+    z, y, x = (there if axis == slow else length for axis, length in enumerate(shape))
+    return Stack((z, y, x), dtype, planes, slow, series, elsewhere, warnings, cut)
 
 
 @contextlib.contextmanager
 def unpacked(path: str | os.PathLike[str], start: int, packing: str, skip: int = 0) -> Iterator[IO[bytes]]:
-    """Opens what a file holds from byte `start` on: "raw", or unpacked by "gzip", "zlib" or "bzip2", less `skip` bytes.
+    """Opens what a file holds from byte `start` on, less `skip` bytes of it.
+
+    Args:
+      path: of the file.
+      start: in the file.
+      packing: "raw", or what unpacks it: "gzip", "zlib", "deflate" or "bzip2".
+      skip: bytes to be left out after unpacking.
 
     Raises:
       UnreadableError: as the data are used: damaged or cut off.
@@ -162,7 +275,7 @@ def unpacking() -> Iterator[None]:
 
 def skip_bytes(file: IO[bytes], count: int) -> None:
     """Moves forward, in a file that may be unpacked on the way; raises EOFError at its end."""
-    if isinstance(file, io.BufferedReader) and file.seekable():
+    if isinstance(file, io.BufferedReader | io.BytesIO) and file.seekable():
         file.seek(count, os.SEEK_CUR)
         return
     while count > 0:
@@ -172,33 +285,17 @@ def skip_bytes(file: IO[bytes], count: int) -> None:
         count -= read
 
 
-def check_unpacked(size: int, stored: int, packing: str) -> None:
-    """Refuses data whose header declares more than the file can hold, before any of it is read.
-
-    Args:
-      size: in bytes, as declared.
-      stored: bytes that the file has for them.
-      packing: as in `unpacked`.
-
-    Raises:
-      UnreadableError: cut off, a header that cannot be true, or more than 64 GiB compressed.
-    """
-    if packing == "raw" and size > stored:
-        raise UnreadableError(f"cut off: {max(0, stored)} bytes of the {size} that its header declares")
-    if packing != "raw" and size > _MAX_UNPACKED:
-        raise UnreadableError(f"compressed, and larger than {_MAX_UNPACKED >> 30} GiB: unpack it first")
-    if size > max(0, stored) * _MAX_RATIO.get(packing, size):
-        raise UnreadableError("cut off, or its header is damaged: too few bytes for its size")
-
-
 class _Inflated(io.RawIOBase):
-    """A zlib stream as a file."""
+    """A zlib or deflate stream as a file."""
 
-    def __init__(self, file: IO[bytes]):
-        self._file, self._engine = file, zlib.decompressobj()
+    def __init__(self, file: IO[bytes], bits: int):
+        self._file, self._engine, self._given = file, zlib.decompressobj(bits), 0
 
     def readable(self) -> bool:
         return True
+
+    def tell(self) -> int:
+        return self._given
 
     def readinto(self, buffer: Any) -> int:
         while not self._engine.eof:
@@ -208,6 +305,7 @@ class _Inflated(io.RawIOBase):
             unpacked = self._engine.decompress(data, len(buffer))
             if unpacked:
                 buffer[: len(unpacked)] = unpacked
+                self._given += len(unpacked)
                 return len(unpacked)
         return 0
 
@@ -215,14 +313,26 @@ class _Inflated(io.RawIOBase):
 _UNPACKERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
     "raw": lambda file: file,
     "gzip": lambda file: cast(IO[bytes], gzip.GzipFile(fileobj=file)),
-    "zlib": lambda file: io.BufferedReader(_Inflated(file), _PIECE),
+    "zlib": lambda file: io.BufferedReader(_Inflated(file, 15), _PIECE),
+    "deflate": lambda file: io.BufferedReader(_Inflated(file, -15), _PIECE),
     "bzip2": lambda file: bz2.BZ2File(file),
 }
 
 
-def _read_planes(
-    opened: Callable[[], contextlib.AbstractContextManager[IO[bytes]]], numbers: Iterable[int], size: int
-) -> Iterator[bytes]:
+def _unpack(opened: Opened) -> tuple[bytes, str]:
+    """What is sound of compressed data, as far as it can be held in memory, and why there is no more; "" at its end."""
+    data, problem = io.BytesIO(), ""
+    try:
+        with opened() as file:
+            # read1 gives what was unpacked before the damage, which read would lose.
+            while data.tell() <= _HELD and (piece := cast(io.BufferedReader, file).read1(_PIECE)):
+                data.write(piece)
+    except UnreadableError as error:
+        problem = str(error)
+    return data.getvalue(), problem
+
+
+def _read_planes(opened: Opened, numbers: Iterable[int], size: int) -> Iterator[bytes]:
     position = 0
     with opened() as file:
         for number in numbers:
@@ -235,12 +345,13 @@ def _read_planes(
         file.read(1)  # at the end, a compressed file compares its checksum
 
 
-def _shown(stack: Stack, options: Options) -> Iterator[tuple[int, np.ndarray]]:
+def _shown(stack: Stack, options: Options, transposed: bool) -> Iterator[tuple[int, np.ndarray]]:
     window = None if stack.dtype == np.uint8 else _find_window(stack)
     reverse, keep = slice(None, None, -1), slice(None)
     rows = reverse if options.flip in ("vertical", "both") else keep
     columns = reverse if options.flip in ("horizontal", "both") else keep
     for number, plane in _slices(stack, options):
+        plane = plane.swapaxes(0, 1) if transposed else plane
         pixels = plane[rows, columns] if plane.ndim == 2 else plane[rows, columns, :3]
         pixels = np.array(pixels, order="C") if window is None else _to_uint8(pixels, *window)
         if pixels.min() != pixels.max():
@@ -248,7 +359,7 @@ def _shown(stack: Stack, options: Options) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _slices(stack: Stack, options: Options) -> Iterator[tuple[int, np.ndarray]]:
-    axis, slow = options.axis, stack.slow
+    axis, slow = cast(int, options.axis), stack.slow
     numbers = chosen(stack.shape[axis], options)
     if axis == slow:
         yield from zip(numbers, stack.planes(numbers), strict=True)
@@ -270,9 +381,13 @@ def _slices(stack: Stack, options: Options) -> Iterator[tuple[int, np.ndarray]]:
 
 def _find_window(stack: Stack) -> tuple[float, float]:
     sample = []
-    for plane in stack.planes(chosen(stack.shape[stack.slow], Options(max_frames=_SAMPLED_PLANES))):
-        values = plane.ravel()
-        sample.append(values[:: max(1, values.size // _SAMPLED_VALUES)].astype(np.float64))
+    try:
+        for plane in stack.planes(chosen(stack.shape[stack.slow], Options(max_frames=_SAMPLED_PLANES))):
+            values = plane.ravel()
+            sample.append(_as_float(values[:: max(1, values.size // _SAMPLED_VALUES)]))
+    except UnreadableError:
+        if not sample:
+            raise  # otherwise it is told after the sound planes
     values = np.concatenate(sample)
     finite = values[np.isfinite(values)]
     if 2 * finite.size < values.size:

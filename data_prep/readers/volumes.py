@@ -4,22 +4,48 @@ Orientation: slices are those of the array as it is stored, which is the order (
 axis 0 is what varies slowest in the file. Nothing is rotated by the direction matrix: what it says about the patient
 is often wrong in ultrasound, and whether a set lies upside down is better looked at once (`Options.flip`). nibabel
 gives the same array transposed, (x, y, z). 2D+t sequences are volumes whose first axis is time; of 3D+t the volumes
-follow each other.
+follow each other. Where frames seem to lie along another axis, the file is refused: whether they are then transposed
+depends on the library that wrote it.
+
+Headers are read here, because libraries follow one to any file that it names; because of a file that is cut off they
+give nothing, or zeros; and pynrrd unpacks the whole volume before it gives its first slice.
 
 Intensity: see `stacks.read`. A scale factor in the header changes nothing, since the window is relative.
 """
 
+import dataclasses
 import functools
+import gzip
 import itertools
 import math
 import os
+import pathlib
+import re
+import stat
+import struct
+import zlib
 from collections.abc import Iterator
+from typing import IO, cast
 
 import numpy as np
 
 from data_prep.readers import stacks
 from data_prep.readers.base import Frame, Options, UnreadableError
-from data_prep.readers.volume_headers import read_header
+
+LONGER = "its data file holds more than its header declares"
+
+_MAX_LINE = 1 << 16
+_MAX_HEADER = 64 << 20  # tracked sequences have ten lines or more for each frame
+
+_NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_NIFTI_COLOURS = {128: 3, 2304: 4}  # RGB and RGBA of 8 bits
+# As MetaImage and NRRD spell them, without underscores and spaces: METUSHORT, unsigned short int, uint16_t.
+_INTEGERS = re.compile("(?:met)?(unsigned|signed|u)?(?:(char|short|int|longlong|long)(?:int)?|int(8|16|32|64)t?)")
+_BITS = {"char": 8, "short": 16, "int": 32, "long": 32, "longlong": 64}  # of MetaImage's LONG, whatever the machine
+_FLOATS = {"float": "f4", "double": "f8", "metfloat": "f4", "metdouble": "f8"}
+_NRRD_PACKINGS = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
+_NRRD_COLOURS = {"rgb-color", "rgba-color", "3-color", "4-color", "vector", "3-vector", "4-vector"}
+_NRRD_SPACE = {"domain", "space", "time", "???", "none"}
 
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
@@ -28,7 +54,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     Memory stays flat; a compressed volume may have up to 64 GiB.
 
     Raises:
-      UnreadableError: see `volume_headers.read_header` and `stacks.read`.
+      UnreadableError: see `open_volume` and `stacks.read`.
     """
     stack = open_volume(path)
     if stack.shape[0] == 3 and _three_equal(stack):
@@ -38,36 +64,76 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
 
 
 def open_volume(path: str | os.PathLike[str]) -> stacks.Stack:
-    """The volume of a NIfTI, MetaImage or NRRD file, before any of its numbers are read.
+    """The volume of a NIfTI, MetaImage or NRRD file.
 
     Raises:
-      UnreadableError: see `volume_headers.read_header`; or the file is too short for what its header declares.
+      UnreadableError: none of these, damaged, of a kind that is not supported, without a single whole plane; its data
+        file is missing, or lies outside the folder of the header.
     """
-    header = read_header(path)
-    stacks.check_numbers(header.dtype)
-    shape, series = _shape(header.sizes)
-    if header.channels not in (1, 3, 4):
-        raise UnreadableError(f"{header.channels} channels, expected grey or colour")
-    if header.packing != "raw" and min(header.start, header.skip) < 0:
+    path = os.fspath(path)
+    try:
+        with pathlib.Path(path).open("rb") as file:
+            head = file.read(4)
+            file.seek(0)
+            if head == b"NRRD":
+                return _nrrd(file, path)
+            if head.isascii() and head.strip().isalnum():
+                return _meta_image(file, path)
+            packing = "gzip" if head.startswith(b"\x1f\x8b") else "raw"
+            unpacked = cast(IO[bytes], gzip.GzipFile(fileobj=file)) if packing == "gzip" else file
+            return _nifti(unpacked.read(540), path, packing)
+    except (ValueError, OverflowError, LookupError, struct.error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UnreadableError("header is damaged or cut off") from error
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror}") from error
+
+
+def _stack(
+    path: str,
+    name: str,
+    sizes: tuple[int, ...],
+    dtype: np.dtype,
+    channels: int,
+    *,
+    start: int,
+    packing: str,
+    skip: int = 0,
+) -> stacks.Stack:
+    """The volume that a header describes.
+
+    Args:
+      path: of the header.
+      name: of the file that holds the numbers, if it is another.
+      sizes: of the axes, fastest first, without that of the channels; from the third on 0 or -1 if it is unknown.
+      dtype: of the numbers, with their byte order.
+      channels: of each pixel, next to each other.
+      start: where the numbers begin in their file; -1 if they are at its end.
+      packing: "raw", "gzip", "zlib" or "bzip2".
+      skip: bytes to be left out after unpacking.
+    """
+    shape, series = _shape(sizes)
+    if channels not in (1, 3, 4):
+        raise UnreadableError(f"{channels} channels, expected grey or colour")
+    if packing != "raw" and min(start, skip) < 0:
         raise UnreadableError("compressed data at the end of their file, which is not supported")
-    size = math.prod(shape) * header.channels * header.dtype.itemsize
-    stored = os.path.getsize(header.path) - max(header.start, 0)
-    stacks.check_unpacked(size + header.skip, stored, header.packing)
-    start = stored - size if header.start < 0 else header.start
-    return stacks.in_file(
-        functools.partial(stacks.unpacked, header.path, start, header.packing, header.skip),
-        shape,
-        header.dtype,
-        channels=header.channels,
-        series=series,
-        packed=header.packing != "raw",
-    )
+    data_path = _data_file(path, name) if name else path
+    stored, warnings = None, list[str]()
+    if packing == "raw":
+        size, total = math.prod(shape) * channels * dtype.itemsize, os.path.getsize(data_path)
+        start = max(0, total - size) if start < 0 else start
+        stored = total - start
+        if name and 0 < size < stored:
+            stored, warnings = size, [LONGER]  # of other volumes, perhaps
+    opened = functools.partial(stacks.unpacked, data_path, start, packing, skip)
+    stack = stacks.in_file(opened, stored, shape, dtype, channels=channels, series=series)
+    return dataclasses.replace(stack, warnings=(*stack.warnings, *warnings))
 
 
 def _shape(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
-    """(Z, Y, X) of sizes given fastest first, and whether it is a series of volumes."""
-    if min(sizes, default=0) < 1:
+    """(Z, Y, X) of sizes given fastest first, Z = 0 for unknown, and whether it is a series of volumes."""
+    if min(sizes[:2], default=0) < 1 or min(sizes) < -1:
         raise UnreadableError("header declares no pixels")
+    sizes = tuple(max(0, size) for size in sizes)
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes = sizes[:-1]
     if len(sizes) == 4 and sizes[2] == 1:  # x, y, 1, t
@@ -75,8 +141,143 @@ def _shape(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
     if len(sizes) > 4:
         raise UnreadableError(f"{len(sizes)} dimensions, expected 2, 3 or 4")
     x, y, z, t = sizes + (1,) * (4 - len(sizes))
-    return (t * z, y, x), t > 1
+    return (t * z, y, x), t != 1
 
 
 def _three_equal(stack: stacks.Stack) -> bool:
-    return all(np.array_equal(one, two) for one, two in itertools.pairwise(stack.planes(range(3))))
+    try:
+        return all(np.array_equal(one, two) for one, two in itertools.pairwise(stack.planes(range(3))))
+    except UnreadableError:  # which is told after the sound planes
+        return False
+
+
+def _nifti(head: bytes, path: str, packing: str) -> stacks.Stack:
+    order = "<" if head[:4] in (struct.pack("<i", 348), struct.pack("<i", 540)) else ">"
+    (size,) = struct.unpack_from(order + "i", head)
+    if size == 540 and head[4:8] == b"n+2\0":
+        kind, dims = struct.unpack_from(order + "h", head, 12)[0], struct.unpack_from(order + "8q", head, 16)
+        start, slope = struct.unpack_from(order + "qd", head, 168)
+    elif size == 348 and head[344:348] == b"n+1\0":
+        dims, kind = struct.unpack_from(order + "8h", head, 40), struct.unpack_from(order + "h", head, 70)[0]
+        start, slope = struct.unpack_from(order + "ff", head, 108)
+    else:
+        raise UnreadableError("NIfTI header without its data (a pair of files?), expected .nii or .nii.gz")
+    if kind not in _NIFTI_TYPES and kind not in _NIFTI_COLOURS:
+        raise UnreadableError(f"NIfTI with numbers of type {kind}, which is not supported")
+    if slope < 0:
+        raise UnreadableError("NIfTI with a negative slope: dark would become bright")
+    if not 1 <= dims[0] <= 7:
+        raise UnreadableError("header is damaged or cut off")
+    dtype, channels = np.dtype(order + _NIFTI_TYPES.get(kind, "u1")), _NIFTI_COLOURS.get(kind, 1)
+    start = max(int(start), size)
+    start, skip = (0, start) if packing == "gzip" else (start, 0)
+    return _stack(path, "", dims[1 : 1 + dims[0]], dtype, channels, start=start, packing=packing, skip=skip)
+
+
+def _meta_image(file: IO[bytes], path: str) -> stacks.Stack:
+    fields: dict[str, str] = {}
+    while "ElementDataFile" not in fields:
+        key, value = _field(_line(file), "=")
+        if not key.startswith("Seq_"):  # where the probe was, for each frame
+            fields[key] = value
+    if fields.get("BinaryData", "True").lower() not in ("true", "1"):
+        raise UnreadableError("MetaImage with numbers as text, which is not supported")
+    order = fields.get("BinaryDataByteOrderMSB", fields.get("ElementByteOrderMSB", "False"))
+    name = fields["ElementDataFile"] if fields["ElementDataFile"].upper() not in ("", "LOCAL") else ""
+    return _stack(
+        path,
+        name,
+        _numbers(fields["DimSize"], int(fields["NDims"])),
+        _dtype(fields["ElementType"], ">" if order.lower() in ("true", "1") else "<"),
+        int(fields.get("ElementNumberOfChannels", 1)),
+        start=_offset(fields.get("HeaderSize", "0")) if name else file.tell(),
+        packing="zlib" if fields.get("CompressedData", "False").lower() in ("true", "1") else "raw",
+    )
+
+
+def _nrrd(file: IO[bytes], path: str) -> stacks.Stack:
+    _line(file)  # the magic
+    fields: dict[str, str] = {}
+    while line := _line(file, end_allowed=True):
+        if not line.startswith(b"#") and b":=" not in line:
+            key, value = _field(line, ":")
+            fields[key.lower().replace(" ", "")] = value
+    packing = fields["encoding"].lower()
+    if packing not in _NRRD_PACKINGS:
+        raise UnreadableError("NRRD with an encoding that is not supported, expected raw, gzip or bzip2")
+    if int(fields.get("lineskip", 0)):
+        raise UnreadableError("NRRD with lines to be skipped, which is not supported")
+    sizes = _numbers(fields["sizes"], int(fields["dimension"]))
+    channels = 1
+    first = fields.get("kinds", "domain").lower().split(maxsplit=1)[0]
+    if first in _NRRD_COLOURS and sizes[0] in (1, 3, 4):
+        channels, sizes = sizes[0], sizes[1:]
+    elif first not in _NRRD_SPACE:
+        raise UnreadableError("NRRD whose first axis is neither space nor colour, which is not supported")
+    name = fields.get("datafile", "")
+    start, skip = 0 if name else file.tell(), _offset(fields.get("byteskip", "0"))
+    packing = _NRRD_PACKINGS[packing]
+    if packing == "raw":
+        start, skip = (-1, 0) if skip == -1 else (start + skip, 0)
+    dtype = _dtype(fields["type"], ">" if fields.get("endian", "little").lower() == "big" else "<")
+    return _stack(path, name, sizes, dtype, channels, start=start, packing=packing, skip=skip)
+
+
+def _dtype(name: str, order: str) -> np.dtype:
+    name = re.sub("[ _]", "", name.lower())
+    if name in _FLOATS:
+        return np.dtype(order + _FLOATS[name])
+    found = _INTEGERS.fullmatch(name)
+    if not found:
+        raise UnreadableError("a type of numbers that is not supported")
+    sign, kind, bits = found.groups()
+    return np.dtype(f"{order}{'u' if sign in ('u', 'unsigned') else 'i'}{int(bits or _BITS[kind]) // 8}")
+
+
+def _line(file: IO[bytes], end_allowed: bool = False) -> bytes:
+    line = file.readline(_MAX_LINE)
+    if len(line) == _MAX_LINE or file.tell() > _MAX_HEADER or not (line or end_allowed):
+        raise UnreadableError("header is damaged or cut off")
+    return line.strip(b"\r\n")
+
+
+def _field(line: bytes, separator: str) -> tuple[str, str]:
+    key, found, value = line.decode("utf-8", "surrogateescape").partition(separator)
+    if not found:
+        raise UnreadableError("header is damaged or cut off")
+    return key.strip(), value.strip()
+
+
+def _numbers(text: str, count: int) -> tuple[int, ...]:
+    """The lengths of `count` axes; the last may be missing, if it is that of the frames."""
+    numbers = tuple(int(word) for word in text.split())
+    if len(numbers) == count - 1 >= 2:
+        return (*numbers, 0)
+    if len(numbers) != count:
+        raise UnreadableError("header is damaged or cut off")
+    return numbers
+
+
+def _offset(text: str) -> int:
+    """A number of bytes; -1 for data at the end of their file."""
+    number = int(text)
+    if number < -1:
+        raise UnreadableError("header is damaged or cut off")
+    return number
+
+
+def _data_file(path: str, name: str) -> str:
+    """The path of the data file that a header names; only what lies in the folder of the header is opened."""
+    if "%" in name or name.split()[0].upper() == "LIST":
+        raise UnreadableError("one volume in a list of files, which is not supported")
+    folder = os.path.realpath(os.path.dirname(path))
+    full = os.path.realpath(os.path.join(folder, name))
+    if os.path.commonpath([folder, full]) != folder:
+        raise UnreadableError("its data file lies outside the folder of the header")
+    try:
+        status = os.stat(full)
+    except OSError as error:
+        raise UnreadableError("the data file that it names is missing") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UnreadableError("its data file is not a regular file")
+    return full

@@ -203,7 +203,7 @@ def _try(path: str, seed: int, read: Callable[[str, Options], Iterator[Frame]], 
     options = Options(
         stride=rng.choice((1, 1, 3)),
         max_frames=rng.choice((0, 0, 5)),
-        axis=rng.choice((0, 0, 1, 2)),
+        axis=rng.choice((None, None, 0, 1, 2)),
         flip=rng.choice(("", "both")),
     )
     try:

@@ -51,9 +51,9 @@ def test_lists_of_data_files_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"DimSize": "64 48 9000"}, "cut off: 21504 bytes of the 27648000"),
+        ({"DimSize": "640 480 9"}, "cut off: 21504 bytes of the 2764800"),
         ({"DimSize": "64 48 -7"}, "no pixels"),
-        ({"DimSize": "64 48"}, "header is damaged"),
+        ({"DimSize": "64"}, "header is damaged"),
         ({"DimSize": "64 48 seven"}, "header is damaged"),
         ({"NDims": "x" * 70_000}, "header is damaged"),
         ({"NDims": 5, "DimSize": "2 2 2 2 1344"}, "5 dimensions"),
@@ -61,8 +61,6 @@ def test_lists_of_data_files_are_refused(tmp_path, name):
         ({"ElementType": "MET_OTHER"}, "not supported"),
         ({"BinaryData": "False"}, "as text"),
         ({"CompressedData": "True"}, "damaged or cut off"),
-        ({"CompressedData": "True", "DimSize": "64 48 900000"}, "too few bytes for its size"),
-        ({"CompressedData": "True", "DimSize": "64 48 900000000"}, "larger than 64 GiB"),
     ],
 )
 def test_headers_that_cannot_be_true_are_refused_before_the_data_are_read(tmp_path, fields, reason):
@@ -105,7 +103,7 @@ def test_what_gives_no_pictures_along_an_axis_is_refused(tmp_path):
         read(still, axis=1)
     many = samples.write_meta_image(tmp_path / "v.mha", np.zeros(4_000_004, np.uint8), NDims=3, DimSize="2 2 1000001")
     with pytest.raises(UnreadableError, match="1000001 slices, more than a million"):
-        read(many)
+        read(many, axis=0)
 
 
 @pytest.mark.parametrize(
