@@ -76,6 +76,7 @@ class Stored:
       cleaned: pixels removed by kind.
       facts: technical values of the source.
       removed: kinds of information in the source that were not taken over.
+      warnings: of the reader about the source, so far.
       originals: pseudonym, kind and what stands behind it, for the person who holds the linkage table.
     """
 
@@ -87,6 +88,7 @@ class Stored:
     cleaned: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     originals: tuple[Original, ...] = ()
 
 
@@ -100,8 +102,9 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
     head = list(itertools.islice(frames, _HEAD))
     # The frames of a clip share one; those of other files may differ in size.
     sectors: dict[tuple[int, int], Sector] = {}
-    last, video = None, ""
+    last, video, warnings = None, "", set[str]()
     for frame in itertools.chain(head, frames):
+        warnings |= set(frame.warnings)  # also of a frame that is dropped
         pixels, cleaned = to_uint8(frame.pixels), None
         shape = pixels.shape[:2]
         mask = _mask(item, root, how, shape) if item.mask else None
@@ -134,6 +137,7 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             cleaned=cleaned.removed if cleaned else {},
             facts=frame.facts,
             removed=frame.removed,
+            warnings=tuple(sorted(warnings)),
             originals=originals,
         )
 

@@ -65,6 +65,7 @@ class Index:
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     cleaned: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     removed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    warnings: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # files
     technical: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of the source files
@@ -164,17 +165,20 @@ class _Seen:
     cleaned: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
     def add(self, stored: Any) -> None:
         self.cleaned.update({kind: int(pixels) for kind, pixels in stored.cleaned.items()})
         self.removed, self.facts = stored.removed, stored.facts  # the same in all frames of a source
+        self.warnings = stored.warnings
         self.originals.update({name: (kind, original) for name, kind, original in stored.originals})
 
     def merge_into(self, index: Index) -> None:
         index.dropped.update(self.dropped)
         index.cleaned.update(self.cleaned)
         index.removed.update(self.removed)
+        index.warnings.update(self.warnings)
         index.originals.update(self.originals)
         for name, value in self.facts.items():
             index.technical.setdefault(name, collections.Counter())[value] += 1
@@ -229,7 +233,7 @@ def _write_index(path: pathlib.Path, index: Index) -> None:
 def read_index(folder: str | os.PathLike[str], number: int) -> Index:
     """The index of a finished part."""
     content = json.loads(_paths(folder, number)[1].read_text())
-    counters = {name: collections.Counter(content[name]) for name in ("dropped", "cleaned", "removed")}
+    counters = {name: collections.Counter(content[name]) for name in ("dropped", "cleaned", "removed", "warnings")}
     return Index(
         rows=[Row(*row) for row in content["rows"]],
         rejected=[Rejected(*one) for one in content["rejected"]],

@@ -96,7 +96,7 @@ def write_manifest(
         "verified": entry.verified,
         "benchmark": entry.benchmark,
         "problems": list(entry.problems),
-        "warnings": [] if plan.salt else plan.warnings,  # they quote file names
+        "warnings": ([] if plan.salt else plan.warnings) + _of_readers(gathered),  # the plan's quote file names
         "arguments": plan.arguments,
         "input": {
             "fingerprint": plan.fingerprint,
@@ -118,6 +118,12 @@ def write_manifest(
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
+
+
+def _of_readers(gathered: Gathered) -> list[str]:
+    """What readers warned of, as sentences with the number of files."""
+    counts = sum((index.warnings for index in gathered.indices), collections.Counter())
+    return [f"{warning}: {number:,} file{'s' * (number > 1)}" for warning, number in sorted(counts.items())]
 
 
 def _combine(digests: dict[str, str]) -> str:
@@ -175,7 +181,7 @@ def print_summary(target: pathlib.Path, manifest: dict[str, Any], warnings: Sequ
     for title, key in (("Passed over", "passed_over"), ("Dropped frames", "dropped"), ("Not taken over", "removed")):
         if manifest[key]:
             print(f"\n{title}: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest[key].items()))
-    for warning in warnings:
+    for warning in dict.fromkeys([*warnings, *manifest["warnings"]]):
         print(f"\nWarning: {warning}")
     _print_rejected(target, sum(manifest["rejected"].values()))
     print(f"\nLook:  {target / 'report.html'}")

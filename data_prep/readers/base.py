@@ -45,6 +45,8 @@ class Frame:
       video: likewise: study, series and instance, whatever tells clips apart.
       facts: technical values that may be written, from a whitelist; the same in every frame of a file.
       removed: kinds of information in the file that were not taken over, and how many; the same in every frame.
+      warnings: what a person should know about the file although its frames were taken, in fixed phrases that quote
+        nothing of it; on the first frame is enough.
     """
 
     pixels: np.ndarray
@@ -54,6 +56,7 @@ class Frame:
     video: str = ""
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 class Layout(NamedTuple):

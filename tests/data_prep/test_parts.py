@@ -25,6 +25,7 @@ class Made:
     cleaned: dict = dataclasses.field(default_factory=lambda: {"text": 5})
     facts: dict = dataclasses.field(default_factory=lambda: {"Manufacturer": "ACME"})
     removed: dict = dataclasses.field(default_factory=lambda: {"dates": 2})
+    warnings: tuple = ("odd header",)
     originals: tuple = ()
 
 
@@ -53,6 +54,7 @@ def test_a_part_holds_the_records_of_its_sources_in_order(tmp_path):
     assert index.dropped == {"repeated": 1}
     assert index.cleaned == {"text": 15}  # frames add up
     assert index.removed == {"dates": 4}  # sources do
+    assert index.warnings == {"odd header": 2}
     assert index.technical == {"Manufacturer": {"ACME": 2}}
     assert index.rows[0].patient == "p15"
     assert set(begun) == {0, 1}
