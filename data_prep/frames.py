@@ -16,11 +16,11 @@ from data_prep import identity, masks, phantom
 from data_prep.deannotate import clean_frame
 from data_prep.items import Item, printable
 from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
+from data_prep.readers.clips import look_ahead
 from data_prep.sector import Sector, find_sector
 from usfmae_jax.data import fingerprints
-from usfmae_jax.data.records import Record, pixel_hash
+from usfmae_jax.data.records import Record, pixel_hash, to_uint8
 
-_WINDOW = 0.1, 99.9  # percentiles
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "raw": ".bmp"}
 _BLOCK = 16 << 20  # bytes
 _LIGHT = 100  # grey levels: screens of scanners are darker, paper is lighter
@@ -99,11 +99,11 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
       UnreadableError: the file, or its mask, cannot be used.
     """
     frames = read_frames(os.path.join(root, item.path), how.options)
-    head = list(itertools.islice(frames, _HEAD))
+    head, rest = look_ahead(frames, lambda first: len(first) == _HEAD)
     # The frames of a clip share one; those of other files may differ in size.
     sectors: dict[tuple[int, int], Sector] = {}
     last, video, warnings = None, "", set[str]()
-    for frame in itertools.chain(head, frames):
+    for frame in itertools.chain(head, rest):
         warnings |= set(frame.warnings)  # also of a frame that is dropped
         pixels, cleaned = to_uint8(frame.pixels), None
         shape = pixels.shape[:2]
@@ -227,21 +227,6 @@ def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, la
         "mask": b"" if mask is None else encode(mask, "png"),
         **ids,
     }
-
-
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Maps 16 bits to 8 by a window from the 0.1st to the 99.9th percentile of the frame; 8 bits stay as they are.
-
-    Scanners fill 16 bits to very different extents; the percentiles leave out a few saturated pixels, and one window
-    for all channels keeps colours.
-    """
-    if pixels.dtype == np.uint8:
-        return pixels
-    low, high = np.percentile(pixels, _WINDOW)
-    if low == high:  # almost all of one value
-        low, high = pixels.min(), pixels.max()
-    scale = 255 / max(float(high) - float(low), 1.0)
-    return np.clip(np.rint((pixels.astype(np.float32) - low) * scale), 0, 255).astype(np.uint8)
 
 
 def shrink(pixels: np.ndarray, image_size: int, interpolation: int) -> np.ndarray:

@@ -3,7 +3,8 @@
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -12,12 +13,17 @@ from data_prep.readers.base import Frame, Options, UnreadableError
 
 MAX_PIXELS = 50_000_000  # of one frame
 
+#: For `Frame.warnings`, whatever the kind of file.
+WRONG_COUNT = "the header says another number of frames than there are, or none; those that are there were taken"
+
 # Colour carries meaning (Doppler, elastography) when more than this share of the pixels has channels that differ by
 # more than this much of the range. Tinted B-mode stays below 45 / 255, and calipers and logos below 1 pixel in 1000.
 COLOUR_SHARE = 0.001
 COLOUR_SPREAD = 48 / 255
 _DECIDING = 8  # frames of a clip that say whether it has colour; fewer if they have more bytes than this
 _DECIDING_BYTES = 64 << 20
+
+_Item = TypeVar("_Item")
 
 
 def chosen(count: int, options: Options) -> Sequence[int]:
@@ -53,20 +59,40 @@ def as_frames(pictures: Iterable[tuple[int, np.ndarray]]) -> Iterator[Frame]:
     Args:
       pictures: (number in the file, uint8 or uint16 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]`); consumed as needed.
     """
-    pictures = iter(pictures)
-    first: list[tuple[int, np.ndarray]] = []
-    for picture in pictures:
-        first.append(picture)
-        if len(first) == _DECIDING or sum(pixels.nbytes for _, pixels in first) >= _DECIDING_BYTES:
-            break
+
+    def enough(first: list[tuple[int, np.ndarray]]) -> bool:
+        return len(first) == _DECIDING or sum(pixels.nbytes for _, pixels in first) >= _DECIDING_BYTES
+
+    first, rest = look_ahead(iter(pictures), enough)
     colour = any(has_colour(pixels) for _, pixels in first)
-    for number, pixels in itertools.chain(first, pictures):
+    for number, pixels in itertools.chain(first, rest):
         is_colour = pixels.ndim == 3 and pixels.shape[2] == 3
         if is_colour and not colour:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         elif colour and not is_colour:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
         yield Frame(pixels.reshape(*pixels.shape[:2], -1), number)
+
+
+def look_ahead(items: Iterator[_Item], enough: Callable[[list[_Item]], bool]) -> tuple[list[_Item], Iterator[_Item]]:
+    """The first items of an iterator, until they are `enough`, and those that follow.
+
+    An UnreadableError among the first is raised by what follows, so that the sound ones before it are not lost.
+    """
+    first: list[_Item] = []
+    try:
+        for item in items:
+            first.append(item)
+            if enough(first):
+                break
+    except UnreadableError as error:
+        return first, _failing(error)
+    return first, items
+
+
+def _failing(error: UnreadableError) -> Iterator[Any]:
+    raise error
+    yield
 
 
 def has_colour(pixels: np.ndarray) -> bool:
