@@ -26,7 +26,6 @@ Messages repeat nothing of a file but sizes and well-known names.
 import collections
 import contextlib
 import io
-import itertools
 import logging
 import os
 import warnings
@@ -34,18 +33,14 @@ import zlib
 from collections.abc import Iterator, MutableSequence, Sequence
 from typing import Any, BinaryIO
 
-import cv2
 import numpy as np
 
 from data_prep.readers import dicom_pixels
 from data_prep.readers.base import Frame, Options, UnreadableError
-from data_prep.readers.clips import chosen, has_colour, look_ahead, silence
+from data_prep.readers.clips import Boxes, as_frames, chosen, silence
 from data_prep.readers.kinds import HEAD_BYTES, VRS, is_dicom
 from usfmae_jax.errors import InputError
 
-Boxes = tuple[tuple[int, int, int, int], ...]
-
-_DECIDING, _DECIDING_BYTES = 8, 64 << 20  # frames that say whether a clip has colour, fewer if they are large
 _MAX_DEFLATED = 1 << 29
 _MAX_ELEMENT = 1 << 20  # longer ones, raw data of the scanner, are not read into memory
 _PIXELS = 0x7FE00008, 0x7FE00009, 0x7FE00010  # 32-bit float, 64-bit float, 8 or 16 bits
@@ -117,8 +112,13 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
             technical = facts(header, clip, with_size=bool(found))
             removed = count_removed(meta, header, _read_rest(file, clip, header))
         pictures = _decode(file, clip, chosen(clip.count, options))
-        for number, pixels in _all_grey_or_all_colour(pictures, found):
-            yield Frame(pixels, number, found, patient, video, technical, removed, clip.warnings)
+        grey = clip.table is not None and clip.table.ndim == 1
+        # A coloured logo or button beside the regions says nothing about the colour of a clip.
+        shown = (
+            (Frame(pixels[:, :, None], number) for number, pixels in pictures) if grey else as_frames(pictures, found)
+        )
+        for frame in shown:
+            yield Frame(frame.pixels, frame.number, found, patient, video, technical, removed, clip.warnings)
     if clip.damage:
         raise UnreadableError(clip.damage)
 
@@ -128,28 +128,6 @@ def _decode(file: BinaryIO, clip: dicom_pixels.Clip, numbers: Sequence[int]) -> 
         with _quietly("a frame is damaged"):
             pixels = dicom_pixels.decode(file, clip, number)
         yield number, pixels
-
-
-def _all_grey_or_all_colour(
-    pictures: Iterator[tuple[int, np.ndarray]], boxes: Boxes
-) -> Iterator[tuple[int, np.ndarray]]:
-    """As `clips.as_frames` does, but only the boxes are asked for colour, where there are any."""
-
-    def enough(first: list[tuple[int, np.ndarray]]) -> bool:
-        size = sum(pixels.nbytes for _, pixels in first)
-        return first[0][1].ndim == 2 or len(first) == _DECIDING or size >= _DECIDING_BYTES
-
-    first, rest = look_ahead(pictures, enough)
-    parts = [
-        pixels[top:bottom, left:right]
-        for _, pixels in first
-        for left, top, right, bottom in boxes or [(0, 0, pixels.shape[1], pixels.shape[0])]
-    ]
-    colour = any(map(has_colour, parts))
-    for number, pixels in itertools.chain(first, rest):
-        if pixels.ndim == 3 and not colour:
-            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-        yield number, pixels.reshape(*pixels.shape[:2], -1)
 
 
 @contextlib.contextmanager

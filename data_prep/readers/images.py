@@ -27,9 +27,6 @@ from data_prep.readers.clips import (
     has_colour,
     silence,
 )
-from data_prep.readers.kinds import IMAGES
-
-SUFFIXES = IMAGES
 
 _MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)  # three channels of 16 bits, uncompressed, and a generous header
 
@@ -141,7 +138,9 @@ def image_size(data: bytes) -> tuple[int, int]:
         elif data.startswith(_TIFF):
             width, height = _tiff_size(data)
         elif data.startswith(b"BM"):
-            width, height = _bmp_size(data)
+            (header,) = struct.unpack_from("<I", data, 14)
+            width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
+            height = abs(height)  # negative: the rows run from top to bottom
         else:
             raise UnreadableError("not a PNG, JPEG, TIFF or BMP")
     except struct.error as error:
@@ -287,12 +286,6 @@ def _decode_range(buffer: np.ndarray, first: int, end: int) -> Sequence[np.ndarr
             return cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(first, end))[1]
     except cv2.error:
         return []
-
-
-def _bmp_size(data: bytes) -> tuple[int, int]:
-    (header,) = struct.unpack_from("<I", data, 14)
-    width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
-    return abs(width), abs(height)  # negative: the rows run from top to bottom
 
 
 def decode(data: bytes) -> np.ndarray:
