@@ -192,9 +192,9 @@ def _guess(file: BinaryIO) -> str:
 
 def _inflate(file: BinaryIO) -> BinaryIO:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = inflater.decompress(file.read(_MAX_DEFLATED), _MAX_DEFLATED)
-    if not inflater.eof:
-        raise UnreadableError(f"deflated data is cut off, or larger than {_MAX_DEFLATED >> 20} MiB")
+    data = inflater.decompress(file.read(_MAX_DEFLATED), _MAX_DEFLATED)  # of a file that is cut off, what is there
+    if inflater.unconsumed_tail:
+        raise UnreadableError(f"deflated data is larger than {_MAX_DEFLATED >> 20} MiB")
     return io.BytesIO(data)
 
 

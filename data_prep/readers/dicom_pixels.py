@@ -187,7 +187,7 @@ def _layout(pixels: dict[str, Any], length: int, declared: int | None) -> tuple[
     left = {size: length - declared * size if declared else length % size for size in (whole, halved)}
     if 0 <= left[halved] <= 1:
         return interpretation, halved
-    return (interpretation, halved) if left[whole] < 0 or not whole else ("YBR_FULL", whole)
+    return (interpretation, halved) if left[whole] < 0 else ("YBR_FULL", whole)
 
 
 def _count_frames(length: int, there: int, frame_bytes: int, declared: int | None) -> tuple[int, bool]:
@@ -233,8 +233,8 @@ def _find_frames(file: BinaryIO, end: int, declared: int | None) -> tuple[list[l
         begins.append(_begins_frame(file.read(min(length, 8))))
         position += length
         damage = _CUT_OFF if position > end else ""
-    else:  # without the item that ends them
-        damage = damage or _CUT_OFF
+    else:  # without the item that ends them, which some leave out
+        damage = damage or (_CUT_OFF if declared else "")
     frames = _group(file, pieces, begins, declared, damage)
     if position > end:  # in the middle of the last piece
         frames = frames[:-1]

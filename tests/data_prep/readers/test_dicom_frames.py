@@ -113,7 +113,7 @@ def test_frames_of_halved_colour_are_counted_by_the_size_that_fits(tmp_path, hal
     assert not why
 
 
-@pytest.mark.parametrize("name", [name for name in CLIPS if name != "deflated"])  # which is one stream
+@pytest.mark.parametrize("name", CLIPS)
 @pytest.mark.parametrize("kept", [0.4, 0.7, 0.95, -1])
 def test_a_clip_that_is_cut_off_gives_its_sound_frames_and_then_the_reason(tmp_path, whole, name, kept):
     data, expected = whole[name]
@@ -134,6 +134,16 @@ def test_a_clip_that_is_cut_off_and_does_not_say_how_long_it_was_does_the_same(t
     frames, why = read(tmp_path / "x")
     assert why.startswith("cut off")
     assert 4 < len(frames) < 8
+
+
+@pytest.mark.parametrize(
+    ("count", "why"), [(None, ""), (10, ""), (11, "cut off: fewer pixels than the header declares")]
+)
+def test_the_item_that_ends_compressed_pixels_may_be_missing(tmp_path, count, why):
+    data = dicoms.save(tmp_path / "x", says(jpegs(), count)).read_bytes()
+    (tmp_path / "x").write_bytes(data[: data.rindex(b"\xfe\xff\xdd\xe0")])
+    frames, reason = read(tmp_path / "x")
+    assert (len(frames), reason) == (10, why)
 
 
 @pytest.mark.parametrize("name", ["jpeg", "rle", "jpeg-ls", "jpeg 2000"])
