@@ -334,9 +334,9 @@ def _decompress(file: BinaryIO, clip: Clip, pieces: Sequence[Piece]) -> tuple[np
             raise UnreadableError(_DAMAGED)
         if (bottom - top, right - left, components) != shape:
             raise UnreadableError(_OTHER_SIZE)
-    # Not GDCM, which ends the process at a damaged stream. Pillow comes last, and knows only JPEG of 8 bits.
-    plugins = sorted(set(decoder.available_plugins) - {"gdcm"}, key=lambda name: (name == "pillow", name))
-    if stream.startswith(_JPEG) and "pillow" in plugins:
+    # Not GDCM, which ends the process at a damaged stream. The slow ones come last.
+    plugins = sorted(set(decoder.available_plugins) - {"gdcm"}, key=lambda name: (name in ("pillow", "pydicom"), name))
+    if stream.startswith(_JPEG) and "pillow" in plugins:  # which knows no more than 8 bits of it
         plugins.remove("pillow")
     if not plugins:
         package = next((pip for kind, pip in _PACKAGES.items() if kind in decoder.UID.name), "pylibjpeg-libjpeg")

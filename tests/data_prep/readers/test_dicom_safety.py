@@ -218,6 +218,12 @@ def test_a_missing_decoder_is_one_sentence(tmp_path, monkeypatch):
         read(path)
 
 
+def test_jpeg_2000_needs_one_decoder_of_several(tmp_path, monkeypatch):
+    path = dicoms.save(tmp_path / "x", dicoms.compressed(GREY, dicoms.LOSSLESS["jpeg 2000"]))
+    monkeypatch.setattr("pydicom.pixels.common.CoderBase.available_plugins", ("gdcm", "pillow"))
+    np.testing.assert_array_equal(read(path)[0].pixels[:, :, 0], GREY)
+
+
 # ---- damage and memory ---------------------------------------------------------------------------------------------
 
 
