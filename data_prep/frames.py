@@ -19,9 +19,8 @@ from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_fr
 from data_prep.readers.clips import look_ahead
 from data_prep.sector import Sector, find_sector
 from usfmae_jax.data import fingerprints
-from usfmae_jax.data.records import Record, pixel_hash
+from usfmae_jax.data.records import Record, pixel_hash, to_uint8
 
-_WINDOW = 0.1, 99.9  # percentiles
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "raw": ".bmp"}
 _BLOCK = 16 << 20  # bytes
 _LIGHT = 100  # grey levels: screens of scanners are darker, paper is lighter
@@ -228,21 +227,6 @@ def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, la
         "mask": b"" if mask is None else encode(mask, "png"),
         **ids,
     }
-
-
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Maps 16 bits to 8 by a window from the 0.1st to the 99.9th percentile of the frame; 8 bits stay as they are.
-
-    Scanners fill 16 bits to very different extents; the percentiles leave out a few saturated pixels, and one window
-    for all channels keeps colours.
-    """
-    if pixels.dtype == np.uint8:
-        return pixels
-    low, high = np.percentile(pixels, _WINDOW)
-    if low == high:  # almost all of one value
-        low, high = pixels.min(), pixels.max()
-    scale = 255 / max(float(high) - float(low), 1.0)
-    return np.clip(np.rint((pixels.astype(np.float32) - low) * scale), 0, 255).astype(np.uint8)
 
 
 def shrink(pixels: np.ndarray, image_size: int, interpolation: int) -> np.ndarray:

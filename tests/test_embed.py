@@ -55,12 +55,38 @@ def test_a_folder_of_pictures_needs_no_shards_and_damaged_ones_are_left_out(enco
     (tmp_path / "pictures" / "broken.jpg").write_text("no picture")
     (tmp_path / "pictures" / "notes.txt").write_text("not even by its name")
     assert embed.embed(encoder, str(tmp_path / "pictures"), str(tmp_path / "f.npz")) == 5
-    assert "broken.jpg is left out" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "broken.jpg is left out" in shown
+    assert "1 file is no PNG, JPEG, BMP or TIFF and passed over: notes.txt" in shown
     found = read(tmp_path / "f.npz")
     assert found["source"].tolist() == ["0/0.PNG", "0/2.PNG", "0/4.PNG", "1/1.PNG", "1/3.PNG"]
     assert set(found["label"].tolist()) == {-1}
     assert set(found["dataset"].tolist()) == {"pictures"}
     assert len(np.unique(found["features"].round(4), axis=0)) == 5
+
+
+def test_pictures_of_any_depth_and_format_have_the_features_of_what_they_show(encoder, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    shown = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8), (9, 9), 0)
+    shown = cv2.normalize(shown, None, 0, 255, cv2.NORM_MINMAX)
+    for name, pixels in {
+        "a_8_bits.png": shown,
+        "b_12_bits_in_16.png": shown.astype(np.uint16) * 16,
+        "c_8_bits_in_16.png": shown.astype(np.uint16),
+        "d.tif": shown,
+        "e_12_bits_in_16.tiff": shown.astype(np.uint16) * 16,
+    }.items():
+        cv2.imwrite(str(tmp_path / "in" / name), pixels)
+    cv2.imwritemulti(str(tmp_path / "in" / "pages.tif"), [shown, shown])
+    for number in range(7):
+        (tmp_path / "in" / f"{number}.dcm").touch()
+    assert embed.embed(encoder, str(tmp_path / "in"), str(tmp_path / "f.npz")) == 5
+    features = read(tmp_path / "f.npz")["features"]
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    assert (features @ features[0]).min() > 0.999
+    warned = capsys.readouterr().err
+    assert "7 files are no PNG, JPEG, BMP or TIFF and passed over: 0.dcm, 1.dcm, 2.dcm, 3.dcm, 4.dcm, ..." in warned
+    assert "pages.tif is left out: it has several pages" in warned
 
 
 def test_damaged_and_unlabelled_records_do_not_stop_it(encoder, tmp_path, capsys):

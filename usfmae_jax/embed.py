@@ -21,7 +21,8 @@ import numpy as np
 from usfmae_jax.errors import DamagedRecord, InputError
 
 #: Picture files that a folder may hold.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_NAMED = 5  # files that are passed over
 #: Columns beside `features`, in order.
 COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
 
@@ -34,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="workdir, checkpoint, encoder/ or classifier/ directory"
     )
-    parser.add_argument("--data", required=True, metavar="PATH", help="shards, or a folder with PNG, JPEG or BMP files")
+    parser.add_argument(
+        "--data", required=True, metavar="PATH", help="shards, or a folder with PNG, JPEG, BMP or TIFF files"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="ends in .npz or .parquet")
     parser.add_argument("--pool", default="mean", choices=["mean", "cls", "patches"], help="default: %(default)s")
     parser.add_argument("--split", default="", help="only shards of this TFDS split; default: all")
@@ -131,7 +134,7 @@ def _shard_items(data: str, split: str) -> _Items | None:
         except InputError as error:
             if "no shards match" in str(error) and "," not in data and os.path.isdir(data):
                 return None  # perhaps a folder of picture files
-            raise InputError(f"--data: {error}; give shards, or a folder with PNG, JPEG or BMP files") from error
+            raise InputError(f"--data: {error}; give shards, or a folder with PNG, JPEG, BMP or TIFF files") from error
     shards = Shards(list(dict.fromkeys(paths)))
 
     def read(number: int) -> dict[str, Any]:
@@ -143,14 +146,25 @@ def _shard_items(data: str, split: str) -> _Items | None:
 
 def _file_items(data: str, split: str) -> _Items:
     """Picture files as records."""
+    import cv2
+
     from usfmae_jax.data.records import FIELDS
 
     root = pathlib.Path(data)
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths: list[pathlib.Path] = []
+    others: list[pathlib.Path] = []
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            (paths if path.suffix.lower() in SUFFIXES else others).append(path)
     if not paths:
-        raise InputError(f"--data={data} holds neither shards nor PNG, JPEG or BMP files")
+        raise InputError(f"--data={data} holds neither shards nor PNG, JPEG, BMP or TIFF files")
     if split:
         raise InputError(f"--split={split} is for shards, and --data={data} holds picture files; leave it out")
+    if others:
+        count = "1 file is" if len(others) == 1 else f"{len(others)} files are"
+        names = ", ".join(path.relative_to(root).as_posix() for path in others[:_NAMED])
+        names += ", ..." if len(others) > _NAMED else ""
+        print(f"warning: {count} no PNG, JPEG, BMP or TIFF and passed over: {names}", file=sys.stderr)
 
     def name(number: int) -> str:
         return paths[number].relative_to(root).as_posix()
@@ -160,6 +174,8 @@ def _file_items(data: str, split: str) -> _Items:
             image = paths[number].read_bytes()
         except OSError as error:
             raise DamagedRecord(str(error)) from error
+        if paths[number].suffix.lower() in (".tif", ".tiff") and cv2.imcount(str(paths[number])) > 1:
+            raise DamagedRecord("it has several pages; python -m data_prep.build makes shards of them")
         source = name(number)
         return FIELDS | {"image": image, "source": source, "frame": source, "dataset": root.resolve().name}
 

@@ -13,6 +13,9 @@ from data_prep.readers.base import Frame, Options, UnreadableError
 
 MAX_PIXELS = 50_000_000  # of one frame
 
+#: For `Frame.warnings`, whatever the kind of file.
+WRONG_COUNT = "the header says another number of frames than there are, or none; those that are there were taken"
+
 # Colour carries meaning (Doppler, elastography) when more than this share of the pixels has channels that differ by
 # more than this much of the range. Tinted B-mode stays below 45 / 255, and calipers and logos below 1 pixel in 1000.
 COLOUR_SHARE = 0.001
@@ -20,6 +23,7 @@ COLOUR_SPREAD = 48 / 255
 _DECIDING = 8  # frames of a clip that say whether it has colour; fewer if they have more bytes than this
 _DECIDING_BYTES = 64 << 20
 
+Boxes = tuple[tuple[int, int, int, int], ...]
 _Item = TypeVar("_Item")
 
 
@@ -47,7 +51,7 @@ def check_size(width: int, height: int) -> None:
         raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million")
 
 
-def as_frames(pictures: Iterable[tuple[int, np.ndarray]]) -> Iterator[Frame]:
+def as_frames(pictures: Iterable[tuple[int, np.ndarray]], boxes: Boxes = ()) -> Iterator[Frame]:
     """Makes the pictures of one clip or volume frames: all of them grey, or all colour.
 
     Colour is kept if one of the first 8 pictures (of the first 64 MiB, if these are fewer) has colour that carries
@@ -55,13 +59,19 @@ def as_frames(pictures: Iterable[tuple[int, np.ndarray]]) -> Iterator[Frame]:
 
     Args:
       pictures: (number in the file, uint8 or uint16 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]`); consumed as needed.
+      boxes: regions that are asked for colour, as in `Frame`; whole pictures if there are none.
     """
 
     def enough(first: list[tuple[int, np.ndarray]]) -> bool:
         return len(first) == _DECIDING or sum(pixels.nbytes for _, pixels in first) >= _DECIDING_BYTES
 
     first, rest = look_ahead(iter(pictures), enough)
-    colour = any(has_colour(pixels) for _, pixels in first)
+    asked = [
+        pixels[top:bottom, left:right]
+        for _, pixels in first
+        for left, top, right, bottom in boxes or [(0, 0, pixels.shape[1], pixels.shape[0])]
+    ]
+    colour = any(map(has_colour, asked))
     for number, pixels in itertools.chain(first, rest):
         is_colour = pixels.ndim == 3 and pixels.shape[2] == 3
         if is_colour and not colour:

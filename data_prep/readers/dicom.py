@@ -9,46 +9,86 @@ bits; without one they stay 16 bits wide, for a window over the percentiles of t
 Colour: palettes and YBR become RGB; a clip whose colour carries no meaning becomes grey, all of it. Where the file
 declares its image regions, only they are asked, because a coloured logo or button beside them says nothing.
 
-Regions: a region of spatial format 2D that shows tissue or colour flow is a box. Others (M-mode, spectra, traces,
-ECG and other waveforms, grey and colour bars, graphics) are not images of tissue: outside of all boxes, they are
-blanked by whoever cleans frames. Files that declare M-mode, spectra or waveforms and no 2D region are refused. Regions
-that reach out of the picture were declared for another size, before it was cropped or shrunk: none is used then.
+Regions: a region of spatial format 2D that shows tissue or colour flow is a box, if it says where it lies. Others
+(M-mode, spectra, traces, ECG and other waveforms, grey and colour bars, graphics) are not images of tissue: outside of
+all boxes, they are blanked by whoever cleans frames. Files that declare M-mode, spectra or waveforms and no 2D region
+are refused. Regions that reach out of the picture were declared for another size, before it was cropped or shrunk: none
+is used then.
 
 Only ultrasound is read: modality US or IVUS, or OT (secondary captures: paper, frame grabbers); a file without a
 modality must say ultrasound or secondary capture as its class. Video inside DICOM (MPEG, HEVC) is not supported.
 
-What leaves this module: pixels, with whatever is burnt into them, boxes, and the `facts` listed in `dicom_header`.
-Overlays are never drawn. The ids in `patient` and `video` are raw, for `data_prep.identity`. Messages repeat nothing of
-a file but sizes and well-known names.
+What leaves this module: pixels, with whatever is burnt into them, boxes, and the facts listed here; all else is counted
+by kind and left behind. Overlays are never drawn. The ids in `patient` and `video` are raw, for `data_prep.identity`.
+Messages repeat nothing of a file but sizes and well-known names.
 """
 
+import collections
 import contextlib
 import io
-import itertools
 import logging
 import os
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from typing import Any, BinaryIO
 
-import cv2
 import numpy as np
 
-from data_prep.readers import dicom_header, dicom_pixels
+from data_prep.readers import dicom_pixels
 from data_prep.readers.base import Frame, Options, UnreadableError
-from data_prep.readers.clips import chosen, has_colour, silence
+from data_prep.readers.clips import Boxes, as_frames, chosen, silence
 from data_prep.readers.kinds import HEAD_BYTES, VRS, is_dicom
 from usfmae_jax.errors import InputError
 
-_DECIDING, _DECIDING_BYTES = 8, 64 << 20  # frames that say whether a clip has colour, fewer if they are large
 _MAX_DEFLATED = 1 << 29
 _MAX_ELEMENT = 1 << 20  # longer ones, raw data of the scanner, are not read into memory
 _PIXELS = 0x7FE00008, 0x7FE00009, 0x7FE00010  # 32-bit float, 64-bit float, 8 or 16 bits
 
+#: Texts of the file that become facts.
+TEXTS = ("Manufacturer", "ManufacturerModelName", "TransducerType", "PhotometricInterpretation")
+_MAX_FACT = 64
+
+_MODALITIES = frozenset(("US", "IVUS", "OT"))
+# Well-known ones may be named in a message; anything else in their place could be the name of a person.
+_OTHER_MODALITIES = frozenset(
+    ("CR", "CT", "DX", "ECG", "ES", "KO", "MG", "MR", "NM", "OP", "PR", "PT", "RF", "SEG", "SR", "XA", "XC")
+)
+_CLASSES = tuple(  # ultrasound, ultrasound clip, volume, secondary capture; the older ones are their beginnings
+    f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("3", "3.1", "6", "6.1", "6.2", "7", "7.1", "7.2", "7.3", "7.4")
+)
+
+# PS3.3, C.8.5.5.1.1 and C.8.5.5.1.2
+_FORMATS = ("none", "2D", "M-mode", "spectral", "waveform", "graphics")
+_TYPES = (
+    *("none", "tissue", "colour flow", "PW spectral", "CW spectral", "Doppler mean trace", "Doppler mode trace"),
+    *("Doppler max trace", "volume trace", "d(volume)/dt trace", "ECG", "pulse", "phonocardiogram", "grey bar"),
+    *("colour bar", "integrated backscatter", "area trace", "d(area)/dt trace", "other physiological"),
+)
+_CORNERS = "RegionLocationMinX0", "RegionLocationMinY0", "RegionLocationMaxX1", "RegionLocationMaxY1"
+_2D, _STRIPS, _TISSUE_OR_FLOW, _CM = 1, (2, 3, 4), (1, 2), 3
+
+_DATES, _TEXTS = ("DA", "DT", "TM"), ("LO", "LT", "SH", "ST", "UC", "UT")
+_IDENTIFIERS = ("AE", "AS", "UN", "UR")
+_IDENTIFYING = (
+    *("AccessionNumber", "AdmissionID", "StudyID", "StationName", "DeviceSerialNumber", "RequestedProcedureID"),
+    *("InstitutionName", "InstitutionAddress", "InstitutionalDepartmentName", "ScheduledProcedureStepID"),
+    *("PerformedProcedureStepID", "PlacerOrderNumberImagingServiceRequest", "FillerOrderNumberImagingServiceRequest"),
+)
+_EMBEDDED = {
+    "IconImageSequence": "embedded pictures and documents",
+    "EncapsulatedDocument": "embedded pictures and documents",
+    "GraphicAnnotationSequence": "curves and graphics",
+    "WaveformSequence": "curves and graphics",
+}
+_PLACEHOLDERS = (
+    *("anon", "anonymised", "anonymized", "anonymous", "deidentified", "na", "noid", "noname", "none", "null"),
+    *("removed", "unknown"),
+)
+
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
-    """Yields the frames of a DICOM file.
+    """Yields the frames of a DICOM file: those that are there, whatever its header says about their number.
 
     Those left out are not decoded. One is in memory at a time; of a clip in colour, the first 8 together.
 
@@ -65,15 +105,22 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
         with _quietly("header is damaged"):
             file = stack.enter_context(_open(path))
             syntax, meta, header, file = _read_header(file)
-            dicom_header.check_kind(header)
+            check_kind(header)
             clip = dicom_pixels.open_clip(file, syntax, header)
-            boxes = dicom_header.boxes(header, clip.rows, clip.columns)
-            facts = dicom_header.facts(header, clip, with_size=bool(boxes))
-            patient, video = dicom_header.identifiers(header)
-            removed = dicom_header.count_removed(meta, header, _read_rest(file, clip.end, header))
+            found = boxes(header, clip.pixels["rows"], clip.pixels["columns"])
+            patient, video = identifiers(header)
+            technical = facts(header, clip, with_size=bool(found))
+            removed = count_removed(meta, header, _read_rest(file, clip, header))
         pictures = _decode(file, clip, chosen(clip.count, options))
-        for number, pixels in _all_grey_or_all_colour(pictures, boxes):
-            yield Frame(pixels, number, boxes, patient, video, facts, removed)
+        grey = clip.table is not None and clip.table.ndim == 1
+        # A coloured logo or button beside the regions says nothing about the colour of a clip.
+        shown = (
+            (Frame(pixels[:, :, None], number) for number, pixels in pictures) if grey else as_frames(pictures, found)
+        )
+        for frame in shown:
+            yield Frame(frame.pixels, frame.number, found, patient, video, technical, removed, clip.warnings)
+    if clip.damage:
+        raise UnreadableError(clip.damage)
 
 
 def _decode(file: BinaryIO, clip: dicom_pixels.Clip, numbers: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -81,25 +128,6 @@ def _decode(file: BinaryIO, clip: dicom_pixels.Clip, numbers: Sequence[int]) -> 
         with _quietly("a frame is damaged"):
             pixels = dicom_pixels.decode(file, clip, number)
         yield number, pixels
-
-
-def _all_grey_or_all_colour(
-    pictures: Iterator[tuple[int, np.ndarray]], boxes: dicom_header.Boxes
-) -> Iterator[tuple[int, np.ndarray]]:
-    """As `clips.as_frames` does, but only the boxes are asked for colour, where there are any."""
-    first, size, colour = [], 0, False
-    for number, pixels in pictures:
-        first.append((number, pixels))
-        size += pixels.nbytes
-        height, width = pixels.shape[:2]
-        parts = [pixels[top:bottom, left:right] for left, top, right, bottom in boxes or [(0, 0, width, height)]]
-        colour = colour or any(map(has_colour, parts))
-        if pixels.ndim == 2 or len(first) == _DECIDING or size >= _DECIDING_BYTES:
-            break
-    for number, pixels in itertools.chain(first, pictures):
-        if pixels.ndim == 3 and not colour:
-            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-        yield number, pixels.reshape(*pixels.shape[:2], -1)
 
 
 @contextlib.contextmanager
@@ -164,21 +192,190 @@ def _guess(file: BinaryIO) -> str:
 
 def _inflate(file: BinaryIO) -> BinaryIO:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = inflater.decompress(file.read(_MAX_DEFLATED), _MAX_DEFLATED)
-    if not inflater.eof:
-        raise UnreadableError(f"deflated data is cut off, or larger than {_MAX_DEFLATED >> 20} MiB")
+    data = inflater.decompress(file.read(_MAX_DEFLATED), _MAX_DEFLATED)  # of a file that is cut off, what is there
+    if inflater.unconsumed_tail:
+        raise UnreadableError(f"deflated data is larger than {_MAX_DEFLATED >> 20} MiB")
     return io.BytesIO(data)
 
 
-def _read_rest(file: BinaryIO, end: int, header: Any) -> Any:
+def _read_rest(file: BinaryIO, clip: dicom_pixels.Clip, header: Any) -> Any:
     """The elements after the pixels; none if that is something else."""
     from pydicom import Dataset
     from pydicom.filereader import read_dataset
 
-    file.seek(end)
+    if clip.damage:
+        return Dataset()
+    file.seek(clip.end)
     try:
         implicit, little = header.original_encoding
-        rest = read_dataset(file, implicit, little, defer_size=_MAX_ELEMENT)
+        return read_dataset(file, implicit, little, defer_size=_MAX_ELEMENT)[0x7FE00011:]
     except Exception:
         return Dataset()
-    return rest[0x7FE00011:]
+
+
+# ---- what is taken from the header, and what is not -----------------------------------------------------------------
+
+
+def check_kind(header: Any) -> None:
+    """Refuses what is no picture of ultrasound.
+
+    Raises:
+      UnreadableError: another modality, no pixels by its kind, or no 2D region.
+    """
+    modality = _text(header, "Modality")
+    if modality in _OTHER_MODALITIES:
+        raise UnreadableError(f"modality {modality}, expected US, IVUS or OT")
+    known = modality in _MODALITIES if modality else str(header.get("SOPClassUID")) in _CLASSES
+    if not known:
+        raise UnreadableError("not said to be ultrasound: expected modality US, IVUS or OT")
+    formats = {region.get("RegionSpatialFormat") for region in _regions(header)}
+    if _2D not in formats and formats.intersection(_STRIPS):
+        raise UnreadableError("declares M-mode, spectra or waveforms only, no 2D image")
+
+
+def boxes(header: Any, rows: int, columns: int) -> Boxes:
+    """The 2D regions of tissue or flow, as (left, top, right, bottom) in pixels, right and bottom exclusive.
+
+    Empty if none is declared or one reaches out of the picture: it was declared for another size.
+    """
+    found = []
+    for region in _images(header):
+        left, top, right, bottom = (int(region.get(name)) for name in _CORNERS)
+        # The last pixel is meant, but some write the first one after it.
+        if not (0 <= left < right <= columns and 0 <= top < bottom <= rows):
+            return ()
+        found.append((left, top, min(right + 1, columns), min(bottom + 1, rows)))
+    return tuple(dict.fromkeys(found))
+
+
+def facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, str]:
+    """Technical values that may be written.
+
+    Args:
+      header: `pydicom.Dataset`.
+      clip: what is known about its pixels.
+      with_size: the size of a pixel in the regions can be trusted; four digits of it are kept, because all of them
+        could tell one examination from all others.
+    """
+    regions = _regions(header)
+    found = {name: _text(header, name)[:_MAX_FACT] for name in TEXTS} | {
+        "BitsStored": str(clip.pixels["bits_stored"]),
+        "NumberOfFrames": str(clip.count),
+        "Rows": str(clip.pixels["rows"]),
+        "Columns": str(clip.pixels["columns"]),
+        "TransferSyntax": clip.decoder.UID.name,
+        "RegionSpatialFormat": _names(regions, "RegionSpatialFormat", _FORMATS),
+        "RegionDataType": _names(regions, "RegionDataType", _TYPES),
+    }
+    for axis in "XY" if with_size else "":
+        sizes = {
+            f"{abs(float(region.get(f'PhysicalDelta{axis}') or 0)):.4g} cm"
+            for region in _images(header)
+            if region.get(f"PhysicalUnits{axis}Direction") == _CM
+        }
+        found[f"PhysicalDelta{axis}"] = ", ".join(sorted(sizes))
+    return {name: value for name, value in found.items() if value}
+
+
+def identifiers(header: Any) -> tuple[str, str]:
+    """(patient, video), both raw: hash them before anything is written.
+
+    The patient is the ID and who issued it, or the name where there is no ID; empty if what is there says nothing, such
+    as "anonymous". The video is the SOP instance UID.
+    """
+    patient, issuer = _text(header, "PatientID"), _text(header, "IssuerOfPatientID")
+    if not _says_something(patient):
+        patient, issuer = _text(header, "PatientName"), ""
+    if not _says_something(patient):
+        patient = issuer = ""
+    return f"{patient} ({issuer})" if issuer else patient, _text(header, "SOPInstanceUID")
+
+
+def _says_something(value: str) -> bool:
+    letters = "".join(filter(str.isalnum, value.casefold()))
+    return bool(letters.strip("0x")) and letters not in _PLACEHOLDERS
+
+
+def _text(header: Any, name: str) -> str:
+    """A text in one line; the first if there are several."""
+    value = header.get(name)
+    if isinstance(value, MutableSequence):
+        value = value[0] if value else None
+    return "" if value is None else " ".join("".join(filter(_is_shown, str(value))).split())
+
+
+def _is_shown(letter: str) -> bool:
+    return letter.isprintable() or letter.isspace()
+
+
+def _regions(header: Any) -> list[Any]:
+    return list(header.get("SequenceOfUltrasoundRegions") or ())
+
+
+def _images(header: Any) -> list[Any]:
+    return [
+        region
+        for region in _regions(header)
+        if region.get("RegionSpatialFormat") == _2D
+        and region.get("RegionDataType") in _TISSUE_OR_FLOW
+        and all(isinstance(region.get(name), int) for name in _CORNERS)
+    ]
+
+
+def _names(regions: list[Any], element: str, names: tuple[str, ...]) -> str:
+    numbers = {region.get(element) for region in regions}
+    return ", ".join(name for number, name in enumerate(names) if number in numbers)
+
+
+def count_removed(*datasets: Any) -> dict[str, int]:
+    """How much of each kind is in a file that is not taken over; elements without a value do not count."""
+    counts: collections.Counter[str] = collections.Counter()
+    for dataset in datasets:
+        _count(dataset, counts, kept=TEXTS)
+        for low, kind in ((0x5000, "curves and graphics"), (0x6000, "overlays")):
+            groups = {tag.group for tag in list(dataset.keys())}  # each takes one of its own
+            counts[kind] += sum(low <= group < low + 0x100 for group in groups)
+        counts["declared burnt-in annotation"] += _text(dataset, "BurnedInAnnotation") == "YES"
+    return dict(+counts)
+
+
+def _count(dataset: Any, counts: collections.Counter[str], kept: tuple[str, ...] = ()) -> None:
+    from pydicom.datadict import dictionary_VR, keyword_for_tag
+
+    for tag in list(dataset.keys()):
+        element = dataset.get_item(tag)  # as it is in the file, without parsing its value
+        if (element.length == 0) if element.is_raw else element.is_empty:
+            continue
+        keyword, vr = keyword_for_tag(tag), element.VR
+        if keyword in kept or 0x5000 <= tag.group < 0x5100 or 0x6000 <= tag.group < 0x6100:
+            continue
+        if vr is None:  # implicit
+            vr = dictionary_VR(tag) if keyword else "UN"
+        kind = _kind(tag, keyword, vr, element.value)
+        counts[kind] += bool(kind)
+        if vr == "SQ" and not kind:
+            try:
+                items = list(dataset[tag].value)
+            except Exception:
+                counts["other identifiers"] += 1  # whatever it is
+                continue
+            for item in items:
+                _count(item, counts)
+
+
+def _kind(tag: Any, keyword: str, vr: str, value: Any) -> str:
+    if tag.is_private:
+        return "private tags"
+    if keyword in _EMBEDDED:
+        return _EMBEDDED[keyword]
+    if vr == "PN":
+        return "person names"
+    if vr in _DATES:
+        return "dates and times"
+    if vr == "UI":
+        # Those of the standard name classes and encodings, not things.
+        text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
+        return "" if text.startswith("1.2.840.10008.") else "UIDs"
+    if tag.group == 0x0010 or vr in _IDENTIFIERS or keyword in _IDENTIFYING:
+        return "other identifiers"
+    return "free text" if vr in _TEXTS else ""

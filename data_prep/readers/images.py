@@ -4,28 +4,40 @@ The header is read by hand before anything is decoded: it is where a file says t
 and OpenCV would allocate, take the first page or convert without a word.
 """
 
+import dataclasses
+import io
 import os
 import pathlib
 import re
 import struct
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from data_prep.readers.base import Frame, Options, UnreadableError
-from data_prep.readers.clips import MAX_PIXELS, as_frames, channel_spread, check_size, chosen, has_colour, silence
-from data_prep.readers.kinds import IMAGES
-
-SUFFIXES = IMAGES
+from data_prep.readers.clips import (
+    MAX_PIXELS,
+    WRONG_COUNT,
+    as_frames,
+    channel_spread,
+    check_size,
+    chosen,
+    has_colour,
+    silence,
+)
 
 _MAX_BYTES = 6 * MAX_PIXELS + (1 << 20)  # three channels of 16 bits, uncompressed, and a generous header
 
+_BAD_HEADER = "header is damaged or cut off"
+_JPEG_LS = 0xF7
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PALETTE = 3  # colour type
 _TIFF = b"II*\0", b"MM\0*"
 _TIFF_SHORT = 3
 _TIFF_KIND, _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_PHOTOMETRIC = 254, 256, 257, 262
+_TIFF_PAGE_NUMBER = 297
 _TIFF_CMYK = 5
 # What libjpeg prints when it goes on without some of the data. Bytes too many, which it prints too, are harmless.
 _PAINTED_OVER = re.compile(r"Corrupt JPEG data: (?!\d+ extraneous bytes)|Premature end|Inconsistent progression")
@@ -39,11 +51,15 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     Thumbnails and transparency masks among the pages are left out and not counted.
     """
     data = load(path)
-    pages = _tiff_pages(data) if data.startswith(_TIFF) else []
-    if len(pages) > 1 or any(page for page, *_ in pages):
-        yield from as_frames(_decode_pages(data, pages, options))
-    else:
+    pages = _tiff_pages(data) if data.startswith(_TIFF) else _Pages([], "", 0, 0)
+    if not (len(pages.sound) > 1 or any(page for page, *_ in pages.sound) or (pages.sound and pages.damage)):
         yield Frame(_one_or_three_channels(decode(_checked(data))))
+        return
+    wrong = not pages.damage and pages.declared not in (0, pages.total)
+    for frame in as_frames(_decode_pages(data, pages.sound, options)):
+        yield dataclasses.replace(frame, warnings=(WRONG_COUNT,)) if wrong else frame
+    if pages.damage:
+        raise UnreadableError(pages.damage)
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -115,76 +131,137 @@ def image_size(data: bytes) -> tuple[int, int]:
         if data.startswith(_PNG):
             width, height = struct.unpack_from(">II", data, 16)
         elif data.startswith(b"\xff\xd8\xff"):
-            width, height = _jpeg_size(data)
+            frame = jpeg_frame(data)
+            if frame.components not in (1, 3):
+                raise UnreadableError(f"JPEG with {frame.components} components (CMYK?), expected grey or colour")
+            width, height = frame.width, frame.height
         elif data.startswith(_TIFF):
             width, height = _tiff_size(data)
         elif data.startswith(b"BM"):
-            width, height = _bmp_size(data)
+            (header,) = struct.unpack_from("<I", data, 14)
+            width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
+            height = abs(height)  # negative: the rows run from top to bottom
         else:
             raise UnreadableError("not a PNG, JPEG, TIFF or BMP")
     except struct.error as error:
-        raise UnreadableError("header is damaged or cut off") from error
+        raise UnreadableError(_BAD_HEADER) from error
     if not (width and height):
         raise UnreadableError("header declares no pixels")
     return width, height
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    size, position = None, 2
-    while True:
-        fill, marker, length = struct.unpack_from(">BBH", data, position)
-        if fill != 0xFF:
-            raise UnreadableError("header is damaged or cut off")
-        if marker == 0xFF:  # padding
-            position += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame; not DHT, JPG, DAC
-            height, width, components = struct.unpack_from(">HHB", data, position + 5)
-            if components not in (1, 3):
-                raise UnreadableError(f"JPEG with {components} components (CMYK?), expected grey or colour")
-            size = width, height
-        if marker == 0xDA:  # start of scan
-            # In a scan FF D9 is nothing but the end; decoders paint the missing rest of a cut-off image grey.
-            if size is None or data.rfind(b"\xff\xd9") < position:
-                raise UnreadableError("cut off")
-            return size
-        position += 2 + length
+class JpegFrame(NamedTuple):
+    """What the header of a JPEG or JPEG-LS stream says.
+
+    Attributes:
+      width: in pixels.
+      height: likewise.
+      components: channels.
+      precision: bits of each.
+      is_lossless: JPEG lossless.
+      is_ls: JPEG-LS, which OpenCV does not know.
+      is_subsampled: the components differ in size.
+      position: of this header in the stream.
+    """
+
+    width: int
+    height: int
+    components: int
+    precision: int
+    is_lossless: bool
+    is_ls: bool
+    is_subsampled: bool
+    position: int
+
+
+def jpeg_frame(data: bytes) -> JpegFrame:
+    """Reads the header of a JPEG or JPEG-LS stream.
+
+    Raises:
+      UnreadableError: it is damaged, or the stream is cut off.
+    """
+    frame, position = None, 2
+    try:
+        while True:
+            fill, marker, length = struct.unpack_from(">BBH", data, position)
+            if fill != 0xFF:
+                raise UnreadableError(_BAD_HEADER)
+            if marker == 0xFF:  # padding
+                position += 1
+                continue
+            if marker == _JPEG_LS or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):  # not DHT, JPG, DAC
+                precision, height, width, components = struct.unpack_from(">BHHB", data, position + 4)
+                sampling = set(data[position + 11 : position + 10 + 3 * components : 3])
+                lossless, ls = marker in (0xC3, 0xC7, 0xCB, 0xCF), marker == _JPEG_LS
+                frame = JpegFrame(width, height, components, precision, lossless, ls, len(sampling) > 1, position)
+            if marker == 0xDA:  # start of scan
+                # In a scan FF D9 is nothing but the end; decoders paint the missing rest of a cut-off image grey.
+                if frame is None or data.rfind(b"\xff\xd9") < position:
+                    raise UnreadableError("cut off")
+                return frame
+            position += 2 + length
+    except struct.error as error:
+        raise UnreadableError(_BAD_HEADER) from error
 
 
 def _tiff_size(data: bytes) -> tuple[int, int]:
     pages = _tiff_pages(data)
-    if not pages:
+    if pages.damage:
+        raise UnreadableError(pages.damage)
+    if not pages.sound:
         raise UnreadableError("TIFF has no pages")
-    if len(pages) > 1 or pages[0][0]:
+    if len(pages.sound) > 1 or pages.sound[0][0]:
         raise UnreadableError("TIFF with several pages, expected one image per file")
-    return pages[0][1:]
+    return pages.sound[0][1:]
 
 
-def _tiff_pages(data: bytes) -> list[tuple[int, int, int]]:
-    """(position in the chain, width, height) of the pages that are pictures."""
+class _Pages(NamedTuple):
+    """Of a TIFF.
+
+    Attributes:
+      sound: (position in the chain, width, height) of the pages that are pictures.
+      damage: why there are no more of them, or "".
+      declared: pages of all kinds, as the file numbers them; 0 if it does not.
+      total: pages of all kinds that are there.
+    """
+
+    sound: list[tuple[int, int, int]]
+    damage: str
+    declared: int
+    total: int
+
+
+def _tiff_pages(data: bytes) -> _Pages:
+    # By hand: Pillow ends a chain of pages that is cut off, or runs in a circle, without a word.
     order = "<" if data.startswith(b"II") else ">"
-    pages, seen = [], set()
+    sound: list[tuple[int, int, int]] = []
+    seen: set[int] = set()
+    declared, damage = 0, ""
     try:
         (directory,) = struct.unpack_from(order + "I", data, 4)
         while directory:
             if directory in seen:
-                raise UnreadableError("header is damaged or cut off")
+                raise UnreadableError(_BAD_HEADER)
             seen.add(directory)
             (count,) = struct.unpack_from(order + "H", data, directory)
             tags = {}
             for offset in range(directory + 2, directory + 2 + 12 * count, 12):
                 tag, kind = struct.unpack_from(order + "HH", data, offset)
                 (tags[tag],) = struct.unpack_from(order + ("H" if kind == _TIFF_SHORT else "I"), data, offset + 8)
+                if tag == _TIFF_PAGE_NUMBER:  # ... of how many
+                    (declared,) = struct.unpack_from(order + "H", data, offset + 10)
             if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_CMYK:
                 raise UnreadableError("CMYK TIFF, expected grey or colour")
             width, height = tags.get(_TIFF_WIDTH, 0), tags.get(_TIFF_HEIGHT, 0)
             check_size(width, height)  # of all pages, since several are decoded at a time
-            if not tags.get(_TIFF_KIND, 0) & 0b101:  # reduced copy of another page, or transparency mask
-                pages.append((len(seen) - 1, width, height))
             (directory,) = struct.unpack_from(order + "I", data, directory + 2 + 12 * count)
-    except struct.error as error:
-        raise UnreadableError("header is damaged or cut off") from error
-    return pages
+            if not tags.get(_TIFF_KIND, 0) & 0b101:  # reduced copy of another page, or transparency mask
+                sound.append((len(seen) - 1, width, height))
+    except struct.error:
+        damage = _BAD_HEADER
+    except UnreadableError as error:
+        damage = str(error)
+    return _Pages(sound, damage, declared, len(seen))
 
 
 def _decode_pages(data: bytes, pages: list[tuple[int, int, int]], options: Options) -> Iterator[tuple[int, np.ndarray]]:
@@ -194,9 +271,10 @@ def _decode_pages(data: bytes, pages: list[tuple[int, int, int]], options: Optio
     decoded: dict[int, np.ndarray] = {}
     for number in wanted:
         page, width, height = pages[number]
-        if page not in decoded:
-            together = min(_PAGES // step**2, MAX_PIXELS // (width * height))
-            decoded = dict(enumerate(_decode_range(buffer, page, page + max(1, together)), page))
+        together = min(_PAGES // step**2, MAX_PIXELS // (width * height), pages[-1][0] + 1 - page)
+        for end in (page + max(1, together), page + 1):  # alone, if one of those after it is damaged
+            if page not in decoded:
+                decoded = dict(enumerate(_decode_range(buffer, page, end), page))
         if page not in decoded:
             raise UnreadableError(f"page {number} cannot be decoded")
         yield number, _one_or_three_channels(_checked_depth(decoded.pop(page)), keep_colour=True)
@@ -206,14 +284,8 @@ def _decode_range(buffer: np.ndarray, first: int, end: int) -> Sequence[np.ndarr
     try:
         with silence():
             return cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(first, end))[1]
-    except cv2.error as error:
-        raise UnreadableError("cannot be decoded") from error
-
-
-def _bmp_size(data: bytes) -> tuple[int, int]:
-    (header,) = struct.unpack_from("<I", data, 14)
-    width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
-    return abs(width), abs(height)  # negative: the rows run from top to bottom
+    except cv2.error:
+        return []
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -241,16 +313,12 @@ def _checked_depth(pixels: np.ndarray) -> np.ndarray:
 
 
 def _palette_indices(data: bytes) -> np.ndarray:
-    # OpenCV expands palettes; colours are looked up to get back what was drawn. Of equal ones the first counts.
-    pixels, position = decode(data), 8
-    length, kind = struct.unpack_from(">I4s", data, position)
-    while kind != b"PLTE":  # there is one, or it would not have been decoded
-        position += 12 + length
-        length, kind = struct.unpack_from(">I4s", data, position)
-    palette = np.frombuffer(data, np.uint8, length, position + 8).reshape(-1, 3).astype(np.int32)
-    colours, numbers = np.unique(palette @ [1 << 16, 1 << 8, 1], return_index=True)
-    found = pixels[:, :, :3].astype(np.int32) @ [1, 1 << 8, 1 << 16]  # decoded as BGR
-    return numbers[np.searchsorted(colours, found)].astype(np.uint8)
+    from PIL import Image  # OpenCV expands palettes
+
+    try:
+        return np.array(Image.open(io.BytesIO(data), formats=["PNG"]), np.uint8)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableError("cannot be decoded") from error
 
 
 def _one_or_three_channels(pixels: np.ndarray, keep_colour: bool = False) -> np.ndarray:

@@ -13,7 +13,7 @@ VOLUMES = frozenset({".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr"})
 ARRAYS = frozenset({".npy", ".npz", ".mat", ".h5", ".hdf5"})
 DICOM = frozenset({".dcm", ".dicom", ".ima", ""})
 
-HEAD_BYTES = 1024
+HEAD_BYTES = 4104
 
 #: Value representations of DICOM (PS3.5, 6.2).
 VRS = frozenset(
@@ -24,7 +24,9 @@ _MAX_FIRST = 1 << 20  # bytes of an element that a file begins with
 
 _TS_PACKET = 188
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_USER_BLOCK = 512  # of HDF5 that MATLAB writes
+_USER_BLOCKS = 0, 512, 1024, 2048, 4096  # bytes before it; MATLAB writes 512
+_PNG = b"\x89PNG\r\n\x1a\n"
+_BITMAP_HEADERS = 12, 16, 40, 52, 56, 64, 108, 124  # bytes; BM alone also begins texts
 _QUICKTIME = b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"
 _META_IMAGE = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
 
@@ -35,19 +37,25 @@ def kind_of(head: bytes) -> str:
     Returns:
       "images", "video", "volumes", "arrays", "dicom", or "" for what cannot be read.
     """
-    if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"BM")):
-        return "images"
-    if head.startswith(b"\x1f\x8b"):
-        head = _gunzip(head)
-        return "volumes" if _is_nifti(head) else ""
-    if head.startswith(b"NRRD000") or _META_IMAGE.match(head) or _is_nifti(head):
-        return "volumes"
-    if head.startswith((b"\x93NUMPY", b"MATLAB 5.0 MAT-file", _HDF5)) or head[_USER_BLOCK:].startswith(_HDF5):
-        return "arrays"
-    if head.startswith(b"PK\3\4") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
+    # The most specific mark first: what a preamble or a user block begins with is for other programs.
+    if head[128:132] == b"DICM":
+        return "dicom"
+    if any(head.startswith(_HDF5, block) for block in _USER_BLOCKS):
         return "arrays"
     if video_container(head):
         return "video"
+    if head.startswith((_PNG, b"\xff\xd8\xff", b"II*\0", b"MM\0*")):
+        return "images"
+    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BITMAP_HEADERS:
+        return "images"
+    if head.startswith(b"\x1f\x8b"):
+        return "volumes" if _is_nifti(_gunzip(head)) else ""
+    if head.startswith(b"NRRD000") or _META_IMAGE.match(head) or _is_nifti(head):
+        return "volumes"
+    if head.startswith((b"\x93NUMPY", b"MATLAB 5.0 MAT-file")):
+        return "arrays"
+    if head.startswith(b"PK\3\4") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
+        return "arrays"
     return "dicom" if is_dicom(head) else ""
 
 
@@ -85,6 +93,10 @@ def _begins(head: bytes, order: str, implicit: bool) -> bool:
 
 def video_container(head: bytes) -> str:
     """FFmpeg's name for the container of a video that begins so, or ""."""
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    if head.startswith(_PNG):
+        return "apng" if b"acTL" in head[: head.find(b"IDAT")] else ""
     if head[4:8] in _QUICKTIME:
         return "mov"
     if head.startswith(b"RIFF") and head[8:12] == b"AVI ":
@@ -97,9 +109,7 @@ def video_container(head: bytes) -> str:
         return "mpegts"
     if head.startswith(b"\x1a\x45\xdf\xa3"):
         return "matroska"
-    if head.startswith(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"):
-        return "asf"
-    return "gif" if head.startswith((b"GIF87a", b"GIF89a")) else ""
+    return "asf" if head.startswith(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11") else ""
 
 
 def _gunzip(head: bytes) -> bytes:

@@ -1,14 +1,16 @@
-"""Clips to frames: MP4, MOV, AVI, MPEG, Matroska, WMV and GIF, decoded by FFmpeg (PyAV) in one thread.
+"""Clips to frames: MP4, MOV, AVI, MPEG, Matroska, WMV, GIF and animated PNG, decoded by FFmpeg (PyAV) in one thread.
 
 A clip is upright: a rotation by quarter turns that the file asks for is done, as players do it. Pixels stay as they
 are, square or not. All frames of a clip are grey, or all are colour (`clips.as_frames`).
 
 A damaged clip gives its sound frames first, and then an UnreadableError that says how many these were, so that the
-file is named with its reason. Seen are errors of the decoder, fewer frames than MP4 and MOV
-declare (the decoder passes over some damage), an AVI that is shorter than it says, and a GIF without its end. MPEG
-streams, Matroska and WMV declare no length: what is cut off there between two frames is taken for a shorter clip.
+file is named with its reason. Seen are errors of the decoder, packets that are cut off, fewer frames than MP4 and MOV
+list (the decoder passes over some damage), an AVI that is shorter than it says, and a GIF without its end. MPEG
+streams, Matroska and WMV list nothing: what is cut off there between two frames is taken for a shorter clip. A number
+of frames in the header that differs from the list of them is a warning.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
@@ -18,10 +20,11 @@ import av
 import numpy as np
 
 from data_prep.readers.base import Frame, Options, UnreadableError
-from data_prep.readers.clips import MAX_PIXELS, as_frames, check_size, chosen
+from data_prep.readers.clips import MAX_PIXELS, WRONG_COUNT, as_frames, check_size, chosen
 from data_prep.readers.kinds import HEAD_BYTES, video_container
 
 _TAIL = 64  # bytes
+_UNKNOWN = 0, 0x7FFFFFFF, 0xFFFFFFFF  # sizes in an AVI that was written as a stream
 _ERRORS = (av.FFmpegError, ValueError, IndexError, MemoryError)
 
 
@@ -33,12 +36,15 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     Raises:
       UnreadableError: not a video, no video in it, too large, damaged or cut off.
     """
-    kind = _container(path)
+    kind, cut = _container(path)
+    warnings: list[str] = []
     # With its protocol and as a path, not as an open file: names are not taken for addresses, and it is twice as fast.
-    yield from as_frames(_decode(f"file:{os.path.abspath(os.fspath(path))}", kind, options))
+    for frame in as_frames(_decode(f"file:{os.path.abspath(os.fspath(path))}", kind, cut, options, warnings)):
+        yield dataclasses.replace(frame, warnings=tuple(warnings))
 
 
-def _container(path: str | os.PathLike[str]) -> str:
+def _container(path: str | os.PathLike[str]) -> tuple[str, bool]:
+    """FFmpeg's name for the container, and whether its end seems to be missing."""
     try:
         with pathlib.Path(path).open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -49,32 +55,39 @@ def _container(path: str | os.PathLike[str]) -> str:
         raise UnreadableError(f"cannot be read: {error.strerror}") from error
     if not kind:
         raise UnreadableError("not a kind of video that is known")
-    if kind == "gif" and not tail.rstrip(b"\0\r\n ").endswith(b";"):
-        raise UnreadableError("cut off")
-    if kind == "avi" and int.from_bytes(head[4:8], "little") + 8 > size + 1:  # a byte of padding may be missing
-        raise UnreadableError("cut off")
-    return kind
+    if kind == "gif":
+        return kind, not tail.rstrip(b"\0\r\n ").endswith(b";")
+    said = int.from_bytes(head[4:8], "little")
+    return kind, kind == "avi" and said not in _UNKNOWN and said + 8 > size + 1  # a byte of padding may be missing
 
 
-def _decode(url: str, kind: str, options: Options) -> Iterator[tuple[int, np.ndarray]]:
+def _decode(url: str, kind: str, cut: bool, options: Options, warnings: list[str]) -> Iterator[tuple[int, np.ndarray]]:
     number = 0
     try:
-        count = _count(url, kind) if options.max_frames else 0
-        wanted = set(chosen(count, options))  # all at the stride if empty
+        count = _count(url, kind) if options.max_frames or (cut and kind == "gif") else 0
+        wanted = set(chosen(count, options)) if options.max_frames else set()  # all at the stride if empty
+        # The picture that a cut-off GIF ends in is painted to its end without a word.
+        lost = count - 1 if cut and kind == "gif" else -1
         with _opened(url, kind) as clip:
+            stream = clip.streams.video[0]
+            listed = len(stream.index_entries)
+            if stream.frames and listed > 1 and stream.frames != listed and not cut:
+                warnings.append(WRONG_COUNT)
             left_out = 0  # by the container itself, whose edit list begins or ends inside the clip
-            for packet in clip.demux(clip.streams.video[0]):
+            for packet in clip.demux(stream):
                 left_out += packet.is_discard
                 for picture in packet.decode():
-                    if picture.is_corrupt:
+                    if picture.is_corrupt or number == lost:
                         raise UnreadableError(_damage(number))
                     if number in wanted or not (wanted or number % options.stride):
                         yield number, _pixels(picture)
                     number += 1
                 if wanted and number > max(wanted):
                     return
-            # AVI counts the frames that were dropped in recording, too; the others none, or those that are there.
-            if kind != "avi" and number + left_out < clip.streams.video[0].frames:
+            if cut and (number < stream.frames or not stream.frames):
+                raise UnreadableError(_damage(number))
+            # AVI lists the frames that were dropped in recording, too; the others none, or those that are there.
+            if kind != "avi" and number + left_out < (listed if kind == "mov" else stream.frames):
                 raise UnreadableError(_damage(number))
     except _ERRORS as error:
         raise UnreadableError(_damage(number)) from error

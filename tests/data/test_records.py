@@ -55,6 +55,28 @@ def test_images_decode_to_grey_or_rgb(suffix, channels):
     np.testing.assert_allclose(pixels[8, 12], expected, atol=3)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("reduction", [1, 2, 8])
+@pytest.mark.parametrize("scale", [1, 16, 256])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bits_show_what_8_bits_do_whatever_part_of_them_is_used(channels, reduction, scale, suffix):
+    shown = np.add.outer(np.arange(128), np.arange(128)).astype(np.uint8)  # 0 to 254
+    if channels == 3:
+        shown = np.dstack([shown, shown // 2, shown // 4])
+    deep = cv2.imencode(suffix, shown.astype(np.uint16) * scale)[1].tobytes()
+    expected = records.decode_image(cv2.imencode(".png", shown)[1].tobytes(), channels, reduction)
+    pixels = records.decode_image(deep, channels, reduction)
+    assert pixels.shape == expected.shape
+    assert pixels.dtype == np.uint8
+    assert np.abs(pixels.astype(int) - expected).mean() < 2.5
+
+
+def test_other_depths_are_damaged_records_and_not_a_guess():
+    data = cv2.imencode(".tif", np.ones((8, 8), np.float32))[1].tobytes()
+    with pytest.raises(DamagedRecord, match="float32 pixels"):
+        records.decode_image(data)
+
+
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"hello"])
 def test_an_undecodable_image_is_a_damaged_record(data):
     with pytest.raises(DamagedRecord):

@@ -48,7 +48,7 @@ def test_bus_bra_becomes_1875_frames_of_1064_patients_with_masks_and_folds(tmp_p
         ("pocus", "POCUS_lung", 91, 4, 0),
         ("pluslib", "PlusLibData", None, 4, 0),
         ("blues", "COVID-BLUES", 51, 9, 0),
-        ("dicom", "DICOM_US", 37, 6, 0),  # one, a crop, has no sector
+        ("dicom", "DICOM_US", 37, 5, 0),  # one, a crop, has no sector; two are of one patient, one of them also a TIFF
         ("dicom", "BrachialPlexus_DICOM", 6, 3, 0),
     ],
 )

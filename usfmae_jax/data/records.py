@@ -102,6 +102,8 @@ def decode_record(data: bytes) -> Record:
     return record
 
 
+_WINDOW = 0.1, 99.9  # percentiles
+
 #: Flags that decode at a fraction of the size; JPEG does it while decoding.
 _DECODE = {
     (1, 1): cv2.IMREAD_GRAYSCALE,
@@ -116,7 +118,9 @@ _DECODE = {
 
 
 def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarray:
-    """Decodes a JPEG, PNG or BMP to uint8 `[H, W, channels]`, RGB for three channels, grey for one.
+    """Decodes a JPEG, PNG, BMP or TIFF to uint8 `[H, W, channels]`, RGB for three channels, grey for one.
+
+    16 bits become 8 by `to_uint8`, whoever made the file.
 
     Args:
       data: the encoded image.
@@ -124,18 +128,52 @@ def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarr
       reduction: 1, 2, 4 or 8: decode at this fraction of the size.
 
     Raises:
-      DamagedRecord: the image cannot be decoded.
+      DamagedRecord: the image cannot be decoded, or has neither 8 nor 16 bits.
     """
+    pixels = _decode(data, channels, reduction)
+    if pixels.dtype == np.uint16:
+        if reduction > 1:  # the window is that of the whole frame
+            pixels = _decode(data, channels, 1)
+        size = max(pixels.shape[1] // reduction, 1), max(pixels.shape[0] // reduction, 1)
+        pixels = cv2.resize(to_uint8(pixels), size, interpolation=cv2.INTER_AREA)
+    elif pixels.dtype != np.uint8:
+        raise DamagedRecord(f"image has {pixels.dtype} pixels, expected 8 or 16 bits")
+    if channels == 3:
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return pixels[:, :, None]
+
+
+def _decode(data: bytes, channels: int, reduction: int) -> np.ndarray:
+    # Any depth: OpenCV would divide 16 bits by 256, and most scanners use a few of them only.
+    flags = _DECODE[channels, reduction] | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        flag = _DECODE[channels, reduction] | cv2.IMREAD_IGNORE_ORIENTATION
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag)
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:
         raise DamagedRecord(f"image cannot be decoded: {error.err}") from error
     if pixels is None:
         raise DamagedRecord("image cannot be decoded")
-    if channels == 3:
-        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-    return pixels[:, :, None]
+    return pixels
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Maps 16 bits to 8 by a window from the 0.1st to the 99.9th percentile of the frame; 8 bits stay as they are.
+
+    Scanners fill 16 bits to very different extents; the percentiles leave out a few saturated pixels, and one window
+    for all channels keeps colours. The one rule for 16 bits, wherever pixels enter.
+
+    Args:
+      pixels: uint8 or uint16, of any shape.
+
+    Returns:
+      uint8 of the same shape.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
+    low, high = np.percentile(pixels, _WINDOW)
+    if low == high:  # almost all of one value
+        low, high = pixels.min(), pixels.max()
+    scale = 255 / max(float(high) - float(low), 1.0)
+    return np.clip(np.rint((pixels.astype(np.float32) - low) * scale), 0, 255).astype(np.uint8)
 
 
 def pixel_hash(pixels: np.ndarray) -> str:

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 
 from data_prep import readers
 from data_prep.readers import Options, UnreadableError, clips, kinds, read_frames
-from tests.data_prep.readers import samples
+from tests.data_prep.readers import dicoms, samples
 from usfmae_jax.errors import InputError
 
 EXPECTED = {kinds.IMAGES: "images", kinds.VIDEOS: "video", kinds.VOLUMES: "volumes", kinds.ARRAYS: "arrays"}
@@ -36,6 +37,38 @@ def test_dicom_goes_to_its_own_reader_with_and_without_a_preamble():
     element = b"\x08\0\x05\0CS\n\0ISO_IR 100" + b"\x08\0\x16\0UI\x1a\x001.2.840.10008.5.1.4.1.1.6\0"
     assert readers.kind_of(bytes(128) + b"DICM" + element) == "dicom"
     assert readers.kind_of(element) == "dicom"
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *(b"II*\0", b"MM\0*", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF89a", b"PK\3\4", b"\x1f\x8b\x08"),
+        *(b"RIFF\0\0\0\0AVI ", b"\0\0\0\x20ftyp", b"\x1a\x45\xdf\xa3", b"NRRD0004", b"\x93NUMPY", b"ObjectType ="),
+        *(b"MATLAB 5.0 MAT-file", b"\x89HDF\r\n\x1a\n", b"%PDF-1.7"),
+    ],
+)
+def test_dicom_may_have_the_mark_of_any_other_format_in_its_preamble(tmp_path, mark):
+    pixels = samples.scene(1)[0]
+    path = dicoms.save(tmp_path / "x", dicoms.dataset(pixels))
+    path.write_bytes(mark.ljust(128, b"\0") + path.read_bytes()[128:])
+    (frame,) = read_frames(path)
+    np.testing.assert_array_equal(frame.pixels[:, :, 0], pixels)
+
+
+@pytest.mark.parametrize("size", [512, 1024, 2048, 4096])
+@pytest.mark.parametrize("mark", [b"MATLAB 7.3 MAT-file", b"II*\0", b"\xff\xd8\xff\xe0", b"BM", b""])
+def test_hdf5_may_have_anything_before_it(size, mark):
+    head = mark.ljust(size, b"\0") + b"\x89HDF\r\n\x1a\n" + bytes(kinds.HEAD_BYTES)
+    assert readers.kind_of(head[: kinds.HEAD_BYTES]) == "arrays"
+
+
+def test_short_marks_give_way_to_longer_ones():
+    gif = bytearray(b"GIF89a".ljust(400, b"\0"))
+    gif[188] = gif[376] = ord("G")  # as an MPEG transport stream has them
+    assert kinds.video_container(bytes(gif)) == "gif"
+    bitmap = cv2.imencode(".bmp", samples.scene(1)[0])[1].tobytes()
+    assert readers.kind_of(bitmap) == "images"
+    assert readers.kind_of(b"BMI and age of the patients\n" * 40) == ""
 
 
 @pytest.mark.parametrize(

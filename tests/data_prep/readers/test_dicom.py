@@ -87,6 +87,19 @@ def test_2d_regions_of_tissue_and_flow_are_boxes_and_strips_are_not(tmp_path):
     assert frame.facts["PhysicalDeltaX"] == frame.facts["PhysicalDeltaY"] == "0.01235 cm"
 
 
+@pytest.mark.parametrize("corner", ["RegionLocationMinX0", "RegionLocationMaxY1"])
+@pytest.mark.parametrize("value", [None, "missing"])
+def test_a_region_that_does_not_say_where_it_is_is_ignored(tmp_path, corner, value):
+    nowhere = dicoms.region((0, 0, 0, 0), delta=7)
+    dicoms.change(nowhere, **{corner: None})
+    if value is None:
+        nowhere.add_new(corner, "UL", None)  # there, and empty
+    frame = read_one(tmp_path, SequenceOfUltrasoundRegions=[nowhere, dicoms.region((2, 3, 19, 20))])
+    assert frame.boxes == ((2, 3, 20, 21),)
+    assert frame.facts["PhysicalDeltaX"] == "0.01235 cm"
+    assert read_one(tmp_path, SequenceOfUltrasoundRegions=[nowhere]).boxes == ()
+
+
 def test_regions_of_another_size_of_the_picture_are_not_used(tmp_path):
     regions = [dicoms.region((2, 3, 19, 20)), dicoms.region((20, 3, 79, 63))]
     frame = read_one(tmp_path, SequenceOfUltrasoundRegions=regions)

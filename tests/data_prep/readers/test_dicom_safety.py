@@ -96,7 +96,7 @@ def test_no_identifier_is_in_what_may_be_written(tmp_path):
 
 def broken():
     """Files with the identifier in places where pydicom would print it."""
-    for keyword, value in (("Rows", SECRET), ("NumberOfFrames", SECRET), ("PhotometricInterpretation", SECRET)):
+    for keyword, value in (("Rows", SECRET), ("BitsStored", SECRET), ("PhotometricInterpretation", SECRET)):
         made = identified()
         made.add_new(keyword, "LO", value)
         yield made
@@ -155,9 +155,8 @@ def rle_bomb():
         (lambda: dicoms.dataset(GREY, PixelData=None), "has no pixels"),
         (lambda: dicoms.dataset(GREY, Rows=60_000, Columns=60_000), "60000 x 60000 pixels, more than 50 million"),
         (lambda: dicoms.dataset(GREY, Rows=0), "declares no pixels"),
-        (lambda: dicoms.dataset(GREY, NumberOfFrames=-1), "too few"),
-        (lambda: dicoms.dataset(GREY, NumberOfFrames=2_000_000_000), "too many"),
-        (lambda: dicoms.dataset(GREY, NumberOfFrames=2), "cut off"),
+        (lambda: dicoms.dataset(np.zeros((2, 2), np.uint8), PixelData=bytes(400_004)), "100001 frames .* too many"),
+        (lambda: dicoms.dataset(GREY, PixelData=bytes(900)), "cut off"),
         (lambda: dicoms.dataset(GREY, BitsAllocated=32, BitsStored=32, HighBit=31), "not 8 or 16 bits"),
         (lambda: dicoms.dataset(GREY, PhotometricInterpretation="HSV"), "colour space not supported"),
         (lambda: dicoms.dataset(GREY, SamplesPerPixel=4), "colour space not supported"),
@@ -217,6 +216,12 @@ def test_a_missing_decoder_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("pydicom.pixels.common.CoderBase.available_plugins", ())
     with pytest.raises(UnreadableError, match=r"^JPEG-LS Lossless .* that is not installed: pip install pyjpegls$"):
         read(path)
+
+
+def test_jpeg_2000_needs_one_decoder_of_several(tmp_path, monkeypatch):
+    path = dicoms.save(tmp_path / "x", dicoms.compressed(GREY, dicoms.LOSSLESS["jpeg 2000"]))
+    monkeypatch.setattr("pydicom.pixels.common.CoderBase.available_plugins", ("gdcm", "pillow"))
+    np.testing.assert_array_equal(read(path)[0].pixels[:, :, 0], GREY)
 
 
 # ---- damage and memory ---------------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_prep import frames
 from data_prep.readers import Options
 from data_prep.readers import images as readers
+from data_prep.readers.clips import WRONG_COUNT
+from usfmae_jax.data import records
 
 GREY = np.random.default_rng(0).integers(0, 256, (24, 32), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (24, 32, 3), dtype=np.uint8)  # RGB
@@ -55,7 +58,7 @@ def test_16_bits_are_read_whole_and_windowed_to_the_range_that_they_use(tmp_path
     deep[0, 0] = 65535  # one saturated pixel should not make the rest black
     pixels = readers.read_image(write(tmp_path / f"x{suffix}", deep))
     np.testing.assert_array_equal(pixels[:, :, 0], deep)
-    shown = frames.to_uint8(pixels)
+    shown = records.to_uint8(pixels)
     assert shown.dtype == np.uint8
     assert shown.min() == 0
     assert shown.max() == 255
@@ -64,7 +67,7 @@ def test_16_bits_are_read_whole_and_windowed_to_the_range_that_they_use(tmp_path
 
 
 def test_a_constant_16_bit_image_does_not_divide_by_zero():
-    assert not frames.to_uint8(np.full((4, 4, 1), 777, np.uint16)).any()
+    assert not records.to_uint8(np.full((4, 4, 1), 777, np.uint16)).any()
 
 
 def test_alpha_is_dropped(tmp_path):
@@ -76,6 +79,8 @@ def test_a_palette_is_expanded_in_images_and_kept_as_numbers_in_masks(tmp_path):
     (tmp_path / "x.png").write_bytes(palette_png([[0, 1], [2, 0]], [0, 0, 0, 128, 0, 0, 0, 128, 0]))
     image = readers.read_image(tmp_path / "x.png")
     np.testing.assert_array_equal(image, [[[0, 0, 0], [128, 0, 0]], [[0, 128, 0], [0, 0, 0]]])
+    np.testing.assert_array_equal(readers.read_mask(tmp_path / "x.png"), [[0, 1], [2, 0]])
+    (tmp_path / "x.png").write_bytes(palette_png([[0, 1], [2, 0]], [9, 9, 9] * 3))  # all of one colour
     np.testing.assert_array_equal(readers.read_mask(tmp_path / "x.png"), [[0, 1], [2, 0]])
 
 
@@ -201,6 +206,58 @@ def test_one_page_that_is_too_large_or_damaged_ends_the_file(tmp_path):
     (tmp_path / "x.tif").write_bytes(data)
     with pytest.raises(readers.UnreadableError, match="more than 50 million"):
         list(readers.read(tmp_path / "x.tif", Options()))
+
+
+def until_damage(path):
+    """The frames, and why there are no more of them."""
+    frames = []
+    try:
+        frames.extend(readers.read(path, Options()))  # keeps what came before the error
+    except readers.UnreadableError as error:
+        return frames, str(error)
+    return frames, ""
+
+
+@pytest.mark.parametrize("writer", ["OpenCV", "Pillow"])  # which writes the headers of pages before their pixels
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.93, 0.999])
+def test_a_tiff_that_is_cut_off_gives_its_sound_pages_and_then_the_reason(tmp_path, writer, kept):
+    path = tmp_path / "x.tif"
+    if writer == "OpenCV":
+        write_pages(path, PAGES)
+    else:
+        Image.fromarray(PAGES[0]).save(path, save_all=True, append_images=list(map(Image.fromarray, PAGES[1:])))
+    assert until_damage(path)[1] == ""
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    frames, why = until_damage(path)
+    assert "cut off" in why or "cannot be decoded" in why
+    assert 40 * kept - 4 < len(frames) < 40
+    for number, frame in enumerate(frames):
+        assert frame.number == number
+        np.testing.assert_array_equal(frame.pixels[:, :, 0], PAGES[number])
+
+
+def test_one_damaged_page_ends_a_tiff_and_not_the_pages_before_it(tmp_path):
+    path = write_pages(tmp_path / "x.tif", PAGES)
+    data = bytearray(path.read_bytes())
+    strip = struct.pack("<HH", 273, 4)  # where its pixels lie
+    at = [place for place in range(len(data)) if data[place : place + 4] == strip][21]
+    data[at + 8 : at + 12] = struct.pack("<I", 1 << 30)
+    path.write_bytes(data)
+    frames, why = until_damage(path)
+    assert (len(frames), why) == (21, "page 21 cannot be decoded")
+
+
+def test_another_number_of_pages_than_a_tiff_says_is_a_warning(tmp_path):
+    path = write_pages(tmp_path / "x.tif", PAGES)
+    assert until_damage(path)[0][0].warnings == ()
+    data = path.read_bytes()
+    said = struct.pack("<HHI", 297, 3, 2)
+    changed = bytearray(data)
+    for at in (place for place in range(len(data)) if data[place : place + 8] == said):
+        changed[at + 10 : at + 12] = struct.pack("<H", 50)
+    path.write_bytes(changed)
+    frames, why = until_damage(path)
+    assert (len(frames), why, frames[0].warnings) == (40, "", (WRONG_COUNT,))
 
 
 def test_an_image_or_a_mask_that_should_be_one_page_is_not_the_first_of_several(tmp_path):
