@@ -108,7 +108,8 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     # Members trained at a time, on a CPU: 0 = as many as there are cores for, of a small model; 1 = one after another.
     config.parallel = 0
     config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
-    config.checkpoint = dict(every=5, keep_finished=False)  # evaluations; a finished member keeps its classifier/
+    # every: evaluations; a finished member keeps its classifier/; fallback: resume before a damaged checkpoint
+    config.checkpoint = dict(every=5, keep_finished=False, fallback=False)
     config.log = dict(every=20)
     config.evaluate = dict(batch_size=0, bootstrap=1000)  # images per call; 0 = what suits the devices
     VARIANTS[variant](config)

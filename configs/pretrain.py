@@ -78,7 +78,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     )
     config.train = dict(batch_size=1024, accumulate=1, epochs=100, steps=0)  # steps > 0 overrules epochs
     config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
-    config.checkpoint = dict(every=1000, keep=dict(keep_latest=2, keep_every=0, keep_best=1))
+    # fallback: resume from the newest checkpoint that can be loaded, should later ones be damaged
+    config.checkpoint = dict(every=1000, keep=dict(keep_latest=2, keep_every=0, keep_best=1), fallback=False)
     config.log = dict(every=50, pictures_every=1000)
     config.probe = dict(data=dict(path="", split=""), every=1000, limit=4000)  # labelled shards: is it learning?
     VARIANTS[variant](config)

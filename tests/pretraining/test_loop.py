@@ -1,5 +1,7 @@
 """The loop: what it refuses before anything is compiled, and what it does with what it is given."""
 
+import shutil
+
 import cv2
 import numpy as np
 import pytest
@@ -174,3 +176,62 @@ def test_shards_of_another_schema_are_refused(config, tmp_path):
     config.data.path = str(tmp_path)
     with pytest.raises(InputError, match=r"another schema: expected an encoded 'image', found \['text'\]"):
         pretrain(config, str(tmp_path / "run"))
+
+
+def _halve(step):
+    file = max((step / "state" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGE = {
+    "no metadata": (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "its metadata is missing or damaged"),
+    "empty metadata": (lambda step: (step / "_CHECKPOINT_METADATA").write_text(""), "its metadata is missing or"),
+    "half of the metadata": (lambda step: (step / "_CHECKPOINT_METADATA").write_text('{"item'), "its metadata is"),
+    "nothing in it": (lambda step: (shutil.rmtree(step), step.mkdir()), "it is not complete"),
+    "half of the data": (_halve, "OUT_OF_RANGE"),
+    "no manifest": (lambda step: (step / "state" / "manifest.ocdbt").unlink(), "NOT_FOUND"),
+}
+
+
+@pytest.fixture(scope="module")
+def twice_saved(shards, tmp_path_factory):
+    """A run of four steps with checkpoints of two and four, and its config."""
+    workdir, config = tmp_path_factory.mktemp("saved"), tiny_config(shards)
+    config.train.steps, config.checkpoint.every = 4, 2
+    assert pretrain(config, str(workdir))
+    return workdir, config
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named_in_one_sentence_with_the_remedy(twice_saved, tmp_path, name):
+    damage, reason = DAMAGE[name]
+    workdir = shutil.copytree(twice_saved[0], tmp_path / "run")
+    damage(workdir / "checkpoints" / "4")
+    with pytest.raises(InputError) as error:
+        pretrain(twice_saved[1], str(workdir))
+    text = str(error.value)
+    assert f"checkpoint 4 in {workdir}/checkpoints cannot be loaded: {reason}" in text
+    assert "remove that checkpoint to resume from the one before, or add --config.checkpoint.fallback=true" in text
+    assert len(text.replace(str(tmp_path), "")) < 400
+    shutil.rmtree(workdir / "encoder")
+    with pytest.raises(InputError, match=r"checkpoint 4 in .* cannot be read") as error:
+        open_model(str(workdir))
+    assert len(str(error.value).replace(str(tmp_path), "")) < 400
+
+
+def test_a_run_goes_on_before_a_damaged_checkpoint_if_asked_to(twice_saved, tmp_path, capfd):
+    workdir, config = twice_saved[0], twice_saved[1].copy_and_resolve_references()
+    config.checkpoint.fallback = True
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    _halve(copy / "checkpoints" / "4")
+    shutil.rmtree(copy / "encoder")
+    assert pretrain(config, str(copy))
+    said = capfd.readouterr().err
+    assert "warning: checkpoint 4 could not be loaded and was moved to damaged_checkpoints/" in said
+    assert "resuming after step 2" in said
+    assert [path.name for path in (copy / "damaged_checkpoints").iterdir()] == ["4-0"]
+    assert open_model(str(copy), 4).fingerprint == open_model(str(workdir), 4).fingerprint
+    _halve(copy / "checkpoints" / "4")
+    _halve(copy / "checkpoints" / "2")
+    with pytest.raises(InputError, match=r"checkpoint 2 in .* there is no earlier one; remove it to start anew"):
+        pretrain(config, str(copy))

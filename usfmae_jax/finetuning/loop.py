@@ -153,13 +153,12 @@ class Trainer:
         config, run, task = self.config, self.run, self.run.task
         folder = checks.make_workdir(run.folder(member))
         saver = checkpoints.open_checkpoints(folder + "/checkpoints", keep_latest=1, keep_best=0)
-        found = checkpoints.latest_metadata(saver)
+        accept = functools.partial(build.check_resumable, run)
+        found = checkpoints.resume(saver, self._abstract, accept, fallback=config.checkpoint.fallback)
         if found:
-            first_step, position, stored = found
-            build.check_resumable(run, stored)
-            state = checkpoints.restore(saver, self._abstract, first_step)
+            state, first_step, position, aside = found
         else:
-            first_step, position = 0, {"next_batch": 0, "damaged": [], "best": {}, "worse": 0, "done": False}
+            aside, first_step, position = "", 0, {"next_batch": 0, "damaged": [], "best": {}, "worse": 0, "done": False}
             state = self._start(config.seed + member.seed)
             if run.init:
                 state = fill(state, build.loadable(run.init, run.description))
@@ -183,6 +182,8 @@ class Trainer:
         )
         saved = first_step
         with monitor as report, contextlib.closing(saver), contextlib.closing(batches):
+            if aside:
+                report.say(f"warning: {member.name}: {aside}")
             if first_step:
                 report.say(f"{member.name}: resuming after step {first_step}")
             for step in range(first_step + 1, member.total_steps + 1):

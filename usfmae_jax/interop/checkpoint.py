@@ -1,7 +1,12 @@
 """The parameters in a checkpoint, without the rest of the train state."""
 
+import contextlib
 import json
 import logging
+import re
+import sys
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -66,33 +71,62 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
     if folder is None:
         raise InputError(f"{workdir} has no checkpoints; give the workdir of a run or what usfmae_jax.convert wrote")
     saver = _open(folder)
-    # Every array of a damaged checkpoint fails on its own, and is told at length, some when Python exits; below is said
-    # what a person needs.
-    for name, level in (("absl", logging.ERROR), ("asyncio", logging.CRITICAL)):
-        logging.getLogger(name).setLevel(level)
     try:
         steps = [checkpoint.step for checkpoint in saver.checkpoints]
         if not steps or (step is not None and step not in steps):
             raise InputError(f"{workdir} has the checkpoints {steps}" + (f", not {step}" if step is not None else ""))
         step = steps[-1] if step is None else step
-        metadata = saver.metadata(step)
-        if metadata.metadata is None:
-            raise ValueError("it is damaged")
+        with quiet():
+            metadata = saver.metadata(step)
+        if metadata.metadata is None or not metadata.custom_metadata:
+            raise ValueError("its metadata is missing or damaged")
         stored = metadata.metadata["params"]
         context = orbax.Context()
         context.memory.read_concurrent_bytes = CONCURRENT
         context.pytree.loading.partial_load = True  # the optimiser's moments are twice as large, and not asked for
-        with context:
+        with context, quiet():
             abstract = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
             return saver.load(step, abstract)["params"], metadata.custom_metadata, step
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"checkpoint {step} in {workdir} cannot be read: {str(error).splitlines()[0]}; try another step"
-        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever damaged bytes happen to spell
+        raise InputError(f"checkpoint {step} in {workdir} cannot be read: {reason(error)}; try another step") from error
     finally:
         saver.close()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps to itself what every array of a damaged checkpoint has to tell, at length; `reason` says it once.
+
+    Some arrays fail when the first failure is told already, up to when Python exits: what silences them stays then.
+    """
+    arrays, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level, disabled = arrays.level, logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    arrays.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = _unless_too_late
+    try:
+        yield
+        arrays.setLevel(level)
+        sys.unraisablehook = hook
+    finally:
+        logging.disable(disabled)
+
+
+def _unless_too_late(unraisable: Any) -> None:
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def reason(error: BaseException) -> str:
+    """What is at the bottom of an error from Orbax, in a few words; around it are pages of arrays' names."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    if type(error).__name__ == "InvalidLayoutError":
+        return "it is not complete"
+    text = re.split(r" in OCDBT| at local file", str(error).strip() or type(error).__name__)[0]
+    return textwrap.shorten(text, 160, placeholder=" ...")
 
 
 def holds_checkpoints(folder: epath.Path) -> bool:

@@ -48,14 +48,15 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     settings, about = build.settings(config, sources), build.about(config, objective)
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
-    found = checkpoints.latest_metadata(saver)
-    if found:
-        first_step, position, stored = found
+    def accept(stored: dict[str, Any]) -> None:
         checkpoints.check_resumable({"objective": "mae"} | stored, settings, workdir, build.RESUMABLE)
-        graph = model_graph(objective.make)
-        state = checkpoints.restore(saver, abstract_state(objective.make, optimizer, mesh), first_step)
+
+    abstract = abstract_state(objective.make, optimizer, mesh)
+    found = checkpoints.resume(saver, abstract, accept, fallback=config.checkpoint.fallback)
+    if found:
+        graph, (state, first_step, position, aside) = model_graph(objective.make), found
     else:
-        first_step, position = 0, {"next_batch": 0, "damaged": []}
+        aside, first_step, position = "", 0, {"next_batch": 0, "damaged": []}
         ancestors: Lineage = []
         graph, state = init_state(objective.make, optimizer, mesh, config.seed)
         if config.init:
@@ -84,6 +85,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         describe(report, config, mesh, sources, state, total_steps)
         report.say(f"workdir: {workdir}")
+        if aside:
+            report.say(f"warning: {aside}")
         if first_step:
             report.say("already finished" if first_step == total_steps else f"resuming after step {first_step}")
         else:

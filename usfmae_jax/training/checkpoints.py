@@ -1,13 +1,15 @@
 """Checkpoints: Orbax holds the state; the data position and the config travel inside the same checkpoint."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from orbax.checkpoint import v1 as orbax
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.interop.checkpoint import quiet, reason
 from usfmae_jax.training.checks import flat
+from usfmae_jax.training.mesh import on_first_process
 from usfmae_jax.training.state import State
 
 #: Config fields that a resumed run of any loop may change: they alter where and how fast it computes, not what.
@@ -70,28 +72,68 @@ def save(
     checkpoints.save_async(step, state, metrics={"loss": loss}, custom_metadata=metadata)
 
 
-def latest_metadata(checkpoints: orbax.training.Checkpointer) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-    """Step, data position and config of the newest checkpoint; None when there is none."""
-    latest = checkpoints.latest
-    if latest is None:
-        return None
-    stored = checkpoints.metadata(latest).custom_metadata
-    return latest.step, stored["position"], stored["config"]
+def resume(
+    checkpoints: orbax.training.Checkpointer,
+    abstract: State,
+    accept: Callable[[dict[str, Any]], None],
+    *,
+    fallback: bool = False,
+) -> tuple[State, int, dict[str, Any], str] | None:
+    """Loads the newest state straight onto the devices that `abstract` names.
 
+    Args:
+      checkpoints: from `open_checkpoints`.
+      abstract: from `state.abstract_state`.
+      accept: raises InputError when the config of a checkpoint, nested JSON, is not that of this run.
+      fallback: take the newest that can be loaded; damaged ones after it are moved to `damaged_checkpoints/` beside.
 
-def restore(checkpoints: orbax.training.Checkpointer, abstract: State, step: int) -> State:
-    """Loads a state straight onto the devices that `abstract` (from `state.abstract_state`) names.
+    Returns:
+      the state, its step, the position of the data, and what was left aside, for a person ("" = nothing); None when
+      there is no checkpoint.
 
     Raises:
-      InputError: the checkpoint does not fit.
+      InputError: the newest checkpoint cannot be loaded, and with `fallback` none of them can.
     """
-    try:
-        return checkpoints.load(step, abstract)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(
-            f"checkpoint {step} in {checkpoints.directory} cannot be loaded: {str(error).splitlines()[0]}; "
-            "remove that checkpoint to resume from the one before, or choose another --workdir"
-        ) from error
+    steps = [checkpoint.step for checkpoint in checkpoints.checkpoints]
+    for place, step in reversed(list(enumerate(steps))):
+        try:
+            with quiet():
+                stored = checkpoints.metadata(step).custom_metadata or {}
+            if not {"position", "config"} <= stored.keys():
+                raise ValueError("its metadata is missing or damaged")
+            accept(stored["config"])
+            with quiet():
+                state = checkpoints.load(step, abstract)
+        except InputError:
+            raise
+        except Exception as error:  # whatever its bytes happen to spell
+            if fallback and place:
+                continue
+            remedy = "remove that checkpoint to resume from the one before, or add --config.checkpoint.fallback=true"
+            remedy = remedy if place else "there is no earlier one; remove it to start anew"
+            raise InputError(
+                f"checkpoint {step} in {checkpoints.directory} cannot be loaded: {reason(error)}; {remedy}, or choose "
+                "another --workdir"
+            ) from error
+        damaged = steps[place + 1 :]
+        said = _set_aside(checkpoints, damaged) if damaged else ""
+        return state, step, stored["position"], said
+    return None
+
+
+def _set_aside(checkpoints: orbax.training.Checkpointer, steps: Sequence[int]) -> str:
+    """Moves damaged checkpoints out of the way of the run that goes on before them."""
+    folder = checkpoints.directory.parent / "damaged_checkpoints"
+
+    def move() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for step in steps:
+            taken = len(list(folder.iterdir()))  # the same step may be damaged again
+            (checkpoints.directory / str(step)).rename(folder / f"{step}-{taken}")
+
+    on_first_process(move)
+    checkpoints.reload()
+    return f"checkpoint {', '.join(map(str, steps))} could not be loaded and was moved to {folder.name}/"
 
 
 def check_resumable(
