@@ -43,19 +43,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--mean", default="", metavar="M,M,M", help="of the normalisation; default: the file's")
     parser.add_argument("--std", default="", metavar="S,S,S", help="of the normalisation; default: the file's")
     parser.add_argument("--norm_eps", type=float, default=0, metavar="EPS", help="of the layer norms; 1e-6 is MAE's")
+    say = "take the averaged weights that a training script kept beside the plain ones"
+    parser.add_argument("--ema", action="store_true", help=say)
     parser.add_argument("--licence", default="", help="of the weights, if the file is silent")
     say = "go on without what is missing or not understood, where that can be"
     parser.add_argument("--allow_partial", action="store_true", help=say)
     args = parser.parse_args(argv)
     try:
-        convert(args.input, args.output, _options(args), args.licence)
+        convert(args.input, args.output, _options(args), args.licence, averaged=args.ema)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def convert(path: str, output: str, options: "Options", licence: str = "") -> None:
+def convert(path: str, output: str, options: "Options", licence: str = "", *, averaged: bool = False) -> None:
     """Converts a file, prints what became of its tensors, and says where the result is.
 
     Args:
@@ -63,6 +65,7 @@ def convert(path: str, output: str, options: "Options", licence: str = "") -> No
       output: directory.
       options: what the file may not say, or is to be changed.
       licence: of the weights; "" = what is known of them.
+      averaged: see `files.open_source`.
 
     Raises:
       InputError: the file cannot be used, or the output holds something else; nothing is written then.
@@ -71,8 +74,9 @@ def convert(path: str, output: str, options: "Options", licence: str = "") -> No
     from usfmae_jax.interop.reading import read_model
 
     check_output(output, WRITTEN)
-    source = open_source(path)
+    source = open_source(path, averaged=averaged)
     model, account = read_model(source, options)
+    account.notes += [source.note] * bool(source.note)
     lineage = model.lineage or _origin(path, source, licence, account)
     stage = {
         "job": "convert",

@@ -99,9 +99,10 @@ def test_state_dicts_are_found_and_become_float32(tmp_path, nested, dtype):
         "parameter": torch.nn.Parameter(values),
         "steps": torch.ones(1).int(),
     }
-    arguments = argparse.Namespace(lr=1e-3)  # what training scripts keep; holds no code
-    torch.save({nested: state, "optimizer": {}, "args": arguments} if nested else state, tmp_path / "weights.pt")
-    found = open_torch(str(tmp_path / "weights.pt"))
+    # What training scripts keep; holds no code.
+    about = {"optimizer": {}, "args": argparse.Namespace(lr=1e-3), "best": np.float64(0.5), "step": np.int64(3)}
+    torch.save({nested: state, **about} if nested else state, tmp_path / "weights.pt")
+    found, _ = open_torch(str(tmp_path / "weights.pt"))
     assert found.keys() == {"weight", "transposed", "parameter"}
     for name, expected in (("weight", np.arange(6).reshape(2, 3)), ("transposed", np.arange(6).reshape(2, 3).T)):
         value = found[name].read()
@@ -128,3 +129,49 @@ def test_a_pytorch_file_and_a_safetensors_file_give_the_same_bits(tmp_path):
     assert first.keys() == second.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name])
+
+
+FRAMES = {
+    "lightning": (lambda plain, ema: {"state_dict": {f"model.{k}": v for k, v in plain.items()}, "epoch": 1}, ".ckpt"),
+    "compiled": (lambda plain, ema: {"model": {f"_orig_mod.module.{k}": v for k, v in plain.items()}}, ".pth.tar"),
+    "around": (lambda plain, ema: {f"encoder.{k}": v for k, v in plain.items()}, ".bin"),
+    "both": (lambda plain, ema: {"state_dict": plain, "state_dict_ema": ema}, ".pth.tar"),
+    "wrapped twice": (lambda plain, ema: {"model": plain, "ema": {"decay": 0.9, "module": ema}}, ".pt"),
+    "average alone": (lambda plain, ema: {"model_ema": ema}, ".pth"),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_files_of_training_scripts_are_read_as_they_are(tmp_path, name, capsys):
+    need("torch")
+    import torch
+
+    from usfmae_jax.interop.model import flatten, open_model
+
+    plain = {name: torch.from_numpy(tensor.read().copy()) for name, tensor in made.tensors().items()}
+    ema = {name: value + (not name.endswith("pos_embed")) for name, value in plain.items()}
+    frame, suffix = FRAMES[name]
+    path = tmp_path / f"weights{suffix}"
+    torch.save(frame(plain, ema), path)
+
+    def convert_it(*flags):
+        status = convert.main([f"--input={path}", f"--output={tmp_path / 'out'}", *made.HEADS, *flags])
+        return status, capsys.readouterr().err
+
+    def bias():
+        return flatten(open_model(str(tmp_path / "out")).params)["encoder.norm.bias"]
+
+    status, said = convert_it()
+    assert status == 0, said
+    assert "not understood" not in said
+    alone = name == "average alone"
+    np.testing.assert_array_equal(bias(), (ema if alone else plain)["norm.bias"])
+    status, said = convert_it("--ema")
+    if name in ("both", "wrapped twice", "average alone"):
+        assert status == 0
+        assert "the averaged weights in it are taken (" in said
+        np.testing.assert_array_equal(bias(), ema["norm.bias"])
+        if not alone:
+            assert "the plain weights in it are taken (" in convert_it()[1]
+    else:
+        assert (status, "holds no averaged weights" in said) == (2, True)

@@ -23,6 +23,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import NAMES, defined, positive_class
 from usfmae_jax.finetuning.members import Member, count_steps, plan_members
 from usfmae_jax.interop import resnet as resnet_files
+from usfmae_jax.interop.files import TORCH
 from usfmae_jax.interop.model import Model, build, flatten, open_model, preprocessing
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.models.resnet import STAGES, resnet_flops
@@ -69,8 +70,6 @@ RANGES = {
 _PIXELS = {1: ((0.25,), (0.2,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 #: Fields of `config.model` that fix parameters.
 _SHAPE = ("patch_size", "channels", "width", "depth", "num_heads")
-#: Suffixes of PyTorch's weight files.
-_FILES = (".safetensors", ".pth", ".pt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +257,7 @@ def read_init(config: ml_collections.ConfigDict, outputs: int) -> Model | None:
     """
     if not config.init:
         return None
-    if not config.init.lower().endswith(_FILES):
+    if not config.init.lower().endswith((".safetensors", *TORCH)):
         try:
             return open_model(config.init)
         except InputError as error:

@@ -28,9 +28,11 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 #: Weights of more bytes than this stay outside of exported programs, in a file beside them.
 EXTERNAL = 512 * 2**20
 
-_TORCH = (".pt", ".pth", ".bin")
-#: Where training scripts keep the parameters in a checkpoint.
-_NESTED = ("model", "state_dict", "model_state_dict")
+#: Endings of PyTorch's files.
+TORCH = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
+#: Where training scripts keep the parameters in a checkpoint, and their average over the last steps.
+_NESTED = ("model", "state_dict", "model_state_dict", "module", "net", "network")
+_AVERAGED = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "module_ema")
 _SETTINGS = ("config", "preprocessor_config", "export", "architecture", "preprocessing", "lineage")
 
 
@@ -61,6 +63,7 @@ class Source:
         and ours: `export`, `architecture`, `preprocessing`, `lineage`.
       files: names of the files that hold the weights.
       sha256: of them.
+      note: which of several parameters in a file these are, for a person; "" = there are no others.
     """
 
     tensors: Tensors
@@ -68,6 +71,7 @@ class Source:
     settings: dict[str, dict[str, Any]]
     files: tuple[str, ...]
     sha256: str
+    note: str = ""
 
 
 def from_array(array: np.ndarray) -> Tensor:
@@ -84,11 +88,15 @@ def check_output(output: str, written: Sequence[str]) -> None:
         raise InputError(f"--output={output} holds something else ({', '.join(others[:3])}); name a new folder")
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str, *, averaged: bool = False) -> Source:
     """Opens a weights file, or a directory with one under a usual name.
 
+    Args:
+      path: see above.
+      averaged: take the average of the weights over the last steps (EMA) that a training script kept beside them.
+
     Raises:
-      InputError: nothing there, or it cannot be read.
+      InputError: nothing there, it cannot be read, or it holds no averaged weights.
     """
     if os.path.isdir(path):
         found = [name for name in WEIGHTS if os.path.isfile(os.path.join(path, name))]
@@ -102,9 +110,9 @@ def open_source(path: str) -> Source:
     files = _parts(path) if path.endswith(".index.json") else [path]
     tensors: Tensors = {}
     metadata: dict[str, str] = {}
-    digest = hashlib.sha256()
+    digest, note = hashlib.sha256(), ""
     for name in files:
-        found_tensors, found_metadata = _open(name)
+        found_tensors, found_metadata, note = _open(name, averaged)
         tensors |= found_tensors
         metadata |= found_metadata
         with open(name, "rb") as file:
@@ -112,7 +120,7 @@ def open_source(path: str) -> Source:
                 digest.update(block)
     # Only to weights under a usual name do other files belong.
     settings = _read_settings(os.path.dirname(path)) if os.path.basename(path) in WEIGHTS else {}
-    return Source(tensors, metadata, settings, tuple(map(os.path.basename, files)), digest.hexdigest())
+    return Source(tensors, metadata, settings, tuple(map(os.path.basename, files)), digest.hexdigest(), note)
 
 
 def open_safetensors(path: str) -> tuple[Tensors, dict[str, str]]:
@@ -170,11 +178,18 @@ def write_safetensors(path: os.PathLike | str, tensors: Mapping[str, Tensor], me
     partial.replace(whole)
 
 
-def open_torch(path: str) -> Tensors:
-    """The floating-point tensors of a PyTorch file's state dict, nested under `model` or not.
+def open_torch(path: str, *, averaged: bool = False) -> tuple[Tensors, str]:
+    """The floating-point tensors of a PyTorch file's state dict, nested as training scripts do it or not.
+
+    Args:
+      path: of the file.
+      averaged: see `open_source`.
+
+    Returns:
+      the tensors, and which ones they are if there are others; see `Source`.
 
     Raises:
-      InputError: PyTorch is missing, the file is damaged, holds code, or holds no tensors by name.
+      InputError: PyTorch is missing, the file is damaged, holds code, or holds no (averaged) tensors by name.
     """
     try:
         import torch
@@ -186,9 +201,7 @@ def open_torch(path: str) -> Tensors:
     def tensor(value: Any) -> Tensor:
         return Tensor(tuple(value.shape), lambda: np.asarray(value.detach().to(torch.float32).numpy()))
 
-    state = _unpickle(path)
-    if isinstance(state, dict):
-        state = next((state[key] for key in _NESTED if isinstance(state.get(key), dict)), state)
+    state, note = _choose(_unpickle(path), path, averaged)
     tensors = {
         name: tensor(value)
         for name, value in (state.items() if isinstance(state, dict) else ())
@@ -196,15 +209,43 @@ def open_torch(path: str) -> Tensors:
     }
     if not tensors:
         raise InputError(f"{path} holds no tensors by name; save it with torch.save(model.state_dict(), FILE)")
-    return tensors
+    return tensors, note
+
+
+def _choose(state: Any, path: str, averaged: bool) -> tuple[Any, str]:
+    """The state dict in what a training script saved, and which one it is if there are several."""
+    if not isinstance(state, dict):
+        return state, ""
+    plain, ema = ([key for key in keys if isinstance(state.get(key), dict)] for keys in (_NESTED, _AVERAGED))
+    if averaged and not ema:
+        raise InputError(f"{path} holds no averaged weights, such as {', '.join(_AVERAGED[:3])}; leave out --ema")
+    if ema and (averaged or not plain):
+        note = f"the averaged weights in it are taken ({ema[0]})"
+        return _inner(state[ema[0]]), note + (f"; the plain ones ({plain[0]}) without --ema" if plain else "")
+    if ema:
+        return _inner(state[plain[0]]), (
+            f"the plain weights in it are taken ({plain[0]}), not the averaged ones ({ema[0]}), which --ema takes"
+        )
+    return (_inner(state[plain[0]]) if plain else state), ""
+
+
+def _inner(state: dict[str, Any]) -> Any:
+    """Averages are wrapped once more by some scripts, beside their decay."""
+    return next((state[key] for key in (*_NESTED, "shadow") if isinstance(state.get(key), dict)), state)
+
+
+def _harmless() -> list[Any]:
+    """What training scripts keep beside tensors and runs nothing: their arguments, and numbers of NumPy's."""
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
+    return [argparse.Namespace, np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
 def _unpickle(path: str) -> Any:
     import torch
 
     try:
-        # Of all classes only the one that holds a training script's arguments is let through: it runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of kinds of pickles; what cannot be read is said below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
@@ -222,7 +263,7 @@ def _unpickle(path: str) -> Any:
         ) from error
 
 
-def _open(path: str) -> tuple[Tensors, dict[str, str]]:
+def _open(path: str, averaged: bool) -> tuple[Tensors, dict[str, str], str]:
     with open(path, "rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -230,10 +271,13 @@ def _open(path: str) -> tuple[Tensors, dict[str, str]]:
     if start.lstrip()[:1] == b"<":
         raise InputError(f"{path} is a web page, not weights; download the file that the page links to")
     if path.endswith(".safetensors"):
-        return open_safetensors(path)
-    if path.endswith(_TORCH):
-        return open_torch(path), {}
-    raise InputError(f"--input={path}: expected is a file that ends in .safetensors, {', '.join(_TORCH)}")
+        if averaged:
+            raise InputError(f"{path} holds one set of weights; leave out --ema")
+        return *open_safetensors(path), ""
+    if path.endswith(TORCH):
+        tensors, note = open_torch(path, averaged=averaged)
+        return tensors, {}, note
+    raise InputError(f"--input={path}: expected is a file that ends in .safetensors, {', '.join(TORCH)}")
 
 
 def _parts(index: str) -> list[str]:

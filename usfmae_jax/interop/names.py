@@ -66,8 +66,8 @@ _HF_BLOCKS = (
     ("blocks", "encoder.layer", "layers"),
     (
         "decoder_blocks",
+        "decoder.decoder_layers",  # of published files, which every version loads; the next is of version 5 alone
         "decoder.decoder_encoder.layer",
-        "decoder.decoder_layers",
         "decoder.encoder.layer",
         "decoder.layers",
     ),
@@ -114,6 +114,16 @@ def _parameters() -> list[tuple[str, str, list[str]]]:
 _PARAMETERS = _parameters()
 _OURS = {original: ours for original, ours, _ in _PARAMETERS}
 _ORIGINAL = {ours: original for original, ours in _OURS.items()}
+
+
+#: How names begin once everything around the model is taken away.
+_FIRST = "|".join(
+    [
+        r"(cls_token|pos_embed|mask_token|decoder_pos_embed)$",
+        r"(patch_embed|blocks|norm|fc_norm|head|decoder|decoder_\w+|embeddings|layers|layernorm|pooler|classifier)\.",
+        r"encoder\.layer\.",
+    ]
+)
 
 
 def recognise(names: set[str]) -> Origin | None:
@@ -261,8 +271,9 @@ def find_grid(patches: int, hint: tuple[int, int] | None) -> tuple[int, int] | N
 
 
 def _strip(name: str) -> str:
-    """A name without what training in parallel and a model around the encoder put before it."""
-    return re.sub(r"^(module\.)?(vit\.)?", "", name)
+    """A name without what training in parallel, compiling and a model around the encoder put before it."""
+    around = rf"((module|_orig_mod|model|net|backbone|encoder|vit)\.)+(?={_FIRST})"
+    return re.sub(rf"^({around}|((module|_orig_mod)\.)+)", "", name)
 
 
 def _pattern(name: str) -> tuple[str, int | None]:

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.files import Tensors, open_safetensors, open_torch
+from usfmae_jax.interop.files import TORCH, Tensors, open_safetensors, open_torch
 from usfmae_jax.interop.model import flatten, unflatten
 from usfmae_jax.models.resnet import STAGES, ResNet
 
@@ -19,7 +19,7 @@ def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple
     """Reads the weights of a ResNet with bottleneck blocks.
 
     Args:
-      path: `.safetensors`, or `.pth` or `.pt`, which need PyTorch; nothing in them is executed.
+      path: `.safetensors`, or one of PyTorch's (`files.TORCH`), which need it; nothing in them is executed.
       num_classes: the head is left out unless it has as many outputs; 0 always leaves it out.
       grey: turn a first convolution of three channels into one for grey images. Its kernels are summed: under one
         mean and deviation for all channels the answer is that to the grey image repeated in three.
@@ -33,7 +33,8 @@ def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple
     params: dict[str, np.ndarray] = {}
     stats: dict[str, np.ndarray] = {}
     for name, lazy in _read_tensors(path).items():
-        parent, _, last = name.removeprefix("module.").rpartition(".")
+        plain = re.sub(r"^((module|_orig_mod|model|net|backbone|encoder)\.)+(?=(conv1|bn1|layer\d|fc)\.)", "", name)
+        parent, _, last = plain.rpartition(".")
         parent = "head" if parent == "fc" else parent
         tensor = np.array(lazy.read())  # a copy: the file may be mapped into memory
         if last in RUNNING:
@@ -65,9 +66,9 @@ def _read_tensors(path: str) -> Tensors:
         raise InputError(f"{path} does not exist; give a .safetensors, .pth or .pt file")
     if path.endswith(".safetensors"):
         return open_safetensors(path)[0]
-    if not path.endswith((".pth", ".pt")):
+    if not path.endswith(TORCH):
         raise InputError(f"{path} has an unknown kind of weights; give a .safetensors, .pth or .pt file")
-    return open_torch(path)
+    return open_torch(path)[0]
 
 
 def _check(path: str, params: dict[str, np.ndarray], stats: dict[str, np.ndarray]) -> None:

@@ -251,7 +251,7 @@ def _run_mae(model: Model, directory: str, images: np.ndarray) -> Outputs:
     from usfmae_jax.interop import torch_reference
 
     path = os.path.join(directory, "mae.pth")
-    tensors = open_torch(path) if os.path.exists(path) else open_safetensors(path[:-7] + "model.safetensors")[0]
+    tensors = open_torch(path)[0] if os.path.exists(path) else open_safetensors(path[:-7] + "model.safetensors")[0]
     state = {name: torch.from_numpy(tensor.read()) for name, tensor in tensors.items()}
     heads = model.description["encoder"]["num_heads"]
     with torch.inference_mode():
