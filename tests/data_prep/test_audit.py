@@ -288,7 +288,7 @@ def test_tasks_that_are_finished_in_another_order_change_nothing(tmp_path, capsy
 
     monkeypatch.setattr(audit, "_RECORDS", 2)
     monkeypatch.setattr(audit, "_PAIRS", 1)
-    monkeypatch.setattr(audit.parallel, "isolated_map", backwards)
+    monkeypatch.setattr(audit.isolate, "isolated_map", backwards)
     evaluation = write(tmp_path / "evaluation", *(record(f"{k}.png", picture(k)) for k in range(6)))
     corpus = write(tmp_path / "corpus", *(record(f"copy {k}.png", jpeg(picture(k)), "two") for k in range(3, 9)))
     path = tmp_path / "leaks.csv"

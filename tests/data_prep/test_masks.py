@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import catalog, masks
-from data_prep.collect import collect
+from data_prep.find import collect
 from data_prep.readers import UnreadableError, read_frames
 from tests.data_prep.trees import real_folder
 

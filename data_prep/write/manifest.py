@@ -11,13 +11,13 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep.items import Rejected
+from data_prep.find.files import Rejected
 from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
-    from data_prep.parts import Gathered, Row
-    from data_prep.plans import Plan
+    from data_prep.plan import Plan
+    from data_prep.write.parts import Gathered, Row
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1

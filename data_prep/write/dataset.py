@@ -17,17 +17,19 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from data_prep import exclusions, frames, identity, pages, parts, report, shards
-from data_prep.builder import Frames
-from data_prep.items import Rejected
-from data_prep.plans import Plan
-from data_prep.shards import UnusableInputError
+from data_prep import exclusions, identity, work
+from data_prep.find.files import Rejected
+from data_prep.plan import Plan
+from data_prep.write import pages, parts, shards
+from data_prep.write.builder import Frames
+from data_prep.write.manifest import write_manifest, write_rejected
+from data_prep.write.shards import UnusableInputError
 from usfmae_jax import __version__
 from usfmae_jax.data import fingerprints
 from usfmae_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
-_PRELOAD = "data_prep.frames"  # what the worker processes run
+_PRELOAD = "data_prep.work"  # what the worker processes run
 
 
 def build(
@@ -54,8 +56,8 @@ def build(
         gathered = _gather(divided, plan, folder, excluded)
         finished = _write_dataset(gathered, plan, folder, target.name, args.format)
         _write_splits(finished, plan, gathered.kept)
-        report.write_rejected(finished, gathered.rejected)
-        manifest = report.write_manifest(finished, plan, gathered, downloaded)
+        write_rejected(finished, gathered.rejected)
+        manifest = write_manifest(finished, plan, gathered, downloaded)
         pages.write_page(finished)
         if args.linkage:
             identity.write_linkage(args.linkage, gathered.originals, args.output)
@@ -121,12 +123,12 @@ def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Nam
     done = len(plan.sources) - sum(len(part.sources) for part in missing)
     if done:
         print(f"{plan.name}: going on after {done:,} of {len(plan.sources):,} sources")
-    work = plan.make_work(folder)
+    make = plan.make_work(folder)
     if args.runner == "beam":
-        parts.run_on_beam(missing, work, args.time_limit, _PRELOAD, _beam_options(args))
+        parts.run_on_beam(missing, make, args.time_limit, _PRELOAD, _beam_options(args))
         return
     total, unusable = len(plan.sources) + len(plan.rejected), len(plan.rejected)
-    made = parts.run_here(missing, work, args.workers, args.time_limit, _PRELOAD)
+    made = parts.run_here(missing, make, args.workers, args.time_limit, _PRELOAD)
     unit = "patient" if plan.entry.name == "phantom" else "file"
     with (
         contextlib.closing(made),
@@ -162,9 +164,9 @@ def _choose(rows: list[parts.Row], plan: Plan, excluded: exclusions.Exclusions |
     reasons = ["" if excluded is None else excluded.reason(plan.name, row.frame, row.sha256) for row in rows]
     if plan.thin:
         for position in _repeated(rows):
-            reasons[position] = reasons[position] or frames.THINNED
+            reasons[position] = reasons[position] or work.THINNED
     # Excluded frames take part: what an excluded frame shows is no better under another name.
-    looked_at = [position for position, reason in enumerate(reasons) if reason != frames.THINNED]
+    looked_at = [position for position, reason in enumerate(reasons) if reason != work.THINNED]
     found, warnings = exclusions.duplicates_within([rows[position] for position in looked_at])
     copies = 0
     for position, (reason, of) in found.items():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_prep import phantom
-from data_prep.phantom import CLASSES, simulate_patient
-from data_prep.scan import PROBES, homogeneous_envelope
+from data_prep.phantom import CLASSES, __main__, simulate_patient
+from data_prep.phantom.scanner import PROBES, homogeneous_envelope
 
 ALL_PROBES = list(itertools.chain(*PROBES.values()))
 
@@ -240,10 +240,10 @@ def test_a_size_too_small_is_refused():
 
 
 def test_the_door_writes_the_contact_sheet_or_says_why_not(tmp_path, monkeypatch, capsys):
-    sheet = phantom.contact_sheet()
-    monkeypatch.setattr(phantom, "contact_sheet", lambda seed: sheet)
-    phantom.main([f"--output={tmp_path / 'sheet.png'}"])
+    sheet = __main__.contact_sheet()
+    monkeypatch.setattr(__main__, "contact_sheet", lambda seed: sheet)
+    __main__.main([f"--output={tmp_path / 'sheet.png'}"])
     assert (tmp_path / "sheet.png").stat().st_size < 600_000
     with pytest.raises(SystemExit, match="2"):
-        phantom.main([f"--output={tmp_path / 'missing' / 'sheet.png'}"])
+        __main__.main([f"--output={tmp_path / 'missing' / 'sheet.png'}"])
     assert "cannot write" in capsys.readouterr().err

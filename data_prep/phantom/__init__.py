@@ -12,7 +12,7 @@ A frame is made the way a scanner makes it, on a grid of depth samples by beams:
 3. The point-spread function turns scatterers into echoes. Receiver noise, amplified with depth, and haze are added.
 4. Envelope, gain, log compression to 50 to 65 dB, and scan conversion to the image, black outside the sector.
 
-The scanner of steps 1, 3 and 4 is `data_prep/scan.py`, the tissue of step 2 `data_prep/tissue.py`.
+The scanner of steps 1, 3 and 4 is `data_prep/phantom/scanner.py`, the tissue of step 2 `data_prep/phantom/tissue.py`.
 
 The tissue is a cartoon, the speckle is not: the envelope of uniform tissue is Rayleigh, mean / std = 1.91. There are
 no multiple paths, no elevation and no steering. Demos and tests only; nothing clinical follows from it.
@@ -22,14 +22,13 @@ no multiple paths, no elevation and no steering. Demos and tests only; nothing c
     Radiology 196, 1995.
 """
 
-import argparse
 import dataclasses
 import math
 
 import cv2
 import numpy as np
 
-from data_prep.scan import (
+from data_prep.phantom.scanner import (
     PROBES,
     Probe,
     Scan,
@@ -41,7 +40,7 @@ from data_prep.scan import (
     to_scan,
     to_space,
 )
-from data_prep.tissue import LESIONS, Lesion, draw_layers, draw_lesion, draw_vessels, smooth_noise
+from data_prep.phantom.tissue import LESIONS, Lesion, draw_layers, draw_lesion, draw_vessels, smooth_noise
 
 CLASSES = ("none", "cyst", "solid_regular", "solid_irregular")  # index = label
 
@@ -203,48 +202,3 @@ def simulate_patient(patient: int, *, seed: int = 0, image_size: int = 256, fram
         image, mask = _frame(np.random.default_rng([seed, _FRAME, patient, k]), drawn)
         phantoms.append(Phantom(image, mask, sector.copy(), label, name, name, f"{name}_{k:02d}", geometry))
     return phantoms
-
-
-def contact_sheet(*, seed: int = 0) -> np.ndarray:
-    """The first frame of every geometry (rows) and class (columns), with captions -> uint8 [H, W]."""
-    rows = []
-    for geometry, image_size in (("linear", 288), ("convex", 224)):
-        found: dict[int, np.ndarray] = {}
-        patient = 0
-        while len(found) < len(CLASSES):
-            (phantom,) = simulate_patient(patient, seed=seed, image_size=image_size, frames=1)
-            if phantom.geometry == geometry:
-                found.setdefault(phantom.label, phantom.image)
-            patient += 1
-        side = max(image.shape[0] for image in found.values())
-        for label, image in sorted(found.items()):
-            tile = np.full((side + 30, 336), 16, np.uint8)
-            top, left = (side - image.shape[0]) // 2 + 4, (336 - image.shape[1]) // 2
-            tile[top : top + image.shape[0], left : left + image.shape[1]] = image
-            caption = f"{geometry}: {CLASSES[label].replace('_', ' ')}"
-            cv2.putText(tile, caption, (8, side + 23), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 210, 1, cv2.LINE_AA)
-            found[label] = tile
-        rows.append(np.hstack([found[label] for label in range(len(CLASSES))]))
-    return np.vstack(rows)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Writes the contact sheet."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.phantom",
-        description="Simulate labelled B-mode frames and write a contact sheet: every scan geometry and lesion class.",
-    )
-    parser.add_argument("--output", required=True, metavar="PNG", help="the picture to write, e.g. docs/phantoms.png")
-    parser.add_argument("--seed", type=int, default=0, help="of the simulated collection (default %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        written = cv2.imwrite(options.output, contact_sheet(seed=options.seed))
-    except cv2.error:
-        written = False
-    if not written:
-        parser.error(f"--output: cannot write {options.output!r}; name a .png in a folder that exists")
-    print(f"Wrote {options.output}")
-
-
-if __name__ == "__main__":
-    main()

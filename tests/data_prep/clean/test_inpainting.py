@@ -4,10 +4,11 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import overlays, phantom
-from data_prep.deannotate import clean_frame, overlay_mask
-from data_prep.overlays import burn
-from data_prep.sector import Sector, find_sector
+from benchmarks import overlays
+from benchmarks.overlays import burn
+from data_prep import phantom
+from data_prep.clean.inpainting import clean_frame, overlay_mask
+from data_prep.clean.sector import Sector, find_sector
 
 
 @functools.cache

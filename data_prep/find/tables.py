@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data_prep.catalog import Folds, Table, fill, glob_matcher
-from data_prep.items import SPLITS, Item, printable
+from data_prep.find.files import SPLITS, Item, printable
 from usfmae_jax.errors import InputError
 
 MAX_BYTES = 64 << 20

@@ -6,9 +6,9 @@ import functools
 import numpy as np
 import pytest
 
-from data_prep import parts
-from data_prep.items import Rejected
+from data_prep.find.files import Rejected
 from data_prep.readers import UnreadableError
+from data_prep.write import parts
 from tests.helpers import record
 from usfmae_jax.data.records import decode_record
 
@@ -119,10 +119,10 @@ def test_processes_and_beam_make_the_same_parts(tmp_path):
     for folder in folders:
         folder.mkdir()
     works = [functools.partial(parts.write_part, process=process, folder=str(folder)) for folder in folders]
-    made = parts.run_here(divided, works[0], 2, 30, "data_prep.parts")
+    made = parts.run_here(divided, works[0], 2, 30, "data_prep.write.parts")
     assert sorted((part.number, usable) for part, usable in made) == [(number, 1) for number in range(4)]
     options = pipeline_options.PipelineOptions(["--runner=DirectRunner"])
-    parts.run_on_beam(divided, works[1], 30, "data_prep.parts", options)
+    parts.run_on_beam(divided, works[1], 30, "data_prep.write.parts", options)
     here, there = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
     assert len(here) == 8
     assert here == there

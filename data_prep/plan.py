@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from data_prep.catalog import Entry
-from data_prep.items import Rejected
+from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
 PHANTOM = {"patients": 500, "frames": 4, "seed": 0}
@@ -24,7 +24,7 @@ class Plan:
     Attributes:
       entry: of the catalogue.
       name: of the dataset.
-      sources: `items.Item` for files, patient numbers for phantoms.
+      sources: `files.Item` for files, patient numbers for phantoms.
       make_work: given a folder, makes what turns a part into its records, `parts.write_part`; imports what is heavy.
       label_names: class names in the order of their numbers.
       arguments: all that decides about the content of the shards, nothing about this machine.
@@ -54,16 +54,16 @@ class Plan:
     salt: bytes = b""
 
 
-def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
+def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     """The plan for a folder of files.
 
     Raises:
       InputError: the folder does not hold what the entry and the arguments say.
     """
-    from data_prep import collect, identity
+    from data_prep import find, identity
 
     root = pathlib.Path(source)
-    found = collect.collect(
+    found = find.collect(
         entry,
         root,
         labels=args.labels,
@@ -120,7 +120,7 @@ def files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     )
 
 
-def phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
+def plan_phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
     """The plan for simulated patients.
 
     Raises:
@@ -148,28 +148,30 @@ def phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
 
 
 def _storage(name: str, anatomy: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What files and phantoms alike tell `frames.Storage`."""
+    """What files and phantoms alike tell `work.Storage`."""
     size = {"image_size": args.image_size, "encoding": args.encoding, "quality": args.quality or 95}
     return {"dataset": name, "anatomy": anatomy} | size
 
 
 def _for_files(root: str, how: dict[str, Any], folder: str) -> Any:
-    from data_prep import frames, parts
+    from data_prep import work
+    from data_prep.write import parts
 
     return functools.partial(
         parts.write_part,
-        process=functools.partial(frames.process, root=root, how=frames.Storage(**how)),
-        digest=functools.partial(frames.digest, root=root),
+        process=functools.partial(work.process, root=root, how=work.Storage(**how)),
+        digest=functools.partial(work.digest, root=root),
         folder=folder,
     )
 
 
 def _for_phantoms(how: dict[str, Any], chosen: dict[str, int], folder: str) -> Any:
-    from data_prep import frames, parts
+    from data_prep import work
+    from data_prep.write import parts
 
     process = functools.partial(
-        frames.simulate,
-        how=frames.Storage(**how),
+        work.simulate,
+        how=work.Storage(**how),
         seed=chosen["seed"],
         frames=chosen["frames"],
         first_test=chosen["patients"] - chosen["patients"] // 5,

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from data_prep.ink import over, square
+from data_prep.clean.marks import over, square
 
 Box = tuple[int, int, int, int]
 

@@ -13,7 +13,7 @@ import math
 import cv2
 import numpy as np
 
-from data_prep.scan import Probe, to_space
+from data_prep.phantom.scanner import Probe, to_space
 
 
 @dataclasses.dataclass(frozen=True)

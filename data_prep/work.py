@@ -13,11 +13,11 @@ import cv2
 import numpy as np
 
 from data_prep import identity, masks, phantom
-from data_prep.deannotate import clean_frame
-from data_prep.items import Item, printable
+from data_prep.clean.inpainting import clean_frame
+from data_prep.clean.sector import Sector, find_sector
+from data_prep.find.files import Item, printable
 from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
 from data_prep.readers.clips import look_ahead
-from data_prep.sector import Sector, find_sector
 from usfmae_jax.data import fingerprints
 from usfmae_jax.data.records import Record, pixel_hash, to_uint8
 

@@ -1,8 +1,8 @@
 """Cleans frames: crops to the imaged sector and removes text, calipers, rulers, boxes, logos, marks, bars inside it.
 
-Grey ink is what `data_prep/ink.py` finds. Colour is ink when it is a thin stroke, of one colour, or a bar, that is a
-rectangle shaded along one axis; colour that varies over an area is Doppler or elastography and stays. Only the pixels
-found are filled from around them; no other pixel of the sector changes.
+Grey ink is what `data_prep/clean/marks.py` finds. Colour is ink when it is a thin stroke, of one colour, or a bar,
+that is a rectangle shaded along one axis; colour that varies over an area is Doppler or elastography and stays. Only
+the pixels found are filled from around them; no other pixel of the sector changes.
 """
 
 import dataclasses
@@ -10,9 +10,9 @@ import dataclasses
 import cv2
 import numpy as np
 
-from data_prep.ink import Regions, grey_ink, over, square
+from data_prep.clean.marks import Regions, grey_ink, over, square
+from data_prep.clean.sector import Sector
 from data_prep.readers.clips import COLOUR_SHARE, COLOUR_SPREAD
-from data_prep.sector import Sector
 
 _FILL = 3  # pixels, radius of the fill
 _COLOURED = 40  # grey levels between channels, beyond the tint of the frame

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import parallel
-from data_prep.items import Rejected
+from data_prep import isolate
+from data_prep.find.files import Rejected
 from data_prep.readers import UnreadableError
 from usfmae_jax.data.records import encode_record
 from usfmae_jax.errors import InputError
@@ -263,7 +263,7 @@ def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> dict[int,
 
 
 def run_here(
-    parts: Sequence[Part], work: parallel.Work, workers: int, limit: float, preload: str
+    parts: Sequence[Part], work: isolate.Work, workers: int, limit: float, preload: str
 ) -> Generator[tuple[Part, int], None, None]:
     """Makes parts in processes of this machine; yields each when it is finished, and its usable sources.
 
@@ -272,14 +272,14 @@ def run_here(
       work: a partial of `write_part`.
       workers: processes.
       limit: seconds without a sign of life after which a source is given up.
-      preload: see `parallel.isolated_map`.
+      preload: see `isolate.isolated_map`.
     """
-    with contextlib.closing(parallel.isolated_map(work, parts, workers, limit=limit, preload=preload)) as results:
+    with contextlib.closing(isolate.isolated_map(work, parts, workers, limit=limit, preload=preload)) as results:
         for number, usable in results:
             yield parts[number], usable
 
 
-def run_on_beam(parts: Sequence[Part], work: parallel.Work, limit: float, preload: str, options: Any) -> None:
+def run_on_beam(parts: Sequence[Part], work: isolate.Work, limit: float, preload: str, options: Any) -> None:
     """Makes parts with an Apache Beam pipeline, whose workers reach the folder of `work` under the same name.
 
     Args:
@@ -298,6 +298,6 @@ def run_on_beam(parts: Sequence[Part], work: parallel.Work, limit: float, preloa
         _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(one)
 
 
-def _run_one(part: Part, work: parallel.Work, limit: float, preload: str) -> int:
+def _run_one(part: Part, work: isolate.Work, limit: float, preload: str) -> int:
     ((_, usable),) = run_here([part], work, 1, limit, preload)
     return usable

@@ -8,9 +8,11 @@ import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, cast
 
-from data_prep import catalog, items, tables
+from data_prep import catalog
 from data_prep.catalog import Entry, Layout, fill, glob_matcher
-from data_prep.items import Item, printable
+from data_prep.find import files as items
+from data_prep.find import tables
+from data_prep.find.files import Item, printable
 from usfmae_jax.errors import InputError
 
 #: What a template is when the layout has none: the first of these whose groups the pattern has.
@@ -41,7 +43,7 @@ def collect(
     Args:
       entry: of the catalogue.
       root: the folder that holds the dataset, at any depth.
-      labels: see `items.collect`; a CSV file then says everything, whatever the entry.
+      labels: see `files.collect`; a CSV file then says everything, whatever the entry.
       include: globs to use instead of the entry's.
       pattern: regular expression to use instead of the entry's, with groups patient, video, frame, image, split, cls.
       switches: optional parts to take, or `catalog.SWITCHES`.

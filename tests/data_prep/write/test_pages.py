@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import pages
+from data_prep.write import pages
 from tests.data_prep.builds import picture
 from tests.html_pages import Reader, layout, words
 from usfmae_jax.data import records, tfrecord

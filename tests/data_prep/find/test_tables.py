@@ -6,10 +6,10 @@ import zipfile
 
 import pytest
 
-from data_prep import catalog, tables
+from data_prep import catalog
 from data_prep.catalog import Folds, Table
-from data_prep.collect import collect
-from data_prep.items import Item
+from data_prep.find import collect, tables
+from data_prep.find.files import Item
 from tests.data_prep.trees import TREES, coco, grow
 from usfmae_jax.errors import InputError
 

@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from data_prep import parallel
+from data_prep import isolate
 from usfmae_jax.errors import InputError
 
 
 def run(function, tasks, workers=2, limit=30.0):
-    return dict(parallel.isolated_map(function, tasks, workers, limit=limit, preload="data_prep.parallel"))
+    return dict(isolate.isolated_map(function, tasks, workers, limit=limit, preload="data_prep.isolate"))
 
 
 def double(task, given_up, begin):

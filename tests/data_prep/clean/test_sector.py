@@ -2,8 +2,9 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep import overlays, phantom
-from data_prep.sector import find_sector
+from benchmarks import overlays
+from data_prep import phantom
+from data_prep.clean.sector import find_sector
 
 
 def simulated(geometry, size=256, seed=3):

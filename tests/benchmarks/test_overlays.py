@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from data_prep import overlays, phantom
-from data_prep.overlays import KINDS, burn
+from benchmarks import overlays
+from benchmarks.overlays import KINDS, burn
+from data_prep import phantom
 
 
 @pytest.fixture(scope="module")
