@@ -120,7 +120,7 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
 
     started = time.monotonic()
     manifest = dataset.build(plan, target, downloaded, args)
-    print_summary(target, manifest, plan.warnings, time.monotonic() - started)
+    print_summary(target, manifest, plan.warnings, plan.tip, time.monotonic() - started)
     return target
 
 
@@ -173,6 +173,15 @@ def _add_sources(group: Any) -> None:
         default="",
         help="regular expression over the path, such as '(?P<patient>[^/]+)/'; groups: patient, video, frame, cls",
     )
+    add(
+        "--masks",
+        default="auto",
+        choices=("auto", "required", "off"),
+        help="auto: a mask that cannot be used costs its frame nothing, and files of --dataset=folder that are called "
+        "as masks of images beside them are (x_mask.png, masks/x.png); required: a frame whose mask cannot be used is "
+        "left out; off: none, and every file is a frame; default: auto",
+    )
+    add("--mask_colours", default="", help="classes of masks in colours: NAME=#RRGGBB, several with commas between")
     add("--optional", default="", help="parts of a dataset that are off by default; --dataset=NAME alone names them")
     add("--patients", type=_at_least(1), help=f"phantom: default: {PHANTOM['patients']}")
     add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {PHANTOM['frames']}")
@@ -244,7 +253,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.beam_pipeline_options and args.runner != "beam":
         raise InputError("--beam_pipeline_options is for --runner=beam")
     foreign = {
-        "phantom": ("input", "labels", "download", "include", "pattern", "optional", "exclude", "private"),
+        "phantom": (
+            *("input", "labels", "download", "include", "pattern", "optional", "exclude", "private", "mask_colours"),
+        ),
     }.get(args.dataset, tuple(PHANTOM))
     for flag in foreign:
         if getattr(args, flag) not in (None, "", False):

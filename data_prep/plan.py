@@ -14,6 +14,7 @@ from data_prep.catalog import Entry
 from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
+_CLASSES = 12  # folders, that may well be classes; more with numbers in their names are not
 PHANTOM = {"patients": 500, "frames": 4, "seed": 0}
 
 
@@ -30,9 +31,13 @@ class Plan:
       arguments: all that decides about the content of the shards, nothing about this machine.
       fingerprint: of the input files; empty for phantoms.
       rejected: files that cannot be used, found so far.
+      unmasked: files whose mask cannot be used, found so far.
+      masks_beside: how many files are masks of the images beside them.
+      mask_colours: of masks as the person has named them: dicts with class, name and colour.
       passed_over: kinds of files that were passed over, and how many.
       splits: official split tables by name, rows of (frame, fold, part).
       warnings: sentences for the person.
+      tip: how patients that are not known would be.
       thin: whether near-identical neighbours in a clip are dropped.
       deduplicate: whether frames that are there already are dropped.
       salt: of pseudonyms; empty where names are written as they are.
@@ -46,9 +51,13 @@ class Plan:
     arguments: dict[str, Any]
     fingerprint: str = ""
     rejected: list[Rejected] = dataclasses.field(default_factory=list)
+    unmasked: list[Rejected] = dataclasses.field(default_factory=list)
+    masks_beside: int = 0
+    mask_colours: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
     splits: dict[str, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
+    tip: str = ""
     thin: bool = False
     deduplicate: bool = False
     salt: bytes = b""
@@ -70,7 +79,9 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         include=tuple(filter(None, args.include.split(";"))),
         pattern=args.pattern,
         switches=tuple(filter(None, args.optional.split(","))),
+        masks=args.masks,
     )
+    colours = _mask_colours(args.mask_colours)
     private = entry.private or args.private
     salt = identity.load_salt(args.salt) if private else b""
     for_pretraining = not (entry.benchmark or args.labels)
@@ -88,6 +99,8 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         clean=chosen["clean"],
         thin=chosen["thin"],
         mask_kind=found.mask_kind,
+        mask_colours={tuple(bytes.fromhex(one["colour"][1:])): one["class"] for one in colours},
+        masks_required=args.masks == "required",
         options=options,
         only_sectors=private and chosen["clean"] and not args.whole_frames,
         salt=salt,
@@ -101,6 +114,11 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     arguments |= {"whole_frames": args.whole_frames, "time_limit": args.time_limit}
     arguments["labels"] = args.labels if args.labels in ("", "parent") else _sha256(args.labels)
     arguments["exclude"] = _sha256(args.exclude) if args.exclude else ""
+    # Only what is not the default: what earlier versions have built stays up to date.
+    given = {"masks": "" if args.masks == "auto" else args.masks, "mask_colours": args.mask_colours}
+    arguments |= {flag: value for flag, value in given.items() if value}
+    if found.beside:
+        arguments["masks_beside"] = found.beside
     arguments["salt"] = identity.salt_fingerprint(salt) if private else ""
     return Plan(
         entry=entry,
@@ -111,9 +129,13 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         arguments=arguments,
         fingerprint=_with_data_files(found.fingerprint, root, found.items),
         rejected=found.rejected,
+        unmasked=found.unmasked,
+        masks_beside=found.beside,
+        mask_colours=colours,
         passed_over=found.left_out,
         splits=found.splits,
         warnings=found.warnings,
+        tip=_patient_tip(found.items, args.labels),
         thin=chosen["thin"],
         deduplicate=chosen["deduplicate"],
         salt=salt,
@@ -177,6 +199,30 @@ def _for_phantoms(how: dict[str, Any], chosen: dict[str, int], folder: str) -> A
         first_test=chosen["patients"] - chosen["patients"] // 5,
     )
     return functools.partial(parts.write_part, process=process, folder=folder)
+
+
+def _mask_colours(text: str) -> list[dict[str, Any]]:
+    """NAME=#RRGGBB,... as the rows of a table; classes are numbered from 1 in this order."""
+    rows = []
+    for number, one in enumerate(filter(None, text.split(",")), 1):
+        found = re.fullmatch(r"\s*([^=]+?)\s*=\s*(#[0-9a-fA-F]{6})\s*", one)
+        if not found:
+            raise InputError(f"--mask_colours: {one!r} is not NAME=#RRGGBB, as in lesion=#ff0000,cyst=#00ff00")
+        rows.append({"class": number, "name": found[1], "colour": found[2].lower()})
+    if len({row["colour"] for row in rows}) < len(rows):
+        raise InputError(f"--mask_colours={text} gives one colour two names")
+    return rows
+
+
+def _patient_tip(items: list[Any], labels: str) -> str:
+    """A pattern that may find patients in paths: folders that look like numbered patients, else names of files."""
+    folders = {item.path.split("/")[0] for item in items if "/" in item.path}
+    numbered = len(folders) > _CLASSES and all(re.search(r"\d", folder) for folder in folders)
+    if labels not in ("", "parent"):
+        return "The table may have a column 'patient'"
+    pattern = "^(?P<patient>[^/]+)/" if numbered and not labels else "(?P<patient>[^/_]+)_[^/]*$"
+    where = "folders are" if numbered and not labels else "names of files begin with"
+    return f"If {where} patients, add --pattern='{pattern}'"
 
 
 def _private_warnings(clean: bool, args: argparse.Namespace, label_names: list[str]) -> list[str]:

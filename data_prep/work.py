@@ -15,7 +15,7 @@ import numpy as np
 from data_prep import identity, masks, phantom
 from data_prep.clean.inpainting import clean_frame
 from data_prep.clean.sector import Sector, find_sector
-from data_prep.find.files import Item, printable
+from data_prep.find.files import Item, known_patient, printable
 from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
 from data_prep.readers.clips import look_ahead
 from usfmae_jax.data import fingerprints
@@ -45,6 +45,8 @@ class Storage:
       clean: crop to the imaged sector, blank what is outside, remove burnt-in annotations.
       thin: drop a frame of a clip that is near-identical to the last one kept.
       mask_kind: of mask files, see `masks.read_mask_as`.
+      mask_colours: class number by colour of masks that are drawn in colours; empty leaves them in colours.
+      masks_required: whether a file whose mask cannot be used is unreadable.
       options: of readers.
       only_sectors: drop frames in which no imaged sector is found: the whole frame may name the patient.
       salt: secret that ids and paths are hashed with; empty writes them as they are.
@@ -58,6 +60,8 @@ class Storage:
     clean: bool = False
     thin: bool = False
     mask_kind: str = "image"
+    mask_colours: masks.Colours = dataclasses.field(default_factory=dict)
+    masks_required: bool = False
     options: Options = DEFAULTS
     only_sectors: bool = False
     salt: bytes = b""
@@ -78,6 +82,8 @@ class Stored:
       removed: kinds of information in the source that were not taken over.
       warnings: of the reader about the source, so far.
       originals: pseudonym, kind and what stands behind it, for the person who holds the linkage table.
+      mask_colours: of a mask that is stored in colours, since they have no numbers yet.
+      mask_problem: why the mask of the file cannot be used.
     """
 
     record: Record
@@ -90,24 +96,29 @@ class Stored:
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     originals: tuple[Original, ...] = ()
+    mask_colours: tuple[str, ...] = ()
+    mask_problem: str = ""
 
 
 def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
     """Yields the records of one source file, and for every frame that is dropped the reason.
 
     Raises:
-      UnreadableError: the file, or its mask, cannot be used.
+      UnreadableError: the file cannot be used, or its mask, if one is required.
     """
     frames = read_frames(os.path.join(root, item.path), how.options)
     head, rest = look_ahead(frames, lambda first: len(first) == _HEAD)
     # The frames of a clip share one; those of other files may differ in size.
     sectors: dict[tuple[int, int], Sector] = {}
+    drawn: dict[tuple[int, int], tuple[np.ndarray | None, str]] = {}
     last, video, warnings = None, "", set[str]()
     for frame in itertools.chain(head, rest):
         warnings |= set(frame.warnings)  # also of a frame that is dropped
         pixels, cleaned = to_uint8(frame.pixels), None
         shape = pixels.shape[:2]
-        mask = _mask(item, root, how, shape) if item.mask else None
+        if shape not in drawn:
+            drawn[shape] = _mask(item, root, how, shape)
+        mask, problem = drawn[shape]
         if how.clean:
             if shape not in sectors:
                 alike = [to_uint8(one.pixels) for one in head if one.pixels.shape[:2] == shape]
@@ -139,6 +150,8 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             removed=frame.removed,
             warnings=tuple(sorted(warnings)),
             originals=originals,
+            mask_colours=tuple(masks.colours_of(mask)) if mask is not None and mask.ndim == 3 else (),
+            mask_problem=problem,
         )
 
 
@@ -161,17 +174,24 @@ def digest(item: Item, beat: Callable[[], None], root: str) -> str:
     return whole.hexdigest()
 
 
-def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> np.ndarray:
-    try:
-        return masks.read_mask_as(how.mask_kind, os.path.join(root, item.mask), shape)
-    except UnreadableError as error:
-        # A path may be an identifier.
-        raise UnreadableError(f"mask{'' if how.salt else ' ' + printable(item.mask)}: {error}") from error
+def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[np.ndarray | None, str]:
+    """The masks of a file as one, or why there is none that can be used."""
+    found = []
+    for path in item.masks:
+        try:
+            found.append(masks.read_mask_as(how.mask_kind, os.path.join(root, path), shape, how.mask_colours))
+        except UnreadableError as error:
+            # A path may be an identifier.
+            problem = f"mask{'' if how.salt else ' ' + printable(path)}: {error}"
+            if how.masks_required:
+                raise UnreadableError(problem) from error
+            return None, problem  # a part of what is meant would be wrong
+    return (masks.join(found) if found else None), ""
 
 
 def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, tuple[Original, ...]]:
     """Ids as they are stored, whether the patient is known, and what pseudonyms stand for."""
-    patient, video, source = item.patient or frame.patient, item.video or frame.video, item.source
+    patient, video, source = item.patient or known_patient(frame.patient), item.video or frame.video, item.source
     originals: list[Original] = []
 
     def stored(kind: str, value: str) -> str:
@@ -209,7 +229,7 @@ def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, la
 
     Args:
       pixels: uint8 `[H, W, C]`, C = 1 or 3 (RGB), in their own size or the stored one.
-      mask: uint8 `[H, W]` of their own size, or None.
+      mask: uint8 `[H, W]` or RGB `[H, W, 3]` of their own size, or None.
       how: size and encoding.
       label: class number, -1 for none.
       **ids: `patient`, `video`, `frame`, `source`, and `sha256` of the pixels as read.

@@ -5,14 +5,28 @@ import dataclasses
 import pathlib
 import posixpath
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from data_prep import catalog
 from data_prep.catalog import Entry, Layout, fill, glob_matcher
-from data_prep.find import files as items
 from data_prep.find import tables
-from data_prep.find.files import Item, printable
+from data_prep.find.beside import find_masks
+from data_prep.find.files import (
+    FOLDER_LINK,
+    SPLITS,
+    Collection,
+    Item,
+    Rejected,
+    Scan,
+    check_splits,
+    fingerprint,
+    holder,
+    known_patient,
+    label_names,
+    printable,
+    scan_folder,
+)
 from usfmae_jax.errors import InputError
 
 #: What a template is when the layout has none: the first of these whose groups the pattern has.
@@ -37,16 +51,19 @@ def collect(
     include: Sequence[str] = (),
     pattern: str = "",
     switches: Sequence[str] = (),
-) -> items.Collection:
+    masks: str = "auto",
+) -> Collection:
     """Finds the files of a dataset and what paths and tables say about them.
 
     Args:
       entry: of the catalogue.
       root: the folder that holds the dataset, at any depth.
-      labels: see `files.collect`; a CSV file then says everything, whatever the entry.
+      labels: "" for those of the entry, "parent" for the name of the folder that holds the file, or the path of a table
+        that then says everything, whatever the entry, see `tables.read_labels`.
       include: globs to use instead of the entry's.
       pattern: regular expression to use instead of the entry's, with groups patient, video, frame, image, split, cls.
       switches: optional parts to take, or `catalog.SWITCHES`.
+      masks: "off" takes none, and what lies beside images as their masks do for frames.
 
     Raises:
       InputError: no files, an argument that does not fit the entry, a damaged table, or a patient in two splits.
@@ -57,40 +74,93 @@ def collect(
     _check_arguments(entry, pattern, switches)
     from data_prep.readers import SUFFIXES, Options  # with OpenCV behind them, which the catalogue can do without
 
+    masks = "off" if "no_masks" in switches else masks
     plain = entry.generic and any("*" in layout.suffixes for layout in entry.layouts)
-    if labels not in ("", "parent") or (plain and not (include or pattern)):
-        return dataclasses.replace(items.collect(root, labels, SUFFIXES, _can_be_read), options=Options())
-    scan = items.scan_folder(root, lambda path: True)
-    layout, paths = _choose_layout(entry, root, scan, include, pattern, switches)
-    known = {path: _variables(path, layout.pattern) for path in paths}
-    warnings = _unmatched(layout, paths)
+    listed = labels not in ("", "parent")
+    if listed or (plain and not (include or pattern)):
+        scan = scan_folder(root, lambda path: path.lower().endswith(tuple(SUFFIXES)) or _can_be_read(root / path))
+        if listed:
+            return dataclasses.replace(_listed(root, labels, scan, masks), options=Options())
+        if not scan.files:
+            endings = ", ".join(sorted(SUFFIXES))
+            raise InputError(f"--input={root} holds no images: expected files that end in {endings}")
+        layout, paths = Layout(("**",)), sorted(scan.files, key=printable)
+    else:
+        scan = scan_folder(root, lambda path: True)
+        layout, paths = _choose_layout(entry, root, scan, include, pattern, switches)
+    by_name = _beside(scan.files, paths) if entry.generic and masks != "off" else {}
+    drawn = {mask for found in by_name.values() for mask in found}
+    known = {path: _variables(path, layout.pattern) for path in paths if path not in drawn}
+    warnings = _unmatched(layout, known)
     values = _values(layout, known)
     used = tables.apply(root, layout.tables, scan.files, known, values, warnings)
     if labels:
-        for path in paths:
-            values[path]["label"] = items.holder(path)
-    names = list(entry.classes) or items.label_names(value.get("label", "") for value in values.values())
-    found = _items(layout, names, known, values, switches, scan.files, warnings)
-    items.check_splits(found, "--optional=one_split puts all of them in train")
+        for path in known:
+            values[path]["label"] = holder(path)
+    where = "by renaming folders" if labels else "in the paths or tables"
+    names = list(entry.classes) or label_names((value.get("label", "") for value in values.values()), where)
+    if masks != "off":
+        by_name = by_name or _masks(layout, known, scan.files, warnings)
+    found = _items(layout, names, by_name, values, switches, warnings)
+    check_splits(found, "--optional=one_split puts all of them in train")
     splits: dict[str, list[tuple[str, str, str]]] = {}
     for folds in layout.folds:
         by_key = {tables.plain_key(folds.match, known[item.path]): item for item in found}
         rows, read = tables.read_folds(root, folds, scan.files, by_key, warnings)
         splits |= {folds.name: rows} if rows else {}
         used |= read
-    used |= {item.mask for item in found if item.mask}
+    used |= {*known, *(mask for item in found for mask in item.masks)}
     warnings += _count(entry, found, names)
-    return items.Collection(
+    return Collection(
         items=found,
         label_names=names,
         rejected=_rejected(scan, layout),
-        left_out=_left_out(scan, layout, used | set(paths)),
-        fingerprint=items.fingerprint({path: scan.files[path] for path in used | set(paths)}),
+        left_out=_left_out(scan, layout, used),
+        fingerprint=fingerprint({path: scan.files[path] for path in used}),
         options=Options(**cast("Any", layout.reader)),
-        mask_kind=layout.mask_kind,
+        mask_kind="auto" if drawn else layout.mask_kind,
+        beside=len(drawn),
         splits=splits,
         warnings=warnings,
     )
+
+
+def _listed(root: pathlib.Path, labels: str, scan: Scan, masks: str) -> Collection:
+    """What a table of one's own says."""
+    found, names, stats, rejected, unmasked = tables.read_labels(root, labels, masks)
+    kind, drawn = "image", set()
+    listed = {item.path for item in found}
+    if masks != "off" and not (unmasked or any(item.masks for item in found)):
+        by_name = {path: some for path, some in _beside(scan.files).items() if path in listed}
+        drawn = {mask for some in by_name.values() for mask in some} - listed
+        if drawn:
+            kind = "auto"
+            found = [
+                dataclasses.replace(item, masks=tuple(mask for mask in by_name.get(item.path, ()) if mask in drawn))
+                for item in found
+            ]
+            stats |= {mask: scan.files[mask] for mask in drawn}
+    scan.left_out["images not in the labels file"] = len(scan.files.keys() - stats.keys())
+    return Collection(
+        items=found,
+        label_names=names,
+        rejected=rejected,
+        left_out=dict(+scan.left_out),
+        fingerprint=fingerprint(stats),
+        mask_kind=kind,
+        unmasked=unmasked,
+        beside=len(drawn),
+    )
+
+
+def _beside(files: Iterable[str], paths: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Masks by the path of their image, of images and volumes; of `paths` alone, if there are any."""
+    from data_prep.readers import IMAGES, VOLUMES
+
+    can_be = tuple(IMAGES | VOLUMES)
+    found = find_masks(path for path in files if path.lower().endswith(can_be))
+    wanted = set(paths)
+    return {path: some for path, some in found.items() if not wanted or path in wanted}
 
 
 def _check_arguments(entry: Entry, pattern: str, switches: Sequence[str]) -> None:
@@ -111,7 +181,7 @@ def _check_arguments(entry: Entry, pattern: str, switches: Sequence[str]) -> Non
 def _choose_layout(
     entry: Entry,
     root: pathlib.Path,
-    scan: items.Scan,
+    scan: Scan,
     include: Sequence[str],
     pattern: str,
     switches: Sequence[str],
@@ -196,7 +266,7 @@ def _variables(path: str, pattern: str) -> Values:
     return places | {"up": posixpath.dirname(folder) or "."} | groups
 
 
-def _unmatched(layout: Layout, paths: list[str]) -> list[str]:
+def _unmatched(layout: Layout, paths: Iterable[str]) -> list[str]:
     strange = [path for path in paths if layout.pattern and not re.search(layout.pattern, path)]
     if not strange:
         return []
@@ -222,23 +292,21 @@ def _values(layout: Layout, known: Mapping[str, Values]) -> dict[str, Values]:
 def _items(
     layout: Layout,
     names: list[str],
-    known: Mapping[str, Values],
+    masks: Mapping[str, tuple[str, ...]],
     values: Mapping[str, Values],
     switches: Sequence[str],
-    files: Container[str],
     warnings: list[str],
 ) -> list[Item]:
     """Every file with what is known about it; adds to `warnings`."""
-    masks = {} if "no_masks" in switches else {path: _mask(layout, variables) for path, variables in known.items()}
-    if any(masks.values()) and not any(mask in files for mask in masks.values()):
-        warnings.append(f"there are no masks, which were expected at {layout.mask}")
     found = [
         Item(
             path,
-            mask=masks[path] if masks.get(path) in files else "",
+            masks=masks.get(path, ()),
             split="train" if "one_split" in switches else _split(layout, path, value.get("split", "")),
             label=_label_number(layout, names, value.get("label", "")),
-            **{field: value.get(field, "") for field in ("patient", "video", "frame")},
+            patient=known_patient(value.get("patient", "")),
+            video=value.get("video", ""),
+            frame=value.get("frame", ""),
         )
         for path, value in values.items()
     ]
@@ -248,13 +316,20 @@ def _items(
     return _unique_frames(found, warnings)
 
 
-def _mask(layout: Layout, variables: Values) -> str:
-    path = fill(layout.mask, variables)
-    return posixpath.normpath(path) if path else ""
+def _masks(
+    layout: Layout, known: Mapping[str, Values], files: Container[str], warnings: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """The masks that a layout names, by the path of their image; adds to `warnings` if none of them is there."""
+    named = {path: fill(layout.mask, variables) for path, variables in known.items()}
+    named = {path: posixpath.normpath(mask) for path, mask in named.items() if mask}
+    found: dict[str, tuple[str, ...]] = {path: (mask,) for path, mask in named.items() if mask in files}
+    if named and not found:
+        warnings.append(f"there are no masks, which were expected at {layout.mask}")
+    return found
 
 
 def _split(layout: Layout, path: str, value: str) -> str:
-    split = layout.splits.get(value, items.SPLITS.get(value.lower(), ""))
+    split = layout.splits.get(value, SPLITS.get(value.lower(), ""))
     if not split:
         known = ", ".join([*layout.splits, "train", "val", "test"])
         raise InputError(
@@ -294,12 +369,12 @@ def _count(entry: Entry, found: list[Item], names: list[str]) -> list[str]:
     ]
 
 
-def _rejected(scan: items.Scan, layout: Layout) -> list[items.Rejected]:
+def _rejected(scan: Scan, layout: Layout) -> list[Rejected]:
     wanted = _wanted(layout)
-    return [one for one in scan.rejected if one.reason == items.FOLDER_LINK or wanted(one.source)]
+    return [one for one in scan.rejected if one.reason == FOLDER_LINK or wanted(one.source)]
 
 
-def _left_out(scan: items.Scan, layout: Layout, used: set[str]) -> dict[str, int]:
+def _left_out(scan: Scan, layout: Layout, used: set[str]) -> dict[str, int]:
     excluded = glob_matcher(layout.exclude)
     scan.left_out.update(
         "masks and copies that the catalogue excludes" if excluded(path) else "other files"

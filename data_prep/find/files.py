@@ -1,25 +1,29 @@
-"""A folder of images and its labels: which files there are, and what is known about each without opening it.
+"""A folder: which files there are, and how names in it are spelled, told apart and shown.
 
-Every dataset becomes a `Collection`; the plain folder is the one that knows least. Standard library only, so that
-finding out that there is nothing to do takes no time.
+Standard library only, so that finding out that there is nothing to do takes no time.
 """
 
 import collections
-import csv
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
+import re
 import stat
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from usfmae_jax.errors import InputError
 
-COLUMNS = ("file", "label", "patient", "video", "split", "mask")
 SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
 FOLDER_LINK = "link to a folder, not followed"
+_NO_VALUE = {"na", "n/a", "#n/a", "<na>", "nan", "null"}  # as spreadsheets, R and pandas write it
+_NOBODY = re.compile(
+    "|anon(ym(ous|i[sz]ed)?)?(patient)?|deid(entified)?|(patient)?unknown(patient)?|none|null|nan?|notavailable|noname"
+    "|unnamed|redacted|removed|xxx+"
+)
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
 _LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # of archives and file managers: as good as hidden
 
@@ -29,7 +33,7 @@ class Item:
     """One source file of a dataset; paths are relative to the dataset and spelled as the file system does."""
 
     path: str
-    mask: str = ""
+    masks: tuple[str, ...] = ()  # several are joined
     split: str = "train"
     label: int = -1  # -1 = none
     patient: str = ""  # empty = unknown: the video is then all that is known to belong together
@@ -58,10 +62,12 @@ class Collection:
       items: in order.
       label_names: class names in the order of their numbers.
       rejected: files that cannot be used, found so far.
+      unmasked: files whose mask cannot be used, found so far.
       left_out: kinds of files that were passed over, and how many.
       fingerprint: changes when a file that takes part does.
       options: of the readers, `readers.Options`.
       mask_kind: how the masks are read, see `masks.read_mask_as`.
+      beside: masks that were found beside the images by their names.
       splits: official tables of folds by name: rows of (frame, fold, part), part being train, validation or test.
       warnings: sentences for the person.
     """
@@ -73,6 +79,8 @@ class Collection:
     fingerprint: str
     options: Any = None
     mask_kind: str = "image"
+    unmasked: list[Rejected] = dataclasses.field(default_factory=list)
+    beside: int = 0
     splits: dict[str, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
 
@@ -92,42 +100,45 @@ def printable(path: str) -> str:
     return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def collect(
-    root: pathlib.Path, labels: str, suffixes: Iterable[str], can_be_read: Callable[[pathlib.Path], bool]
-) -> Collection:
-    """Lists a folder.
+def stated(cell: str) -> str:
+    """A cell of a table without blanks around it; empty if it says that there is no value."""
+    cell = cell.strip()
+    return "" if cell.casefold() in _NO_VALUE else cell
 
-    Args:
-      root: the folder, searched with everything below it; hidden files and linked folders are passed over.
-      labels: "" for none, "parent" for the name of the directory that holds the file, or the path of a CSV file that
-        has the column `file` and may have the others of `COLUMNS`; files it does not list are then left out.
-      suffixes: of files that can be read, in lower case.
-      can_be_read: tells by its content whether a file with another suffix, or none, can be.
 
-    Raises:
-      InputError: no folder, no images, or a labels file that does not fit them.
-    """
-    if not root.is_dir():
-        raise InputError(f"--input={root} is not a folder")
-    root = root.resolve()
-    known = tuple(suffixes)
-    scan = scan_folder(root, lambda path: path.lower().endswith(known) or can_be_read(root / path))
-    if labels in ("", "parent"):
-        paths = sorted(scan.files, key=printable)
-        holders = [holder(path) if labels else "" for path in paths]
-        names = label_names(holders)
-        items = [Item(path, label=_number(label, names)) for path, label in zip(paths, holders, strict=True)]
-        stats = scan.files
-        if not items:
-            raise InputError(
-                f"--input={root} holds no images: expected files that end in {', '.join(sorted(suffixes))}"
-            )
-    else:
-        items, names, stats, rejected = _read_labels(root, labels)
-        listed = {item.path for item in items} | {item.mask for item in items}
-        scan.left_out["images not in the labels file"] = len(scan.files.keys() - listed)
-        scan.rejected = rejected
-    return Collection(items, names, scan.rejected, dict(+scan.left_out), fingerprint(stats))
+def known_patient(name: str) -> str:
+    """The name of a patient; empty for one that stands for all whose name was taken away, such as "Anonymous"."""
+    letters = "".join(filter(str.isalnum, name.partition("(")[0].casefold()))  # behind it: who issued it
+    return "" if _NOBODY.fullmatch(letters) else name
+
+
+def spelling(name: str) -> str:
+    """What names of files are compared by: accents are written in two ways, and not always in UTF-8."""
+    data = os.fsencode(name)
+    try:
+        return unicodedata.normalize("NFC", data.decode())
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace")
+
+
+def existing(root: pathlib.Path, path: str) -> str:
+    """A path below `root` as the file system spells it; as it is if nothing there is called so."""
+    if os.path.lexists(root / path):
+        return path
+    found = ""
+    for name in path.split(os.sep):
+        full = os.path.join(found, name)
+        if not os.path.lexists(root / full):
+            folder = str(root / found)
+            changed = os.stat(folder).st_mtime_ns if os.path.isdir(folder) else 0
+            full = os.path.join(found, _names(folder, changed).get(spelling(name), name))
+        found = full
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _names(folder: str, changed: int) -> dict[str, str]:
+    return {spelling(name): name for name in os.listdir(folder)} if changed else {}
 
 
 def fingerprint(stats: dict[str, tuple[int, int]]) -> str:
@@ -138,26 +149,35 @@ def fingerprint(stats: dict[str, tuple[int, int]]) -> str:
     return digest.hexdigest()
 
 
-def label_names(labels: Iterable[str]) -> list[str]:
-    """Class names in the order of their numbers, by value if all are integers; "" and -1 are none."""
+def label_names(labels: Iterable[str], where: str) -> list[str]:
+    """Class names in the order of their numbers, by value if all are integers; "" and -1 are none.
+
+    Raises:
+      InputError: two differ in case only; the message says `where` they can be given one spelling.
+    """
     names = sorted(set(labels) - {"", "-1"})
+    spellings: dict[str, str] = {}
+    for name in names:
+        other = spellings.setdefault(name.casefold(), name)
+        if other != name:
+            raise InputError(
+                f"the classes {other!r} and {name!r} differ in upper and lower case only: are they one? "
+                f"Give them one spelling {where}, or names that differ more"
+            )
     try:
         return sorted(names, key=int)
     except ValueError:
         return names
 
 
-def _number(label: str, names: list[str]) -> int:
-    return names.index(label) if label in names else -1
-
-
 def holder(path: str) -> str:
     """Name of the folder that holds a file; empty at the top, where that of the input folder says nothing."""
-    return _one_line(os.path.basename(os.path.dirname(path)))
+    return one_line(os.path.basename(os.path.dirname(path)))
 
 
-def _one_line(label: str) -> str:
-    return " ".join(printable(label).split())  # the list of class names has one a line
+def one_line(label: str) -> str:
+    """A class name as the list of names holds it, which has one a line."""
+    return unicodedata.normalize("NFC", " ".join(printable(label).split()))
 
 
 def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
@@ -189,7 +209,7 @@ def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
                 is_archive = name.lower().endswith(_ARCHIVES)
                 scan.left_out["archives, which have to be unpacked first" if is_archive else "other files"] += 1
                 continue
-            found = _stat(root, path)
+            found = check_file(root, path)
             if isinstance(found, str):
                 scan.rejected.append(Rejected(printable(path), found))
             else:
@@ -201,7 +221,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in _LITTER
 
 
-def _stat(root: pathlib.Path, path: str) -> tuple[int, int] | str:
+def check_file(root: pathlib.Path, path: str) -> tuple[int, int] | str:
     """(size, mtime_ns) of a file below `root`, which is absolute and no link; or why it cannot be used."""
     full = os.path.join(root, path)
     # What a link points at outside the input would end up in the shards without having been asked for.
@@ -219,87 +239,6 @@ def _stat(root: pathlib.Path, path: str) -> tuple[int, int] | str:
 @functools.lru_cache(maxsize=4096)  # one file after the other lies in the same folder
 def _is_below(path: str, root: str) -> bool:
     return os.path.commonpath([os.path.realpath(path), root]) == root
-
-
-def _read_labels(
-    root: pathlib.Path, labels: str
-) -> tuple[list[Item], list[str], dict[str, tuple[int, int]], list[Rejected]]:
-    rows = _rows(labels)
-    names = label_names(row["label"] for row in rows)
-    items: list[Item] = []
-    rejected: list[Rejected] = []
-    stats: dict[str, tuple[int, int]] = {}
-    missing: list[str] = []
-    seen: set[str] = set()
-    for row in rows:
-        if row["split"] not in SPLITS:
-            raise InputError(
-                f"--labels={labels}: split {row['split']!r} of {printable(row['file'])!r} is none of train, val, test"
-            )
-        item = Item(
-            path=_relative(root, labels, row["file"]),
-            mask=_relative(root, labels, row["mask"]) if row["mask"] else "",
-            split=SPLITS[row["split"]],
-            label=_number(row["label"], names),
-            patient=printable(row["patient"]),
-            video=printable(row["video"]),
-        )
-        if item.path in seen:
-            raise InputError(f"--labels={labels} lists {item.source!r} more than once")
-        seen.add(item.path)
-        problem = ""
-        for path in filter(None, (item.path, item.mask)):
-            if not os.path.lexists(root / path):
-                missing.append(printable(path))
-                continue
-            found = _stat(root, path)
-            stats[path] = (0, 0) if isinstance(found, str) else found
-            problem = found if isinstance(found, str) else problem
-        if problem:
-            rejected.append(Rejected(item.source, problem))
-        else:
-            items.append(item)
-    if missing:
-        raise InputError(
-            f"--labels={labels} names {len(missing)} files that are not below --input={root}, first {missing[0]!r}"
-        )
-    check_splits(items, "give all frames of a patient the same split")
-    return items, names, stats, rejected
-
-
-def _rows(labels: str) -> list[dict[str, str]]:
-    try:
-        with pathlib.Path(labels).open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            head = file.readline()
-            file.seek(0)
-            # Excel separates with what the region of the computer does not use in numbers.
-            separator = max(",;\t", key=head.count)
-            reader = csv.DictReader(file, restval="", delimiter=separator)
-            found = [(name or "").strip() for name in reader.fieldnames or []]
-            reader.fieldnames = found
-            if "file" not in found:
-                raise InputError(f"--labels={labels} has no column 'file', only {found}; it may have {list(COLUMNS)}")
-            rows = [{name: (row.get(name) or "").strip() for name in COLUMNS} for row in reader]
-    except OSError as error:
-        raise InputError(f"--labels={labels} is neither 'parent' nor a file: {error.strerror}") from error
-    except csv.Error as error:
-        raise InputError(f"--labels={labels} is no CSV file: {error}") from error
-    if not rows:
-        raise InputError(f"--labels={labels} lists no files")
-    for row in rows:
-        row["label"] = _one_line(row["label"])
-    return rows
-
-
-def _relative(root: pathlib.Path, labels: str, path: str) -> str:
-    if "\\" in path and not os.path.lexists(root / path):  # as Windows writes it
-        path = path.replace("\\", "/")
-    if os.path.isabs(path) and pathlib.Path(path).is_relative_to(root):
-        path = os.path.relpath(path, root)
-    normal = os.path.normpath(path) if path else ""
-    if not normal or os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
-        raise InputError(f"--labels={labels}: {printable(path)!r} is not a path below --input")
-    return normal
 
 
 def check_splits(items: Iterable[Item], remedy: str) -> None:

@@ -1,9 +1,12 @@
 """What tables say about files: labels, patients, splits and folds from CSV, XLSX, text and COCO JSON files.
 
-Every kind becomes rows of text by column name; which column means what is up to the catalogue.
+Every kind becomes rows of text by column name; which column means what is up to the catalogue, or fixed in `COLUMNS`
+for a table of one's own.
 """
 
+import codecs
 import collections
+import contextlib
 import csv
 import dataclasses
 import io
@@ -12,15 +15,30 @@ import os
 import pathlib
 import posixpath
 import re
+import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data_prep.catalog import Folds, Table, fill, glob_matcher
-from data_prep.find.files import SPLITS, Item, printable
+from data_prep.find.files import (
+    SPLITS,
+    Item,
+    Rejected,
+    check_file,
+    check_splits,
+    existing,
+    known_patient,
+    label_names,
+    one_line,
+    printable,
+    stated,
+)
 from usfmae_jax.errors import InputError
 
+COLUMNS = ("file", "label", "patient", "video", "split", "mask")  # of a table of one's own
 MAX_BYTES = 64 << 20
+_EXCEL = ".xlsx", ".xlsm"
 _FOLD_VALUES = {"1": "train", "0": "validation"}
 
 Row = dict[str, str]
@@ -51,14 +69,15 @@ class Known:
             del self.values[key][field]
 
 
-def read_table(path: pathlib.Path, columns: tuple[str, ...] = ()) -> list[Row]:
-    """Reads a table as text, blanks around names and cells removed.
+def read_table(path: pathlib.Path, columns: tuple[str, ...] = (), kind: str = "") -> list[Row]:
+    """Reads a table as text, in whatever encoding, without blanks around names and cells and without "NA" and the like.
 
     Args:
       path: a .json file is taken for COCO object detection: a row per annotation, and one per image without any, with
         the columns file_name (its last part) and category; .xlsx is the first sheet; .txt is split at white space;
         all else is CSV, separated by commas, semicolons or tabs, whichever the first line has most of.
       columns: names, for a file without a header.
+      kind: suffix that it is read as, instead of its own.
 
     Raises:
       InputError: the file is no such table, or larger than `MAX_BYTES`.
@@ -71,13 +90,25 @@ def read_table(path: pathlib.Path, columns: tuple[str, ...] = ()) -> list[Row]:
     except OSError as error:
         raise InputError(f"table {path.name} cannot be read: {error.strerror}") from error
     try:
-        kind = path.suffix.lower()
+        kind = kind or path.suffix.lower()
         if kind == ".json":
             return _coco_rows(json.loads(data))
-        lines = _xlsx_lines(data) if kind == ".xlsx" else _text_lines(data.decode("utf-8-sig", "surrogateescape"), kind)
-        return _rows([[printable(cell.strip()) for cell in line] for line in lines], columns)
+        lines = _xlsx_lines(data) if kind in _EXCEL else _text_lines(_decode(data), kind)
+        return _rows([[stated(cell) for cell in line] for line in lines], columns)
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error, RecursionError, zipfile.BadZipFile) as error:
         raise InputError(f"table {path.name} is damaged or of another kind: {error}") from error
+
+
+def _decode(data: bytes) -> str:
+    """Text as editors and spreadsheets save it: UTF-8 or UTF-16, with or without a mark, or that of Windows."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if zeros := data[:1000].count(0):
+        return data.decode("utf-16-le" if data[1:1000:2].count(0) > zeros / 2 else "utf-16-be")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("latin-1")
 
 
 def _text_lines(text: str, kind: str) -> Iterable[list[str]]:
@@ -119,10 +150,102 @@ def _coco_rows(data: Any) -> list[Row]:
     ]
 
 
+def read_labels(
+    root: pathlib.Path, labels: str, masks: str
+) -> tuple[list[Item], list[str], dict[str, tuple[int, int]], list[Rejected], list[Rejected]]:
+    """A table of one's own, with the column `file` and perhaps others of `COLUMNS`.
+
+    Args:
+      root: the folder with the files.
+      labels: path of the table: CSV, whatever its suffix, or XLSX.
+      masks: "auto", "required" or "off"; in the first case a mask that cannot be used costs its frame nothing.
+
+    Returns:
+      Items, class names, (size, mtime_ns) by path, files that cannot be used, and those whose mask cannot be.
+
+    Raises:
+      InputError: the table does not fit the files, or puts a patient into two splits.
+    """
+    rows = _label_rows(labels)
+    names = label_names((row["label"] for row in rows), f"in {labels}")
+    items: dict[str, Item] = {}
+    stats: dict[str, tuple[int, int]] = {}
+    problems: dict[str, list[Rejected]] = {"file": [], "mask": []}
+    missing: dict[str, list[str]] = {"file": [], "mask": []}
+    for row in rows:
+        if row["split"] not in SPLITS:
+            raise InputError(
+                f"--labels={labels}: split {row['split']!r} of {printable(row['file'])!r} is none of train, val, test"
+            )
+        paths = {"file": _relative(root, labels, row["file"])}
+        if row["mask"] and masks != "off":
+            paths["mask"] = _relative(root, labels, row["mask"])
+        source = printable(paths["file"])
+        if paths["file"] in items:
+            raise InputError(f"--labels={labels} lists {source!r} more than once")
+        wrong = {}
+        for column, path in paths.items():
+            if not os.path.lexists(root / path):
+                missing[column].append(printable(path))
+                wrong[column] = "is missing"
+                continue
+            found = check_file(root, path)
+            stats[path] = (0, 0) if isinstance(found, str) else found
+            if isinstance(found, str):
+                wrong[column] = found
+        items[paths["file"]] = Item(
+            path=paths["file"],
+            masks=() if "mask" in wrong or "mask" not in paths else (paths["mask"],),
+            split=SPLITS[row["split"]],
+            label=names.index(row["label"]) if row["label"] in names else -1,
+            patient=known_patient(row["patient"]),
+            video=row["video"],
+        )
+        for column, reason in wrong.items():
+            reason = reason if column == "file" else f"mask: {reason}"
+            problems[column if masks == "auto" else "file"].append(Rejected(source, reason))
+    all_masks = missing["mask"] if masks == "required" or not any(item.masks for item in items.values()) else []
+    if gone := missing["file"] + all_masks:
+        raise InputError(
+            f"--labels={labels} names {len(gone)} files that are not below --input={root}, first {gone[0]!r}"
+        )
+    rejected = {one.source for one in problems["file"]}
+    kept = [item for item in items.values() if item.source not in rejected]
+    check_splits(kept, "give all frames of a patient the same split")
+    return kept, names, stats, problems["file"], [one for one in problems["mask"] if one.source not in rejected]
+
+
+def _label_rows(labels: str) -> list[Row]:
+    path = pathlib.Path(labels)
+    if not path.is_file():
+        raise InputError(f"--labels={labels} is neither 'parent' nor a file")
+    try:
+        rows = read_table(path, kind=path.suffix.lower() if path.suffix.lower() in _EXCEL else ".csv")
+    except MissingLibraryError as error:
+        raise InputError(f"--labels={labels}: {error}") from error
+    if not rows:
+        raise InputError(f"--labels={labels} lists no files")
+    if "file" not in rows[0]:
+        raise InputError(f"--labels={labels} has no column 'file', only {list(rows[0])}; it may have {list(COLUMNS)}")
+    rows = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
+    return [row | {"label": one_line(row["label"])} for row in rows]
+
+
+def _relative(root: pathlib.Path, labels: str, path: str) -> str:
+    if "\\" in path and not os.path.lexists(root / path):  # as Windows writes it
+        path = path.replace("\\", "/")
+    if os.path.isabs(path) and pathlib.Path(path).is_relative_to(root):
+        path = os.path.relpath(path, root)
+    normal = os.path.normpath(path) if path else ""
+    if not normal or os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
+        raise InputError(f"--labels={labels}: {printable(path)!r} is not a path below --input")
+    return existing(root, normal)
+
+
 def plain_key(template: str, values: Mapping[str, str]) -> str:
     """What rows and files are matched by: a filled template without the suffix of a file, or zeros before a number."""
     key = re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,4}$", "", fill(template, values))
-    return key.lstrip("0") or "0" if key.isdecimal() else key
+    return key.lstrip("0") or "0" if key.isdecimal() else unicodedata.normalize("NFC", key)
 
 
 def apply(

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from data_prep import exclusions, identity, work
+from data_prep import exclusions, identity, masks, work
 from data_prep.find.files import Rejected
 from data_prep.plan import Plan
 from data_prep.write import pages, parts, shards
@@ -26,6 +26,7 @@ from data_prep.write.manifest import write_manifest, write_rejected
 from data_prep.write.shards import UnusableInputError
 from usfmae_jax import __version__
 from usfmae_jax.data import fingerprints
+from usfmae_jax.data.records import decode_image, decode_record, encode_record
 from usfmae_jax.errors import InputError
 
 SPLITS = ("train", "validation", "test")
@@ -54,10 +55,12 @@ def build(
         divided = parts.divide(plan.sources)
         _make(divided, plan, str(folder), args)
         gathered = _gather(divided, plan, folder, excluded)
-        finished = _write_dataset(gathered, plan, folder, target.name, args.format)
+        numbers = {colour: number for number, colour in enumerate(sorted(gathered.mask_colours), 1)}
+        finished, sizes = _write_dataset(gathered, numbers, plan, folder, target.name, args.format)
         _write_splits(finished, plan, gathered.kept)
-        write_rejected(finished, gathered.rejected)
-        manifest = write_manifest(finished, plan, gathered, downloaded)
+        write_rejected(finished / "rejected.csv", gathered.rejected)
+        write_rejected(finished / "unmasked.csv", gathered.unmasked)
+        manifest = write_manifest(finished, plan, gathered, sizes, downloaded)
         pages.write_page(finished)
         if args.linkage:
             identity.write_linkage(args.linkage, gathered.originals, args.output)
@@ -78,14 +81,16 @@ def _gather(
             "runner reach it under that name?"
         )
     originals = [(name, *one) for index in indices for name, one in index.originals.items()]
+    unmasked = plan.unmasked + [one for index in indices for one in index.unmasked]
     if plan.salt:
-        hidden = [(identity.pseudonym(plan.salt, "frame", one.source), "frame", one.source) for one in rejected]
-        rejected = [Rejected(name[0], one.reason) for name, one in zip(hidden, rejected, strict=True)]
-        originals += hidden
+        hidden = {one.source: identity.pseudonym(plan.salt, "frame", one.source) for one in rejected + unmasked}
+        rejected = [Rejected(hidden[one.source], one.reason) for one in rejected]
+        unmasked = [Rejected(hidden[one.source], one.reason) for one in unmasked]
+        originals += [(name, "frame", source) for source, name in hidden.items()]
     rows = [row for index in indices for row in index.rows]
     reasons, warnings = _choose(rows, plan, excluded)
     plan.warnings += warnings
-    gathered = parts.Gathered(indices, rows, reasons, rejected, originals)
+    gathered = parts.Gathered(indices, rows, reasons, rejected, unmasked, originals)
     if not gathered.kept:
         raise UnusableInputError("no frame is left: all are excluded, duplicates or unreadable")
     expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
@@ -95,16 +100,24 @@ def _gather(
 
 
 def _write_dataset(
-    gathered: parts.Gathered, plan: Plan, folder: pathlib.Path, version: str, file_format: str
-) -> pathlib.Path:
-    """Writes shards and metadata as a TensorFlow Datasets builder does; returns the folder that holds them."""
+    gathered: parts.Gathered,
+    numbers: dict[str, int],
+    plan: Plan,
+    folder: pathlib.Path,
+    version: str,
+    file_format: str,
+) -> tuple[pathlib.Path, dict[str, int]]:
+    """Writes shards and metadata as a TensorFlow Datasets builder does -> the folder that holds them, bytes by split.
+
+    Masks that parts hold in colours become `numbers`, which depend on the colours of all of them.
+    """
     stage = folder / "stage"
     shutil.rmtree(stage, ignore_errors=True)  # of an interrupted build
     builder = Frames(
         plan.name,
         version,
         stage,
-        write=functools.partial(_write_shards, folder, gathered, plan.name, file_format),
+        write=functools.partial(_write_shards, folder, gathered, numbers, plan.name, file_format),
         label_names=plan.label_names,
         channels=max(row.channels for row in gathered.kept),
         description=f"{plan.entry.title}: ultrasound frames, prepared with python -m data_prep.build.",
@@ -113,7 +126,8 @@ def _write_dataset(
     )
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     builder.download_and_prepare(file_format=file_format, download_dir=folder / "downloads", download_config=config)
-    return pathlib.Path(builder.data_dir)
+    sizes = {split: info.num_bytes for split, info in builder.info.splits.items()}
+    return pathlib.Path(builder.data_dir), sizes
 
 
 def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
@@ -198,7 +212,12 @@ def _repeated(rows: list[parts.Row]) -> Iterator[int]:
 
 
 def _write_shards(
-    folder: pathlib.Path, gathered: parts.Gathered, name: str, file_format: str, target: pathlib.Path
+    folder: pathlib.Path,
+    gathered: parts.Gathered,
+    numbers: dict[str, int],
+    name: str,
+    file_format: str,
+    target: pathlib.Path,
 ) -> list[tfds.core.SplitInfo]:
     """Copies the records that are kept into `target`, in the order of their sources."""
     writers: dict[str, shards.SplitWriter] = {}
@@ -210,11 +229,21 @@ def _write_shards(
                 continue
             if row.split not in writers:
                 writers[row.split] = shards.SplitWriter(target, name, row.split, file_format)
-            writers[row.split].write(data)
+            writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
     ordered = [writers[split] for split in SPLITS if split in writers]
     for writer in ordered:
         writer.close()
     return [writer.info() for writer in ordered]
+
+
+def _with_numbers(data: bytes, numbers: dict[str, int]) -> bytes:
+    """A record with class numbers instead of the colours of its mask."""
+    record = decode_record(data)
+    if not record["mask"]:
+        return data
+    mask = decode_image(record["mask"], channels=3)
+    mask = mask if np.ptp(mask, axis=2).any() else mask[:, :, 0]
+    return encode_record(record | {"mask": work.encode(masks.numbered(mask, numbers), "png")})
 
 
 def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_prep.find.files import Rejected
@@ -28,7 +28,6 @@ _NONE = "(none)"
 @dataclasses.dataclass
 class _Count:
     frames: int = 0
-    bytes: int = 0
     patients: set[str] = dataclasses.field(default_factory=set)
     unknown: set[str] = dataclasses.field(default_factory=set)  # patients that are only known to be one
     videos: set[str] = dataclasses.field(default_factory=set)
@@ -41,7 +40,6 @@ def _count(rows: Iterable[Row], label_names: Sequence[str]) -> dict[str, dict[st
     for row in rows:
         one = counts[row.split]
         one.frames += 1
-        one.bytes += row.size
         (one.patients if row.patient_known else one.unknown).add(row.patient)
         one.videos.add(row.video)
         one.labels[row.label] += 1
@@ -52,27 +50,31 @@ def _count(rows: Iterable[Row], label_names: Sequence[str]) -> dict[str, dict[st
             "patients": len(one.patients),
             "unknown_patients": len(one.unknown),
             "videos": len(one.videos),
-            "bytes": one.bytes,
+            "bytes": 0,
             "labels": {names[label]: number for label, number in sorted(one.labels.items())},
         }
         for split, one in counts.items()
     }
 
 
-def write_rejected(folder: pathlib.Path, rejected: Sequence[Rejected]) -> None:
-    """Writes `rejected.csv`, if there is anything to write."""
+def write_rejected(path: pathlib.Path, rejected: Sequence[Rejected]) -> None:
+    """Writes a table of files and reasons, if there is anything to write."""
     if not rejected:
         return
-    with (folder / "rejected.csv").open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file", "reason"])
         writer.writerows(sorted((one.source, one.reason) for one in rejected))
 
 
 def write_manifest(
-    folder: pathlib.Path, plan: Plan, gathered: Gathered, downloaded: Sequence[dict[str, Any]]
+    folder: pathlib.Path,
+    plan: Plan,
+    gathered: Gathered,
+    sizes: Mapping[str, int],
+    downloaded: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Writes `manifest.json`, the whole story of a dataset, and returns it."""
+    """Writes `manifest.json`, the whole story of a dataset with the `sizes` of its splits in bytes, and returns it."""
     dropped = collections.Counter(filter(None, gathered.reasons))
     technical: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     digests: dict[str, str] = {}
@@ -82,6 +84,8 @@ def write_manifest(
         for name, values in index.technical.items():
             technical[name].update(values)
     counts = _count(gathered.kept, plan.label_names)
+    for split, one in counts.items():
+        one["bytes"] = sizes[split]
     entry = plan.entry
     manifest = {
         "schema": _SCHEMA,
@@ -109,6 +113,9 @@ def write_manifest(
         "kept": sum(one["frames"] for one in counts.values()),
         "dropped": _sorted(dropped),
         "rejected": _sorted(collections.Counter(one.reason for one in gathered.rejected)),
+        "unmasked": _sorted(collections.Counter(one.reason for one in gathered.unmasked)),
+        "masks_beside": plan.masks_beside,
+        "mask_colours": plan.mask_colours or _mask_colours(gathered.mask_colours),
         "passed_over": _sorted(plan.passed_over),
         "removed": _sorted(sum((index.removed for index in gathered.indices), collections.Counter())),
         "cleaned": _sorted(sum((index.cleaned for index in gathered.indices), collections.Counter())),
@@ -124,6 +131,13 @@ def _of_readers(gathered: Gathered) -> list[str]:
     """What readers warned of, as sentences with the number of files."""
     counts = sum((index.warnings for index in gathered.indices), collections.Counter())
     return [f"{warning}: {number:,} file{'s' * (number > 1)}" for warning, number in sorted(counts.items())]
+
+
+def _mask_colours(files: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What the numbers in masks are that were drawn in colours; they are in the order of the colours."""
+    return [
+        {"class": number, "colour": colour, "files": files[colour]} for number, colour in enumerate(sorted(files), 1)
+    ]
 
 
 def _combine(digests: dict[str, str]) -> str:
@@ -158,8 +172,10 @@ def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str
             raise InputError(f"{target / name} is missing or was changed after it was built; {remedy}")
 
 
-def print_summary(target: pathlib.Path, manifest: dict[str, Any], warnings: Sequence[str], seconds: float) -> None:
-    """Prints what was built, what was not, and what to type next."""
+def print_summary(
+    target: pathlib.Path, manifest: dict[str, Any], warnings: Sequence[str], tip: str, seconds: float
+) -> None:
+    """Prints what was built, what was not, and what to type next; `tip` says how patients would become known."""
     frames = manifest["kept"]
     print(f"{target}: {frames:,} frames in {seconds:.1f} s, {frames / seconds:,.0f} images/s\n")
     print(f"{'split':12}{'frames':>10}{'patients':>10}{'unknown':>10}{'MB':>10}  labels")
@@ -171,28 +187,32 @@ def print_summary(target: pathlib.Path, manifest: dict[str, Any], warnings: Sequ
         )
     unknown = sum(one["unknown_patients"] for one in manifest["splits"].values())
     if unknown:
-        print(
-            f"\nUnknown patients: {unknown:,}. Each such file counts as a patient of its own. If its path says whose "
-            "it is, add for example --pattern='(?P<patient>[^/]+)/'"
-        )
+        print(f"\nUnknown patients: {unknown:,}. Each such file counts as a patient of its own. {tip}")
     names = manifest["label_names"]
     if len(names) == 1:
         print(f"\nAll labels are {names[0]!r}: is that what was meant?")
+    if manifest["masks_beside"]:
+        beside = f"{manifest['masks_beside']:,} files are taken for masks of the images beside them, by their names"
+        print(f"\nMasks: {beside}; --masks=off takes them as frames")
+    if colours := manifest["mask_colours"]:
+        named = ", ".join(f"{one['class']} {one.get('name', one['colour'])}" for one in colours)
+        print(f"\nMasks in colours became classes: {named}; --mask_colours=NAME=#RRGGBB,... names and orders them")
     for title, key in (("Passed over", "passed_over"), ("Dropped frames", "dropped"), ("Not taken over", "removed")):
         if manifest[key]:
             print(f"\n{title}: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest[key].items()))
     for warning in dict.fromkeys([*warnings, *manifest["warnings"]]):
         print(f"\nWarning: {warning}")
-    _print_rejected(target, sum(manifest["rejected"].values()))
+    _print_files(target / "unmasked.csv", "Kept without a mask", sum(manifest["unmasked"].values()))
+    _print_files(target / "rejected.csv", "Rejected", sum(manifest["rejected"].values()))
     print(f"\nLook:  {target / 'report.html'}")
     path = f"--config.data.path='{target.parent}'"
     print(f"Next:  python -m usfmae_jax.main --config=configs/pretrain.py:tiny {path}")
 
 
-def _print_rejected(target: pathlib.Path, number: int) -> None:
+def _print_files(table: pathlib.Path, title: str, number: int) -> None:
     if not number:
         return
-    print(f"\nRejected: {number:,} files, all of them in {target / 'rejected.csv'}:")
-    with (target / "rejected.csv").open(encoding="utf-8", newline="") as file:
+    print(f"\n{title}: {number:,} files, all of them in {table}:")
+    with table.open(encoding="utf-8", newline="") as file:
         for row, _ in zip(csv.DictReader(file), range(_SHOWN), strict=False):
             print(f"  {row['file']}: {row['reason']}")

@@ -30,6 +30,7 @@ _SHEET = 60  # frames that are shown
 _THUMBNAIL = 176  # pixels of the long side
 _BLACK = 5  # of 255: what counts as black
 _COUNTED = ("frames", "patients", "unknown_patients", "videos")  # of each split
+_COLOUR = "class", "name", "colour"  # of masks
 _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 
 
@@ -77,7 +78,11 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         frames_shown=sum(map(len, sheet.values())),
         figures=_charts(look),
         drawn=f"{measured}, evenly drawn" if sampled else "All frames",
-        rejected=_rejected(manifest, folder),
+        rejected=_files(manifest.get("rejected"), folder / "rejected.csv"),
+        unmasked=_files(manifest.get("unmasked"), folder / "unmasked.csv"),
+        colours=[
+            [one.get("class"), one.get("name", ""), one.get("colour")] for one in manifest.get("mask_colours") or ()
+        ],
         equipment=_equipment(manifest),
         arguments=arguments,
         sources=[_source(one) for one in manifest.get("sources") or ()],
@@ -243,15 +248,15 @@ def _expected(manifest: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
-def _rejected(manifest: Mapping[str, Any], folder: pathlib.Path) -> list[list[Any]]:
-    """Rows of why files were rejected, how many, and the names of some."""
+def _files(reasons: Mapping[str, int] | None, table: pathlib.Path) -> list[list[Any]]:
+    """Rows of reasons, how many files each concerns, and the names of some from the table of all."""
     examples: dict[str, list[str]] = collections.defaultdict(list)
-    with contextlib.suppress(FileNotFoundError), (folder / "rejected.csv").open(encoding="utf-8", newline="") as file:
+    with contextlib.suppress(FileNotFoundError), table.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             if len(examples[row["reason"]]) < _NAMES:
                 examples[row["reason"]].append(row["file"])
     rows = []
-    for reason, number in ranked(manifest.get("rejected")):
+    for reason, number in ranked(reasons):
         names = examples.get(reason, [])
         more = f" and {number - len(names):,} more" if number > len(names) > 0 else ""
         rows.append([reason, number, ", ".join(names) + more])

@@ -69,6 +69,8 @@ class Index:
     technical: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of the source files
+    unmasked: list[Rejected] = dataclasses.field(default_factory=list)  # files whose mask cannot be used
+    mask_colours: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 @dataclasses.dataclass
@@ -80,6 +82,7 @@ class Gathered:
       rows: of all parts, one for a record.
       reasons: why a record is dropped, "" for one that is kept.
       rejected: files that were of no use, or not of full use.
+      unmasked: files whose mask cannot be used.
       originals: rows of the linkage table: pseudonym, kind, what it stands for.
     """
 
@@ -87,7 +90,13 @@ class Gathered:
     rows: list[Row]
     reasons: list[str]
     rejected: list[Rejected]
+    unmasked: list[Rejected]
     originals: list[tuple[str, str, str]]
+
+    @functools.cached_property
+    def mask_colours(self) -> collections.Counter[str]:
+        """Colours of masks that have no numbers yet, and in how many files."""
+        return sum((index.mask_colours for index in self.indices), collections.Counter())
 
     @functools.cached_property
     def kept(self) -> list[Row]:
@@ -150,7 +159,7 @@ def write_part(
                 reason = f"{error}; {KEPT}" if kept else str(error)
                 index.rejected.append(Rejected(name, reason))
                 unusable += not kept
-            seen.merge_into(index)
+            seen.merge_into(index, name)
         file.flush()
         os.fsync(file.fileno())
     _write_index(index_path, index)
@@ -167,19 +176,26 @@ class _Seen:
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    mask_colours: set[str] = dataclasses.field(default_factory=set)
+    mask_problem: str = ""
 
     def add(self, stored: Any) -> None:
         self.cleaned.update({kind: int(pixels) for kind, pixels in stored.cleaned.items()})
         self.removed, self.facts = stored.removed, stored.facts  # the same in all frames of a source
         self.warnings = stored.warnings
         self.originals.update({name: (kind, original) for name, kind, original in stored.originals})
+        self.mask_colours.update(stored.mask_colours)
+        self.mask_problem = self.mask_problem or stored.mask_problem
 
-    def merge_into(self, index: Index) -> None:
+    def merge_into(self, index: Index, source: str) -> None:
         index.dropped.update(self.dropped)
         index.cleaned.update(self.cleaned)
         index.removed.update(self.removed)
         index.warnings.update(self.warnings)
         index.originals.update(self.originals)
+        index.mask_colours.update(self.mask_colours)
+        if self.mask_problem:
+            index.unmasked.append(Rejected(source, self.mask_problem))
         for name, value in self.facts.items():
             index.technical.setdefault(name, collections.Counter())[value] += 1
 
@@ -222,6 +238,7 @@ def _write_index(path: pathlib.Path, index: Index) -> None:
     content = vars(index) | {
         "rows": [dataclasses.astuple(row) for row in index.rows],
         "rejected": [dataclasses.astuple(one) for one in index.rejected],
+        "unmasked": [dataclasses.astuple(one) for one in index.unmasked],
     }
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".index-", delete=False) as file:
         json.dump(content, file)
@@ -237,6 +254,8 @@ def read_index(folder: str | os.PathLike[str], number: int) -> Index:
     return Index(
         rows=[Row(*row) for row in content["rows"]],
         rejected=[Rejected(*one) for one in content["rejected"]],
+        unmasked=[Rejected(*one) for one in content.get("unmasked", ())],  # parts of earlier versions have none
+        mask_colours=collections.Counter(content.get("mask_colours", {})),
         technical={name: collections.Counter(values) for name, values in content["technical"].items()},
         digests=content["digests"],
         originals={name: (kind, original) for name, (kind, original) in content["originals"].items()},

@@ -39,7 +39,7 @@ def test_the_documented_tree_gives_its_frames_ids_labels_masks_and_splits(tmp_pa
     tree = TREES[key]
     assert sorted(item.path for item in found.items) == sorted(tree.frames)
     for item in found.items:
-        values = dataclasses.asdict(item) | {"label": _label(found, item)}
+        values = dataclasses.asdict(item) | {"label": _label(found, item), "mask": "".join(item.masks)}
         assert {field: values[field] for field in tree.frames[item.path]} == tree.frames[item.path]
     assert found.rejected == []
     assert {name: set(rows) for name, rows in found.splits.items()} == tree.folds
@@ -70,7 +70,7 @@ def test_optional_parts_are_added_by_name_and_have_ids(tmp_path, key):
 def test_key_frames_of_camus_come_with_their_masks(tmp_path):
     found = _grown("camus_public", tmp_path, switches=["key_frames"])
     folder = "database_nifti/patient0001/patient0001_2CH"
-    assert {item.path: item.mask for item in found.items}[f"{folder}_ED.nii.gz"] == f"{folder}_ED_gt.nii.gz"
+    assert {item.path: item.masks for item in found.items}[f"{folder}_ED.nii.gz"] == (f"{folder}_ED_gt.nii.gz",)
     assert {item.video for item in found.items} == {"patient0001_2CH"}
 
 
@@ -86,7 +86,7 @@ def test_an_unknown_switch_is_answered_with_the_known_ones(tmp_path):
 
 def test_masks_and_splits_can_be_left_out(tmp_path):
     found = _grown("hc", tmp_path, switches=["no_masks", "one_split"])
-    assert {(item.mask, item.split) for item in found.items} == {("", "train")}
+    assert {(item.masks, item.split) for item in found.items} == {((), "train")}
 
 
 def test_a_layout_that_nobody_knows_is_asked_for(tmp_path):
@@ -229,10 +229,10 @@ def test_labels_that_are_no_classes_are_named_and_left_out(tmp_path):
 def test_missing_masks_are_noticed_when_all_are_missing(tmp_path):
     _write(tmp_path, "1.png", "2.png", "m/2.bmp")
     some = collect(_entry(mask="{dir}/m/{stem}.bmp"), tmp_path)
-    assert [item.mask for item in some.items] == ["", "m/2.bmp"]
+    assert [item.masks for item in some.items] == [(), ("m/2.bmp",)]
     assert some.warnings == []
     none = collect(_entry(mask="../m/{stem}.bmp"), tmp_path)
-    assert [item.mask for item in none.items] == ["", ""]
+    assert [item.masks for item in none.items] == [(), ()]
     assert "there are no masks" in none.warnings[0]
 
 
@@ -294,7 +294,7 @@ def test_real_bus_bra_has_its_patients_labels_masks_and_folds():
     assert len(found.items) == 1875
     assert len({item.patient for item in found.items}) == 1064
     assert sum(item.label for item in found.items) == 607
-    assert all(item.mask for item in found.items)
+    assert all(item.masks for item in found.items)
     assert found.warnings == []
     rows = found.splits["5-fold-cv"]
     tested = collections.Counter(fold for _, fold, part in rows if part == "test")
@@ -336,7 +336,7 @@ def test_real_sets_are_found_with_patients_and_masks(name, folder, files, patien
     found = collect(catalog.load(name), real_folder(folder))
     assert len(found.items) == files
     assert len({item.patient for item in found.items} - {""}) == patients
-    assert sum(bool(item.mask) for item in found.items) == masks
+    assert sum(bool(item.masks) for item in found.items) == masks
     assert found.rejected == []
 
 

@@ -45,8 +45,15 @@ def test_commas_in_quotes_and_short_rows_are_kept_apart(tmp_path):
     assert rows == [{"ID": "a", "BBOX": "[1,2,3,4]", "Case": "7"}, {"ID": "b"}]
 
 
-def test_bytes_that_are_not_utf8_are_escaped(tmp_path):
-    assert tables.read_table(_table(tmp_path, b"a\nK\xf6ln\n")) == [{"a": r"K\xf6ln"}]
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "cp1252", "latin-1"])
+@pytest.mark.parametrize("text", ["a,b\nKöln,1\n", "a\tb\r\nKöln\t1\r\n"])
+def test_a_table_is_read_in_whatever_encoding_it_was_saved(tmp_path, encoding, text):
+    assert tables.read_table(_table(tmp_path, text.encode(encoding))) == [{"a": "Köln", "b": "1"}]
+
+
+def test_a_cell_that_says_that_there_is_no_value_is_empty(tmp_path):
+    rows = tables.read_table(_table(tmp_path, "a,b,c,d,e\nNA,nan,N/A,<NA>,none\n"))
+    assert rows == [{"a": "", "b": "", "c": "", "d": "", "e": "none"}]  # some classes are called "none"
 
 
 def test_coco_gives_a_row_for_every_annotation_and_every_bare_image(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import work
 from data_prep.readers import Options
 from data_prep.readers import images as readers
 from data_prep.readers.clips import WRONG_COUNT

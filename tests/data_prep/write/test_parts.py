@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from usfmae_jax.data.records import decode_record
 
 @dataclasses.dataclass(frozen=True)
 class Made:
-    """What `frames.Stored` is, as far as parts look."""
+    """What `work.Stored` is, as far as parts look."""
 
     record: dict
     split: str = "train"
@@ -27,6 +28,8 @@ class Made:
     removed: dict = dataclasses.field(default_factory=lambda: {"dates": 2})
     warnings: tuple = ("odd header",)
     originals: tuple = ()
+    mask_colours: tuple = ()
+    mask_problem: str = ""
 
 
 def process(source):
@@ -137,3 +140,12 @@ def test_indices_survive_writing(tmp_path):
 
 def _one(made, source):
     yield made
+
+
+def test_an_index_of_an_earlier_version_is_read(tmp_path):
+    _, index, _, _ = write([1], tmp_path)
+    path = tmp_path / "000007.json"
+    content = json.loads(path.read_text())
+    del content["unmasked"], content["mask_colours"]
+    path.write_text(json.dumps(content))
+    assert parts.read_index(tmp_path, 7) == index
