@@ -4,7 +4,6 @@ import argparse
 import collections
 import contextlib
 import csv
-import functools
 import hashlib
 import json
 import pathlib
@@ -14,14 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 import tqdm
 
 from data_prep import exclusions, identity, masks, work
 from data_prep.find.files import Rejected
 from data_prep.plan import Plan
 from data_prep.write import pages, parts, shards
-from data_prep.write.builder import Frames
 from data_prep.write.manifest import write_manifest, write_rejected
 from data_prep.write.shards import UnusableInputError
 from usfmae_jax import __version__
@@ -55,8 +52,10 @@ def build(
         divided = parts.divide(plan.sources)
         _make(divided, plan, str(folder), args)
         gathered = _gather(divided, plan, folder, excluded)
-        numbers = {colour: number for number, colour in enumerate(sorted(gathered.mask_colours), 1)}
-        finished, sizes = _write_dataset(gathered, numbers, plan, folder, target.name, args.format)
+        finished = folder / "stage"
+        shutil.rmtree(finished, ignore_errors=True)  # of an interrupted build
+        finished.mkdir()
+        sizes = _write_dataset(finished, gathered, plan, target.name, args.format)
         _write_splits(finished, plan, gathered.kept)
         write_rejected(finished / "rejected.csv", gathered.rejected)
         write_rejected(finished / "unmasked.csv", gathered.unmasked)
@@ -100,34 +99,36 @@ def _gather(
 
 
 def _write_dataset(
-    gathered: parts.Gathered,
-    numbers: dict[str, int],
-    plan: Plan,
-    folder: pathlib.Path,
-    version: str,
-    file_format: str,
-) -> tuple[pathlib.Path, dict[str, int]]:
-    """Writes shards and metadata as a TensorFlow Datasets builder does -> the folder that holds them, bytes by split.
+    folder: pathlib.Path, gathered: parts.Gathered, plan: Plan, version: str, file_format: str
+) -> dict[str, int]:
+    """Writes shards, in the order of the sources, and metadata -> bytes of all records by split.
 
-    Masks that parts hold in colours become `numbers`, which depend on the colours of all of them.
+    Masks that parts hold in colours become numbers, which depend on the colours of all of them.
     """
-    stage = folder / "stage"
-    shutil.rmtree(stage, ignore_errors=True)  # of an interrupted build
-    builder = Frames(
-        plan.name,
+    numbers = {colour: number for number, colour in enumerate(sorted(gathered.mask_colours), 1)}
+    writers: dict[str, shards.SplitWriter] = {}
+    reasons = iter(gathered.reasons)
+    for number, index in enumerate(gathered.indices):
+        records = parts.read_records(folder.parent, number, index.rows)
+        for row, data in zip(index.rows, records, strict=True):
+            if next(reasons):
+                continue
+            if row.split not in writers:
+                writers[row.split] = shards.SplitWriter(folder, plan.name, row.split, file_format)
+            writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
+    ordered = [writers[split] for split in SPLITS if split in writers]
+    for writer in ordered:
+        writer.close()
+    shards.write_metadata(
+        ordered,
         version,
-        stage,
-        write=functools.partial(_write_shards, folder, gathered, numbers, plan.name, file_format),
-        label_names=plan.label_names,
+        plan.label_names,
         channels=max(row.channels for row in gathered.kept),
         description=f"{plan.entry.title}: ultrasound frames, prepared with python -m data_prep.build.",
         citation=plan.entry.citation,
         homepage=plan.entry.homepage,
     )
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    builder.download_and_prepare(file_format=file_format, download_dir=folder / "downloads", download_config=config)
-    sizes = {split: info.num_bytes for split, info in builder.info.splits.items()}
-    return pathlib.Path(builder.data_dir), sizes
+    return {writer.split: writer.size for writer in ordered}
 
 
 def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
@@ -209,31 +210,6 @@ def _repeated(rows: list[parts.Row]) -> Iterator[int]:
             yield position
         else:
             last, last_code = row, code
-
-
-def _write_shards(
-    folder: pathlib.Path,
-    gathered: parts.Gathered,
-    numbers: dict[str, int],
-    name: str,
-    file_format: str,
-    target: pathlib.Path,
-) -> list[tfds.core.SplitInfo]:
-    """Copies the records that are kept into `target`, in the order of their sources."""
-    writers: dict[str, shards.SplitWriter] = {}
-    reasons = iter(gathered.reasons)
-    for number, index in enumerate(gathered.indices):
-        records = parts.read_records(folder, number, index.rows)
-        for row, data in zip(index.rows, records, strict=True):
-            if next(reasons):
-                continue
-            if row.split not in writers:
-                writers[row.split] = shards.SplitWriter(target, name, row.split, file_format)
-            writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
-    ordered = [writers[split] for split in SPLITS if split in writers]
-    for writer in ordered:
-        writer.close()
-    return [writer.info() for writer in ordered]
 
 
 def _with_numbers(data: bytes, numbers: dict[str, int]) -> bytes:

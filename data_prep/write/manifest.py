@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import csv
-import dataclasses
 import hashlib
 import json
 import pathlib
@@ -25,35 +24,24 @@ _SHOWN = 20  # rejected files in the table; the rest is in rejected.csv
 _NONE = "(none)"
 
 
-@dataclasses.dataclass
-class _Count:
-    frames: int = 0
-    patients: set[str] = dataclasses.field(default_factory=set)
-    unknown: set[str] = dataclasses.field(default_factory=set)  # patients that are only known to be one
-    videos: set[str] = dataclasses.field(default_factory=set)
-    labels: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
-
-
-def _count(rows: Iterable[Row], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _count(rows: Iterable[Row], sizes: Mapping[str, int], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Frames, patients, videos, bytes and labels by split."""
-    counts: dict[str, _Count] = collections.defaultdict(_Count)
+    by_split: dict[str, list[Row]] = collections.defaultdict(list)
     for row in rows:
-        one = counts[row.split]
-        one.frames += 1
-        (one.patients if row.patient_known else one.unknown).add(row.patient)
-        one.videos.add(row.video)
-        one.labels[row.label] += 1
+        by_split[row.split].append(row)
     names = {-1: _NONE} | dict(enumerate(label_names))
     return {
         split: {
-            "frames": one.frames,
-            "patients": len(one.patients),
-            "unknown_patients": len(one.unknown),
-            "videos": len(one.videos),
-            "bytes": 0,
-            "labels": {names[label]: number for label, number in sorted(one.labels.items())},
+            "frames": len(some),
+            "patients": len({row.patient for row in some if row.patient_known}),
+            "unknown_patients": len({row.patient for row in some if not row.patient_known}),
+            "videos": len({row.video for row in some}),
+            "bytes": sizes[split],
+            "labels": {
+                names[label]: number for label, number in sorted(collections.Counter(row.label for row in some).items())
+            },
         }
-        for split, one in counts.items()
+        for split, some in by_split.items()
     }
 
 
@@ -83,9 +71,7 @@ def write_manifest(
         digests |= index.digests
         for name, values in index.technical.items():
             technical[name].update(values)
-    counts = _count(gathered.kept, plan.label_names)
-    for split, one in counts.items():
-        one["bytes"] = sizes[split]
+    counts = _count(gathered.kept, sizes, plan.label_names)
     entry = plan.entry
     manifest = {
         "schema": _SCHEMA,

@@ -143,61 +143,41 @@ def write_part(
             begin(number)
             if digest:
                 index.digests[name] = digest(source, functools.partial(begin, number))
-            rows, seen = len(index.rows), _Seen()
+            rows, last = len(index.rows), None
             try:
                 for result in _guarded(process, source):
                     begin(number)
                     if isinstance(result, str):
-                        seen.dropped[result] += 1
+                        index.dropped[result] += 1
                         continue
                     data = encode_record(result.record)
                     file.write(data)
                     index.rows.append(_row(result, len(data)))
-                    seen.add(result)
+                    index.cleaned.update({kind: int(pixels) for kind, pixels in result.cleaned.items()})
+                    index.originals |= {name: (kind, original) for name, kind, original in result.originals}
+                    last = result
             except UnreadableError as error:
                 kept = len(index.rows) - rows
                 reason = f"{error}; {KEPT}" if kept else str(error)
                 index.rejected.append(Rejected(name, reason))
                 unusable += not kept
-            seen.merge_into(index, name)
+            if last:
+                _add_source(index, name, last)
         file.flush()
         os.fsync(file.fileno())
     _write_index(index_path, index)
     return len(part.sources) - unusable
 
 
-@dataclasses.dataclass
-class _Seen:
-    """What the frames of one source add to the index."""
-
-    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    cleaned: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    mask_colours: set[str] = dataclasses.field(default_factory=set)
-    mask_problem: str = ""
-
-    def add(self, stored: Any) -> None:
-        self.cleaned.update({kind: int(pixels) for kind, pixels in stored.cleaned.items()})
-        self.removed, self.facts = stored.removed, stored.facts  # the same in all frames of a source
-        self.warnings = stored.warnings
-        self.originals.update({name: (kind, original) for name, kind, original in stored.originals})
-        self.mask_colours.update(stored.mask_colours)
-        self.mask_problem = self.mask_problem or stored.mask_problem
-
-    def merge_into(self, index: Index, source: str) -> None:
-        index.dropped.update(self.dropped)
-        index.cleaned.update(self.cleaned)
-        index.removed.update(self.removed)
-        index.warnings.update(self.warnings)
-        index.originals.update(self.originals)
-        index.mask_colours.update(self.mask_colours)
-        if self.mask_problem:
-            index.unmasked.append(Rejected(source, self.mask_problem))
-        for name, value in self.facts.items():
-            index.technical.setdefault(name, collections.Counter())[value] += 1
+def _add_source(index: Index, name: str, stored: Any) -> None:
+    """Counts what all frames of a source have in common, by one of them."""
+    index.removed.update(stored.removed)
+    index.warnings.update(stored.warnings)
+    index.mask_colours.update(stored.mask_colours)
+    if stored.mask_problem:
+        index.unmasked.append(Rejected(name, stored.mask_problem))
+    for fact, value in stored.facts.items():
+        index.technical.setdefault(fact, collections.Counter())[value] += 1
 
 
 def _guarded(process: Process, source: Any) -> Iterator[Any]:

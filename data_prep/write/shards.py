@@ -1,4 +1,8 @@
-"""Records to shards, and a folder that appears at once or not at all."""
+"""Records to shards that TensorFlow Datasets opens, and a folder that appears at once or not at all.
+
+TensorFlow Datasets names the files and writes the metadata, but not the shards: its own writers need TensorFlow for
+TFRecord files and for splits above 1 GB, and keep a shard or a split in memory.
+"""
 
 import contextlib
 import dataclasses
@@ -6,9 +10,10 @@ import errno
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from tensorflow_datasets.core import naming
@@ -17,7 +22,6 @@ from data_prep import locks
 from usfmae_jax.data.tfrecord import frame_tfrecord
 from usfmae_jax.errors import InputError
 
-FORMATS = ("array_record", "tfrecord")
 SHARD_BYTES = 128 << 20
 
 
@@ -33,7 +37,7 @@ class SplitWriter:
       folder: where they go.
       name: of the dataset.
       split: of the dataset.
-      format: one of `FORMATS`.
+      format: "array_record" or "tfrecord".
       lengths: records per shard so far.
       size: bytes of all records so far.
     """
@@ -109,6 +113,59 @@ def _as_os_error() -> Iterator[None]:
         yield
     except RuntimeError as error:  # what ArrayRecord raises: "write() failed: No space left on device; writing ..."
         raise OSError(str(error).split(";")[0].split(": ", 1)[-1]) from error
+
+
+def write_metadata(
+    writers: Sequence[SplitWriter], version: str, label_names: Sequence[str], channels: int, **texts: str
+) -> None:
+    """Describes finished splits beside their shards, as a dataset that TensorFlow Datasets opens.
+
+    Args:
+      writers: of the splits, closed.
+      version: "1.0.0".
+      label_names: class names in the order of their numbers.
+      channels: 1 if all images are grey, else 3, and then TensorFlow Datasets shows all in colour.
+      **texts: description, citation and homepage.
+    """
+    one = writers[0]
+    info = tfds.core.DatasetInfo(
+        builder=tfds.core.dataset_info.DatasetIdentity(
+            name=one.name,
+            version=tfds.core.Version(version),
+            data_dir=os.fspath(one.folder),
+            module_name="data_prep.build",
+            release_notes={version: "Prepared with python -m data_prep.build."},
+        ),
+        features=_features(label_names, channels),
+        supervised_keys=("image", "label"),
+        disable_shuffling=True,  # the records are in the order of their sources; the input pipeline shuffles
+        **{name: text or None for name, text in texts.items()},
+    )
+    info.set_file_format(one.format)
+    info.set_splits(tfds.core.splits.SplitDict([writer.info() for writer in writers]))
+    info.write_to_directory(one.folder)
+
+
+def _features(label_names: Sequence[str], channels: int) -> tfds.features.FeaturesDict:
+    # Without names no file of names is written, which is how others tell that there are no classes.
+    names = {"names": list(label_names)} if label_names else {"num_classes": 0}
+    return tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(None, None, channels), doc="one channel when the source is grey"),
+            "height": tfds.features.Scalar(np.int64),
+            "width": tfds.features.Scalar(np.int64),
+            "dataset": tfds.features.Text(),
+            "anatomy": tfds.features.Text(),
+            "patient": tfds.features.Text(doc="an unknown patient is its own"),
+            "video": tfds.features.Text(doc="a still is its own"),
+            "frame": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(doc="-1 = none", **names),
+            # Bytes, because TensorFlow Datasets has no image that may be absent.
+            "mask": tfds.features.Tensor(shape=(), dtype=np.object_, doc="PNG as large as the image, or empty"),
+            "source": tfds.features.Text(doc="path inside the dataset"),
+            "sha256": tfds.features.Text(doc="of the pixels as decoded from the source"),
+        }
+    )
 
 
 @contextlib.contextmanager
