@@ -2,6 +2,9 @@
 
 Decoders of images, video and volumes are native code, and the files come from strangers. A worker that dies, or says
 nothing for too long, is replaced; the input that it was at is tried once more and then given up, by name.
+
+Pools of other packages do not do this: their time limit runs from the beginning of a task, whatever its worker still
+says, and when a worker dies nobody knows at which of its inputs.
 """
 
 import collections
@@ -40,12 +43,45 @@ class _Job:
     at: int | None = None  # the input that the worker announced last
 
 
-@dataclasses.dataclass
 class _Worker:
-    process: Any
-    pipe: multiprocessing.connection.Connection
-    job: _Job | None = None
-    heard: float = 0.0
+    """A process, and the job that it is at."""
+
+    def __init__(self, context: Any, function: Work):
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_serve, args=(there, function), daemon=True)
+        self.process.start()
+        there.close()
+        self.job: _Job | None = None
+        self.heard = 0.0
+
+    def give(self, job: _Job) -> None:
+        job.at, self.job, self.heard = None, job, time.monotonic()
+        with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel
+            self.pipe.send((job.task, job.given_up))
+
+    def hear(self) -> tuple[str, Any] | None:
+        """Takes what it has said: how it has finished and with what, None if it has not."""
+        assert self.job
+        with contextlib.suppress(EOFError, OSError):
+            while self.pipe.poll():
+                kind, value = self.pipe.recv()
+                self.heard = time.monotonic()
+                if kind != "at":
+                    return kind, value
+                self.job.at = value
+        return None
+
+    def trouble(self, limit: float) -> str:
+        """Why it will not finish: dead, or silent for longer than `limit`; empty while it is at work."""
+        if not self.process.is_alive():
+            code = self.process.exitcode or 0
+            return f"crashed its reader ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
+        return f"took longer than {limit:g} s" if time.monotonic() - self.heard > limit else ""
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
 def isolated_map(
@@ -72,97 +108,51 @@ def isolated_map(
     deaths = 0
     try:
         for _ in range(min(workers, len(waiting))):
-            pool.append(_start(context, function))
+            pool.append(_Worker(context, function))
         while waiting or any(worker.job for worker in pool):
             for worker in pool:
                 if not worker.job and waiting:
-                    _give(worker, waiting.popleft())
+                    worker.give(waiting.popleft())
             for worker in _ready(pool, limit):
-                answer = _hear(worker)
-                if answer is not None:
-                    deaths = 0
-                    number, kind, value = answer
+                job = worker.job
+                assert job
+                if answer := worker.hear():
+                    kind, value = answer
                     if kind == "failed":
                         raise value
-                    yield number, value
-                    continue
-                lost = _lost(worker, limit)
-                if lost is None:
-                    continue
-                job, reason = lost
-                deaths = deaths + 1 if job.at is None else 0
-                if deaths >= _DEATHS:
-                    raise InputError(f"worker processes end before they begin ({reason}); use fewer --workers")
-                _blame(job, reason)
-                waiting.appendleft(job)
-                pool[pool.index(worker)] = _start(context, function)
+                    deaths, worker.job = 0, None
+                    yield job.number, value
+                elif reason := worker.trouble(limit):
+                    worker.end()
+                    deaths = deaths + 1 if job.at is None else 0
+                    if deaths >= _DEATHS:
+                        raise InputError(f"worker processes end before they begin ({reason}); use fewer --workers")
+                    _blame(job, reason)
+                    waiting.appendleft(job)
+                    pool[pool.index(worker)] = _Worker(context, function)
     finally:
         for worker in pool:
-            worker.process.kill()
+            worker.process.kill()  # all of them, before one is waited for
         for worker in pool:
-            worker.process.join()
-            worker.pipe.close()
-
-
-def _start(context: Any, function: Work) -> _Worker:
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, function), daemon=True)
-    process.start()
-    there.close()
-    return _Worker(process, here)
-
-
-def _give(worker: _Worker, job: _Job) -> None:
-    job.at, worker.job, worker.heard = None, job, time.monotonic()
-    with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel
-        worker.pipe.send((job.task, job.given_up))
+            worker.end()
 
 
 def _ready(pool: list[_Worker], limit: float) -> list[_Worker]:
     """Workers that have said something, died, or been silent for too long; none after a second of nothing."""
     busy = [worker for worker in pool if worker.job]
-    sources = {handle: worker for worker in busy for handle in (worker.pipe, worker.process.sentinel)}
     began = time.monotonic()
-    said = multiprocessing.connection.wait(list(sources), _PATIENCE)
+    said = multiprocessing.connection.wait(
+        [handle for worker in busy for handle in (worker.pipe, worker.process.sentinel)], _PATIENCE
+    )
     asleep = time.monotonic() - began - _PATIENCE
     if asleep > _PATIENCE:  # the whole job was stopped and went on: nobody was silent
         for worker in busy:
             worker.heard += asleep
-    late = [worker for worker in busy if time.monotonic() - worker.heard > limit]
-    return list({id(worker): worker for worker in [*(sources[handle] for handle in said), *late]}.values())  # type: ignore[index]
-
-
-def _hear(worker: _Worker) -> tuple[int, str, Any] | None:
-    """Takes what a worker has said; its answer if it has finished, else None."""
-    assert worker.job
-    with contextlib.suppress(EOFError, OSError):
-        while worker.pipe.poll():
-            kind, value = worker.pipe.recv()
-            worker.heard = time.monotonic()
-            if kind == "at":
-                worker.job.at = value
-                continue
-            number, worker.job = worker.job.number, None
-            return number, kind, value
-    return None
-
-
-def _lost(worker: _Worker, limit: float) -> tuple[_Job, str] | None:
-    """The job of a worker that is dead or stuck, and why; None for one that is at work."""
-    reason = ""
-    if not worker.process.is_alive():
-        code = worker.process.exitcode or 0
-        reason = f"crashed its reader ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
-    elif time.monotonic() - worker.heard > limit:
-        reason = f"took longer than {limit:g} s"
-    if not reason:
-        return None
-    worker.process.kill()
-    worker.process.join()
-    worker.pipe.close()
-    assert worker.job
-    job, worker.job = worker.job, None
-    return job, reason
+    return [
+        worker
+        for worker in busy
+        if worker.pipe in said or worker.process.sentinel in said or time.monotonic() - worker.heard > limit
+    ]
 
 
 def _blame(job: _Job, reason: str) -> None:
@@ -183,8 +173,7 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Work) -> None:
         except EOFError:
             return
         try:
-            result = function(task, given_up, lambda number: pipe.send(("at", number)))
-            pipe.send(("done", result))
+            pipe.send(("done", function(task, given_up, lambda number: pipe.send(("at", number)))))
         except Exception as error:
             pipe.send(("failed", _portable(error)))
 
