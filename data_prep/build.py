@@ -10,14 +10,15 @@
 
 Files are told apart by their content: PNG, JPEG, TIFF, BMP; DICOM; video; NIfTI, MetaImage and NRRD volumes; MATLAB,
 HDF5 and NumPy arrays. Writes OUTPUT/NAME/VERSION/: the shards, manifest.json (what was kept, dropped and removed, and
-why), report.html to look at, and rejected.csv, if files had to be left out. A build that is interrupted goes on where
-it was when the same command is given again; a finished one is left as it is.
+why), report.html to look at, and rejected.csv and unmasked.csv, if files or their masks had to be left out. A build
+that is interrupted goes on where it was when the same command is given again; a finished one is left as it is.
 
 Of several datasets each has its folder below --input, under its name. For data of your own that names patients add
 --private: ids and paths are then written as salted hashes only, as they always are for --dataset=dicom.
 
-labels.csv has a header and the columns file,label,patient,video,split,mask, of which only `file` must be there:
-paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient is unknown.
+labels.csv (or .xlsx) has a header and the columns file,label,patient,video,split,mask, of which only `file` must be
+there: paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient (or NA,
+"Anonymous" and the like) is unknown. Masks that lie beside their images need no table, see --masks.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from typing import Any
 
 # OpenCV, grain and TensorFlow Datasets are imported where they are needed: help and "up to date" should be quick.
 from data_prep import catalog
-from data_prep.catalog import Entry
+from data_prep.catalog.schema import Entry
 from data_prep.plan import PHANTOM, plan_files, plan_phantoms
 from data_prep.write.manifest import check_same, print_summary
 from usfmae_jax.errors import InputError
@@ -108,10 +109,10 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
     if downloaded:
         from data_prep.fetch import download
 
-        plan.rejected += download.rejected_members(pathlib.Path(source))
+        plan.found.rejected += download.rejected_members(pathlib.Path(source))
     target = pathlib.Path(args.output) / plan.name / entry.version
     if not args.overwrite and target.exists():
-        check_same(target, plan.arguments, plan.fingerprint)
+        check_same(target, plan.arguments, plan.found.fingerprint)
         if args.linkage:
             raise InputError(f"{target} is up to date, and --linkage is written while it is built; add --overwrite")
         print(f"{target} is up to date")
@@ -120,7 +121,7 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
 
     started = time.monotonic()
     manifest = dataset.build(plan, target, downloaded, args)
-    print_summary(target, manifest, plan.warnings, plan.tip, time.monotonic() - started)
+    print_summary(target, manifest, plan.found.warnings, plan.tip, time.monotonic() - started)
     return target
 
 

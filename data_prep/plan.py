@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from data_prep.catalog import Entry
-from data_prep.find.files import Rejected
+from data_prep.catalog.schema import Entry
+from data_prep.find.files import Collection
 from usfmae_jax.errors import InputError
 
 _CLASSES = 12  # folders, that may well be classes; more with numbers in their names are not
@@ -25,18 +25,10 @@ class Plan:
     Attributes:
       entry: of the catalogue.
       name: of the dataset.
-      sources: `files.Item` for files, patient numbers for phantoms.
+      found: what it starts from; the items of phantoms are patient numbers.
       make_work: given a folder, makes what turns a part into its records, `parts.write_part`; imports what is heavy.
-      label_names: class names in the order of their numbers.
       arguments: all that decides about the content of the shards, nothing about this machine.
-      fingerprint: of the input files; empty for phantoms.
-      rejected: files that cannot be used, found so far.
-      unmasked: files whose mask cannot be used, found so far.
-      masks_beside: how many files are masks of the images beside them.
       mask_colours: of masks as the person has named them: dicts with class, name and colour.
-      passed_over: kinds of files that were passed over, and how many.
-      splits: official split tables by name, rows of (frame, fold, part).
-      warnings: sentences for the person.
       tip: how patients that are not known would be.
       thin: whether near-identical neighbours in a clip are dropped.
       deduplicate: whether frames that are there already are dropped.
@@ -45,18 +37,10 @@ class Plan:
 
     entry: Entry
     name: str
-    sources: list[Any]
+    found: Collection
     make_work: Callable[[str], Any]
-    label_names: list[str]
     arguments: dict[str, Any]
-    fingerprint: str = ""
-    rejected: list[Rejected] = dataclasses.field(default_factory=list)
-    unmasked: list[Rejected] = dataclasses.field(default_factory=list)
-    masks_beside: int = 0
     mask_colours: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    passed_over: dict[str, int] = dataclasses.field(default_factory=dict)
-    splits: dict[str, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
-    warnings: list[str] = dataclasses.field(default_factory=list)
     tip: str = ""
     thin: bool = False
     deduplicate: bool = False
@@ -105,36 +89,32 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         only_sectors=private and chosen["clean"] and not args.whole_frames,
         salt=salt,
     )
-    arguments = (
-        _stored(entry, args, anatomy) | chosen | {"options": dataclasses.asdict(options), "entry": entry.fingerprint}
-    )
-    for flag in ("include", "pattern", "optional"):  # may name a patient, too
-        value = getattr(args, flag)
-        arguments[flag] = identity.pseudonym(salt, "frame", value) if private and value else value
-    arguments |= {"whole_frames": args.whole_frames, "time_limit": args.time_limit}
-    arguments["labels"] = args.labels if args.labels in ("", "parent") else _sha256(args.labels)
-    arguments["exclude"] = _sha256(args.exclude) if args.exclude else ""
-    # Only what is not the default: what earlier versions have built stays up to date.
-    given = {"masks": "" if args.masks == "auto" else args.masks, "mask_colours": args.mask_colours}
-    arguments |= {flag: value for flag, value in given.items() if value}
-    if found.beside:
-        arguments["masks_beside"] = found.beside
-    arguments["salt"] = identity.salt_fingerprint(salt) if private else ""
+    hidden = {flag: getattr(args, flag) for flag in ("include", "pattern", "optional")}  # may name a patient, too
+    if private:
+        hidden = {flag: value and identity.pseudonym(salt, "frame", value) for flag, value in hidden.items()}
+    # Of these only what is not the default: what earlier versions have built stays up to date.
+    masks = {
+        "masks": "" if args.masks == "auto" else args.masks,
+        "mask_colours": args.mask_colours,
+        "masks_beside": found.beside,
+    }
+    arguments = _stored(entry, args, anatomy) | chosen | hidden | {key: one for key, one in masks.items() if one}
+    arguments |= {
+        "options": dataclasses.asdict(options),
+        "entry": entry.fingerprint,
+        "whole_frames": args.whole_frames,
+        "time_limit": args.time_limit,
+        "labels": args.labels if args.labels in ("", "parent") else _sha256(args.labels),
+        "exclude": _sha256(args.exclude) if args.exclude else "",
+        "salt": identity.salt_fingerprint(salt) if private else "",
+    }
     return Plan(
         entry=entry,
         name=name,
-        sources=found.items,
+        found=dataclasses.replace(found, fingerprint=_with_data_files(found.fingerprint, root, found.items)),
         make_work=functools.partial(_for_files, str(root), how),
-        label_names=found.label_names,
         arguments=arguments,
-        fingerprint=_with_data_files(found.fingerprint, root, found.items),
-        rejected=found.rejected,
-        unmasked=found.unmasked,
-        masks_beside=found.beside,
         mask_colours=colours,
-        passed_over=found.left_out,
-        splits=found.splits,
-        warnings=found.warnings,
         tip=_patient_tip(found.items, args.labels),
         thin=chosen["thin"],
         deduplicate=chosen["deduplicate"],
@@ -162,9 +142,8 @@ def plan_phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
     return Plan(
         entry=entry,
         name=name,
-        sources=list(range(chosen["patients"])),
+        found=Collection(list(range(chosen["patients"])), list(CLASSES)),
         make_work=functools.partial(_for_phantoms, how, chosen),
-        label_names=list(CLASSES),
         arguments=_stored(entry, args, args.anatomy) | chosen,
     )
 
@@ -244,11 +223,8 @@ def _with_data_files(fingerprint: str, root: pathlib.Path, items: list[Any]) -> 
             header = root / item.path
             beside = sorted(header.parent.glob(f"{glob.escape(header.stem)}.*"))
             lines += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in beside]
-    return (
-        hashlib.sha256("\n".join([fingerprint, *lines]).encode("utf-8", "surrogateescape")).hexdigest()
-        if lines
-        else fingerprint
-    )
+    text = "\n".join([fingerprint, *lines]).encode("utf-8", "surrogateescape")
+    return hashlib.sha256(text).hexdigest() if lines else fingerprint
 
 
 def _chosen(flag: str | None, default: bool) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from data_prep import catalog
-from data_prep.catalog import Entry, Layout, fill, glob_matcher
+from data_prep.catalog.schema import Entry, Layout, fill, glob_matcher
 from data_prep.find import tables
 from data_prep.find.beside import find_masks
 from data_prep.find.files import (

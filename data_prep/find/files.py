@@ -59,7 +59,7 @@ class Collection:
     """What a build starts from.
 
     Attributes:
-      items: in order.
+      items: `Item` for every file, in order.
       label_names: class names in the order of their numbers.
       rejected: files that cannot be used, found so far.
       unmasked: files whose mask cannot be used, found so far.
@@ -72,11 +72,11 @@ class Collection:
       warnings: sentences for the person.
     """
 
-    items: list[Item]
+    items: list[Any]
     label_names: list[str]
-    rejected: list[Rejected]
-    left_out: dict[str, int]
-    fingerprint: str
+    rejected: list[Rejected] = dataclasses.field(default_factory=list)
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    fingerprint: str = ""
     options: Any = None
     mask_kind: str = "image"
     unmasked: list[Rejected] = dataclasses.field(default_factory=list)

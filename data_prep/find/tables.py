@@ -20,7 +20,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from data_prep.catalog import Folds, Table, fill, glob_matcher
+from data_prep.catalog.schema import Folds, Table, fill, glob_matcher
 from data_prep.find.files import (
     SPLITS,
     Item,

@@ -47,9 +47,9 @@ def build(
     if args.linkage:
         identity.check_linkage(args.linkage, args.output)
     excluded = exclusions.read(pathlib.Path(args.exclude)) if args.exclude else None
-    key = json.dumps([plan.arguments, plan.fingerprint, __version__], sort_keys=True)
+    key = json.dumps([plan.arguments, plan.found.fingerprint, __version__], sort_keys=True)
     with shards.workplace(target, hashlib.sha256(key.encode()).hexdigest()) as folder:
-        divided = parts.divide(plan.sources)
+        divided = parts.divide(plan.found.items)
         _make(divided, plan, str(folder), args)
         gathered = _gather(divided, plan, folder, excluded)
         finished = folder / "stage"
@@ -72,15 +72,15 @@ def _gather(
 ) -> parts.Gathered:
     """Reads the indices of all parts and decides what is kept."""
     indices = list(parts.finished(divided, folder).values())
-    rejected = plan.rejected + [one for index in indices for one in index.rejected]
-    _check_usable(rejected, len(plan.sources) + len(plan.rejected))
+    rejected = plan.found.rejected + [one for index in indices for one in index.rejected]
+    _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected))
     if len(indices) != len(divided):
         raise InputError(
             f"{len(divided) - len(indices)} of {len(divided)} parts are missing in {folder}; do all workers of the "
             "runner reach it under that name?"
         )
     originals = [(name, *one) for index in indices for name, one in index.originals.items()]
-    unmasked = plan.unmasked + [one for index in indices for one in index.unmasked]
+    unmasked = plan.found.unmasked + [one for index in indices for one in index.unmasked]
     if plan.salt:
         hidden = {one.source: identity.pseudonym(plan.salt, "frame", one.source) for one in rejected + unmasked}
         rejected = [Rejected(hidden[one.source], one.reason) for one in rejected]
@@ -88,13 +88,13 @@ def _gather(
         originals += [(name, "frame", source) for source, name in hidden.items()]
     rows = [row for index in indices for row in index.rows]
     reasons, warnings = _choose(rows, plan, excluded)
-    plan.warnings += warnings
+    plan.found.warnings += warnings
     gathered = parts.Gathered(indices, rows, reasons, rejected, unmasked, originals)
     if not gathered.kept:
         raise UnusableInputError("no frame is left: all are excluded, duplicates or unreadable")
     expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
     if expected and found != expected:
-        plan.warnings.append(f"{found:,} frames were found, {expected:,} are in the whole dataset")
+        plan.found.warnings.append(f"{found:,} frames were found, {expected:,} are in the whole dataset")
     return gathered
 
 
@@ -122,7 +122,7 @@ def _write_dataset(
     shards.write_metadata(
         ordered,
         version,
-        plan.label_names,
+        plan.found.label_names,
         channels=max(row.channels for row in gathered.kept),
         description=f"{plan.entry.title}: ultrasound frames, prepared with python -m data_prep.build.",
         citation=plan.entry.citation,
@@ -135,19 +135,19 @@ def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Nam
     """Makes the parts that are not there yet."""
     complete = parts.finished(divided, folder).keys()
     missing = [part for part in divided if part.number not in complete]
-    done = len(plan.sources) - sum(len(part.sources) for part in missing)
+    done = len(plan.found.items) - sum(len(part.sources) for part in missing)
     if done:
-        print(f"{plan.name}: going on after {done:,} of {len(plan.sources):,} sources")
+        print(f"{plan.name}: going on after {done:,} of {len(plan.found.items):,} sources")
     make = plan.make_work(folder)
     if args.runner == "beam":
         parts.run_on_beam(missing, make, args.time_limit, _PRELOAD, _beam_options(args))
         return
-    total, unusable = len(plan.sources) + len(plan.rejected), len(plan.rejected)
+    total, unusable = len(plan.found.items) + len(plan.found.rejected), len(plan.found.rejected)
     made = parts.run_here(missing, make, args.workers, args.time_limit, _PRELOAD)
     unit = "patient" if plan.entry.name == "phantom" else "file"
     with (
         contextlib.closing(made),
-        tqdm.tqdm(total=len(plan.sources), initial=done, desc=plan.name, unit=unit) as bar,
+        tqdm.tqdm(total=len(plan.found.items), initial=done, desc=plan.name, unit=unit) as bar,
     ):
         for part, usable in made:
             bar.update(len(part.sources))
@@ -228,9 +228,11 @@ def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> No
     for row in rows:
         kept[re.sub(r"#\d+$", "", row.frame)].append(row.frame)
     stored = {}  # names in the tables: pseudonyms
-    if plan.salt and plan.splits:
-        stored = {one.frame or one.source: identity.pseudonym(plan.salt, "frame", one.source) for one in plan.sources}
-    for name, table in plan.splits.items():
+    if plan.salt and plan.found.splits:
+        stored = {
+            one.frame or one.source: identity.pseudonym(plan.salt, "frame", one.source) for one in plan.found.items
+        }
+    for name, table in plan.found.splits.items():
         path = folder / "splits" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:

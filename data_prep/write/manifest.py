@@ -71,7 +71,7 @@ def write_manifest(
         digests |= index.digests
         for name, values in index.technical.items():
             technical[name].update(values)
-    counts = _count(gathered.kept, sizes, plan.label_names)
+    counts = _count(gathered.kept, sizes, plan.found.label_names)
     entry = plan.entry
     manifest = {
         "schema": _SCHEMA,
@@ -86,23 +86,23 @@ def write_manifest(
         "verified": entry.verified,
         "benchmark": entry.benchmark,
         "problems": list(entry.problems),
-        "warnings": ([] if plan.salt else plan.warnings) + _of_readers(gathered),  # the plan's quote file names
+        "warnings": ([] if plan.salt else plan.found.warnings) + _of_readers(gathered),  # the plan's quote file names
         "arguments": plan.arguments,
         "input": {
-            "fingerprint": plan.fingerprint,
-            "files": len(plan.sources) + len(plan.rejected),
+            "fingerprint": plan.found.fingerprint,
+            "files": len(plan.found.items) + len(plan.found.rejected),
             "sha256": _combine(digests),
         },
         "sources": list(downloaded),
-        "label_names": plan.label_names,
+        "label_names": plan.found.label_names,
         "splits": counts,
         "kept": sum(one["frames"] for one in counts.values()),
         "dropped": _sorted(dropped),
         "rejected": _sorted(collections.Counter(one.reason for one in gathered.rejected)),
         "unmasked": _sorted(collections.Counter(one.reason for one in gathered.unmasked)),
-        "masks_beside": plan.masks_beside,
+        "masks_beside": plan.found.beside,
         "mask_colours": plan.mask_colours or _mask_colours(gathered.mask_colours),
-        "passed_over": _sorted(plan.passed_over),
+        "passed_over": _sorted(plan.found.left_out),
         "removed": _sorted(sum((index.removed for index in gathered.indices), collections.Counter())),
         "cleaned": _sorted(sum((index.cleaned for index in gathered.indices), collections.Counter())),
         "technical": {name: _sorted(values) for name, values in sorted(technical.items())},

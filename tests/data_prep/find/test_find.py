@@ -7,7 +7,7 @@ import os
 import pytest
 
 from data_prep import catalog
-from data_prep.catalog import Entry, Layout
+from data_prep.catalog.schema import Entry, Layout
 from data_prep.find import collect
 from data_prep.readers import Options
 from tests.data_prep.trees import TREES, grow, real_folder

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 
 from data_prep import catalog
-from data_prep.catalog import Folds, Table
+from data_prep.catalog.schema import Folds, Table
 from data_prep.find import collect, tables
 from data_prep.find.files import Item
 from tests.data_prep.trees import TREES, coco, grow
