@@ -126,41 +126,28 @@ def collect(
 
 
 def _listed(root: pathlib.Path, labels: str, scan: Scan, masks: str) -> Collection:
-    """What a table of one's own says."""
-    found, names, stats, rejected, unmasked = tables.read_labels(root, labels, masks)
-    kind, drawn = "image", set()
-    listed = {item.path for item in found}
-    if masks != "off" and not (unmasked or any(item.masks for item in found)):
-        by_name = {path: some for path, some in _beside(scan.files).items() if path in listed}
-        drawn = {mask for some in by_name.values() for mask in some} - listed
-        if drawn:
-            kind = "auto"
-            found = [
-                dataclasses.replace(item, masks=tuple(mask for mask in by_name.get(item.path, ()) if mask in drawn))
-                for item in found
-            ]
-            stats |= {mask: scan.files[mask] for mask in drawn}
+    """What a table of one's own says, and masks beside the images that it names if it names none itself."""
+    found, stats = tables.read_labels(root, labels, masks)
+    if masks != "off" and not (found.unmasked or any(item.masks for item in found.items)):
+        by_name = _beside(scan.files, [item.path for item in found.items])
+        drawn = {mask for some in by_name.values() for mask in some} - stats.keys()
+        for number, item in enumerate(found.items):
+            of_item = tuple(mask for mask in by_name.get(item.path, ()) if mask in drawn)
+            found.items[number] = dataclasses.replace(item, masks=of_item)
+        found.beside, found.mask_kind = len(drawn), "auto" if drawn else "image"
+        stats |= {mask: scan.files[mask] for mask in drawn}
     scan.left_out["images not in the labels file"] = len(scan.files.keys() - stats.keys())
-    return Collection(
-        items=found,
-        label_names=names,
-        rejected=rejected,
-        left_out=dict(+scan.left_out),
-        fingerprint=fingerprint(stats),
-        mask_kind=kind,
-        unmasked=unmasked,
-        beside=len(drawn),
-    )
+    found.left_out, found.fingerprint = dict(+scan.left_out), fingerprint(stats)
+    return found
 
 
-def _beside(files: Iterable[str], paths: Iterable[str] = ()) -> dict[str, tuple[str, ...]]:
-    """Masks by the path of their image, of images and volumes; of `paths` alone, if there are any."""
+def _beside(files: Iterable[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Masks among `files` by the path of their image or volume, one of `paths`."""
     from data_prep.readers import IMAGES, VOLUMES
 
     can_be = tuple(IMAGES | VOLUMES)
     found = find_masks(path for path in files if path.lower().endswith(can_be))
-    wanted = set(paths)
-    return {path: some for path, some in found.items() if not wanted or path in wanted}
+    return {path: found[path] for path in paths if path in found}
 
 
 def _check_arguments(entry: Entry, pattern: str, switches: Sequence[str]) -> None:

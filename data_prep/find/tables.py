@@ -23,6 +23,7 @@ from typing import Any
 from data_prep.catalog.schema import Folds, Table, fill, glob_matcher
 from data_prep.find.files import (
     SPLITS,
+    Collection,
     Item,
     Rejected,
     check_file,
@@ -150,9 +151,7 @@ def _coco_rows(data: Any) -> list[Row]:
     ]
 
 
-def read_labels(
-    root: pathlib.Path, labels: str, masks: str
-) -> tuple[list[Item], list[str], dict[str, tuple[int, int]], list[Rejected], list[Rejected]]:
+def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection, dict[str, tuple[int, int]]]:
     """A table of one's own, with the column `file` and perhaps others of `COLUMNS`.
 
     Args:
@@ -161,7 +160,7 @@ def read_labels(
       masks: "auto", "required" or "off"; in the first case a mask that cannot be used costs its frame nothing.
 
     Returns:
-      Items, class names, (size, mtime_ns) by path, files that cannot be used, and those whose mask cannot be.
+      What it says, and (size, mtime_ns) of the files and masks that it names.
 
     Raises:
       InputError: the table does not fit the files, or puts a patient into two splits.
@@ -212,7 +211,8 @@ def read_labels(
     rejected = {one.source for one in problems["file"]}
     kept = [item for item in items.values() if item.source not in rejected]
     check_splits(kept, "give all frames of a patient the same split")
-    return kept, names, stats, problems["file"], [one for one in problems["mask"] if one.source not in rejected]
+    unmasked = [one for one in problems["mask"] if one.source not in rejected]
+    return Collection(kept, names, problems["file"], unmasked=unmasked), stats
 
 
 def _label_rows(labels: str) -> list[Row]:

@@ -156,13 +156,3 @@ def receiver_noise(rng: np.random.Generator, scan: Scan) -> np.ndarray:
 def scan_convert(scan: Scan, samples: np.ndarray) -> np.ndarray:
     """Lays samples [D, L] out as an image [H, W]; what lies outside the sector repeats its border."""
     return cv2.remap(samples, scan.columns, scan.rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-
-
-def homogeneous_envelope(probe: Probe, *, seed: int = 0, image_size: int = 256) -> np.ndarray:
-    """The envelope of uniform tissue before log compression, unit mean power -> float32 [D, L].
-
-    Fully developed speckle: Rayleigh distributed, mean / std = sqrt(pi / (4 - pi)) = 1.91.
-    """
-    scan = scan_geometry(probe, image_size)
-    echoes = receive(scan, complex_normal(np.random.default_rng(seed), *scan.shape))
-    return np.sqrt(echoes[..., 0] ** 2 + echoes[..., 1] ** 2)

@@ -80,9 +80,7 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         drawn=f"{measured}, evenly drawn" if sampled else "All frames",
         rejected=_files(manifest.get("rejected"), folder / "rejected.csv"),
         unmasked=_files(manifest.get("unmasked"), folder / "unmasked.csv"),
-        colours=[
-            [one.get("class"), one.get("name", ""), one.get("colour")] for one in manifest.get("mask_colours") or ()
-        ],
+        colours=[[one.get(key, "") for key in _COLOUR] for one in manifest.get("mask_colours") or ()],
         equipment=_equipment(manifest),
         arguments=arguments,
         sources=[_source(one) for one in manifest.get("sources") or ()],

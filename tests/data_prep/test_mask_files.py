@@ -261,3 +261,11 @@ def test_private_data_names_no_mask(tmp_path, monkeypatch):
     data = content(tmp_path / "out")
     assert not [name for name, one in data.items() if b"ebedee" in one]
     assert "mask: is 40 x 48 pixels" in next(one for name, one in data.items() if "unmasked" in str(name)).decode()
+
+
+def test_a_file_that_a_table_lists_is_a_frame_whatever_its_name(tmp_path):
+    beside(tmp_path, "a.png", "a_mask.png")
+    labels = write_csv(tmp_path / "l.csv", ["file"], ["a.png"], ["a_mask.png"])
+    found, masks, _, _ = build(tmp_path, f"--labels={labels}")
+    assert set(found) == {"a.png", "a_mask.png"}
+    assert set(masks.values()) == {None}

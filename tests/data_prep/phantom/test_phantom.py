@@ -7,9 +7,16 @@ import pytest
 
 from data_prep import phantom
 from data_prep.phantom import CLASSES, __main__, simulate_patient
-from data_prep.phantom.scanner import PROBES, homogeneous_envelope
+from data_prep.phantom.scanner import PROBES, complex_normal, receive, scan_geometry
 
 ALL_PROBES = list(itertools.chain(*PROBES.values()))
+
+
+def homogeneous_envelope(probe, seed=0):
+    """The envelope of uniform tissue before log compression, unit mean power -> float32 [D, L]."""
+    scan = scan_geometry(probe, 256)
+    echoes = receive(scan, complex_normal(np.random.default_rng(seed), *scan.shape))
+    return np.sqrt(echoes[..., 0] ** 2 + echoes[..., 1] ** 2)
 
 
 @pytest.fixture(scope="module")
