@@ -11,7 +11,7 @@ from typing import Any, cast
 from data_prep import catalog
 from data_prep.catalog.schema import Entry, Layout, fill, glob_matcher
 from data_prep.find import tables
-from data_prep.find.beside import find_masks
+from data_prep.find.beside import find_masks, without_images
 from data_prep.find.files import (
     FOLDER_LINK,
     SPLITS,
@@ -96,7 +96,7 @@ def collect(
     used = tables.apply(root, layout.tables, scan.files, known, values, warnings)
     if labels:
         for path in known:
-            values[path]["label"] = holder(path)
+            values[path]["label"] = holder(without_images(path) if drawn else path)
     where = "by renaming folders" if labels else "in the paths or tables"
     names = list(entry.classes) or label_names((value.get("label", "") for value in values.values()), where)
     if masks != "off":

@@ -11,6 +11,14 @@ _FOLDER = re.compile(rf"(?:^|(?<=/)|[ _-])(?:{_MASK})(?=$|[ _/-])", re.IGNORECAS
 _IMAGES = re.compile(r"(?:^|(?<=/)|[ _-])(?:images?|imgs?)(?=$|[ _/-])", re.IGNORECASE)
 
 
+def without_images(path: str) -> str:
+    """The path of an image as if it lay above folders that are called "images", which say nothing about it."""
+    folder, name = posixpath.split(path)
+    while folder and _IMAGES.fullmatch(posixpath.basename(folder)):
+        folder = posixpath.dirname(folder)
+    return posixpath.join(folder, name)
+
+
 def find_masks(files: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """The masks of every image that has some, in the order of their names.
 

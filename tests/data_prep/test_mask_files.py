@@ -269,3 +269,16 @@ def test_a_file_that_a_table_lists_is_a_frame_whatever_its_name(tmp_path):
     found, masks, _, _ = build(tmp_path, f"--labels={labels}")
     assert set(found) == {"a.png", "a_mask.png"}
     assert set(masks.values()) == {None}
+
+
+def test_the_class_of_an_image_beside_a_folder_of_masks_is_the_folder_above_both(tmp_path):
+    beside(tmp_path, "benign/images/1.png", "benign/images/2.png", "normal/images/3.png")
+    write(tmp_path / "in/benign/masks/1.png", box())
+    found, masks, manifest, _ = build(tmp_path, "--labels=parent")
+    assert {name: record["label"] for name, record in found.items()} == {
+        "benign/images/1.png": 0,
+        "benign/images/2.png": 0,
+        "normal/images/3.png": 1,
+    }
+    assert manifest["label_names"] == ["benign", "normal"]
+    np.testing.assert_array_equal(masks["benign/images/1.png"], box())

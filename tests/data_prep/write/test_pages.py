@@ -52,6 +52,8 @@ MANIFEST = {
     "kept": 7,
     "dropped": {"duplicate": 2001, "nearly the frame before": 40},
     "rejected": {"truncated file": 3001, "no frames": 5},
+    "unmasked": {"mask: is 40 x 48 pixels, the image 64 x 48": 1701},
+    "mask_colours": [{"class": 1, "colour": "#00ff00", "files": 3}, {"class": 2, "name": "cy<st", "colour": "#ff0000"}],
     "passed_over": {"other files": 17},
     "removed": {"PatientName": 801},
     "cleaned": {"text": 90_001},
@@ -156,6 +158,14 @@ def test_rejected_files_are_named_by_reason(dataset):
     assert text.count("alert(2)>/\\u202egnp.png") >= 4
     assert "and 2,997 more" in text
     assert "x/y.png and 4 more" in text
+
+
+def test_frames_without_their_mask_and_colours_of_masks_are_shown(dataset):
+    (dataset / "unmasked.csv").write_text('file,reason\na/b.png,"mask: is 40 x 48 pixels, the image 64 x 48"\n')
+    text = words(pages.write_page(dataset))
+    assert "Frames that were kept without their mask" in text
+    assert "mask: is 40 x 48 pixels, the image 64 x 48 1,701 a/b.png and 1,700 more" in text
+    assert "1 #00ff00 2 cy<st #ff0000" in " ".join(text.split())
 
 
 def test_nothing_in_a_name_becomes_markup(dataset):
@@ -315,7 +325,13 @@ def test_the_index_adds_up_and_its_links_lead_to_the_pages(dataset, tmp_path):
 
 def test_pages_fit_a_phone_and_a_desk_without_sideways_scrolling(dataset, tmp_path):
     long = {"x" * 300 + ".png": 3, "many words " * 30: 2} | {f"reason {number}": 1 for number in range(30)}
-    manifest = MANIFEST | {"dropped": long, "rejected": long, "citation": "c" * 400, "label_names": ["l" * 90, "m"]}
+    manifest = MANIFEST | {
+        "dropped": long,
+        "rejected": long,
+        "unmasked": long,
+        "citation": "c" * 400,
+        "label_names": ["l" * 90, "m"],
+    }
     manifest |= {"arguments": {"a" * 80: "b" * 500}, "technical": {"Maker" * 20: {"v" * 200: 1}}, "title": "T" * 120}
     (dataset / "manifest.json").write_text(json.dumps(manifest))
     paths = [pages.write_page(dataset), pages.write_index([dataset], dataset / "index.html")]
