@@ -1,6 +1,6 @@
-"""Finds ink in one channel of a frame: letters, calipers, rulers, boxes, discs, bars, whatever was burnt in.
+"""Finds what was burnt into a frame: letters, calipers, rulers, boxes, discs, bars, logos.
 
-Ink differs from tissue in three ways, each measured against the tissue around, so that contrast and zoom matter little:
+Grey ink differs from tissue in three ways, each measured against the tissue around, so contrast and zoom matter little:
 
 - Sharp: speckle and interfaces are as wide as pulse and beam, the edges of ink are a pixel wide. The Laplacian of ink
   is several times what is usual nearby.
@@ -10,11 +10,16 @@ Ink differs from tissue in three ways, each measured against the tissue around, 
 A frame is written on with few inks, so what is as bright as ink that is certain needs less to be ink. What outlines
 enclose is ink too if it is flat, or shaded along one axis only: discs, labels, bars.
 
+Colour is ink when it is a thin stroke, of one colour, or a bar, that is a rectangle shaded along one axis; colour that
+varies over an area is Doppler or elastography and stays.
+
 The thresholds were chosen on phantoms and public frames, `benchmarks/deannotation.py` measures them on others.
 """
 
 import cv2
 import numpy as np
+
+from data_prep.readers.clips import COLOUR_SHARE
 
 # The Laplacian exceeds this many times the usual plus so many grey levels, and the brightest of a pixel and its
 # neighbours exceeds the mean around by so many, and so many in all.
@@ -34,6 +39,13 @@ _BLACK = 8  # tissue is brighter
 _LABEL = 0.15  # of the shorter side: discs, labels and bars are narrower
 _FLAT = 4  # grey levels in 2 pixels
 _SURROUNDED = 0.4  # share of the rim of a flat region that is ink
+_COLOURED = 40  # grey levels between channels, beyond the tint of the frame
+_STROKE = 4  # pixels at 600 lines, half the width of the widest coloured stroke
+_PLAIN = 20  # grey levels that ink of one colour varies
+_INK, _FLOW = 200, 230  # the brightest channel of ink is brighter, that of small flow darker
+_SHADED = 9  # grey levels from pixel to pixel along the even axis of a bar, in two channels
+_BAR = 300  # pixels at 600 lines: bars are larger
+_WIDE = 100  # pixels at 600 lines: labels, logos and bars are narrower
 
 
 def square(side: int) -> np.ndarray:
@@ -46,7 +58,7 @@ def over(values: np.ndarray, limit: float) -> np.ndarray:
     return cv2.threshold(values, limit, 255, cv2.THRESH_BINARY)[1]
 
 
-def grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Ink in one channel.
 
     Args:
@@ -166,6 +178,113 @@ def _enclosed(mask, level, bright):
     flat = cv2.bitwise_and(cv2.subtract(between, uneven), cv2.compare(level, bright, cv2.CMP_GT))
     others = Regions(flat)
     return cv2.bitwise_or(regions.only(closed), others.only(others.share_of_rim(mask) >= _SURROUNDED))
+
+
+def extremes(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest channel of every pixel, uint8 `[H, W]` each."""
+    channels = cv2.split(image)
+    lowest = highest = channels[0]
+    for channel in channels[1:]:
+        lowest, highest = cv2.min(lowest, channel), cv2.max(highest, channel)
+    return lowest, highest
+
+
+def find_marks(image: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grey and coloured ink in a sector.
+
+    Args:
+      image: uint8 `[H, W, 1]` or RGB `[H, W, 3]`.
+      inside: uint8 `[H, W]`, 0 or 255: the sector.
+
+    Returns:
+      uint8 `[H, W]`, 0 or 255, each; no pixel is in both.
+    """
+    if image.shape[2] == 1:
+        nothing = np.zeros_like(inside)
+        return _grey_ink(np.ascontiguousarray(image[:, :, 0]), inside, nothing), nothing
+    coloured, flow = _colours(image)
+    other = cv2.bitwise_or(coloured, flow)
+    # Colour is dark in one channel, white letters on it are not.
+    grey = _grey_ink(extremes(image)[0], inside, other)
+    return cv2.subtract(grey, other), cv2.bitwise_and(coloured, inside)
+
+
+def _colours(image):
+    """Coloured ink and colour that is signal -> uint8 `[H, W]`, 0 or 255, each."""
+    lowest, highest = extremes(image)
+    coloured = over(cv2.subtract(highest, lowest), _COLOURED)
+    ink, flow = np.zeros_like(coloured), np.zeros_like(coloured)
+    if coloured.any():
+        coloured = cv2.bitwise_and(coloured, _beyond_tint(image))
+        left, top, width, height = cv2.boundingRect(coloured)
+        part = slice(max(0, top - 4), top + height + 4), slice(max(0, left - 4), left + width + 4)
+        scale = max(min(coloured.shape) / 600, 0.6)
+        ink[part], flow[part] = _sort_colours(coloured[part].copy(), np.ascontiguousarray(image[part]), scale)
+    return ink, flow
+
+
+def _beyond_tint(image):
+    """Where the colour is another than that of a frame shown in sepia or blue."""
+    red, green, blue = cv2.split(image)
+    base = green[::4, ::4].astype(np.float32)
+    lit = base > 40
+    beyond = np.zeros_like(green)
+    for channel in (red, blue):
+        tint = float(np.median(channel[::4, ::4][lit] / base[lit])) if lit.any() else 1.0
+        tinted = cv2.convertScaleAbs(green, alpha=min(max(tint, 0.75), 1.33))
+        beyond = cv2.max(beyond, cv2.absdiff(channel, tinted))
+    return over(beyond, _COLOURED)
+
+
+def _sort_colours(coloured, image, scale):
+    red, green, blue = cv2.split(image)
+    highest = cv2.max(cv2.max(red, green), blue)
+    stroke = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * round(_STROKE * scale) + 1,) * 2)
+    thick = cv2.dilate(cv2.morphologyEx(coloured, cv2.MORPH_OPEN, stroke), square(5))
+    thick = cv2.bitwise_and(thick, coloured)
+    flow = _varied(thick, highest, green, scale)
+    if cv2.countNonZero(flow) <= COLOUR_SHARE * 600**2 * scale**2:
+        flow[:] = 0  # too little to carry meaning
+    else:
+        # Small flow is slow, that is dark, and not green; what is small and bright beside large flow is a spur of it.
+        thin = Regions(cv2.subtract(coloured, thick), connectivity=8)
+        near = thin.largest(cv2.dilate(flow, square(2 * round(60 * scale) + 1))) > 0
+        spur = (thin.size < 40 * scale**2) & (thin.largest(cv2.dilate(flow, square(3))) > 0)
+        dark = (thin.largest(highest) < _FLOW) & (thin.mean(over(cv2.subtract(green, cv2.max(red, blue)), 20)) < 128)
+        flow = cv2.bitwise_or(flow, thin.only((dark & near) | spur))
+    ink = cv2.dilate(cv2.subtract(coloured, flow), square(5))  # compression spreads colour
+    return cv2.subtract(ink, flow), flow
+
+
+def _varied(thick, highest, green, scale):
+    """Regions of colour that are neither of one bright colour nor a bar."""
+    regions = Regions(thick, connectivity=8)
+    place = np.flatnonzero(cv2.erode(thick, square(5)))
+    owner = regions.labels.ravel()[place]
+
+    def total(values):
+        return np.bincount(owner, values, regions.count)
+
+    number = np.maximum(total(np.ones(len(place))), 1)
+    plain, steps = np.ones(regions.count, bool), np.zeros((2, regions.count))
+    for channel in (highest, green):
+        values, near = channel.ravel()[place].astype(np.float64), np.ones(len(place))
+        for limit in (3 * _PLAIN, _PLAIN):  # letters on a label do not count
+            centre = total(values * near) / np.maximum(total(near), 1)
+            near = np.abs(values - centre[owner]) < limit
+        plain &= total(near) > 0.75 * number
+        if channel is highest:
+            plain &= centre > _INK
+        for axis in (0, 1):
+            steps[axis] += total(cv2.absdiff(channel, np.roll(channel, 1, axis)).ravel()[place]) / number
+    filled = regions.size / (regions.width * regions.height)
+    bar = (
+        (filled > 0.7)
+        & (regions.size > _BAR * scale**2)
+        & (steps.min(axis=0) < np.where(filled > 0.79, _SHADED, _SHADED / 2))
+    )
+    narrow = np.minimum(regions.width, regions.height) < _WIDE * scale
+    return regions.only(~(narrow & (plain | bar)))
 
 
 class Regions:
