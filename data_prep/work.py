@@ -181,11 +181,10 @@ def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[
         try:
             found.append(masks.read_mask_as(how.mask_kind, os.path.join(root, path), shape, how.mask_colours))
         except UnreadableError as error:
-            # A path may be an identifier.
-            problem = f"mask{'' if how.salt else ' ' + printable(path)}: {error}"
             if how.masks_required:
-                raise UnreadableError(problem) from error
-            return None, problem  # a part of what is meant would be wrong
+                # A path may be an identifier.
+                raise UnreadableError(f"mask{'' if how.salt else ' ' + printable(path)}: {error}") from error
+            return None, f"mask: {error}"  # and none of the others: a part of what is meant would be wrong
     return (masks.join(found) if found else None), ""
 
 
