@@ -190,7 +190,9 @@ def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[
 
 def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, tuple[Original, ...]]:
     """Ids as they are stored, whether the patient is known, and what pseudonyms stand for."""
-    patient, video, source = item.patient or known_patient(frame.patient), item.video or frame.video, item.source
+    # What is called "unknown" is neither one patient nor one clip.
+    patient, video = item.patient or known_patient(frame.patient), item.video or known_patient(frame.video)
+    source = item.source
     originals: list[Original] = []
 
     def stored(kind: str, value: str) -> str:

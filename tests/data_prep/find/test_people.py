@@ -2,12 +2,13 @@
 
 import unicodedata
 
+import numpy as np
 import openpyxl
 import pytest
 
 from data_prep import catalog
 from data_prep.find import collect, files
-from tests.data_prep.builds import picture, refused, run, write, write_csv
+from tests.data_prep.builds import picture, read, refused, run, write, write_csv
 from usfmae_jax.errors import InputError
 
 HEAD = "file,label,patient,split\n"
@@ -141,3 +142,20 @@ def test_a_table_without_openpyxl_is_one_sentence(folder, tmp_path, capsys, monk
     book.save(tmp_path / "l.xlsx")
     message = refused(capsys, f"--labels={tmp_path / 'l.xlsx'}", output=tmp_path / "out", source=folder)
     assert "need openpyxl: pip install" in message
+
+
+def test_a_placeholder_inside_a_file_is_no_patient_either(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "in").mkdir()
+    with h5py.File(tmp_path / "in/clips.h5", "w") as file:
+        file["image"] = np.stack([picture(number, (32, 40)) for number in range(3)])
+        file["who"] = [b"unknown", b"p1", b"unknown"]
+    (tmp_path / "mine.toml").write_text(
+        'name = "mine"\ntitle = "Mine"\nverified = "documented only"\n[[layout]]\ninclude = ["*.h5"]\n'
+        'reader = { key = "image", patient_key = "who" }\n'
+    )
+    flags = "--thin=off", "--deduplicate=off"
+    assert run(*flags, output=tmp_path / "out", source=tmp_path / "in", dataset=tmp_path / "mine.toml") == 0
+    found = read(tmp_path / "out")
+    assert [one["patient"] == "p1" for one in found] == [False, True, False]
+    assert "unknown" not in {one["patient"] for one in found}
