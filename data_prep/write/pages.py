@@ -30,7 +30,7 @@ _SHEET = 60  # frames that are shown
 _THUMBNAIL = 176  # pixels of the long side
 _BLACK = 5  # of 255: what counts as black
 _COUNTED = ("frames", "patients", "unknown_patients", "videos")  # of each split
-_COLOUR = "class", "name", "colour"  # of masks
+_COLOUR = "colour", "class", "name"  # of masks
 _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 
 

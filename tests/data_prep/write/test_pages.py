@@ -165,7 +165,7 @@ def test_frames_without_their_mask_and_colours_of_masks_are_shown(dataset):
     text = words(pages.write_page(dataset))
     assert "Frames that were kept without their mask" in text
     assert "mask: is 40 x 48 pixels, the image 64 x 48 1,701 a/b.png and 1,700 more" in text
-    assert "1 #00ff00 2 cy<st #ff0000" in " ".join(text.split())
+    assert "#00ff00 1 #ff0000 2 cy<st" in " ".join(text.split())
 
 
 def test_nothing_in_a_name_becomes_markup(dataset):
