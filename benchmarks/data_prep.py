@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image
 
 from data_prep import phantom
-from data_prep.frames import Storage, process
-from data_prep.items import Item
+from data_prep.find.files import Item
 from data_prep.readers import Options, read_frames
+from data_prep.work import Storage, process
 
 _SIZE = 512
 _LONG = 10  # times the frames, for memory

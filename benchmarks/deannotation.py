@@ -27,11 +27,11 @@ from typing import Any
 import cv2
 import numpy as np
 
-from benchmarks import published_recipe
-from data_prep import overlays, phantom
-from data_prep.deannotate import clean_frame, overlay_mask
+from benchmarks import overlays, published_recipe
+from data_prep import phantom
+from data_prep.clean.inpainting import clean_frame, overlay_mask
+from data_prep.clean.sector import Sector, find_sector
 from data_prep.readers.images import read_image
-from data_prep.sector import Sector, find_sector
 
 Frames = Iterable[tuple[np.ndarray, np.ndarray]]  # uint8 [H, W] and where its sector is
 Method = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, float]]  # image -> result, mask, seconds

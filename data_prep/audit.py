@@ -28,7 +28,7 @@ from typing import Any
 # `usfmae_jax.data.records` and tqdm are imported where they are needed: help should be quick.
 import numpy as np
 
-from data_prep import exclusions, parallel
+from data_prep import exclusions, isolate
 from data_prep.exclusions import Match, match_ids
 from usfmae_jax.data import fingerprints
 from usfmae_jax.errors import DamagedRecord, InputError
@@ -223,7 +223,7 @@ def _pixels(record: dict[str, Any]) -> np.ndarray:
 
 
 def _map(
-    function: parallel.Work, tasks: list[Any], workers: int, name: str, unit: str, size: Callable[[Any], int]
+    function: isolate.Work, tasks: list[Any], workers: int, name: str, unit: str, size: Callable[[Any], int]
 ) -> list[Any]:
     """Results in the order of the tasks, which have `size` of a `unit` each."""
     import tqdm
@@ -231,7 +231,7 @@ def _map(
     results: dict[int, Any] = {}
     preload = "usfmae_jax.data.records"  # what takes the longest to import
     with tqdm.tqdm(total=sum(map(size, tasks)), desc=name, unit=unit) as bar:
-        for number, result in parallel.isolated_map(function, tasks, workers, limit=_LIMIT, preload=preload):
+        for number, result in isolate.isolated_map(function, tasks, workers, limit=_LIMIT, preload=preload):
             results[number] = result
             bar.update(size(tasks[number]))
     return [results[number] for number in range(len(tasks))]

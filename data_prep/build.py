@@ -10,14 +10,15 @@
 
 Files are told apart by their content: PNG, JPEG, TIFF, BMP; DICOM; video; NIfTI, MetaImage and NRRD volumes; MATLAB,
 HDF5 and NumPy arrays. Writes OUTPUT/NAME/VERSION/: the shards, manifest.json (what was kept, dropped and removed, and
-why), report.html to look at, and rejected.csv, if files had to be left out. A build that is interrupted goes on where
-it was when the same command is given again; a finished one is left as it is.
+why), report.html to look at, and rejected.csv and unmasked.csv, if files or their masks had to be left out. A build
+that is interrupted goes on where it was when the same command is given again; a finished one is left as it is.
 
 Of several datasets each has its folder below --input, under its name. For data of your own that names patients add
 --private: ids and paths are then written as salted hashes only, as they always are for --dataset=dicom.
 
-labels.csv has a header and the columns file,label,patient,video,split,mask, of which only `file` must be there:
-paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient is unknown.
+labels.csv (or .xlsx) has a header and the columns file,label,patient,video,split,mask, of which only `file` must be
+there: paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient (or NA,
+"Anonymous" and the like) is unknown. Masks that lie beside their images need no table, see --masks.
 """
 
 import argparse
@@ -31,8 +32,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # OpenCV, grain and TensorFlow Datasets are imported where they are needed: help and "up to date" should be quick.
-from data_prep import catalog, plans, report
-from data_prep.catalog import Entry
+from data_prep import catalog
+from data_prep.catalog.schema import Entry
+from data_prep.plan import PHANTOM, plan_files, plan_phantoms
+from data_prep.write.manifest import check_same, print_summary
 from usfmae_jax.errors import InputError
 
 
@@ -83,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"error: {entry.name}: {error}", file=sys.stderr)
             status = 2
     if built:
-        from data_prep import pages
+        from data_prep.write import pages
 
         print(f"\nAll together: {pages.write_index(built, pathlib.Path(args.output) / 'index.html')}")
     return status
@@ -102,23 +105,23 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
     if entry.name != "phantom" and not os.path.isdir(source):
         missing = f"--input={source} is not a folder" if source else f"--dataset={entry.name} needs --input=DIR"
         raise InputError(f"{missing}\n{catalog.describe(entry)}")
-    plan = plans.phantoms(entry, args) if entry.name == "phantom" else plans.files(entry, source, args)
+    plan = plan_phantoms(entry, args) if entry.name == "phantom" else plan_files(entry, source, args)
     if downloaded:
         from data_prep.fetch import download
 
-        plan.rejected += download.rejected_members(pathlib.Path(source))
+        plan.found.rejected += download.rejected_members(pathlib.Path(source))
     target = pathlib.Path(args.output) / plan.name / entry.version
     if not args.overwrite and target.exists():
-        report.check_same(target, plan.arguments, plan.fingerprint)
+        check_same(target, plan.arguments, plan.found.fingerprint)
         if args.linkage:
             raise InputError(f"{target} is up to date, and --linkage is written while it is built; add --overwrite")
         print(f"{target} is up to date")
         return target
-    from data_prep import assembly
+    from data_prep.write import dataset
 
     started = time.monotonic()
-    manifest = assembly.build(plan, target, downloaded, args)
-    report.print_summary(target, manifest, plan.warnings, time.monotonic() - started)
+    manifest = dataset.build(plan, target, downloaded, args)
+    print_summary(target, manifest, plan.found.warnings, plan.tip, time.monotonic() - started)
     return target
 
 
@@ -171,10 +174,19 @@ def _add_sources(group: Any) -> None:
         default="",
         help="regular expression over the path, such as '(?P<patient>[^/]+)/'; groups: patient, video, frame, cls",
     )
+    add(
+        "--masks",
+        default="auto",
+        choices=("auto", "required", "off"),
+        help="auto: a mask that cannot be used costs its frame nothing, and files of --dataset=folder that are called "
+        "as masks of images beside them are (x_mask.png, masks/x.png); required: a frame whose mask cannot be used is "
+        "left out; off: none, and every file is a frame; default: auto",
+    )
+    add("--mask_colours", default="", help="classes of masks in colours: NAME=#RRGGBB, several with commas between")
     add("--optional", default="", help="parts of a dataset that are off by default; --dataset=NAME alone names them")
-    add("--patients", type=_at_least(1), help=f"phantom: default: {plans.PHANTOM['patients']}")
-    add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {plans.PHANTOM['frames']}")
-    add("--seed", type=_at_least(0), help=f"phantom: default: {plans.PHANTOM['seed']}")
+    add("--patients", type=_at_least(1), help=f"phantom: default: {PHANTOM['patients']}")
+    add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {PHANTOM['frames']}")
+    add("--seed", type=_at_least(0), help=f"phantom: default: {PHANTOM['seed']}")
 
 
 def _add_reading(group: Any) -> None:
@@ -242,8 +254,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.beam_pipeline_options and args.runner != "beam":
         raise InputError("--beam_pipeline_options is for --runner=beam")
     foreign = {
-        "phantom": ("input", "labels", "download", "include", "pattern", "optional", "exclude", "private"),
-    }.get(args.dataset, tuple(plans.PHANTOM))
+        "phantom": (
+            *("input", "labels", "download", "include", "pattern", "optional", "exclude", "private", "mask_colours"),
+        ),
+    }.get(args.dataset, tuple(PHANTOM))
     for flag in foreign:
         if getattr(args, flag) not in (None, "", False):
             raise InputError(f"--{flag} has no meaning for --dataset={args.dataset}; leave it out")

@@ -1,50 +1,124 @@
-"""Annotations to masks: drawn as images, as outlines that have to be filled, or as lists of polygon corners."""
+"""Annotations to masks: drawn as images, in colours, as outlines that have to be filled, or as lists of corners."""
 
 import json
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import cv2
 import numpy as np
 
 from data_prep.readers import IMAGES, UnreadableError, read_mask, volumes
-from data_prep.readers.clips import check_size
+from data_prep.readers.clips import channel_spread, check_size
 from data_prep.readers.images import image_size, load
 
 FOREGROUND = 255
 _THRESHOLD = 127  # of masks that were stored as JPEG or drawn with soft edges
 _MAX_BYTES = 64 << 20
 _MAX_CORNERS = 1_000_000
+_MAX_COLOURS = 32  # more are a picture
+_NEAR = 64  # levels in any channel that JPEG changes a colour by
+_EDGES = 0.02  # of a mask: what lies between two colours along their border
+
+Colours = Mapping[tuple[int, int, int], int]
+NO_COLOURS: Colours = {}
 
 
-def read_mask_as(kind: str, path: str | os.PathLike[str], shape: tuple[int, int]) -> np.ndarray:
-    """Reads an annotation as a mask of the image it belongs to.
+def read_mask_as(
+    kind: str, path: str | os.PathLike[str], shape: tuple[int, int], colours: Colours = NO_COLOURS
+) -> np.ndarray:
+    """Reads an annotation as a mask of the image it belongs to, in the size of that.
 
     Args:
-      kind: "image", numbers as they are stored, in an image or a volume of one slice; "binary", an image in which what
-        is lighter than half of the range, in any channel, is meant; "outline", an image of a closed line, which is
-        filled; "polygons", JSON with one list of corners [x, y], a list of such lists, or the shapes of LabelMe,
-        filled.
+      kind: "image", numbers or few colours as they are stored, in an image or a volume of one slice; "auto", the same
+        but for JPEG and soft edges, which are "binary"; "binary", an image in which what is lighter than half of the
+        range, in any channel, is meant; "outline", an image of a closed line, which is filled; "polygons", JSON with
+        one list of corners [x, y], a list of such lists, or the shapes of LabelMe, filled.
       path: of the annotation.
-      shape: (H, W) of the image.
+      shape: (H, W) of the image. A mask of the same shape in another size is resized.
+      colours: class number by colour (R, G, B), of masks with colours; black is the background.
 
     Returns:
-      uint8 `[H, W]`; 0 is background and, but for "image", 255 all else.
+      uint8 `[H, W]`; 0 is background and, but for numbers, 255 all else. RGB `[H, W, 3]` of a mask with colours that
+      have no numbers.
 
     Raises:
-      UnreadableError: the file is missing, damaged, of another size than the image, or not of this kind.
+      UnreadableError: the file is missing, damaged, of another shape than the image, or not of this kind.
     """
     if kind == "polygons":
         return fill_polygons(_read_corners(path, shape), shape)
-    if kind == "image":
-        mask = read_mask(path) if pathlib.Path(path).suffix.lower() in IMAGES else _read_slice(path)
+    if kind in ("image", "auto"):
+        mask = _read_numbers(path, soft=kind == "auto")
+        if mask.ndim == 3:
+            mask = _classes(mask, colours) if colours else _few_colours(mask)
     else:
-        mask = np.where(_read_lightest(path) > _THRESHOLD, np.uint8(FOREGROUND), np.uint8(0))
-    if mask.shape != shape:
-        raise UnreadableError(f"is {mask.shape[1]} x {mask.shape[0]} pixels, the image {shape[1]} x {shape[0]}")
+        mask = np.where(_lightest(_read_colours(path)) > _THRESHOLD, np.uint8(FOREGROUND), np.uint8(0))
+    height, width = mask.shape[:2]
+    if not _same_shape((height, width), shape):
+        raise UnreadableError(f"is {width} x {height} pixels, the image {shape[1]} x {shape[0]}")
+    if (height, width) != shape:
+        mask = cv2.resize(mask, shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return fill_outline(mask) if kind == "outline" else mask
+
+
+def join(masks: list[np.ndarray]) -> np.ndarray:
+    """Several masks of one image as one: of numbers the largest, of colours the last."""
+    if any(mask.ndim == 3 for mask in masks):
+        masks = [mask if mask.ndim == 3 else cv2.merge([mask] * 3) for mask in masks]
+        joined = masks[0]
+        for mask in masks[1:]:
+            joined = np.where(mask.any(axis=2, keepdims=True), mask, joined)
+        return joined
+    return np.maximum.reduce(masks)
+
+
+def colours_of(mask: np.ndarray) -> list[str]:
+    """The colours of an RGB mask but black, as "#rrggbb"."""
+    return [f"#{colour:06x}" for colour in np.unique(_packed(mask)).tolist() if colour]
+
+
+def numbered(mask: np.ndarray, numbers: Mapping[str, int]) -> np.ndarray:
+    """A mask of numbers or RGB colours as class numbers by colour, uint8 `[H, W]`; other numbers stay."""
+    if mask.ndim == 2:
+        table = np.array([numbers.get(f"#{grey:02x}{grey:02x}{grey:02x}", grey) for grey in range(256)], np.uint8)
+        return np.asarray(cv2.LUT(mask, table))
+    packed, classes = _packed(mask), np.zeros(mask.shape[:2], np.uint8)
+    for colour, number in numbers.items():
+        classes[packed == int(colour[1:], 16)] = number
+    return classes
+
+
+def _packed(mask: np.ndarray) -> np.ndarray:
+    return mask.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+
+
+def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether sizes differ by a factor alone, but for the pixel that rounding makes of the smaller one."""
+    (height, width), (tall, wide) = one, other
+    return abs(height * wide - width * tall) <= max(height, width, tall, wide)
+
+
+def _few_colours(mask: np.ndarray) -> np.ndarray:
+    number = len(np.unique(_packed(mask)))
+    if number > _MAX_COLOURS:
+        raise UnreadableError(f"has {number:,} colours, a mask has few (--mask_colours names them)")
+    return mask
+
+
+def _classes(mask: np.ndarray, colours: Colours) -> np.ndarray:
+    """The class whose colour is nearest, as long as it is near."""
+    known = np.array([(0, 0, 0), *colours], np.int32)
+    packed, inverse = np.unique(_packed(mask), return_inverse=True)
+    found = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1)[:, None]
+    distance = np.abs(found - known).max(axis=2)
+    far, share = distance.min(axis=1) > _NEAR, np.bincount(inverse.ravel()) / inverse.size
+    if share[far].sum() > _EDGES:
+        worst = int(packed[far][share[far].argmax()])
+        raise UnreadableError(f"has the colour #{worst:06x}, which --mask_colours does not name")
+    numbers = np.array([0, *colours.values()], np.uint8)[distance.argmin(axis=1)]
+    return numbers[inverse].reshape(mask.shape[:2])
 
 
 def fill_outline(line: np.ndarray) -> np.ndarray:
@@ -97,8 +171,24 @@ def fill_polygons(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndar
     return mask
 
 
-def _read_lightest(path: str | os.PathLike[str]) -> np.ndarray:
-    """The lightest channel of an image, uint8 `[H, W]`."""
+def _read_numbers(path: str | os.PathLike[str], soft: bool) -> np.ndarray:
+    """Numbers `[H, W]`, or colours `[H, W, 3]` where the channels differ, uint8."""
+    if pathlib.Path(path).suffix.lower() not in IMAGES:
+        return _read_slice(path)
+    try:
+        mask = read_mask(path)
+    except UnreadableError:
+        mask = _read_colours(path)
+        if not channel_spread(mask).any():  # no colours, but numbers above 255
+            raise
+        return mask
+    if soft and len(np.unique(mask)) > _MAX_COLOURS:
+        return np.where(mask > _THRESHOLD, np.uint8(FOREGROUND), np.uint8(0))
+    return mask
+
+
+def _read_colours(path: str | os.PathLike[str]) -> np.ndarray:
+    """An image in colour, uint8 RGB `[H, W, 3]`."""
     data = load(path, _MAX_BYTES)
     width, height = image_size(data)
     check_size(height, width)
@@ -108,8 +198,13 @@ def _read_lightest(path: str | os.PathLike[str]) -> np.ndarray:
         raise UnreadableError("cannot be decoded") from error
     if pixels is None:
         raise UnreadableError("cannot be decoded")
-    blue, green, red = cv2.split(pixels)
-    return np.asarray(cv2.max(cv2.max(blue, green), red))  # NumPy takes ten times as long along the last axis
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def _lightest(pixels: np.ndarray) -> np.ndarray:
+    """The lightest channel."""
+    first, second, third = cv2.split(pixels)
+    return np.asarray(cv2.max(cv2.max(first, second), third))  # NumPy takes ten times as long along the last axis
 
 
 def _read_slice(path: str | os.PathLike[str]) -> np.ndarray:
@@ -128,8 +223,8 @@ def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int]) -> list[
     try:
         # Label names in the encoding of some workplace are common, and nobody asks for them here.
         data = json.loads(load(path, _MAX_BYTES).decode("utf-8", "replace"))
+        scale = _scale(data if isinstance(data, dict) else {}, shape)
         if isinstance(data, dict):
-            _check_size(data, shape)
             lists = [
                 _rectangle(one) if one.get("shape_type") == "rectangle" else one["points"] for one in data["shapes"]
             ]
@@ -142,7 +237,8 @@ def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int]) -> list[
         raise UnreadableError("has corners that are no numbers")
     if sum(map(len, polygons)) > _MAX_CORNERS:
         raise UnreadableError(f"more than {_MAX_CORNERS:,} corners")
-    return polygons
+    # (0, 0) is the middle of the first pixel.
+    return polygons if scale == (1, 1) else [(corners + 0.5) * scale - 0.5 for corners in polygons]
 
 
 def _rectangle(shape: dict[str, Any]) -> list[tuple[float, float]]:
@@ -150,10 +246,12 @@ def _rectangle(shape: dict[str, Any]) -> list[tuple[float, float]]:
     return [(left, top), (right, top), (right, bottom), (left, bottom)]
 
 
-def _check_size(data: dict[str, Any], shape: tuple[int, int]) -> None:
+def _scale(data: dict[str, Any], shape: tuple[int, int]) -> tuple[float, float]:
+    """What (x, y) on the picture that was drawn on are to be multiplied with."""
     height, width = data.get("imageHeight") or shape[0], data.get("imageWidth") or shape[1]
-    if (height, width) != shape:
+    if not _same_shape((height, width), shape):
         raise UnreadableError(f"is drawn on {width} x {height} pixels, the image has {shape[1]} x {shape[0]}")
+    return shape[1] / width, shape[0] / height
 
 
 def _depth(data: Any) -> float:

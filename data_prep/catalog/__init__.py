@@ -46,36 +46,8 @@ import pathlib
 import textwrap
 import tomllib
 
-from data_prep.catalog.schema import (
-    ACCESS,
-    VERIFIED,
-    Download,
-    Entry,
-    Folds,
-    Layout,
-    Table,
-    check,
-    fill,
-    glob_matcher,
-    parse,
-)
+from data_prep.catalog.schema import ACCESS, VERIFIED, Entry, check, parse
 from usfmae_jax.errors import InputError
-
-__all__ = [
-    "SWITCHES",
-    "Download",
-    "Entry",
-    "Folds",
-    "Layout",
-    "Table",
-    "describe",
-    "fill",
-    "glob_matcher",
-    "listing",
-    "load",
-    "load_file",
-    "names",
-]
 
 #: Names that `--optional` takes for every dataset.
 SWITCHES = {"one_split": "everything in the train split", "no_masks": "masks are left out"}

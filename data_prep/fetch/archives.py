@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from data_prep.fetch import members
-from data_prep.items import Rejected
+from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
 #: What an archive unpacked to, in the folder it became; hidden, so that nobody takes it for data.

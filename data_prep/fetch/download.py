@@ -25,7 +25,7 @@ import urllib3
 
 from data_prep import locks
 from data_prep.fetch import archives, members
-from data_prep.items import Rejected
+from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
 _WAITS = (1, 2, 4, 8, 16, 32, 60)  # seconds before the next try, as long as nothing arrives

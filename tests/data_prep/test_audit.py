@@ -45,7 +45,7 @@ def run(capsys, *flags, workers=1):
     """(status, stdout, stderr without the progress bars)."""
     status = audit.main([*flags, f"--workers={workers}"])
     out, err = capsys.readouterr()
-    said = [line for line in re.split("[\r\n]", err) if line and "/s]" not in line and "?" not in line]
+    said = [line for line in re.split("[\r\n]", err) if line and "%|" not in line and "?" not in line]
     return status, out.splitlines(), said
 
 
@@ -288,7 +288,7 @@ def test_tasks_that_are_finished_in_another_order_change_nothing(tmp_path, capsy
 
     monkeypatch.setattr(audit, "_RECORDS", 2)
     monkeypatch.setattr(audit, "_PAIRS", 1)
-    monkeypatch.setattr(audit.parallel, "isolated_map", backwards)
+    monkeypatch.setattr(audit.isolate, "isolated_map", backwards)
     evaluation = write(tmp_path / "evaluation", *(record(f"{k}.png", picture(k)) for k in range(6)))
     corpus = write(tmp_path / "corpus", *(record(f"copy {k}.png", jpeg(picture(k)), "two") for k in range(3, 9)))
     path = tmp_path / "leaks.csv"

@@ -197,11 +197,11 @@ def test_damaged_files_are_counted_and_named_and_the_rest_is_built(tree, tmp_pat
     assert len(read(tmp_path / "out")) == 6
 
 
-def test_a_mask_of_another_size_rejects_its_image(tree, tmp_path):
+def test_where_masks_are_required_one_of_another_shape_rejects_its_image(tree, tmp_path):
     write(tree / "m.png", picture(0, (10, 10)))
     rows = [["a/1.png", "m.png"], ["b/1.png", ""], ["b/2.jpg", ""]]
     labels = write_csv(tmp_path / "l.csv", ["file", "mask"], *rows)
-    assert run(f"--labels={labels}", output=tmp_path / "out", source=tree) == 0
+    assert run(f"--labels={labels}", "--masks=required", output=tmp_path / "out", source=tree) == 0
     assert read_rejected(tmp_path / "out/my_images_2") == {
         "a/1.png": "mask m.png: is 10 x 10 pixels, the image 64 x 48"
     }
@@ -230,7 +230,7 @@ def test_file_names_that_are_not_utf8_are_escaped(tmp_path):
     labels = tmp_path / "l.csv"
     labels.write_bytes(b"file,mask,label\ncaf\xe9.png,caf\xe9.png,\xe9\n")
     assert run(f"--labels={labels}", "--overwrite", output=tmp_path / "out", source=tmp_path / "in") == 0
-    assert (tmp_path / "out/in/1.0.0/label.labels.txt").read_text() == "\\xe9\n"
+    assert (tmp_path / "out/in/1.0.0/label.labels.txt").read_text(encoding="utf-8") == "é\n"
 
 
 def test_tensorflow_datasets_opens_it_without_tensorflow(tree, tmp_path):

@@ -11,7 +11,8 @@ import time
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import assembly, build, parts, shards
+from data_prep import build
+from data_prep.write import dataset, parts, shards
 from tests.data_prep.builds import ROOT, content, picture, read, refused, run, write
 from usfmae_jax.data import records
 from usfmae_jax.errors import InputError
@@ -34,7 +35,7 @@ def test_shards_are_the_same_bytes_for_any_number_of_workers(tree, tmp_path, mon
 def test_the_same_build_again_does_nothing(tree, tmp_path, capsys, monkeypatch):
     assert run(output=tmp_path / "out", source=tree) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(assembly, "build", None)  # would fail if it were called
+    monkeypatch.setattr(dataset, "build", None)  # would fail if it were called
     assert run(output=tmp_path / "out", source=tree, workers=2) == 0
     assert "up to date" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
@@ -108,7 +109,7 @@ def test_a_dataset_that_cannot_be_replaced_is_still_there(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("damage", ["no index", "cut index", "cut part", "long part"])
 def test_a_part_that_is_damaged_is_made_again(tree, tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(assembly, "_gather", interrupt)
+    monkeypatch.setattr(dataset, "_gather", interrupt)
     assert run(output=tmp_path / "out", source=tree) == 130
     monkeypatch.undo()
     work = tmp_path / "out/my_images_2/.1.0.0.incomplete"
@@ -134,7 +135,7 @@ def test_parts_that_are_missing_after_the_run_end_it(tree, tmp_path, capsys, mon
 def test_a_replaced_dataset_is_there_until_the_new_one_is_complete(tree, tmp_path, monkeypatch):
     assert run(output=tmp_path / "out", source=tree) == 0
     before = content(tmp_path / "out")
-    monkeypatch.setattr(assembly.pages, "write_page", interrupt)
+    monkeypatch.setattr(dataset.pages, "write_page", interrupt)
     assert run("--overwrite", "--image_size=16", output=tmp_path / "out", source=tree) == 130
     assert content(tmp_path / "out/my_images_2/1.0.0") == before
 

@@ -168,10 +168,10 @@ def test_a_wrong_file_is_one_sentence_that_names_file_and_key(tmp_path, text, me
 
 
 def test_templates_are_empty_when_a_field_is():
-    assert catalog.fill("{a}/{b}", {"a": "1", "b": "2"}) == "1/2"
-    assert catalog.fill("{a}/{b}", {"a": "1", "b": ""}) == ""
-    assert catalog.fill("{a.real}", {"a": "1"}) == ""
-    assert catalog.fill("train", {}) == "train"
+    assert schema.fill("{a}/{b}", {"a": "1", "b": "2"}) == "1/2"
+    assert schema.fill("{a}/{b}", {"a": "1", "b": ""}) == ""
+    assert schema.fill("{a.real}", {"a": "1"}) == ""
+    assert schema.fill("train", {}) == "train"
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_templates_are_empty_when_a_field_is():
     ],
 )
 def test_globs(glob, matched, not_matched):
-    matches = catalog.glob_matcher([glob])
+    matches = schema.glob_matcher([glob])
     assert [path for path in matched if not matches(path)] == []
     assert [path for path in not_matched if matches(path)] == []
 
 
 def test_no_globs_match_nothing():
-    assert not catalog.glob_matcher([])("a")
+    assert not schema.glob_matcher([])("a")

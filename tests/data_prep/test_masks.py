@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_prep import catalog, masks
-from data_prep.collect import collect
+from data_prep.find import collect
 from data_prep.readers import UnreadableError, read_frames
 from tests.data_prep.trees import real_folder
 
@@ -156,8 +156,8 @@ def test_real_hc18_outlines_become_ellipses():
     root = real_folder("HC18")
     found = collect(catalog.load("hc"), root)
     for item in found.items:
-        outline = cv2.imread(str(root / item.mask), cv2.IMREAD_GRAYSCALE)
-        mask = masks.read_mask_as(found.mask_kind, root / item.mask, outline.shape)
+        outline = cv2.imread(str(root / item.masks[0]), cv2.IMREAD_GRAYSCALE)
+        mask = masks.read_mask_as(found.mask_kind, root / item.masks[0], outline.shape)
         ellipse = cv2.ellipse(outline.copy(), cv2.fitEllipse(cv2.findNonZero(outline)), 255, cv2.FILLED)
         assert np.count_nonzero(mask != ellipse) < 0.01 * np.count_nonzero(ellipse)
 
@@ -165,11 +165,11 @@ def test_real_hc18_outlines_become_ellipses():
 def test_real_camus_masks_are_numbers_of_the_size_of_their_frames():
     root = real_folder("CAMUS")
     found = collect(catalog.load("camus"), root)
-    masked = [item for item in found.items if item.mask]
+    masked = [item for item in found.items if item.masks]
     assert len(masked) == 4
     for item in masked:
         (frame,) = read_frames(root / item.path, found.options)
-        mask = masks.read_mask_as(found.mask_kind, root / item.mask, frame.pixels.shape[:2])
+        mask = masks.read_mask_as(found.mask_kind, root / item.masks[0], frame.pixels.shape[:2])
         assert set(np.unique(mask)) == {0, 1, 2, 3}
 
 
@@ -177,9 +177,9 @@ def test_real_aul_polygons_lie_inside_their_images():
     root = real_folder("AUL_liver")
     found = collect(catalog.load("aul"), root)
     for item in found.items:
-        if item.mask:
+        if item.masks:
             shape = cv2.imread(str(root / item.path), cv2.IMREAD_GRAYSCALE).shape
-            share = np.count_nonzero(masks.read_mask_as(found.mask_kind, root / item.mask, shape)) / np.prod(shape)
+            share = np.count_nonzero(masks.read_mask_as(found.mask_kind, root / item.masks[0], shape)) / np.prod(shape)
             assert 0.0005 < share < 0.5
 
 
@@ -209,6 +209,6 @@ def test_real_masks_are_as_large_as_their_images(name, folder):
     found = collect(catalog.load(name), root)
     for item in found.items[:20]:
         shape = cv2.imread(str(root / item.path), cv2.IMREAD_GRAYSCALE).shape
-        mask = masks.read_mask_as(found.mask_kind, root / item.mask, shape)
+        mask = masks.read_mask_as(found.mask_kind, root / item.masks[0], shape)
         assert mask.any()
         assert set(np.unique(mask)) <= ({0, 255} if name == "bus_bra" else {0, 1, 2})

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
+from benchmarks.overlays import screen
 from data_prep import phantom
-from data_prep.overlays import screen
 from tests.data_prep.builds import content, read, refused, run
 
 pytest.importorskip("pydicom")

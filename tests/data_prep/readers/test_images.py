@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import frames
+from data_prep import work
 from data_prep.readers import Options
 from data_prep.readers import images as readers
 from data_prep.readers.clips import WRONG_COUNT
@@ -277,5 +277,5 @@ def test_32_bit_pixels_are_refused(tmp_path):
     [((100, 200), 50, (50, 100)), ((200, 100), 50, (100, 50)), ((40, 80), 50, (40, 80)), ((99, 70), 0, (99, 70))],
 )
 def test_the_short_side_shrinks_and_nothing_grows(shape, size, expected):
-    assert frames.shrink(np.zeros((*shape, 1), np.uint8), size, cv2.INTER_AREA).shape == (*expected, 1)
-    assert frames.shrink(np.zeros((*shape, 3), np.uint8), size, cv2.INTER_AREA).shape == (*expected, 3)
+    assert work.shrink(np.zeros((*shape, 1), np.uint8), size, cv2.INTER_AREA).shape == (*expected, 1)
+    assert work.shrink(np.zeros((*shape, 3), np.uint8), size, cv2.INTER_AREA).shape == (*expected, 3)

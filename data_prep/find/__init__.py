@@ -1,0 +1,371 @@
+"""A folder and its catalogue entry -> what is known about every file without opening it."""
+
+import collections
+import dataclasses
+import pathlib
+import posixpath
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from data_prep import catalog
+from data_prep.catalog.schema import Entry, Layout, fill, glob_matcher
+from data_prep.find import tables
+from data_prep.find.beside import find_masks, without_images
+from data_prep.find.files import (
+    FOLDER_LINK,
+    SPLITS,
+    Collection,
+    Item,
+    Rejected,
+    Scan,
+    check_splits,
+    fingerprint,
+    holder,
+    known_patient,
+    label_names,
+    printable,
+    scan_folder,
+)
+from usfmae_jax.errors import InputError
+
+#: What a template is when the layout has none: the first of these whose groups the pattern has.
+_DEFAULTS = {
+    "patient": ("{patient}",),
+    "video": ("{video}",),
+    "frame": ("{image}", "{video}/{frame}", "{patient}/{frame}"),
+    "split": ("{split}",),
+    "label": ("{cls}",),
+}
+
+Values = dict[str, str]
+
+_DATA_FILES = (".raw", ".zraw", ".img")  # of headers, which may begin with anything
+
+
+def collect(
+    entry: Entry,
+    root: pathlib.Path,
+    *,
+    labels: str = "",
+    include: Sequence[str] = (),
+    pattern: str = "",
+    switches: Sequence[str] = (),
+    masks: str = "auto",
+) -> Collection:
+    """Finds the files of a dataset and what paths and tables say about them.
+
+    Args:
+      entry: of the catalogue.
+      root: the folder that holds the dataset, at any depth.
+      labels: "" for those of the entry, "parent" for the name of the folder that holds the file, or the path of a table
+        that then says everything, whatever the entry, see `tables.read_labels`.
+      include: globs to use instead of the entry's.
+      pattern: regular expression to use instead of the entry's, with groups patient, video, frame, image, split, cls.
+      switches: optional parts to take, or `catalog.SWITCHES`.
+      masks: "off" takes none, and what lies beside images as their masks do for frames.
+
+    Raises:
+      InputError: no files, an argument that does not fit the entry, a damaged table, or a patient in two splits.
+    """
+    if not root.is_dir():
+        raise InputError(f"--input={root} is not a folder")
+    root = root.resolve()
+    _check_arguments(entry, pattern, switches)
+    from data_prep.readers import SUFFIXES, Options  # with OpenCV behind them, which the catalogue can do without
+
+    masks = "off" if "no_masks" in switches else masks
+    plain = entry.generic and any("*" in layout.suffixes for layout in entry.layouts)
+    listed = labels not in ("", "parent")
+    if listed or (plain and not (include or pattern)):
+        scan = scan_folder(root, lambda path: path.lower().endswith(tuple(SUFFIXES)) or _can_be_read(root / path))
+        if listed:
+            return dataclasses.replace(_listed(root, labels, scan, masks), options=Options())
+        if not scan.files:
+            endings = ", ".join(sorted(SUFFIXES))
+            raise InputError(f"--input={root} holds no images: expected files that end in {endings}")
+        layout, paths = Layout(("**",)), sorted(scan.files, key=printable)
+    else:
+        scan = scan_folder(root, lambda path: True)
+        layout, paths = _choose_layout(entry, root, scan, include, pattern, switches)
+    by_name = _beside(scan.files, paths) if entry.generic and masks != "off" else {}
+    drawn = {mask for found in by_name.values() for mask in found}
+    known = {path: _variables(path, layout.pattern) for path in paths if path not in drawn}
+    warnings = _unmatched(layout, known)
+    values = _values(layout, known)
+    used = tables.apply(root, layout.tables, scan.files, known, values, warnings)
+    if labels:
+        for path in known:
+            values[path]["label"] = holder(without_images(path) if drawn else path)
+    where = "by renaming folders" if labels else "in the paths or tables"
+    names = list(entry.classes) or label_names((value.get("label", "") for value in values.values()), where)
+    if masks != "off":
+        by_name = by_name or _masks(layout, known, scan.files, warnings)
+    found = _items(layout, names, by_name, values, switches, warnings)
+    check_splits(found, "--optional=one_split puts all of them in train")
+    splits: dict[str, list[tuple[str, str, str]]] = {}
+    for folds in layout.folds:
+        by_key = {tables.plain_key(folds.match, known[item.path]): item for item in found}
+        rows, read = tables.read_folds(root, folds, scan.files, by_key, warnings)
+        splits |= {folds.name: rows} if rows else {}
+        used |= read
+    used |= {*known, *(mask for item in found for mask in item.masks)}
+    warnings += _count(entry, found, names)
+    return Collection(
+        items=found,
+        label_names=names,
+        rejected=_rejected(scan, layout),
+        left_out=_left_out(scan, layout, used),
+        fingerprint=fingerprint({path: scan.files[path] for path in used}),
+        options=Options(**cast("Any", layout.reader)),
+        mask_kind="auto" if drawn else layout.mask_kind,
+        beside=len(drawn),
+        splits=splits,
+        warnings=warnings,
+    )
+
+
+def _listed(root: pathlib.Path, labels: str, scan: Scan, masks: str) -> Collection:
+    """What a table of one's own says, and masks beside the images that it names if it names none itself."""
+    found, stats = tables.read_labels(root, labels, masks)
+    if masks != "off" and not (found.unmasked or any(item.masks for item in found.items)):
+        by_name = _beside(scan.files, [item.path for item in found.items])
+        drawn = {mask for some in by_name.values() for mask in some} - stats.keys()
+        for number, item in enumerate(found.items):
+            of_item = tuple(mask for mask in by_name.get(item.path, ()) if mask in drawn)
+            found.items[number] = dataclasses.replace(item, masks=of_item)
+        found.beside, found.mask_kind = len(drawn), "auto" if drawn else "image"
+        stats |= {mask: scan.files[mask] for mask in drawn}
+    scan.left_out["images not in the labels file"] = len(scan.files.keys() - stats.keys())
+    found.left_out, found.fingerprint = dict(+scan.left_out), fingerprint(stats)
+    return found
+
+
+def _beside(files: Iterable[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Masks among `files` by the path of their image or volume, one of `paths`."""
+    from data_prep.readers import IMAGES, VOLUMES
+
+    can_be = tuple(IMAGES | VOLUMES)
+    found = find_masks(path for path in files if path.lower().endswith(can_be))
+    return {path: found[path] for path in paths if path in found}
+
+
+def _check_arguments(entry: Entry, pattern: str, switches: Sequence[str]) -> None:
+    if entry.name == "phantom":
+        raise InputError("--dataset=phantom is simulated and takes no --input; leave it out")
+    known = {switch for layout in entry.layouts for switch in layout.optional} | set(catalog.SWITCHES)
+    for switch in switches:
+        if switch not in known:
+            raise InputError(f"--optional={switch} is not known to {entry.name}, only {', '.join(sorted(known))}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--pattern={pattern} is no regular expression: {error}") from error
+    if pattern and not re.compile(pattern).groupindex:
+        raise InputError(f"--pattern={pattern} names nothing; name what is whose, as in '(?P<patient>[^/]+)/'")
+
+
+def _choose_layout(
+    entry: Entry,
+    root: pathlib.Path,
+    scan: Scan,
+    include: Sequence[str],
+    pattern: str,
+    switches: Sequence[str],
+) -> tuple[Layout, list[str]]:
+    """The first layout that matches a file, with the person's own globs and pattern, and the files in order."""
+    if not (entry.layouts or include):
+        raise InputError(
+            f"the layout of {entry.name} is not known: look at its files and add --include='**/*.png' for those that "
+            r"are frames and, if their paths tell patients apart, --pattern='(?P<patient>[^/]+)/[^/]+\.png$'"
+        )
+    layouts = list(entry.layouts) or [Layout(tuple(include))]
+    if include:
+        layouts = [dataclasses.replace(layouts[0], include=tuple(include), optional={}, suffixes=(), content="")]
+    for layout in layouts:
+        globs = [*layout.include, *(glob for switch in switches for glob in layout.optional.get(switch, ()))]
+        layout = dataclasses.replace(layout, include=tuple(globs))
+        if pattern:
+            layout = dataclasses.replace(layout, pattern=pattern, patient="", video="", frame="", split="", label="")
+        wanted = _wanted(layout)
+        paths = [path for path in scan.files if wanted(path)]
+        if layout.content:
+            paths = [path for path in paths if _is_dicom(root / path)]
+        if paths:
+            return layout, sorted(paths, key=_natural)
+    expected = "; ".join(dict.fromkeys(glob for layout in layouts for glob in layout.include))
+    endings = ", ".join(dict.fromkeys(suffix for layout in layouts for suffix in layout.suffixes))
+    raise InputError(
+        f"--input={root} holds no files of {entry.name}, expected {expected}{endings and f' that end in {endings}'}: "
+        "is it the folder that the archives were extracted into? If the files lie differently, add --include=GLOB"
+    )
+
+
+def _wanted(layout: Layout) -> Callable[[str], bool]:
+    included, excluded = glob_matcher(layout.include), glob_matcher(layout.exclude)
+    suffixes = layout.suffixes
+    if "*" in suffixes:
+        from data_prep.readers import SUFFIXES
+
+        suffixes = tuple(SUFFIXES)
+    return lambda path: (
+        included(path) and not excluded(path) and (not suffixes or path.lower().endswith(tuple(suffixes)))
+    )
+
+
+def _can_be_read(path: pathlib.Path) -> bool:
+    from data_prep.readers.kinds import HEAD_BYTES, kind_of
+
+    if path.suffix.lower() in _DATA_FILES or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return bool(kind_of(file.read(HEAD_BYTES)))
+    except OSError:
+        return False
+
+
+def _is_dicom(path: pathlib.Path) -> bool:
+    from data_prep.readers.kinds import DICOM, HEAD_BYTES, is_dicom
+
+    if path.suffix and path.suffix.lower() in DICOM:
+        return True  # and if it is none, then it is damaged, which a person wants to know
+    try:
+        with path.open("rb") as file:
+            return is_dicom(file.read(HEAD_BYTES))
+    except OSError:
+        return True  # the reader will say why
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorts frame 10 after frame 2: neighbours in a clip are then neighbours in order."""
+    parts = re.split(r"(\d+)", printable(path))
+    return [(int(part) if part.isdecimal() else -1, part) for part in parts]
+
+
+def _variables(path: str, pattern: str) -> Values:
+    """What templates over this path may use."""
+    folder, name = posixpath.split(path)
+    ext = name[-7:] if name.lower().endswith(".nii.gz") else posixpath.splitext(name)[1]
+    found = re.search(pattern, path) if pattern else None
+    groups = {group: value for group, value in found.groupdict().items() if value} if found else {}
+    places = {"name": name, "stem": name.removesuffix(ext), "ext": ext, "dir": folder or "."}
+    return places | {"up": posixpath.dirname(folder) or "."} | groups
+
+
+def _unmatched(layout: Layout, paths: Iterable[str]) -> list[str]:
+    strange = [path for path in paths if layout.pattern and not re.search(layout.pattern, path)]
+    if not strange:
+        return []
+    return [
+        f"{len(strange):,} files do not match the pattern of ids, first {printable(strange[0])!r}: each of them counts "
+        "as a patient of its own"
+    ]
+
+
+def _values(layout: Layout, known: Mapping[str, Values]) -> dict[str, Values]:
+    """Fields by path, as far as paths tell."""
+    groups = set(re.compile(layout.pattern).groupindex)
+    templates = {}
+    for field, candidates in _DEFAULTS.items():
+        fitting = [one for one in candidates if set(re.findall(r"\{(\w+)\}", one)) <= groups]
+        templates[field] = getattr(layout, field) or (fitting[0] if fitting else "")
+    return {
+        path: {field: printable(fill(template, variables)) for field, template in templates.items()}
+        for path, variables in known.items()
+    }
+
+
+def _items(
+    layout: Layout,
+    names: list[str],
+    masks: Mapping[str, tuple[str, ...]],
+    values: Mapping[str, Values],
+    switches: Sequence[str],
+    warnings: list[str],
+) -> list[Item]:
+    """Every file with what is known about it; adds to `warnings`."""
+    found = [
+        Item(
+            path,
+            masks=masks.get(path, ()),
+            split="train" if "one_split" in switches else _split(layout, path, value.get("split", "")),
+            label=_label_number(layout, names, value.get("label", "")),
+            patient=known_patient(value.get("patient", "")),
+            video=value.get("video", ""),
+            frame=value.get("frame", ""),
+        )
+        for path, value in values.items()
+    ]
+    odd = sorted({values[item.path]["label"] for item in found if item.label < 0} - {"", "-1"})
+    if odd:
+        warnings.append(f"labels that are none of {', '.join(names)} are left out: {', '.join(map(repr, odd[:5]))}")
+    return _unique_frames(found, warnings)
+
+
+def _masks(
+    layout: Layout, known: Mapping[str, Values], files: Container[str], warnings: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """The masks that a layout names, by the path of their image; adds to `warnings` if none of them is there."""
+    named = {path: fill(layout.mask, variables) for path, variables in known.items()}
+    named = {path: posixpath.normpath(mask) for path, mask in named.items() if mask}
+    found: dict[str, tuple[str, ...]] = {path: (mask,) for path, mask in named.items() if mask in files}
+    if named and not found:
+        warnings.append(f"there are no masks, which were expected at {layout.mask}")
+    return found
+
+
+def _split(layout: Layout, path: str, value: str) -> str:
+    split = layout.splits.get(value, SPLITS.get(value.lower(), ""))
+    if not split:
+        known = ", ".join([*layout.splits, "train", "val", "test"])
+        raise InputError(
+            f"{printable(path)!r} is in split {value!r}, which is none of {known}; --optional=one_split puts all files "
+            "in train"
+        )
+    return split
+
+
+def _label_number(layout: Layout, names: list[str], value: str) -> int:
+    folded = {key.casefold(): name for key, name in layout.labels.items()}
+    value = folded.get(value.casefold(), value).casefold()
+    return next((number for number, name in enumerate(names) if name.casefold() == value), -1)
+
+
+def _unique_frames(found: list[Item], warnings: list[str]) -> list[Item]:
+    """Takes away frame ids that several files have."""
+    times = collections.Counter(item.frame for item in found if item.frame)
+    twice = [frame for frame, count in times.items() if count > 1]
+    if not twice:
+        return found
+    warnings.append(f"{len(twice):,} frame ids stand for several files, first {twice[0]!r}: the paths are their ids")
+    return [dataclasses.replace(item, frame="") if times[item.frame] > 1 else item for item in found]
+
+
+def _count(entry: Entry, found: list[Item], names: list[str]) -> list[str]:
+    """What differs from the counts that were published; frames are counted when files are read."""
+    counts = {
+        "files": len(found),
+        "patients": len({item.patient for item in found} - {""}),
+        "videos": len({item.video for item in found} - {""}),
+    } | {name: sum(item.label == number for item in found) for number, name in enumerate(names)}
+    return [
+        f"{counts[what]:,} {what} were found, {expected:,} are in the whole dataset"
+        for what, expected in entry.expected.items()
+        if what in counts and counts[what] != expected
+    ]
+
+
+def _rejected(scan: Scan, layout: Layout) -> list[Rejected]:
+    wanted = _wanted(layout)
+    return [one for one in scan.rejected if one.reason == FOLDER_LINK or wanted(one.source)]
+
+
+def _left_out(scan: Scan, layout: Layout, used: set[str]) -> dict[str, int]:
+    excluded = glob_matcher(layout.exclude)
+    scan.left_out.update(
+        "masks and copies that the catalogue excludes" if excluded(path) else "other files"
+        for path in scan.files
+        if path not in used
+    )
+    return dict(+scan.left_out)

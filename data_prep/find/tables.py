@@ -1,0 +1,374 @@
+"""What tables say about files: labels, patients, splits and folds from CSV, XLSX, text and COCO JSON files.
+
+Every kind becomes rows of text by column name; which column means what is up to the catalogue, or fixed in `COLUMNS`
+for a table of one's own.
+"""
+
+import codecs
+import collections
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import posixpath
+import re
+import unicodedata
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from data_prep.catalog.schema import Folds, Table, fill, glob_matcher
+from data_prep.find.files import (
+    SPLITS,
+    Collection,
+    Item,
+    Rejected,
+    check_file,
+    check_splits,
+    existing,
+    known_patient,
+    label_names,
+    one_line,
+    printable,
+    stated,
+)
+from usfmae_jax.errors import InputError
+
+COLUMNS = ("file", "label", "patient", "video", "split", "mask")  # of a table of one's own
+MAX_BYTES = 64 << 20
+_EXCEL = ".xlsx", ".xlsm"
+_FOLD_VALUES = {"1": "train", "0": "validation"}
+
+Row = dict[str, str]
+
+
+class MissingLibraryError(Exception):
+    """A table that only an optional library reads; the message says which."""
+
+
+@dataclasses.dataclass
+class Known:
+    """What some tables say about files.
+
+    Attributes:
+      values: field and value by key.
+      conflicts: keys with rows that disagree; their field is left out.
+    """
+
+    values: dict[str, Row] = dataclasses.field(default_factory=lambda: collections.defaultdict(dict))
+    conflicts: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+
+    def add(self, key: str, field: str, value: str) -> None:
+        """Takes down one value, unless it or the key is empty."""
+        if not (key and value) or (key, field) in self.conflicts:
+            return
+        if self.values[key].setdefault(field, value) != value:
+            self.conflicts.add((key, field))
+            del self.values[key][field]
+
+
+def read_table(path: pathlib.Path, columns: tuple[str, ...] = (), kind: str = "") -> list[Row]:
+    """Reads a table as text, in whatever encoding, without blanks around names and cells and without "NA" and the like.
+
+    Args:
+      path: a .json file is taken for COCO object detection: a row per annotation, and one per image without any, with
+        the columns file_name (its last part) and category; .xlsx is the first sheet; .txt is split at white space;
+        all else is CSV, separated by commas, semicolons or tabs, whichever the first line has most of.
+      columns: names, for a file without a header.
+      kind: suffix that it is read as, instead of its own.
+
+    Raises:
+      InputError: the file is no such table, or larger than `MAX_BYTES`.
+      MissingLibraryError: openpyxl is needed and not there.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"table {path.name} is larger than {MAX_BYTES >> 20} MiB: is it the right file?")
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"table {path.name} cannot be read: {error.strerror}") from error
+    try:
+        kind = kind or path.suffix.lower()
+        if kind == ".json":
+            return _coco_rows(json.loads(data))
+        lines = _xlsx_lines(data) if kind in _EXCEL else _text_lines(_decode(data), kind)
+        return _rows([[stated(cell) for cell in line] for line in lines], columns)
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error, RecursionError, zipfile.BadZipFile) as error:
+        raise InputError(f"table {path.name} is damaged or of another kind: {error}") from error
+
+
+def _decode(data: bytes) -> str:
+    """Text as editors and spreadsheets save it: UTF-8 or UTF-16, with or without a mark, or that of Windows."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16")
+    if zeros := data[:1000].count(0):
+        return data.decode("utf-16-le" if data[1:1000:2].count(0) > zeros / 2 else "utf-16-be")
+    for encoding in ("utf-8-sig", "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("latin-1")
+
+
+def _text_lines(text: str, kind: str) -> Iterable[list[str]]:
+    if kind == ".txt":
+        return map(str.split, text.splitlines())
+    first = text.lstrip().split("\n", 1)[0]
+    separator = max(",;\t", key=first.count)
+    return csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+
+
+def _xlsx_lines(data: bytes) -> Iterable[list[str]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(member.file_size for member in archive.infolist()) > 4 * MAX_BYTES:
+            raise ValueError("unpacks to more than it can hold")
+    try:
+        import openpyxl
+    except ImportError as error:
+        raise MissingLibraryError("XLSX tables need openpyxl: pip install -r requirements-prep.txt") from error
+    book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
+    for line in book.worksheets[0].iter_rows(values_only=True):
+        yield ["" if cell is None else str(cell) for cell in line]
+
+
+def _rows(lines: list[list[str]], columns: tuple[str, ...]) -> list[Row]:
+    lines = [line for line in lines if any(line)]
+    header, body = (list(columns), lines) if columns else (lines[0] if lines else [], lines[1:])
+    return [dict(zip(header, line, strict=False)) for line in body]
+
+
+def _coco_rows(data: Any) -> list[Row]:
+    names = {category["id"]: str(category["name"]) for category in data["categories"]}
+    found = collections.defaultdict(list)
+    for annotation in data["annotations"]:
+        found[annotation["image_id"]].append(names[annotation["category_id"]])
+    return [
+        {"file_name": os.path.basename(image["file_name"]), "category": category}
+        for image in data["images"]
+        for category in found[image["id"]] or [""]
+    ]
+
+
+def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection, dict[str, tuple[int, int]]]:
+    """A table of one's own, with the column `file` and perhaps others of `COLUMNS`.
+
+    Args:
+      root: the folder with the files.
+      labels: path of the table: CSV, whatever its suffix, or XLSX.
+      masks: "auto", "required" or "off"; in the first case a mask that cannot be used costs its frame nothing.
+
+    Returns:
+      What it says, and (size, mtime_ns) of the files and masks that it names.
+
+    Raises:
+      InputError: the table does not fit the files, or puts a patient into two splits.
+    """
+    rows = _label_rows(labels)
+    names = label_names((row["label"] for row in rows), f"in {labels}")
+    items: dict[str, Item] = {}
+    stats: dict[str, tuple[int, int]] = {}
+    problems: dict[str, list[Rejected]] = {"file": [], "mask": []}
+    missing: dict[str, list[str]] = {"file": [], "mask": []}
+    for row in rows:
+        if row["split"] not in SPLITS:
+            raise InputError(
+                f"--labels={labels}: split {row['split']!r} of {printable(row['file'])!r} is none of train, val, test"
+            )
+        paths = {"file": _relative(root, labels, row["file"])}
+        if row["mask"] and masks != "off":
+            paths["mask"] = _relative(root, labels, row["mask"])
+        source = printable(paths["file"])
+        if paths["file"] in items:
+            raise InputError(f"--labels={labels} lists {source!r} more than once")
+        wrong = {}
+        for column, path in paths.items():
+            if not os.path.lexists(root / path):
+                missing[column].append(printable(path))
+                wrong[column] = "is missing"
+                continue
+            found = check_file(root, path)
+            stats[path] = (0, 0) if isinstance(found, str) else found
+            if isinstance(found, str):
+                wrong[column] = found
+        items[paths["file"]] = Item(
+            path=paths["file"],
+            masks=() if "mask" in wrong or "mask" not in paths else (paths["mask"],),
+            split=SPLITS[row["split"]],
+            label=names.index(row["label"]) if row["label"] in names else -1,
+            patient=known_patient(row["patient"]),
+            video=row["video"],
+        )
+        for column, reason in wrong.items():
+            reason = reason if column == "file" else f"mask: {reason}"
+            problems[column if masks == "auto" else "file"].append(Rejected(source, reason))
+    all_masks = missing["mask"] if masks == "required" or not any(item.masks for item in items.values()) else []
+    if gone := missing["file"] + all_masks:
+        raise InputError(
+            f"--labels={labels} names {len(gone)} files that are not below --input={root}, first {gone[0]!r}"
+        )
+    rejected = {one.source for one in problems["file"]}
+    kept = [item for item in items.values() if item.source not in rejected]
+    check_splits(kept, "give all frames of a patient the same split")
+    unmasked = [one for one in problems["mask"] if one.source not in rejected]
+    return Collection(kept, names, problems["file"], unmasked=unmasked), stats
+
+
+def _label_rows(labels: str) -> list[Row]:
+    path = pathlib.Path(labels)
+    if not path.is_file():
+        raise InputError(f"--labels={labels} is neither 'parent' nor a file")
+    try:
+        rows = read_table(path, kind=path.suffix.lower() if path.suffix.lower() in _EXCEL else ".csv")
+    except MissingLibraryError as error:
+        raise InputError(f"--labels={labels}: {error}") from error
+    if not rows:
+        raise InputError(f"--labels={labels} lists no files")
+    if "file" not in rows[0]:
+        raise InputError(f"--labels={labels} has no column 'file', only {list(rows[0])}; it may have {list(COLUMNS)}")
+    rows = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
+    return [row | {"label": one_line(row["label"])} for row in rows]
+
+
+def _relative(root: pathlib.Path, labels: str, path: str) -> str:
+    if "\\" in path and not os.path.lexists(root / path):  # as Windows writes it
+        path = path.replace("\\", "/")
+    if os.path.isabs(path) and pathlib.Path(path).is_relative_to(root):
+        path = os.path.relpath(path, root)
+    normal = os.path.normpath(path) if path else ""
+    if not normal or os.path.isabs(normal) or normal.split(os.sep)[0] == os.pardir:
+        raise InputError(f"--labels={labels}: {printable(path)!r} is not a path below --input")
+    return existing(root, normal)
+
+
+def plain_key(template: str, values: Mapping[str, str]) -> str:
+    """What rows and files are matched by: a filled template without the suffix of a file, or zeros before a number."""
+    key = re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,4}$", "", fill(template, values))
+    return key.lstrip("0") or "0" if key.isdecimal() else unicodedata.normalize("NFC", key)
+
+
+def apply(
+    root: pathlib.Path,
+    layout: Sequence[Table],
+    files: Iterable[str],
+    known: Mapping[str, Row],
+    values: Mapping[str, Row],
+    warnings: list[str],
+) -> set[str]:
+    """Overrules what paths say by what tables say.
+
+    Args:
+      root: the folder.
+      layout: its tables.
+      files: all paths below `root`.
+      known: what templates may use, by path of an image.
+      values: fields by path of an image; changed.
+      warnings: sentences are added.
+
+    Returns:
+      The tables that were read.
+    """
+    used: set[str] = set()
+    given: dict[str, set[str]] = collections.defaultdict(set)
+    for table in layout:
+        fields = [field for field in ("patient", "video", "split", "label") if getattr(table, field)]
+        said = Known()
+        for path, rows in _read_all(root, table.file, table.columns, files, warnings):
+            used.add(path)
+            folder = {"folder": posixpath.basename(posixpath.dirname(path))}
+            for row in rows:
+                for field in fields:
+                    said.add(plain_key(table.key, row | folder), field, fill(getattr(table, field), row | folder))
+        keys = {path: plain_key(table.match, variables) for path, variables in known.items()}
+        for path, key in keys.items():
+            values[path].update(said.values.get(key, {}))
+        for field in fields:
+            given[field].update(path for path, key in keys.items() if field in said.values.get(key, {}))
+        warnings += _doubts(table.file, said, set(keys.values()))
+    for field, found in given.items():
+        missing = [path for path in known if path not in found and not values[path][field]]
+        if missing:
+            looked = ", ".join(glob for table in layout if getattr(table, field) for glob in table.file)
+            warnings.append(f"{len(missing):,} files have no {field} in {looked}, first {printable(missing[0])!r}")
+    return used
+
+
+def _read_all(
+    root: pathlib.Path, globs: tuple[str, ...], columns: tuple[str, ...], files: Iterable[str], warnings: list[str]
+) -> Iterator[tuple[str, list[Row]]]:
+    for path in sorted(filter(glob_matcher(globs), files), key=printable):
+        try:
+            yield path, read_table(root / path, columns)
+        except MissingLibraryError as error:
+            warnings.append(f"table {printable(path)} was left out: {error}")
+
+
+def _doubts(globs: tuple[str, ...], said: Known, keys: set[str]) -> list[str]:
+    unknown, warnings = sorted(said.values.keys() - keys), []
+    if unknown:
+        warnings.append(f"{len(unknown):,} entries of {globs[0]} name no file that is there, first {unknown[0]!r}")
+    if said.conflicts:
+        key, field = min(said.conflicts)
+        warnings.append(
+            f"rows of {globs[0]} disagree about {len(said.conflicts):,} files, first the {field} of {key!r}"
+        )
+    return warnings
+
+
+def read_folds(
+    root: pathlib.Path, folds: Folds, files: Iterable[str], found: Mapping[str, Item], warnings: list[str]
+) -> tuple[list[tuple[str, str, str]], set[str]]:
+    """An official table of folds.
+
+    Args:
+      root: the folder.
+      folds: what its columns mean.
+      files: all paths below `root`.
+      found: items by their `plain_key` in the table.
+      warnings: sentences are added.
+
+    Returns:
+      Sorted rows (frame, fold, part), part being train, validation or test, and the files that they were read from.
+
+    Raises:
+      InputError: the table is damaged, or a part has another name.
+    """
+    rows: set[tuple[str, str, str]] = set()
+    used: set[str] = set()
+    patients: dict[tuple[str, str], set[bool]] = collections.defaultdict(set)
+    for path, table in _read_all(root, folds.file, (), files, warnings):
+        used.add(path)
+        for key, fold, part in _fold_rows(path, table, folds):
+            if item := found.get(key):
+                rows.add((item.frame or item.source, fold, part))
+                patients[fold, item.patient or key].add(part == "test")
+    if not rows:
+        warnings.append(f"there is no table of folds {folds.name}, which was expected at {folds.file[0]}")
+    crossing = {patient for (_, patient), sides in patients.items() if len(sides) > 1}
+    if crossing:
+        warnings.append(f"{len(crossing):,} patients are trained on and tested in the same fold of {folds.name}")
+    return sorted(rows, key=lambda row: (int(row[1]) if row[1].isdecimal() else 0, *row)), used
+
+
+def _fold_rows(path: str, rows: list[Row], folds: Folds) -> Iterator[tuple[str, str, str]]:
+    """Yields (key, fold, part)."""
+    found = re.search(folds.pattern, path)
+    groups = {name: value for name, value in found.groupdict().items() if value} if found else {}
+    rows = [row | groups for row in rows]
+    numbers = sorted({fill(folds.fold, row) for row in rows} - {""})
+    for row in rows:
+        key, fold = plain_key(folds.key, row), fill(folds.fold, row)
+        if not (key and fold):
+            continue
+        if folds.part:
+            part = fill(folds.part, row)
+            if part not in folds.parts and part not in SPLITS:
+                raise InputError(f"table {os.path.basename(path)}: {part!r} is none of train, val, test")
+            yield key, fold, folds.parts.get(part) or SPLITS[part]
+            continue
+        for number in numbers:
+            value = row.get(folds.others.replace("{fold}", number), "")
+            part = "test" if number == fold else _FOLD_VALUES.get(value.removesuffix(".0"), "")
+            if part:
+                yield key, number, part

@@ -1,0 +1,276 @@
+"""Frames to records: cleaned, eight bits, the stored size, the stored encoding, and the ids.
+
+The functions here run in worker processes, one source at a time; they get plain values and give plain values back.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import cv2
+import numpy as np
+
+from data_prep import identity, masks, phantom
+from data_prep.clean.inpainting import clean_frame
+from data_prep.clean.sector import Sector, find_sector
+from data_prep.find.files import Item, known_patient, printable
+from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
+from data_prep.readers.clips import look_ahead
+from usfmae_jax.data import fingerprints
+from usfmae_jax.data.records import Record, pixel_hash, to_uint8
+
+_SUFFIXES = {"jpeg": ".jpg", "png": ".png", "raw": ".bmp"}
+_BLOCK = 16 << 20  # bytes
+_LIGHT = 100  # grey levels: screens of scanners are darker, paper is lighter
+_HEAD = 8  # frames of a clip that its sector is found on
+
+Original = tuple[str, str, str]  # pseudonym, kind, and what it stands for
+
+NO_SECTOR = "no imaged sector found, and the whole frame may name the patient (--whole_frames takes it)"
+THINNED = "near-identical to the frame before it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How frames are read and stored.
+
+    Attributes:
+      dataset: name that goes into every record.
+      anatomy: likewise; may be empty.
+      image_size: of the short side in pixels; smaller frames stay as they are, 0 keeps all.
+      encoding: "jpeg", "png" or "raw", which is an uncompressed BMP.
+      quality: of JPEG, 1 to 100.
+      clean: crop to the imaged sector, blank what is outside, remove burnt-in annotations.
+      thin: drop a frame of a clip that is near-identical to the last one kept.
+      mask_kind: of mask files, see `masks.read_mask_as`.
+      mask_colours: class number by colour of masks that are drawn in colours; empty leaves them in colours.
+      masks_required: whether a file whose mask cannot be used is unreadable.
+      options: of readers.
+      only_sectors: drop frames in which no imaged sector is found: the whole frame may name the patient.
+      salt: secret that ids and paths are hashed with; empty writes them as they are.
+    """
+
+    dataset: str
+    anatomy: str = ""
+    image_size: int = 256
+    encoding: str = "jpeg"
+    quality: int = 95
+    clean: bool = False
+    thin: bool = False
+    mask_kind: str = "image"
+    mask_colours: masks.Colours = dataclasses.field(default_factory=dict)
+    masks_required: bool = False
+    options: Options = DEFAULTS
+    only_sectors: bool = False
+    salt: bytes = b""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A finished record and what the build wants to know about it.
+
+    Attributes:
+      record: as it is written.
+      split: of the dataset.
+      channels: 1 or 3.
+      patient_known: false for a patient that is only known to be one.
+      hash: `fingerprints.perceptual_hash` of the stored pixels.
+      cleaned: pixels removed by kind.
+      facts: technical values of the source.
+      removed: kinds of information in the source that were not taken over.
+      warnings: of the reader about the source, so far.
+      originals: pseudonym, kind and what stands behind it, for the person who holds the linkage table.
+      mask_colours: of a mask that is stored in colours, since they have no numbers yet.
+      mask_problem: why the mask of the file cannot be used.
+    """
+
+    record: Record
+    split: str
+    channels: int
+    patient_known: bool = True
+    hash: np.ndarray | None = None
+    cleaned: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    originals: tuple[Original, ...] = ()
+    mask_colours: tuple[str, ...] = ()
+    mask_problem: str = ""
+
+
+def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
+    """Yields the records of one source file, and for every frame that is dropped the reason.
+
+    Raises:
+      UnreadableError: the file cannot be used, or its mask, if one is required.
+    """
+    frames = read_frames(os.path.join(root, item.path), how.options)
+    head, rest = look_ahead(frames, lambda first: len(first) == _HEAD)
+    # The frames of a clip share one; those of other files may differ in size.
+    sectors: dict[tuple[int, int], Sector] = {}
+    drawn: dict[tuple[int, int], tuple[np.ndarray | None, str]] = {}
+    last, video, warnings = None, "", set[str]()
+    for frame in itertools.chain(head, rest):
+        warnings |= set(frame.warnings)  # also of a frame that is dropped
+        pixels, cleaned = to_uint8(frame.pixels), None
+        shape = pixels.shape[:2]
+        if shape not in drawn:
+            drawn[shape] = _mask(item, root, how, shape)
+        mask, problem = drawn[shape]
+        if how.clean:
+            if shape not in sectors:
+                alike = [to_uint8(one.pixels) for one in head if one.pixels.shape[:2] == shape]
+                sectors[shape] = find_sector(alike or [pixels], frame.boxes)
+            if how.only_sectors and not _is_scan(pixels, sectors[shape]):
+                yield NO_SECTOR
+                continue
+            cleaned = clean_frame(pixels, sectors[shape])
+            pixels = cleaned.pixels
+            if mask is not None:
+                left, top, right, bottom = cleaned.box
+                mask = mask[top:bottom, left:right]
+        if how.thin:
+            thumbnail = fingerprints.thumbnail(pixels)
+            if last is not None and frame.video == video and fingerprints.near_identical(last, thumbnail):
+                yield THINNED
+                continue
+            last, video = thumbnail, frame.video
+        ids, known, originals = _ids(item, frame, how)
+        pixels = shrink(pixels, how.image_size, cv2.INTER_AREA)
+        yield Stored(
+            record=make_record(pixels, mask, how, label=item.label, sha256=pixel_hash(frame.pixels), **ids),
+            split=item.split,
+            channels=pixels.shape[2],
+            patient_known=known,
+            hash=fingerprints.perceptual_hash(pixels),
+            cleaned=cleaned.removed if cleaned else {},
+            facts=frame.facts,
+            removed=frame.removed,
+            warnings=tuple(sorted(warnings)),
+            originals=originals,
+            mask_colours=tuple(masks.colours_of(mask)) if mask is not None and mask.ndim == 3 else (),
+            mask_problem=problem,
+        )
+
+
+def _is_scan(pixels: np.ndarray, found: Sector) -> bool:
+    """Whether a frame has a sector on a dark screen; a scanned page has lines of text on a light one."""
+    outside = pixels[found.mask == 0]
+    return found.kind != "whole" and (outside.size == 0 or float(np.median(outside)) < _LIGHT)
+
+
+def digest(item: Item, beat: Callable[[], None], root: str) -> str:
+    """SHA-256 of a source file, empty if it cannot be read; calls `beat` again and again meanwhile."""
+    whole = hashlib.sha256()
+    try:
+        with open(os.path.join(root, item.path), "rb") as file:
+            while block := file.read(_BLOCK):
+                whole.update(block)
+                beat()
+    except OSError:
+        return ""
+    return whole.hexdigest()
+
+
+def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[np.ndarray | None, str]:
+    """The masks of a file as one, or why there is none that can be used."""
+    found = []
+    for path in item.masks:
+        try:
+            found.append(masks.read_mask_as(how.mask_kind, os.path.join(root, path), shape, how.mask_colours))
+        except UnreadableError as error:
+            if how.masks_required:
+                # A path may be an identifier.
+                raise UnreadableError(f"mask{'' if how.salt else ' ' + printable(path)}: {error}") from error
+            return None, f"mask: {error}"  # and none of the others: a part of what is meant would be wrong
+    return (masks.join(found) if found else None), ""
+
+
+def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, tuple[Original, ...]]:
+    """Ids as they are stored, whether the patient is known, and what pseudonyms stand for."""
+    # What is called "unknown" is neither one patient nor one clip.
+    patient, video = item.patient or known_patient(frame.patient), item.video or known_patient(frame.video)
+    source = item.source
+    originals: list[Original] = []
+
+    def stored(kind: str, value: str) -> str:
+        if not how.salt or not value:
+            return value
+        originals.append((identity.pseudonym(how.salt, kind, value), kind, value))
+        return originals[-1][0]
+
+    known, source = bool(patient), stored("frame", source)
+    video = stored("video", video) or source
+    # The frames of a clip are of one patient, whoever that is.
+    patient = stored("patient", patient) or video
+    name = item.frame if item.frame and not how.salt else source
+    ids = {
+        "patient": patient,
+        "video": video,
+        "source": source,
+        "frame": f"{name}#{frame.number}" if frame.number else name,
+    }
+    return ids, known, tuple(originals)
+
+
+def simulate(patient: int, how: Storage, seed: int, frames: int, first_test: int) -> Iterator[Stored]:
+    """Yields the records of one simulated patient; from number `first_test` on they belong to the test split."""
+    split = "test" if patient >= first_test else "train"
+    for one in phantom.simulate_patient(patient, seed=seed, image_size=how.image_size, frames=frames):
+        ids = {"patient": one.patient, "video": one.video, "frame": one.frame, "source": f"{one.patient}/{one.frame}"}
+        pixels = one.image[:, :, None]
+        record = make_record(pixels, one.mask, how, label=one.label, sha256=pixel_hash(pixels), **ids)
+        yield Stored(record, split, channels=1)
+
+
+def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, label: int, **ids: str) -> Record:
+    """A frame as it is stored.
+
+    Args:
+      pixels: uint8 `[H, W, C]`, C = 1 or 3 (RGB), in their own size or the stored one.
+      mask: uint8 `[H, W]` or RGB `[H, W, 3]` of their own size, or None.
+      how: size and encoding.
+      label: class number, -1 for none.
+      **ids: `patient`, `video`, `frame`, `source`, and `sha256` of the pixels as read.
+    """
+    image = shrink(pixels, how.image_size, cv2.INTER_AREA)
+    if mask is not None:
+        mask = shrink(mask, how.image_size, cv2.INTER_NEAREST_EXACT)
+    return {
+        "image": encode(image, how.encoding, how.quality),
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "dataset": how.dataset,
+        "anatomy": how.anatomy,
+        "label": label,
+        "mask": b"" if mask is None else encode(mask, "png"),
+        **ids,
+    }
+
+
+def shrink(pixels: np.ndarray, image_size: int, interpolation: int) -> np.ndarray:
+    """Resizes `[H, W]` or `[H, W, C]` to a short side of `image_size`; never enlarges, 0 keeps."""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    if not image_size or short <= image_size:
+        return pixels
+    size = round(width * image_size / short), round(height * image_size / short)
+    return cv2.resize(pixels, size, interpolation=interpolation).reshape(size[1], size[0], *pixels.shape[2:])
+
+
+def encode(pixels: np.ndarray, encoding: str, quality: int = 95) -> bytes:
+    """Encodes uint8 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]` as JPEG, PNG or BMP ("raw")."""
+    options = []
+    if encoding == "jpeg":
+        # Full-resolution chroma: where colour is kept, it is thin Doppler signal.
+        options = [
+            cv2.IMWRITE_JPEG_QUALITY,
+            quality,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
+        ]
+    if pixels.ndim == 3 and pixels.shape[2] == 3:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    return cv2.imencode(_SUFFIXES[encoding], pixels, options)[1].tobytes()

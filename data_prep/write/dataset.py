@@ -1,0 +1,241 @@
+"""From a plan to a finished dataset: parts, then one pass that leaves out what is there already and writes shards."""
+
+import argparse
+import collections
+import contextlib
+import csv
+import hashlib
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+
+from data_prep import exclusions, identity, masks, work
+from data_prep.find.files import Rejected
+from data_prep.plan import Plan
+from data_prep.write import pages, parts, shards
+from data_prep.write.manifest import write_manifest, write_rejected
+from data_prep.write.shards import UnusableInputError
+from usfmae_jax import __version__
+from usfmae_jax.data import fingerprints
+from usfmae_jax.data.records import decode_image, decode_record, encode_record
+from usfmae_jax.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+_PRELOAD = "data_prep.work"  # what the worker processes run
+
+
+def build(
+    plan: Plan, target: pathlib.Path, downloaded: list[dict[str, Any]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Builds a dataset into `target`; returns its manifest.
+
+    Args:
+      plan: what to build; warnings are added to it.
+      target: folder NAME/VERSION that will hold it, complete.
+      downloaded: files that were fetched for it, for the manifest.
+      args: of the door.
+
+    Raises:
+      InputError: too much of the input is unusable.
+    """
+    if args.linkage:
+        identity.check_linkage(args.linkage, args.output)
+    excluded = exclusions.read(pathlib.Path(args.exclude)) if args.exclude else None
+    key = json.dumps([plan.arguments, plan.found.fingerprint, __version__], sort_keys=True)
+    with shards.workplace(target, hashlib.sha256(key.encode()).hexdigest()) as folder:
+        divided = parts.divide(plan.found.items)
+        _make(divided, plan, str(folder), args)
+        gathered = _gather(divided, plan, folder, excluded)
+        finished = folder / "stage"
+        shutil.rmtree(finished, ignore_errors=True)  # of an interrupted build
+        finished.mkdir()
+        sizes = _write_dataset(finished, gathered, plan, target.name, args.format)
+        _write_splits(finished, plan, gathered.kept)
+        write_rejected(finished / "rejected.csv", gathered.rejected)
+        write_rejected(finished / "unmasked.csv", gathered.unmasked)
+        manifest = write_manifest(finished, plan, gathered, sizes, downloaded)
+        pages.write_page(finished)
+        if args.linkage:
+            identity.write_linkage(args.linkage, gathered.originals, args.output)
+        shards.publish(finished, target, args.overwrite)
+    return manifest
+
+
+def _gather(
+    divided: list[parts.Part], plan: Plan, folder: pathlib.Path, excluded: exclusions.Exclusions | None
+) -> parts.Gathered:
+    """Reads the indices of all parts and decides what is kept."""
+    indices = list(parts.finished(divided, folder).values())
+    rejected = plan.found.rejected + [one for index in indices for one in index.rejected]
+    _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected))
+    if len(indices) != len(divided):
+        raise InputError(
+            f"{len(divided) - len(indices)} of {len(divided)} parts are missing in {folder}; do all workers of the "
+            "runner reach it under that name?"
+        )
+    originals = [(name, *one) for index in indices for name, one in index.originals.items()]
+    unmasked = plan.found.unmasked + [one for index in indices for one in index.unmasked]
+    if plan.salt:
+        hidden = {one.source: identity.pseudonym(plan.salt, "frame", one.source) for one in rejected + unmasked}
+        rejected = [Rejected(hidden[one.source], one.reason) for one in rejected]
+        unmasked = [Rejected(hidden[one.source], one.reason) for one in unmasked]
+        originals += [(name, "frame", source) for source, name in hidden.items()]
+    rows = [row for index in indices for row in index.rows]
+    reasons, warnings = _choose(rows, plan, excluded)
+    plan.found.warnings += warnings
+    gathered = parts.Gathered(indices, rows, reasons, rejected, unmasked, originals)
+    if not gathered.kept:
+        raise UnusableInputError("no frame is left: all are excluded, duplicates or unreadable")
+    expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
+    if expected and found != expected:
+        plan.found.warnings.append(f"{found:,} frames were found, {expected:,} are in the whole dataset")
+    return gathered
+
+
+def _write_dataset(
+    folder: pathlib.Path, gathered: parts.Gathered, plan: Plan, version: str, file_format: str
+) -> dict[str, int]:
+    """Writes shards, in the order of the sources, and metadata -> bytes of all records by split.
+
+    Masks that parts hold in colours become numbers, which depend on the colours of all of them.
+    """
+    numbers = {colour: number for number, colour in enumerate(sorted(gathered.mask_colours), 1)}
+    writers: dict[str, shards.SplitWriter] = {}
+    reasons = iter(gathered.reasons)
+    for number, index in enumerate(gathered.indices):
+        records = parts.read_records(folder.parent, number, index.rows)
+        for row, data in zip(index.rows, records, strict=True):
+            if next(reasons):
+                continue
+            if row.split not in writers:
+                writers[row.split] = shards.SplitWriter(folder, plan.name, row.split, file_format)
+            writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
+    ordered = [writers[split] for split in SPLITS if split in writers]
+    for writer in ordered:
+        writer.close()
+    shards.write_metadata(
+        ordered,
+        version,
+        plan.found.label_names,
+        channels=max(row.channels for row in gathered.kept),
+        description=f"{plan.entry.title}: ultrasound frames, prepared with python -m data_prep.build.",
+        citation=plan.entry.citation,
+        homepage=plan.entry.homepage,
+    )
+    return {writer.split: writer.size for writer in ordered}
+
+
+def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
+    """Makes the parts that are not there yet."""
+    complete = parts.finished(divided, folder).keys()
+    missing = [part for part in divided if part.number not in complete]
+    done = len(plan.found.items) - sum(len(part.sources) for part in missing)
+    if done:
+        print(f"{plan.name}: going on after {done:,} of {len(plan.found.items):,} sources")
+    make = plan.make_work(folder)
+    if args.runner == "beam":
+        parts.run_on_beam(missing, make, args.time_limit, _PRELOAD, _beam_options(args))
+        return
+    total, unusable = len(plan.found.items) + len(plan.found.rejected), len(plan.found.rejected)
+    made = parts.run_here(missing, make, args.workers, args.time_limit, _PRELOAD)
+    unit = "patient" if plan.entry.name == "phantom" else "file"
+    with (
+        contextlib.closing(made),
+        tqdm.tqdm(total=len(plan.found.items), initial=done, desc=plan.name, unit=unit) as bar,
+    ):
+        for part, usable in made:
+            bar.update(len(part.sources))
+            unusable += len(part.sources) - usable
+            if 2 * unusable > total:
+                break  # `_check_usable` says so, with an example
+
+
+def _beam_options(args: argparse.Namespace) -> Any:
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as error:
+        raise InputError("--runner=beam needs Apache Beam: pip install -r requirements-beam.txt") from error
+    return PipelineOptions([f"--{option}" for option in args.beam_pipeline_options.split(",") if option])
+
+
+def _check_usable(rejected: list[Rejected], total: int) -> None:
+    useless = [one for one in rejected if not one.reason.endswith(parts.KEPT)]
+    if 2 * len(useless) > total:
+        first = useless[0]
+        raise UnusableInputError(
+            f"more than half of the {total} files cannot be used, for example {first.source!r} ({first.reason}); "
+            "is --input the right folder?"
+        )
+
+
+def _choose(rows: list[parts.Row], plan: Plan, excluded: exclusions.Exclusions | None) -> tuple[list[str], list[str]]:
+    """For every record the reason why it is dropped, "" for none; and what a person should see."""
+    reasons = ["" if excluded is None else excluded.reason(plan.name, row.frame, row.sha256) for row in rows]
+    if plan.thin:
+        for position in _repeated(rows):
+            reasons[position] = reasons[position] or work.THINNED
+    # Excluded frames take part: what an excluded frame shows is no better under another name.
+    looked_at = [position for position, reason in enumerate(reasons) if reason != work.THINNED]
+    found, warnings = exclusions.duplicates_within([rows[position] for position in looked_at])
+    copies = 0
+    for position, (reason, of) in found.items():
+        here, kept = looked_at[position], reasons[looked_at[of]]
+        if kept or plan.deduplicate:
+            reasons[here] = reasons[here] or kept or reason
+        else:
+            copies += 1
+    if copies:
+        warnings.append(f"frames that are there more than once: {copies:,}; --deduplicate=on would drop them")
+    return reasons, warnings
+
+
+def _repeated(rows: list[parts.Row]) -> Iterator[int]:
+    """Positions of frames like the last one that was kept, where a clip is published as a file for every frame.
+
+    Frames of one file were compared when it was read, by more than their hashes.
+    """
+    last, last_code = None, np.zeros((0, 0), np.uint64)
+    for position, row in enumerate(rows):
+        if not row.hash:
+            continue
+        code = np.frombuffer(bytes.fromhex(row.hash), "<u8")[None]
+        neighbours = last and (row.video, row.split) == (last.video, last.split) and row.source != last.source
+        if neighbours and (fingerprints.distances(last_code, code) <= fingerprints.SAME).any():
+            yield position
+        else:
+            last, last_code = row, code
+
+
+def _with_numbers(data: bytes, numbers: dict[str, int]) -> bytes:
+    """A record with class numbers instead of the colours of its mask."""
+    record = decode_record(data)
+    if not record["mask"]:
+        return data
+    mask = decode_image(record["mask"], channels=3)
+    mask = mask if np.ptp(mask, axis=2).any() else mask[:, :, 0]
+    return encode_record(record | {"mask": work.encode(masks.numbered(mask, numbers), "png")})
+
+
+def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> None:
+    """Writes the official split tables, for the frames that are there, under the names that they have there."""
+    kept: dict[str, list[str]] = collections.defaultdict(list)
+    for row in rows:
+        kept[re.sub(r"#\d+$", "", row.frame)].append(row.frame)
+    stored = {}  # names in the tables: pseudonyms
+    if plan.salt and plan.found.splits:
+        stored = {
+            one.frame or one.source: identity.pseudonym(plan.salt, "frame", one.source) for one in plan.found.items
+        }
+    for name, table in plan.found.splits.items():
+        path = folder / "splits" / f"{name}.csv"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["frame", "fold", "part"])
+            writer.writerows([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])

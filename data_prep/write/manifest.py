@@ -1,0 +1,204 @@
+"""What a build tells: `manifest.json` and `rejected.csv` beside the shards, and the table on the screen."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from data_prep.find.files import Rejected
+from usfmae_jax import __version__
+from usfmae_jax.errors import InputError
+
+if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
+    from data_prep.plan import Plan
+    from data_prep.write.parts import Gathered, Row
+
+MANIFEST = "manifest.json"
+_SCHEMA = 1
+_SHOWN = 20  # rejected files in the table; the rest is in rejected.csv
+_NONE = "(none)"
+
+
+def _count(rows: Iterable[Row], sizes: Mapping[str, int], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Frames, patients, videos, bytes and labels by split."""
+    by_split: dict[str, list[Row]] = collections.defaultdict(list)
+    for row in rows:
+        by_split[row.split].append(row)
+    names = {-1: _NONE} | dict(enumerate(label_names))
+    return {
+        split: {
+            "frames": len(some),
+            "patients": len({row.patient for row in some if row.patient_known}),
+            "unknown_patients": len({row.patient for row in some if not row.patient_known}),
+            "videos": len({row.video for row in some}),
+            "bytes": sizes[split],
+            "labels": {
+                names[label]: number for label, number in sorted(collections.Counter(row.label for row in some).items())
+            },
+        }
+        for split, some in by_split.items()
+    }
+
+
+def write_rejected(path: pathlib.Path, rejected: Sequence[Rejected]) -> None:
+    """Writes a table of files and reasons, if there is anything to write."""
+    if not rejected:
+        return
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file", "reason"])
+        writer.writerows(sorted((one.source, one.reason) for one in rejected))
+
+
+def write_manifest(
+    folder: pathlib.Path,
+    plan: Plan,
+    gathered: Gathered,
+    sizes: Mapping[str, int],
+    downloaded: Sequence[dict[str, Any]],
+) -> dict[str, Any]:
+    """Writes `manifest.json`, the whole story of a dataset with the `sizes` of its splits in bytes, and returns it."""
+    dropped = collections.Counter(filter(None, gathered.reasons))
+    technical: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    digests: dict[str, str] = {}
+    for index in gathered.indices:
+        dropped.update(index.dropped)
+        digests |= index.digests
+        for name, values in index.technical.items():
+            technical[name].update(values)
+    counts = _count(gathered.kept, sizes, plan.found.label_names)
+    entry = plan.entry
+    manifest = {
+        "schema": _SCHEMA,
+        "tool": f"usfmae_jax {__version__}",
+        "dataset": plan.name,
+        "title": plan.name if entry.generic else entry.title,
+        "version": entry.version,
+        "anatomy": plan.arguments["anatomy"],
+        "licence": entry.licence,
+        "citation": entry.citation,
+        "homepage": entry.homepage,
+        "verified": entry.verified,
+        "benchmark": entry.benchmark,
+        "problems": list(entry.problems),
+        "warnings": ([] if plan.salt else plan.found.warnings) + _of_readers(gathered),  # the plan's quote file names
+        "arguments": plan.arguments,
+        "input": {
+            "fingerprint": plan.found.fingerprint,
+            "files": len(plan.found.items) + len(plan.found.rejected),
+            "sha256": _combine(digests),
+        },
+        "sources": list(downloaded),
+        "label_names": plan.found.label_names,
+        "splits": counts,
+        "kept": sum(one["frames"] for one in counts.values()),
+        "dropped": _sorted(dropped),
+        "rejected": _sorted(collections.Counter(one.reason for one in gathered.rejected)),
+        "unmasked": _sorted(collections.Counter(one.reason for one in gathered.unmasked)),
+        "masks_beside": plan.found.beside,
+        "mask_colours": plan.mask_colours or _mask_colours(gathered.mask_colours),
+        "passed_over": _sorted(plan.found.left_out),
+        "removed": _sorted(sum((index.removed for index in gathered.indices), collections.Counter())),
+        "cleaned": _sorted(sum((index.cleaned for index in gathered.indices), collections.Counter())),
+        "technical": {name: _sorted(values) for name, values in sorted(technical.items())},
+        "expected": dict(entry.expected),
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def _of_readers(gathered: Gathered) -> list[str]:
+    """What readers warned of, as sentences with the number of files."""
+    counts = sum((index.warnings for index in gathered.indices), collections.Counter())
+    return [f"{warning}: {number:,} file{'s' * (number > 1)}" for warning, number in sorted(counts.items())]
+
+
+def _mask_colours(files: Mapping[str, int]) -> list[dict[str, Any]]:
+    """What the numbers in masks are that were drawn in colours; they are in the order of the colours."""
+    return [
+        {"class": number, "colour": colour, "files": files[colour]} for number, colour in enumerate(sorted(files), 1)
+    ]
+
+
+def _combine(digests: dict[str, str]) -> str:
+    """One SHA-256 for all source files: of lines "path digest", in the order of paths; empty for none."""
+    lines = "".join(f"{path} {digests[path]}\n" for path in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest() if lines else ""
+
+
+def _sorted(counter: Any) -> dict[str, int]:
+    return {name: int(counter[name]) for name in sorted(counter)}
+
+
+def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str) -> None:
+    """Raises InputError unless `target` holds, complete, what these arguments and files would build."""
+    remedy = "add --overwrite to replace it, or choose another --output or --name"
+    try:
+        manifest = json.loads((target / MANIFEST).read_text())
+        before, files_before, written = manifest["arguments"], manifest["input"]["fingerprint"], manifest["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{target} was not built by this tool; {remedy}") from error
+    if before != arguments:
+        differences = [
+            f"{key} was {before.get(key)!r} and is now {arguments.get(key)!r}"
+            for key in sorted(before.keys() | arguments.keys())
+            if before.get(key) != arguments.get(key)
+        ]
+        raise InputError(f"{target} was built with other arguments ({', '.join(differences)}); {remedy}")
+    if files_before != fingerprint:
+        raise InputError(f"{target} was built from other files than --input holds now; {remedy}")
+    for name, size in written.items():
+        if not (target / name).exists() or (target / name).stat().st_size != size:
+            raise InputError(f"{target / name} is missing or was changed after it was built; {remedy}")
+
+
+def print_summary(
+    target: pathlib.Path, manifest: dict[str, Any], warnings: Sequence[str], tip: str, seconds: float
+) -> None:
+    """Prints what was built, what was not, and what to type next; `tip` says how patients would become known."""
+    frames = manifest["kept"]
+    print(f"{target}: {frames:,} frames in {seconds:.1f} s, {frames / seconds:,.0f} images/s\n")
+    print(f"{'split':12}{'frames':>10}{'patients':>10}{'unknown':>10}{'MB':>10}  labels")
+    for split, one in manifest["splits"].items():
+        labels = ", ".join(f"{name} {number:,}" for name, number in one["labels"].items())
+        print(
+            f"{split:12}{one['frames']:>10,}{one['patients']:>10,}{one['unknown_patients']:>10,}"
+            f"{one['bytes'] / 1e6:>10,.1f}  {labels}"
+        )
+    unknown = sum(one["unknown_patients"] for one in manifest["splits"].values())
+    if unknown:
+        print(f"\nUnknown patients: {unknown:,}. Each such file counts as a patient of its own. {tip}")
+    names = manifest["label_names"]
+    if len(names) == 1:
+        print(f"\nAll labels are {names[0]!r}: is that what was meant?")
+    if manifest["masks_beside"]:
+        beside = f"{manifest['masks_beside']:,} files are taken for masks of the images beside them, by their names"
+        print(f"\nMasks: {beside}; --masks=off takes them as frames")
+    if colours := manifest["mask_colours"]:
+        named = ", ".join(f"{one['class']} {one.get('name', one['colour'])}" for one in colours)
+        print(f"\nMasks in colours became classes: {named}; --mask_colours=NAME=#RRGGBB,... names and orders them")
+    for title, key in (("Passed over", "passed_over"), ("Dropped frames", "dropped"), ("Not taken over", "removed")):
+        if manifest[key]:
+            print(f"\n{title}: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest[key].items()))
+    for warning in dict.fromkeys([*warnings, *manifest["warnings"]]):
+        print(f"\nWarning: {warning}")
+    _print_files(target / "unmasked.csv", "Kept without a mask", sum(manifest["unmasked"].values()))
+    _print_files(target / "rejected.csv", "Rejected", sum(manifest["rejected"].values()))
+    print(f"\nLook:  {target / 'report.html'}")
+    path = f"--config.data.path='{target.parent}'"
+    print(f"Next:  python -m usfmae_jax.main --config=configs/pretrain.py:tiny {path}")
+
+
+def _print_files(table: pathlib.Path, title: str, number: int) -> None:
+    if not number:
+        return
+    print(f"\n{title}: {number:,} files, all of them in {table}:")
+    with table.open(encoding="utf-8", newline="") as file:
+        for row, _ in zip(csv.DictReader(file), range(_SHOWN), strict=False):
+            print(f"  {row['file']}: {row['reason']}")

@@ -1,0 +1,302 @@
+"""The unit of work of a build: a few sources, processed into one file of records and one index.
+
+A part depends on its sources and the settings alone, so it is the same whoever makes it: a worker of this machine or of
+a Beam cluster, before or after an interruption. What is there already is not made again.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep import isolate
+from data_prep.find.files import Rejected
+from data_prep.readers import UnreadableError
+from usfmae_jax.data.records import encode_record
+from usfmae_jax.errors import InputError
+
+_MOST = 64  # sources in a part; with few sources there are 64 parts or one source each
+
+KEPT = "the frames before the damage are kept"  # ends the reason of a file that was of some use
+
+#: What turns a source into its records (`frames.Stored`) and reasons of dropped frames.
+Process = Callable[[Any], Iterator[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Sources that are processed together."""
+
+    number: int
+    sources: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A record of a part, without its image."""
+
+    split: str
+    size: int  # bytes
+    channels: int
+    label: int
+    frame: str
+    patient: str
+    patient_known: bool
+    video: str
+    source: str
+    sha256: str
+    hash: str  # perceptual, hex; empty for none
+
+
+@dataclasses.dataclass
+class Index:
+    """What a part holds, in the order of its file, and what it does not hold and why."""
+
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    rejected: list[Rejected] = dataclasses.field(default_factory=list)
+    dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    cleaned: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    removed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    warnings: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # files
+    technical: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+    originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of the source files
+    unmasked: list[Rejected] = dataclasses.field(default_factory=list)  # files whose mask cannot be used
+    mask_colours: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+
+@dataclasses.dataclass
+class Gathered:
+    """What all parts hold together, and what becomes of it.
+
+    Attributes:
+      indices: of the parts.
+      rows: of all parts, one for a record.
+      reasons: why a record is dropped, "" for one that is kept.
+      rejected: files that were of no use, or not of full use.
+      unmasked: files whose mask cannot be used.
+      originals: rows of the linkage table: pseudonym, kind, what it stands for.
+    """
+
+    indices: list[Index]
+    rows: list[Row]
+    reasons: list[str]
+    rejected: list[Rejected]
+    unmasked: list[Rejected]
+    originals: list[tuple[str, str, str]]
+
+    @functools.cached_property
+    def mask_colours(self) -> collections.Counter[str]:
+        """Colours of masks that have no numbers yet, and in how many files."""
+        return sum((index.mask_colours for index in self.indices), collections.Counter())
+
+    @functools.cached_property
+    def kept(self) -> list[Row]:
+        """Rows of the records that are kept."""
+        return [row for row, reason in zip(self.rows, self.reasons, strict=True) if not reason]
+
+
+def divide(sources: Sequence[Any]) -> list[Part]:
+    """Parts of equally many sources, in order; they do not depend on the machine."""
+    size = max(1, min(_MOST, len(sources) // 64))
+    return [
+        Part(number, tuple(sources[start : start + size])) for number, start in enumerate(range(0, len(sources), size))
+    ]
+
+
+def write_part(
+    part: Part,
+    given_up: Mapping[int, str],
+    begin: Callable[[int], None],
+    *,
+    process: Process,
+    folder: str,
+    digest: Callable[[Any, Callable[[], None]], str] | None = None,
+) -> int:
+    """Processes the sources of a part into `folder`; returns how many could be used.
+
+    Args:
+      part: to process.
+      given_up: numbers of sources in the part that must not be touched, with reasons.
+      begin: called with the number of a source before it is touched, and again for each of its frames.
+      process: see `Process`.
+      folder: for the records and, once they are complete, the index.
+      digest: SHA-256 of a source; calls what it is given, as a sign of life.
+    """
+    index, unusable = Index(), 0
+    data_path, index_path = _paths(folder, part.number)
+    with data_path.open("wb") as file:
+        for number, source in enumerate(part.sources):
+            name = getattr(source, "source", str(source))
+            if number in given_up:
+                index.rejected.append(Rejected(name, given_up[number]))
+                unusable += 1
+                continue
+            begin(number)
+            if digest:
+                index.digests[name] = digest(source, functools.partial(begin, number))
+            rows, last = len(index.rows), None
+            try:
+                for result in _guarded(process, source):
+                    begin(number)
+                    if isinstance(result, str):
+                        index.dropped[result] += 1
+                        continue
+                    data = encode_record(result.record)
+                    file.write(data)
+                    index.rows.append(_row(result, len(data)))
+                    index.cleaned.update({kind: int(pixels) for kind, pixels in result.cleaned.items()})
+                    index.originals |= {name: (kind, original) for name, kind, original in result.originals}
+                    last = result
+            except UnreadableError as error:
+                kept = len(index.rows) - rows
+                reason = f"{error}; {KEPT}" if kept else str(error)
+                index.rejected.append(Rejected(name, reason))
+                unusable += not kept
+            if last:
+                _add_source(index, name, last)
+        file.flush()
+        os.fsync(file.fileno())
+    _write_index(index_path, index)
+    return len(part.sources) - unusable
+
+
+def _add_source(index: Index, name: str, stored: Any) -> None:
+    """Counts what all frames of a source have in common, by one of them."""
+    index.removed.update(stored.removed)
+    index.warnings.update(stored.warnings)
+    index.mask_colours.update(stored.mask_colours)
+    if stored.mask_problem:
+        index.unmasked.append(Rejected(name, stored.mask_problem))
+    for fact, value in stored.facts.items():
+        index.technical.setdefault(fact, collections.Counter())[value] += 1
+
+
+def _guarded(process: Process, source: Any) -> Iterator[Any]:
+    """`process(source)`, with every failure of a reader turned into one that names nothing of the file."""
+    try:
+        yield from process(source)
+    except (UnreadableError, InputError):  # the latter says what is not installed
+        raise
+    except MemoryError as error:
+        raise UnreadableError("needs more memory than there is") from error
+    except Exception as error:
+        raise UnreadableError(f"its reader failed ({type(error).__name__})") from error
+
+
+def _row(stored: Any, size: int) -> Row:
+    record = stored.record
+    return Row(
+        split=stored.split,
+        size=size,
+        channels=stored.channels,
+        label=record["label"],
+        frame=record["frame"],
+        patient=record["patient"],
+        patient_known=stored.patient_known,
+        video=record["video"],
+        source=record["source"],
+        sha256=record["sha256"],
+        hash="" if stored.hash is None else np.asarray(stored.hash, "<u8").tobytes().hex(),
+    )
+
+
+def _paths(folder: str | os.PathLike[str], number: int) -> tuple[pathlib.Path, pathlib.Path]:
+    # No suffix of a shard: nothing opens an unfinished build by mistake.
+    return pathlib.Path(folder) / f"{number:06d}.part", pathlib.Path(folder) / f"{number:06d}.json"
+
+
+def _write_index(path: pathlib.Path, index: Index) -> None:
+    content = vars(index) | {
+        "rows": [dataclasses.astuple(row) for row in index.rows],
+        "rejected": [dataclasses.astuple(one) for one in index.rejected],
+        "unmasked": [dataclasses.astuple(one) for one in index.unmasked],
+    }
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".index-", delete=False) as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def read_index(folder: str | os.PathLike[str], number: int) -> Index:
+    """The index of a finished part."""
+    content = json.loads(_paths(folder, number)[1].read_text())
+    counters = {name: collections.Counter(content[name]) for name in ("dropped", "cleaned", "removed", "warnings")}
+    return Index(
+        rows=[Row(*row) for row in content["rows"]],
+        rejected=[Rejected(*one) for one in content["rejected"]],
+        unmasked=[Rejected(*one) for one in content.get("unmasked", ())],  # parts of earlier versions have none
+        mask_colours=collections.Counter(content.get("mask_colours", {})),
+        technical={name: collections.Counter(values) for name, values in content["technical"].items()},
+        digests=content["digests"],
+        originals={name: (kind, original) for name, (kind, original) in content["originals"].items()},
+        **counters,
+    )
+
+
+def read_records(folder: str | os.PathLike[str], number: int, rows: Sequence[Row]) -> Iterator[bytes]:
+    """Yields the records of a finished part, as they are."""
+    with _paths(folder, number)[0].open("rb") as file:
+        for row in rows:
+            yield file.read(row.size)
+
+
+def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> dict[int, Index]:
+    """Number and index of the parts that are complete, in order; one that is damaged has to be made again."""
+    found = {}
+    for part in parts:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            index = read_index(folder, part.number)
+            if _paths(folder, part.number)[0].stat().st_size == sum(row.size for row in index.rows):
+                found[part.number] = index
+    return found
+
+
+def run_here(
+    parts: Sequence[Part], work: isolate.Work, workers: int, limit: float, preload: str
+) -> Generator[tuple[Part, int], None, None]:
+    """Makes parts in processes of this machine; yields each when it is finished, and its usable sources.
+
+    Args:
+      parts: to make.
+      work: a partial of `write_part`.
+      workers: processes.
+      limit: seconds without a sign of life after which a source is given up.
+      preload: see `isolate.isolated_map`.
+    """
+    with contextlib.closing(isolate.isolated_map(work, parts, workers, limit=limit, preload=preload)) as results:
+        for number, usable in results:
+            yield parts[number], usable
+
+
+def run_on_beam(parts: Sequence[Part], work: isolate.Work, limit: float, preload: str, options: Any) -> None:
+    """Makes parts with an Apache Beam pipeline, whose workers reach the folder of `work` under the same name.
+
+    Args:
+      parts: to make.
+      work: a partial of `write_part`.
+      limit: as in `run_here`.
+      preload: likewise.
+      options: `apache_beam.options.pipeline_options.PipelineOptions`, the choice of the runner among them.
+    """
+    import apache_beam as beam
+
+    # Each part still has a process of its own below the Beam worker: a file that crashes its reader would otherwise
+    # be tried four times and then end the pipeline.
+    one = functools.partial(_run_one, work=work, limit=limit, preload=preload)
+    with beam.Pipeline(options=options) as pipeline:
+        _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(one)
+
+
+def _run_one(part: Part, work: isolate.Work, limit: float, preload: str) -> int:
+    ((_, usable),) = run_here([part], work, 1, limit, preload)
+    return usable

@@ -1,0 +1,76 @@
+"""A pool of processes that outlives what its workers meet."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from data_prep import isolate
+from usfmae_jax.errors import InputError
+
+
+def run(function, tasks, workers=2, limit=30.0):
+    return dict(isolate.isolated_map(function, tasks, workers, limit=limit, preload="data_prep.isolate"))
+
+
+def double(task, given_up, begin):
+    begin(0)
+    return 2 * task
+
+
+def dangerous(task, given_up, begin):
+    """Inputs are words; answers which were read and which were given up."""
+    read = []
+    for number, word in enumerate(task):
+        if number in given_up:
+            continue
+        begin(number)
+        if word == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if word == "exit":
+            os._exit(3)
+        if word == "stall":
+            time.sleep(1000)
+        read.append(word)
+    return read, dict(given_up)
+
+
+def fails(task, given_up, begin):
+    raise OSError(28, "No space left on device")
+
+
+def never_begins(task, given_up, begin):
+    os._exit(1)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_task_is_answered_once(workers):
+    assert run(double, range(20), workers) == {number: 2 * number for number in range(20)}
+
+
+def test_no_task_is_no_work():
+    assert run(double, []) == {}
+
+
+def test_an_input_that_crashes_its_reader_is_given_up_by_name_and_the_rest_is_read():
+    answers = run(dangerous, [["a", "crash", "b"], ["c", "exit"], ["d"]])
+    assert answers == {
+        0: (["a", "b"], {1: "crashed its reader (SIGSEGV)"}),
+        1: (["c"], {1: "crashed its reader (status 3)"}),
+        2: (["d"], {}),
+    }
+
+
+def test_an_input_that_stalls_is_given_up_after_the_limit():
+    assert run(dangerous, [["a", "stall", "b"]], limit=1.0)[0] == (["a", "b"], {1: "took longer than 1 s"})
+
+
+def test_an_error_of_the_machine_is_raised():
+    with pytest.raises(OSError, match="No space left"):
+        run(fails, [1])
+
+
+def test_workers_that_die_before_they_begin_end_the_map():
+    with pytest.raises(InputError, match="use fewer --workers"):
+        run(never_begins, [1])
