@@ -99,17 +99,14 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
 def quiet() -> Iterator[None]:
     """Keeps to itself what every array of a damaged checkpoint has to tell, at length; `reason` says it once.
 
-    Some arrays fail when the first failure is told already, up to when Python exits: what silences them stays then.
+    Some arrays fail when the first failure is told already, up to when Python exits: what silences them stays.
     """
-    arrays, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level, disabled = arrays.level, logging.root.manager.disable
+    disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
-    arrays.setLevel(logging.CRITICAL + 1)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unless_too_late
     try:
         yield
-        arrays.setLevel(level)
-        sys.unraisablehook = hook
     finally:
         logging.disable(disabled)
 
