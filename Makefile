@@ -4,11 +4,12 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && { echo $$p; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+FLOORS := .venv-floors
 DEMO := data/demo
 # The tests of a file share what it makes once, so they stay in one process; files begin in the order of conftest.py.
 PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev install-interop demo-data pretrain test test-all lint format clean
+.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -49,6 +50,16 @@ test: $(VENV)/.dev  ## run the tests but those marked slow, two files at a time
 test-all: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
+# Of PyTorch the floor is tried by hand: its builds for the CPU come from an index of their own.
+test-floors:  ## run the tests with the lowest versions that the requirement files admit, on Python 3.11
+	@test -x $(FLOORS)/bin/python || python3.11 -m venv $(FLOORS)
+	sed -nE '/^(torch|timm|ruff|mypy)>/d; s/^([A-Za-z][^>= ]*)>=([^,; ]+).*/\1==\2/p' requirements.txt \
+		requirements-prep.txt requirements-beam.txt requirements-interop.txt requirements-dev.txt > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/python -m pip install --quiet -r $(FLOORS)/floors.txt torch==2.13.0
+	$(FLOORS)/bin/python -m pip install --quiet --no-deps torchvision \
+		$$(sed -nE 's/^timm>=([^,]+).*/timm==\1/p' requirements-interop.txt)
+	$(FLOORS)/bin/python -m pytest $(PARALLEL) -m "not slow"
+
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
@@ -59,4 +70,4 @@ format: $(VENV)/.dev  ## put the code into house style
 	$(BIN)/ruff format .
 
 clean:  ## remove the virtual environment and caches; keeps data/ and runs/
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(FLOORS) .cache .pytest_cache .ruff_cache .mypy_cache
