@@ -17,7 +17,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from usfmae_jax.errors import BAD_INPUT, DONE, PREEMPTED, InputError
+from usfmae_jax.errors import DONE, PREEMPTED, InputError, answer
 
 
 def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDict, str, Any], int]) -> None:
@@ -28,13 +28,12 @@ def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDi
       default_config: FILE.py to show by `--help` when none is given.
       action: imports what is heavy itself.
     """
-    try:
+
+    def act() -> int:
         parsed = parse(sys.argv, doc, default_config)
-        code = action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = BAD_INPUT
-    sys.exit(code)
+        return action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
+
+    sys.exit(answer(act))
 
 
 def train(loop: Callable[[], bool], kept: str) -> int:

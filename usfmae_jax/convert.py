@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import DONE, InputError, answer
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.files import Source
@@ -49,12 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     say = "go on without what is missing or not understood, where that can be"
     parser.add_argument("--allow_partial", action="store_true", help=say)
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> int:
         convert(args.input, args.output, _options(args), args.licence, averaged=args.ema)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return DONE
+
+    return answer(act)
 
 
 def convert(path: str, output: str, options: "Options", licence: str = "", *, averaged: bool = False) -> None:

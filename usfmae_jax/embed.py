@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.errors import DONE, DamagedRecord, InputError, answer
 
 #: Picture files that a folder may hold.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -46,15 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="that decode; default: %(default)s")
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> int:
         embed(
             args.checkpoint, args.data, args.output, args.pool, split=args.split, batch_size=args.batch_size,
             threads=args.threads,
         )  # fmt: skip
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return DONE
+
+    return answer(act)
 
 
 def embed(

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import DONE, InputError, answer
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.model import Model
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", default="safetensors", choices=FORMATS, help="default: %(default)s")
     parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder (or classifier), or DIR-FORMAT")
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> int:
         export(args.checkpoint, args.output, args.step, args.format)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return DONE
+
+    return answer(act)
 
 
 def export(checkpoint: str, output: str | None = None, step: int | None = None, form: str = "safetensors") -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: Orbax holds the state; the data position and the config travel inside the same checkpoint."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ def open_checkpoints(
       keep_every: keep those at multiples of this step for good; 0 = none.
       keep_best: how many of those with the lowest loss to keep.
     """
+    # What fails while a checkpoint is written in the background is logged by every thread that meets it, in pages, and
+    # raised at the next save or at the end.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     keep = orbax.training.preservation_policies
     policies: list[Any] = [keep.LatestN(max(keep_latest, 1))]
     if keep_every:

@@ -15,6 +15,9 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 #: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
@@ -81,11 +84,7 @@ class Monitor:
         self._pending: tuple[int, Any] | None = None
         self._main = jax.process_index() == 0
         self._log = _JsonLines(epath.Path(workdir) / "metrics.jsonl", first_step) if self._main else None
-        self._events: Any = None
-        if self._main:
-            from tensorboardX import SummaryWriter  # keeps `--help` quick
-
-            self._events = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=first_step + 1)
+        self._events = _Events(epath.Path(workdir) / "tensorboard", first_step) if self._main else None
         interactive = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -184,15 +183,15 @@ class Monitor:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Adds numbers to both logs."""
-        if self._log:
+        if self._log and self._events:
             self._log.append({"step": step, **values})
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                self._events.add(step, summary.scalar(name, value))
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
         """Adds a uint8 `[H, W, 3]` picture to the event file."""
         if self._events:
-            self._events.add_image(name, image, step, dataformats="HWC")
+            self._events.add(step, summary.image(name, image, dataformats="HWC"))
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on the main process."""
@@ -204,6 +203,36 @@ class Monitor:
         mean = sum(self._losses) / max(len(self._losses), 1)
         self._losses.clear()
         return mean
+
+
+class _Events:
+    """An event file for TensorBoard.
+
+    Written by the loop itself: the thread that tensorboardX's own writer has for it dies of a full disk without a word
+    to the loop, which then waits for it for ever; and the host's name is left out of the file's.
+    """
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{time.time_ns() // 1000}.usfmae_jax"))
+        self._flushed = time.monotonic()
+        self._write(event_pb2.Event(file_version="brain.Event:2"))
+        # What a killed run wrote beyond its last checkpoint is not shown.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(event_pb2.Event(step=first_step + 1, session_log=start))
+
+    def add(self, step: int, values: Any) -> None:
+        self._write(event_pb2.Event(step=step, summary=values))
+        if time.monotonic() - self._flushed > 30:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._file.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _JsonLines:
