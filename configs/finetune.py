@@ -102,7 +102,8 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         layer_decay=0.75,  # of a ViT; 1 = off
     )
     # steps > 0 overrules epochs; min_steps: few images are seen more often.
-    config.train = dict(batch_size=32, accumulate=1, epochs=25.0, steps=0, min_steps=200)
+    # skip_nonfinite: steps of a member whose loss or gradient is no number that may be skipped in all.
+    config.train = dict(batch_size=32, accumulate=1, epochs=25.0, steps=0, min_steps=200, skip_nonfinite=0)
     # The best evaluation on the validation part is what is tested; patience: evaluations without a better one, 0 = off.
     config.stop = dict(metric="auroc", every=1.0, patience=0)  # every: epochs between evaluations
     # Members trained at a time, on a CPU: 0 = as many as there are cores for, of a small model; 1 = one after another.

@@ -76,7 +76,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         clip_norm=0.0,  # 0 = off
         layer_decay=1.0,
     )
-    config.train = dict(batch_size=1024, accumulate=1, epochs=100, steps=0)  # steps > 0 overrules epochs
+    # steps > 0 overrules epochs; skip_nonfinite: steps whose loss or gradient is no number that may be skipped in all
+    config.train = dict(batch_size=1024, accumulate=1, epochs=100, steps=0, skip_nonfinite=0)
     config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
     # fallback: resume from the newest checkpoint that can be loaded, should later ones be damaged
     config.checkpoint = dict(every=1000, keep=dict(keep_latest=2, keep_every=0, keep_best=1), fallback=False)

@@ -39,18 +39,17 @@ def write_shards(
     count: int = 48,
     *,
     damaged: tuple[int, ...] = (),
+    instead: dict[int, bytes] | None = None,
     kind: str = "array_record",
     split: str = "train",
     pieces: int = 2,
 ) -> list[str]:
-    """Writes `count` records; those in `damaged` hold an image that cannot be decoded."""
+    """Writes `count` records; those in `damaged` hold an image that cannot be decoded, those in `instead` another."""
+    images = dict.fromkeys(damaged, b"\xff\xd8\xff broken") | (instead or {})
     paths = []
     for piece in range(pieces):
         path = folder / f"made-{split}.{kind}-{piece:05d}-of-{pieces:05d}"
-        data = [
-            records.encode_record(record(i, b"\xff\xd8\xff broken" if i in damaged else None))
-            for i in range(piece, count, pieces)
-        ]
+        data = [records.encode_record(record(i, images.get(i))) for i in range(piece, count, pieces)]
         if kind == "array_record":
             writer = ArrayRecordWriter(str(path), "group_size:1")
             for item in data:

@@ -1,8 +1,10 @@
 """The loop: what it refuses before anything is compiled, and what it does with what it is given."""
 
+import pathlib
 import shutil
 
 import cv2
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from tests.helpers import tiny_config, write_shards
 from tests.pretraining.runs import losses, metrics
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import flatten, open_model
+from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining.loop import pretrain
 from usfmae_jax.training.monitor import DivergedError
 
@@ -22,6 +25,35 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(confi
     kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert kept
     assert all(np.isfinite(losses(tmp_path)[step]) for step in kept)
+
+
+def test_a_batch_that_is_no_number_is_named_or_skipped_up_to_a_limit(config, tmp_path, monkeypatch, capfd):
+    black = cv2.imencode(".png", np.zeros((40, 48), np.uint8))[1].tobytes()
+    paths = write_shards(tmp_path, 48, instead={13: black, 30: black})
+    whole = MaskedAutoencoding.loss
+
+    def loss(self, model, batch, rng):
+        total, count = whole(self, model, batch, rng)
+        return total * jnp.where(batch["image"].any(axis=(1, 2, 3)).all(), 1.0, jnp.nan), count
+
+    monkeypatch.setattr(MaskedAutoencoding, "loss", loss)
+    config.data.path = str(tmp_path)
+    config.train.update(steps=6)  # every frame once
+    config.checkpoint.every = 2
+    with pytest.raises(DivergedError, match=r"loss is nan at step \d, whose batch is in diverged.csv \(shard,record: "):
+        pretrain(config, str(tmp_path / "stops"))
+    named = (tmp_path / "stops" / "diverged.csv").read_text().splitlines()
+    assert named[0] == "shard,record"
+    assert len(named) == 9
+    suspects = {f"{pathlib.Path(paths[n % 2]).name},{n // 2}" for n in (13, 30)}
+    assert suspects & set(named)
+    config.train.skip_nonfinite = 2
+    assert pretrain(config, str(tmp_path / "skips"))
+    said = capfd.readouterr().err
+    assert "which is skipped (1 of at most 2)" in said
+    skipped = [line["skipped"] for line in metrics(tmp_path / "skips") if "skipped" in line]
+    assert skipped in ([1], [1, 2])  # two black frames, perhaps of one batch
+    assert all(np.isfinite(leaf).all() for leaf in flatten(open_model(str(tmp_path / "skips")).params).values())
 
 
 def test_an_evaluation_set_is_not_trained_on_unless_asked_for(config, tmp_path):

@@ -130,3 +130,22 @@ def test_pictures_show_visible_pixels_where_nothing_is_hidden():
     np.testing.assert_array_equal(shown["input"], images)
     np.testing.assert_array_equal(shown["masked"], np.where(hidden, 128, images))
     np.testing.assert_array_equal(shown["pasted"], np.where(hidden, shown["reconstruction"], images))
+
+
+def test_a_step_that_is_no_number_changes_nothing_if_such_are_skipped():
+    mesh, objective = _mesh(1), _objective()
+
+    def loss(model, batch, rng):
+        total, count = objective.loss(model, batch, rng)
+        return total * jnp.where(batch["image"].any(), 1.0, jnp.nan), count
+
+    optimizer, rate = optimizers.adamw(clip_norm=1.0), lambda step, rate: rate
+    graph, state = _start(1, 1)
+    update = jax.jit(make_update(graph, objective.prepare, loss, optimizer, rate, mesh, skip=True))
+    after, metrics = update(state, np.zeros_like(_images()), 1e-2)
+    assert (float(metrics["skipped"]), int(after.pop("step"))) == (1.0, 1)
+    jax.tree.map(np.testing.assert_array_equal, after, {name: state[name] for name in after})
+    after, metrics = update(state, _images(), 1e-2)
+    assert float(metrics["skipped"]) == 0.0
+    np.testing.assert_allclose(metrics["loss"], train()[0][0], rtol=1e-5)
+    assert not np.array_equal(*(s["params"]["encoder"]["norm"]["bias"] for s in (after, state)))

@@ -69,7 +69,12 @@ class LoadView(grain.transforms.RandomMap):
     how: augment.Augmentation
 
     def random_map(self, element: tuple[int, int], rng: np.random.Generator) -> Batch:
-        """`image` uint8 `[H, W, C]`, the targets, and `damaged` int64 `[MAX_TRIES, 2]`: (source, record) or -1."""
+        """One view, the targets, and where it comes from.
+
+        Returns:
+          `image` uint8 `[H, W, C]`; the targets; `record` int64 `[2]`: (source, record); `damaged` int64
+          `[MAX_TRIES, 2]`: those tried before it, or -1.
+        """
         cv2.setNumThreads(1)  # the parallelism is over images
         source, place = element
         shards, records, targets = self.sources[source]
@@ -83,7 +88,7 @@ class LoadView(grain.transforms.RandomMap):
                 place = int(rng.integers(len(records)))
             else:
                 beside = {name: np.asarray(values[place]) for name, values in targets.items()}
-                return {"image": image, "damaged": damaged} | beside
+                return {"image": image, "record": np.array([source, number]), "damaged": damaged} | beside
         path, number = shards.locate(number)
         raise InputError(
             f"{MAX_TRIES} records in a row are damaged, the last is number {number} of {path}; rebuild the shards"
@@ -133,8 +138,9 @@ def training_batches(
 ) -> grain.MapDataset:
     """The endless sequence of this host's batches; `dataset[step]` is random access.
 
-    A batch has `image` uint8 `[B, H, W, C]`, the targets `[B, ...]` and `damaged` int64 `[B, MAX_TRIES, 2]` for a
-    `DamageReport`. Every epoch is a fresh shuffle; the last incomplete batch of one runs over into the next.
+    A batch has `image` uint8 `[B, H, W, C]`, the targets `[B, ...]`, `record` int64 `[B, 2]`: (source, record), and
+    `damaged` int64 `[B, MAX_TRIES, 2]` for a `DamageReport`. Every epoch is a fresh shuffle; the last incomplete batch
+    of one runs over into the next.
 
     Args:
       load: what to train on, and how it is seen.

@@ -26,7 +26,7 @@ from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.forward import apply_batches, fitting_batch
 from usfmae_jax.training.mesh import batch_sharding, global_batch, make_mesh, replicated
-from usfmae_jax.training.monitor import Monitor, Preemption
+from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, fill, state_maker
 from usfmae_jax.training.update import combine, compile_update, make_update, pick
 
@@ -126,6 +126,7 @@ class Trainer:
             self.mesh,
             trained=trained,
             accumulate=config.train.accumulate,
+            skip=config.train.skip_nonfinite > 0,
         )
         state = abstract_state(make_model, optimizer, self.mesh, part)
         kept = [name for name in ("params", "stats") if name in state]
@@ -166,9 +167,8 @@ class Trainer:
         best, best_score, worse, done = state.pop("best"), position["best"], position["worse"], position["done"]
         best_predicted = None
         damage = pipeline.DamageReport([run.table.shards], config.data.max_damaged, position["damaged"])
-        batches = pipeline.iterate(
-            self.batches(member), position["next_batch"], config.data.workers, config.data.threads
-        )
+        dataset = self.batches(member)
+        batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
         length = jax.device_put(np.int32(member.total_steps), replicated(self.mesh))
         monitor = Monitor(
             folder,
@@ -177,11 +177,14 @@ class Trainer:
             batch_size=config.train.batch_size,
             every=config.log.every,
             flops_per_image=build.training_flops(run.description, run.image_format[0]),
+            skippable=config.train.skip_nonfinite,
+            skipped=position.get("skipped", 0),
             name=f"{member.name} ({run.members.index(member) + 1}/{len(run.members)})",
             line=line,
         )
         saved = first_step
-        with monitor as report, contextlib.closing(saver), contextlib.closing(batches):
+        named = naming_records(dataset, [run.table.shards], folder)
+        with monitor as report, contextlib.closing(saver), contextlib.closing(batches), named:
             if aside:
                 report.say(f"warning: {member.name}: {aside}")
             if first_step:
@@ -193,6 +196,7 @@ class Trainer:
                     batch = next(batches)
                     for message in damage.update(batch.pop("damaged")):
                         report.say(message)
+                    del batch["record"]
                     batch = global_batch(self.mesh, batch)
                 state, numbers = self._update(state, batch, length)
                 report.update(step, numbers)
@@ -215,7 +219,7 @@ class Trainer:
                     report.flush()
                     with report.pause():
                         position = {"next_batch": step, "damaged": sorted(damage.found), "best": best_score}
-                        position |= {"worse": worse, "done": done}
+                        position |= {"worse": worse, "done": done, "skipped": report.skipped}
                         metadata = {"position": position, "config": run.settings, "about": {"kind": config.task}}
                         whole = state | {"best": best}
                         checkpoints.save(saver, whole, step, metadata, loss=report.mean_loss_since_save())

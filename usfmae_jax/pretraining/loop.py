@@ -20,7 +20,7 @@ from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, 
 from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
-from usfmae_jax.training.monitor import Monitor, Preemption
+from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, init_state
 from usfmae_jax.training.update import compile_update, make_update
 
@@ -68,7 +68,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
     learn = (objective.prepare, objective.loss)
-    update = make_update(graph, *learn, optimizer, learning_rate, mesh, accumulate=config.train.accumulate)
+    skippable = config.train.skip_nonfinite
+    how = {"accumulate": config.train.accumulate, "skip": skippable > 0}
+    update = make_update(graph, *learn, optimizer, learning_rate, mesh, **how)
     report = Monitor(
         workdir,
         total_steps=total_steps,
@@ -76,11 +78,14 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         batch_size=config.train.batch_size,
         every=config.log.every,
         flops_per_image=objective.flops(),
+        skippable=skippable,
+        skipped=position.get("skipped", 0),
     )
     length = jax.device_put(np.int32(total_steps), replicated(mesh))
     train_step, step = None, first_step
 
-    with Preemption() as preemption, report, contextlib.closing(saver), contextlib.closing(batches):
+    named, stopping = naming_records(dataset, sources, workdir), Preemption()
+    with stopping as preemption, report, contextlib.closing(saver), contextlib.closing(batches), named:
         if jax.process_index() == 0:
             epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         describe(report, config, mesh, sources, state, total_steps)
@@ -106,7 +111,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             if stop or step == total_steps or step % config.checkpoint.every == 0:
                 report.flush()  # a state is saved only after its loss is known to be finite
                 with report.pause():
-                    position = {"next_batch": step, "damaged": sorted(damage.found)}
+                    position = {"next_batch": step, "damaged": sorted(damage.found), "skipped": report.skipped}
                     metadata = {"position": position, "config": settings, "about": about}
                     checkpoints.save(saver, state, step, metadata, loss=report.mean_loss_since_save())
             if stop and step < total_steps:

@@ -23,6 +23,7 @@ RESUMABLE = (
     "data.workers",
     "data.threads",
     "data.max_damaged",
+    "train.skip_nonfinite",
     "model.scan",
     "model.remat",
     "model.attention",

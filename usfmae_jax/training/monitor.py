@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,8 @@ from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
+
+from usfmae_jax.data.records import Shards
 
 #: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
 PEAK_FLOPS = {
@@ -42,7 +44,40 @@ PEAK_FLOPS = {
 
 
 class DivergedError(RuntimeError):
-    """Loss or gradient stopped being a number."""
+    """Loss or gradient stopped being a number.
+
+    Args:
+      message: what happened.
+      step: in which update.
+    """
+
+    def __init__(self, message: str, step: int = 0):
+        super().__init__(message)
+        self.step = step
+
+    def __reduce__(self) -> Any:  # it comes out of other processes
+        return DivergedError, (str(self), self.step)
+
+
+@contextlib.contextmanager
+def naming_records(dataset: Any, sources: Sequence[Shards], workdir: str) -> Iterator[None]:
+    """Adds to a `DivergedError` which records the batch of its step held, all of them in `diverged.csv`.
+
+    Args:
+      dataset: from `data.pipeline.training_batches`, of this process.
+      sources: what its numbers refer to.
+      workdir: receives the file.
+    """
+    try:
+        yield
+    except DivergedError as error:
+        places = [sources[source].locate(record) for source, record in dataset[error.step - 1]["record"].tolist()]
+        found = [f"{os.path.basename(path)},{number}" for path, number in places]
+        if jax.process_index() == 0:
+            epath.Path(workdir, "diverged.csv").write_text("\n".join(["shard,record", *found]) + "\n")
+        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        said = f"{error}, whose batch is in diverged.csv (shard,record: {some})"
+        raise DivergedError(said, error.step) from error
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -63,6 +98,8 @@ class Monitor:
       batch_size: global.
       every: steps between two lines of the log.
       flops_per_image: training arithmetic; with a known peak it gives MFU.
+      skippable: steps that may be skipped in all because their loss or gradient is not finite.
+      skipped: those before this start.
       name: of the bar.
       line: of the terminal that the bar is on, from the cursor down, where several runs share one.
     """
@@ -76,11 +113,14 @@ class Monitor:
         batch_size: int,
         every: int,
         flops_per_image: float,
+        skippable: int = 0,
+        skipped: int = 0,
         name: str = "pretrain",
         line: int = 0,
     ):
         self._batch_size, self._every, self._flops = batch_size, every, flops_per_image
         self._peak = peak_flops(jax.devices()[0])
+        self._skippable, self.skipped = skippable, skipped
         self._pending: tuple[int, Any] | None = None
         self._main = jax.process_index() == 0
         self._log = _JsonLines(epath.Path(workdir) / "metrics.jsonl", first_step) if self._main else None
@@ -151,11 +191,19 @@ class Monitor:
 
     def _report(self, step: int, metrics: Any) -> dict[str, float]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values.pop("skipped", None)  # told by the loss
         self._steps += 1
         self._bar.update(1)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
-                raise DivergedError(f"{name} is {values[name]} at step {step}")
+                self.skipped += 1
+                said = f"{name} is {values[name]} at step {step}"
+                if self.skipped > self._skippable:
+                    many = f", the last of {self.skipped} such steps" if self._skippable else ""
+                    raise DivergedError(said + many, step)
+                self.say(f"warning: {said}, which is skipped ({self.skipped} of at most {self._skippable})")
+                self.write(step, {"skipped": self.skipped})
+                return {}
         self._losses.append(values["loss"])
         if step % self._every == 0 or step in (1, self._bar.total):
             rates = self._rates()

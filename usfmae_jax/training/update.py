@@ -41,6 +41,7 @@ def make_update(
     *,
     trained: tuple[str, ...] = (),
     accumulate: int = 1,
+    skip: bool = False,
 ) -> Update:
     """Builds the update `(state, batch, total_steps) -> (state, metrics)`.
 
@@ -54,6 +55,8 @@ def make_update(
       mesh: the batch is spread over it.
       trained: beginnings of the names of the parameters that are trained, () = all; no gradient is computed for others.
       accumulate: micro-batches per update; the update is that of the whole batch (batch norm sees micro-batches).
+      skip: a step whose loss or gradient is not finite changes nothing but the number of the step, and the metric
+        `skipped` is 1.
     """
     sharding = batch_sharding(mesh)
 
@@ -92,8 +95,12 @@ def make_update(
         rate = learning_rate(state["step"], total_steps)
         part = optax.apply_updates(part, jax.tree.map(lambda u: u * rate, updates))
         metrics = {"loss": total / count, "learning_rate": rate, "grad_norm": optax.tree.norm(gradients)}
-        new = {"step": state["step"] + 1, "params": combine(params, part), "opt_state": opt_state}
-        return state | new | ({"stats": stats} if stats else {}), metrics
+        new = state | {"params": combine(params, part), "opt_state": opt_state} | ({"stats": stats} if stats else {})
+        if skip:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, dict(state))
+            metrics["skipped"] = 1.0 - finite
+        return new | {"step": state["step"] + 1}, metrics
 
     return update
 
