@@ -78,7 +78,9 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
     tissue = _without_fringe(level, inside)
     domain = cv2.erode(tissue, square(7), borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
     tissue = cv2.bitwise_and(tissue, cv2.bitwise_not(other))
-    mean = _usual(level, tissue, 1.25)
+    cells = -(-width // _CELL), -(-height // _CELL)
+    weight = cv2.resize(tissue, cells, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    mean = _usual(level, tissue, weight, 1.25)
 
     def full(cells):
         return cv2.resize(np.clip(cells, 0, 250).astype(np.uint8), (width, height))
@@ -86,7 +88,7 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
     # Beyond the rim lies what is usual before it; the step that remains there is outside of the domain.
     filled = cv2.bitwise_or(cv2.bitwise_and(level, tissue), cv2.bitwise_and(full(mean), cv2.bitwise_not(tissue)))
     edge = cv2.convertScaleAbs(cv2.Laplacian(filled, cv2.CV_16S))
-    usual = _usual(edge, tissue, 2.0)
+    usual = _usual(edge, tissue, weight, 2.0)
     sharpness, brightness = cv2.dilate(edge, square(3)), cv2.dilate(filled, square(3))
 
     def above(factor, offset, contrast, least):
@@ -96,9 +98,13 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
 
     very = above(*_VERY)
     rather = cv2.bitwise_or(above(*_RATHER), very)
-    inks = _inks(brightness, cv2.bitwise_and(very, _coherent(very, rather)))
-    very = cv2.bitwise_or(very, cv2.bitwise_and(above(*_ALIKE), cv2.LUT(brightness, inks)))
-    mask = cv2.bitwise_and(cv2.bitwise_and(rather, cv2.dilate(very, square(7))), _coherent(very, rather))
+    # Coherent is where enough of those around that are rather ink are very much so.
+    enough = cv2.LUT(_around(rather), _ENOUGH)
+    inks = _inks(brightness, cv2.bitwise_and(very, cv2.compare(_around(very), enough, cv2.CMP_GE)))
+    if inks.any():
+        very = cv2.bitwise_or(very, cv2.bitwise_and(above(*_ALIKE), cv2.LUT(brightness, inks)))
+    coherent = cv2.compare(_around(very), enough, cv2.CMP_GE)
+    mask = cv2.bitwise_and(cv2.bitwise_and(rather, cv2.dilate(very, square(7))), coherent)
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, square(5))
     if not mask.any():
         return mask
@@ -138,11 +144,12 @@ def _without_fringe(level, inside):
     return cv2.bitwise_and(inside, cv2.bitwise_not(fringe))
 
 
-def _usual(values, inside, limit):
-    """Mean of uint8 `values` around each cell, without those far above it -> float32, one value a cell."""
-    height, width = values.shape
-    size = -(-width // _CELL), -(-height // _CELL)
-    weight = cv2.resize(inside, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+def _usual(values, inside, weight, limit):
+    """Mean of uint8 `values` around each cell, without those far above it -> float32, one value a cell.
+
+    `weight` is the share of each cell that is inside.
+    """
+    size = weight.shape[::-1]
     cells = cv2.resize(cv2.bitwise_and(values, inside), size, interpolation=cv2.INTER_AREA).astype(np.float32)
     share = cv2.blur(weight, (_USUAL, _USUAL)) + 1e-3
     mean = cv2.blur(cells, (_USUAL, _USUAL)) / share
@@ -151,12 +158,9 @@ def _usual(values, inside, limit):
     return mean
 
 
-def _coherent(very, rather):
-    """Where enough of the pixels around that are rather ink are very much so."""
-    many, all_ = (
-        cv2.boxFilter(cv2.min(mask, 1), cv2.CV_8U, (_AROUND, _AROUND), normalize=False) for mask in (very, rather)
-    )
-    return cv2.compare(many, cv2.LUT(all_, _ENOUGH), cv2.CMP_GE)
+def _around(mask):
+    """How many pixels of a mask are in the window around each -> uint8."""
+    return cv2.boxFilter(cv2.min(mask, 1), cv2.CV_8U, (_AROUND, _AROUND), normalize=False)
 
 
 def _inks(brightness, certain):
@@ -329,12 +333,15 @@ class Regions:
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Mean of the values in each region."""
-        return np.bincount(self._owner, values.ravel()[self._place], self.count) / self.size
+        return self._mean(values.ravel()[self._place])
 
     def deviation(self, values: np.ndarray) -> np.ndarray:
         """Standard deviation of the values in each region."""
-        values = values.astype(np.float32)
-        return np.sqrt(np.maximum(self.mean(values**2) - self.mean(values) ** 2, 0))
+        found = values.ravel()[self._place].astype(np.float32)
+        return np.sqrt(np.maximum(self._mean(found**2) - self._mean(found) ** 2, 0))
+
+    def _mean(self, found: np.ndarray) -> np.ndarray:
+        return np.bincount(self._owner, found, self.count) / self.size
 
     def largest(self, values: np.ndarray) -> np.ndarray:
         """The largest value in each region."""
@@ -346,9 +353,11 @@ class Regions:
         """Share of the pixels just outside of each region that are in `mask`."""
         inside = cv2.compare(self.labels, 0, cv2.CMP_GT)
         rim = np.flatnonzero(cv2.subtract(cv2.dilate(inside, square(3)), inside) != 0)
-        row, column = divmod(rim, self.labels.shape[1])
-        around = np.pad(self.labels, 1)
-        owner = np.max([around[row + down, column + right] for down in range(3) for right in range(3)], axis=0)
+        height, width = self.labels.shape
+        row, column = divmod(rim, width)
+        rows = [np.clip(row + down, 0, height - 1) for down in (-1, 0, 1)]
+        columns = [np.clip(column + right, 0, width - 1) for right in (-1, 0, 1)]
+        owner = np.max([self.labels[row, column] for row in rows for column in columns], axis=0)
         inked = np.bincount(owner, mask.ravel()[rim] > 0, self.count)
         return inked / np.maximum(np.bincount(owner, minlength=self.count), 1)
 
