@@ -42,6 +42,7 @@ _CELL, _USUAL = 4, 11  # what is usual is measured in 11 x 11 cells of 4 x 4 pix
 _FACE = 10  # pixels, the thickest line that the face of a probe leaves
 _BLACK = 8  # tissue is brighter
 _LABEL = 0.15  # of the shorter side: discs, labels and bars are narrower
+_BLOCK = 8  # pixels: outlines that are far from each other are told apart in blocks of them
 _FLAT = 4  # grey levels in 2 pixels
 _SURROUNDED = 0.4  # share of the rim of a flat region that is ink
 _COLOURED = 40  # grey levels between channels, beyond the tint of the frame
@@ -160,7 +161,7 @@ def _usual(values, inside, weight, limit):
 
 def _around(mask):
     """How many pixels of a mask are in the window around each -> uint8."""
-    return cv2.boxFilter(cv2.min(mask, 1), cv2.CV_8U, (_AROUND, _AROUND), normalize=False)
+    return cv2.boxFilter(mask & 1, cv2.CV_8U, (_AROUND, _AROUND), normalize=False)
 
 
 def _inks(brightness, certain):
@@ -175,6 +176,26 @@ def _inks(brightness, certain):
 def _enclosed(mask, level, bright):
     """What outlines in `mask` enclose that is flat, or shaded along one axis only, and not like its surroundings."""
     side = max(3, round(_LABEL * min(mask.shape)))
+    found = np.zeros_like(mask)
+    for part, outlines in _groups(mask, side):
+        found[part] = cv2.bitwise_or(found[part], _enclosed_by(outlines, level[part], bright[part], side))
+    return found
+
+
+def _groups(mask, side):
+    """Parts of a mask that are farther than `side` from each other: yields where each is, with room around, and it."""
+    blocks = np.ascontiguousarray(cv2.dilate(mask, square(_BLOCK), anchor=(0, 0))[::_BLOCK, ::_BLOCK])
+    near = cv2.dilate(blocks, square(2 * (side // (2 * _BLOCK) + 2) + 1))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(near, connectivity=8)
+    for number, (left, top, wide, high, _) in enumerate(stats[1:], 1):
+        part = np.s_[_BLOCK * top : _BLOCK * (top + high), _BLOCK * left : _BLOCK * (left + wide)]
+        own = np.where(labels[top : top + high, left : left + wide] == number, np.uint8(255), np.uint8(0))
+        own = own.repeat(_BLOCK, axis=0).repeat(_BLOCK, axis=1)
+        height, width = mask[part].shape
+        yield part, cv2.bitwise_and(mask[part], own[:height, :width])
+
+
+def _enclosed_by(mask, level, bright, side):
     between = cv2.subtract(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, square(side)), mask)
     apart = cv2.bitwise_not(cv2.dilate(mask, square(3)))  # steps onto the outline do not count
     across, down = cv2.absdiff(level[:, 2:], level[:, :-2]), cv2.absdiff(level[2:], level[:-2])
@@ -351,12 +372,12 @@ class Regions:
 
     def share_of_rim(self, mask: np.ndarray) -> np.ndarray:
         """Share of the pixels just outside of each region that are in `mask`."""
-        inside = cv2.compare(self.labels, 0, cv2.CMP_GT)
+        inside = np.where(self.labels > 0, np.uint8(255), np.uint8(0))
         rim = np.flatnonzero(cv2.subtract(cv2.dilate(inside, square(3)), inside) != 0)
         height, width = self.labels.shape
         row, column = divmod(rim, width)
-        rows = [np.clip(row + down, 0, height - 1) for down in (-1, 0, 1)]
-        columns = [np.clip(column + right, 0, width - 1) for right in (-1, 0, 1)]
+        rows = np.maximum(row - 1, 0), row, np.minimum(row + 1, height - 1)
+        columns = np.maximum(column - 1, 0), column, np.minimum(column + 1, width - 1)
         owner = np.max([self.labels[row, column] for row in rows for column in columns], axis=0)
         inked = np.bincount(owner, mask.ravel()[rim] > 0, self.count)
         return inked / np.maximum(np.bincount(owner, minlength=self.count), 1)
