@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from data_prep.find import tables
 from data_prep.readers import IMAGES, UnreadableError, read_mask, volumes
 from data_prep.readers.clips import channel_spread, check_size
 from data_prep.readers.images import image_size, load
@@ -27,7 +28,7 @@ NO_COLOURS: Colours = {}
 
 
 def read_mask_as(
-    kind: str, path: str | os.PathLike[str], shape: tuple[int, int], colours: Colours = NO_COLOURS
+    kind: str, path: str | os.PathLike[str], shape: tuple[int, int], colours: Colours = NO_COLOURS, image: str = ""
 ) -> np.ndarray:
     """Reads an annotation as a mask of the image it belongs to, in the size of that.
 
@@ -35,10 +36,12 @@ def read_mask_as(
       kind: "image", numbers or few colours as they are stored, in an image or a volume of one slice; "auto", the same
         but for JPEG and soft edges, which are "binary"; "binary", an image in which what is lighter than half of the
         range, in any channel, is meant; "outline", an image of a closed line, which is filled; "polygons", JSON with
-        one list of corners [x, y], a list of such lists, or the shapes of LabelMe, filled.
+        one list of corners [x, y], a list of such lists, or the shapes of LabelMe, filled; or XML with such shapes for
+        several images by their numbers, as DDTI has it.
       path: of the annotation.
       shape: (H, W) of the image. A mask of the same shape in another size is resized.
       colours: class number by colour (R, G, B), of masks with colours; black is the background.
+      image: path of the image. One that ends in _2.jpg is the second in an annotation of several.
 
     Returns:
       uint8 `[H, W]`; 0 is background and, but for numbers, 255 all else. RGB `[H, W, 3]` of a mask with colours that
@@ -48,7 +51,7 @@ def read_mask_as(
       UnreadableError: the file is missing, damaged, of another shape than the image, or not of this kind.
     """
     if kind == "polygons":
-        return fill_polygons(_read_corners(path, shape), shape)
+        return fill_polygons(_read_corners(path, shape, image), shape)
     if kind in ("image", "auto"):
         mask = _read_numbers(path, soft=kind == "auto")
         if mask.ndim == 3:
@@ -219,12 +222,15 @@ def _read_slice(path: str | os.PathLike[str]) -> np.ndarray:
     return plane.astype(np.uint8)
 
 
-def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int]) -> list[np.ndarray]:
+def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int], image: str) -> list[np.ndarray]:
+    is_xml, scale = pathlib.Path(path).suffix.lower() == ".xml", (1.0, 1.0)
     try:
+        text = load(path, _MAX_BYTES)
+        if is_xml:
+            lists = _marks(tables.parse_xml(text), image)
         # Label names in the encoding of some workplace are common, and nobody asks for them here.
-        data = json.loads(load(path, _MAX_BYTES).decode("utf-8", "replace"))
-        scale = _scale(data if isinstance(data, dict) else {}, shape)
-        if isinstance(data, dict):
+        elif isinstance(data := json.loads(text.decode("utf-8", "replace")), dict):
+            scale = _scale(data, shape)
             lists = [
                 _rectangle(one) if one.get("shape_type") == "rectangle" else one["points"] for one in data["shapes"]
             ]
@@ -232,13 +238,23 @@ def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int]) -> list[
             lists = data if _depth(data) == 3 else [data]
         polygons = [np.array(corners, np.float64).reshape(-1, 2) for corners in lists if len(corners) > 2]
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise UnreadableError("no JSON with polygons") from error
+        raise UnreadableError(f"no {'XML' if is_xml else 'JSON'} with polygons") from error
     if not all(np.isfinite(corners).all() for corners in polygons):
         raise UnreadableError("has corners that are no numbers")
     if sum(map(len, polygons)) > _MAX_CORNERS:
         raise UnreadableError(f"more than {_MAX_CORNERS:,} corners")
     # (0, 0) is the middle of the first pixel.
     return polygons if scale == (1, 1) else [(corners + 0.5) * scale - 0.5 for corners in polygons]
+
+
+def _marks(root: Any, image: str) -> list[list[tuple[float, float]]]:
+    """Corners of what is marked in one of the images of a DDTI case; its elements <svg> hold JSON."""
+    number = pathlib.PurePath(image).stem.rpartition("_")[2]
+    drawn = [mark.findtext("svg") for mark in root.iter("mark") if (mark.findtext("image") or "").strip() == number]
+    shapes = [shape for text in drawn if text for shape in json.loads(text)]
+    if not shapes:
+        raise UnreadableError(f"has no polygon of image {number}")
+    return [[(corner["x"], corner["y"]) for corner in shape["points"]] for shape in shapes]
 
 
 def _rectangle(shape: dict[str, Any]) -> list[tuple[float, float]]:

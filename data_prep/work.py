@@ -179,7 +179,9 @@ def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[
     found = []
     for path in item.masks:
         try:
-            found.append(masks.read_mask_as(how.mask_kind, os.path.join(root, path), shape, how.mask_colours))
+            found.append(
+                masks.read_mask_as(how.mask_kind, os.path.join(root, path), shape, how.mask_colours, item.path)
+            )
         except UnreadableError as error:
             if how.masks_required:
                 # A path may be an identifier.

@@ -21,9 +21,10 @@ A file describes one dataset; `load_file` takes one of your own. Only `name`, `t
                          templates such as "{split}/{patient}"; by default the group of that name, `cls` for the
                          label, `image` for the frame. A template with a group that took no part is empty: unknown
       splits, labels     what values of split and label mean: training_set = "train", Cov = "COVID-19"
-      mask, mask_kind    template for the path of the mask, and "image", "binary", "outline" or "polygons"
+      mask, mask_kind    template for the path of the mask, with `*` and `**/` if there may be several that are joined,
+                         and "image", "binary", "outline" or "polygons"
       reader             options of the readers: stride, max_frames, axis, flip, key, patient_key
-      [[layout.table]]   a CSV, XLSX, text or COCO JSON file that knows more than the path, and wins
+      [[layout.table]]   a CSV, XLSX, XML, text or COCO JSON file that knows more than the path, and wins
         file             globs; `columns` names the columns where there is no header
         key, match       a row belongs to a file if `key`, filled from the row, is `match`, filled from the path; the
                          suffix of a file and leading zeros of a number do not count
@@ -36,7 +37,8 @@ A file describes one dataset; `load_file` takes one of your own. Only `name`, `t
                          in every other: 1 trained on, 0 validated on
 
 Templates over paths know, beside the groups: {name} of the file, {stem} and {ext}; {dir}, its folder, and {up}, the
-folder of that. Templates over rows know the columns, and {folder}, the name of the folder that holds the table.
+folder of that. Templates over rows know the columns, {table}, the name of the table without its suffix, and {folder},
+the name of the folder that holds it.
 """
 
 import dataclasses

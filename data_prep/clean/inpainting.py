@@ -56,8 +56,7 @@ def clean_frame(pixels: np.ndarray, sector: Sector) -> Cleaned:
     ink = cv2.bitwise_or(grey, coloured)
     image = _meaningful_colour(image, ink)
     if ink.any():
-        image = cv2.inpaint(image, ink, _FILL, cv2.INPAINT_NS).reshape(image.shape)
-        image[inside == 0] = 0
+        image = _blanked(cv2.inpaint(image, ink, _FILL, cv2.INPAINT_NS).reshape(image.shape), inside)
     removed = {"outside": outside} | {kind: cv2.countNonZero(mask) for kind, mask in counts.items()}
     return Cleaned(image, sector.box, removed)
 
@@ -82,9 +81,11 @@ def _cropped(pixels, sector):
         raise ValueError(f"the frame is {pixels.shape[:2]}, the sector {sector.mask.shape}.")
     left, top, right, bottom = sector.box
     inside = np.ascontiguousarray(sector.mask[top:bottom, left:right])
-    image = pixels[top:bottom, left:right].copy()
-    image[inside == 0] = 0
-    return image, inside
+    return _blanked(np.ascontiguousarray(pixels[top:bottom, left:right]), inside), inside
+
+
+def _blanked(image, inside):
+    return cv2.bitwise_and(image, image, mask=inside).reshape(image.shape)
 
 
 def _lit(image):

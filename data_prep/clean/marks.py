@@ -16,6 +16,8 @@ varies over an area is Doppler or elastography and stays.
 The thresholds were chosen on phantoms and public frames, `benchmarks/deannotation.py` measures them on others.
 """
 
+import functools
+
 import cv2
 import numpy as np
 
@@ -31,12 +33,16 @@ _BEGUN = 0.4  # of which is found already
 _AROUND = 15  # pixels wide: there ink is coherent
 _COHERENT = 0.3  # share of those that are rather sharp and bright that are very much so
 _LEAST = 9  # of those, in all
+# How many of so many that is, in uint8 as the sums are, in the rounding that thresholds were measured with.
+_SUMS = 255 * np.arange(256, dtype=np.float32)
+_ENOUGH = np.clip((_SUMS[:, None] < _COHERENT * _SUMS).sum(axis=0), _LEAST, 255).astype(np.uint8)
 _SAME = 4  # grey levels between pixels of one ink
 _MUCH = 0.15  # of the certain ink has a level of its own
 _CELL, _USUAL = 4, 11  # what is usual is measured in 11 x 11 cells of 4 x 4 pixels
 _FACE = 10  # pixels, the thickest line that the face of a probe leaves
 _BLACK = 8  # tissue is brighter
 _LABEL = 0.15  # of the shorter side: discs, labels and bars are narrower
+_BLOCK = 8  # pixels: outlines that are far from each other are told apart in blocks of them
 _FLAT = 4  # grey levels in 2 pixels
 _SURROUNDED = 0.4  # share of the rim of a flat region that is ink
 _COLOURED = 40  # grey levels between channels, beyond the tint of the frame
@@ -73,7 +79,9 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
     tissue = _without_fringe(level, inside)
     domain = cv2.erode(tissue, square(7), borderType=cv2.BORDER_CONSTANT, borderValue=(0,))
     tissue = cv2.bitwise_and(tissue, cv2.bitwise_not(other))
-    mean = _usual(level, tissue, 1.25)
+    cells = -(-width // _CELL), -(-height // _CELL)
+    weight = cv2.resize(tissue, cells, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    mean = _usual(level, tissue, weight, 1.25)
 
     def full(cells):
         return cv2.resize(np.clip(cells, 0, 250).astype(np.uint8), (width, height))
@@ -81,7 +89,7 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
     # Beyond the rim lies what is usual before it; the step that remains there is outside of the domain.
     filled = cv2.bitwise_or(cv2.bitwise_and(level, tissue), cv2.bitwise_and(full(mean), cv2.bitwise_not(tissue)))
     edge = cv2.convertScaleAbs(cv2.Laplacian(filled, cv2.CV_16S))
-    usual = _usual(edge, tissue, 2.0)
+    usual = _usual(edge, tissue, weight, 2.0)
     sharpness, brightness = cv2.dilate(edge, square(3)), cv2.dilate(filled, square(3))
 
     def above(factor, offset, contrast, least):
@@ -91,9 +99,13 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
 
     very = above(*_VERY)
     rather = cv2.bitwise_or(above(*_RATHER), very)
-    inks = _inks(brightness, cv2.bitwise_and(very, _coherent(very, rather)))
-    very = cv2.bitwise_or(very, cv2.bitwise_and(above(*_ALIKE), cv2.LUT(brightness, inks)))
-    mask = cv2.bitwise_and(cv2.bitwise_and(rather, cv2.dilate(very, square(7))), _coherent(very, rather))
+    # Coherent is where enough of those around that are rather ink are very much so.
+    enough = cv2.LUT(_around(rather), _ENOUGH)
+    inks = _inks(brightness, cv2.bitwise_and(very, cv2.compare(_around(very), enough, cv2.CMP_GE)))
+    if inks.any():
+        very = cv2.bitwise_or(very, cv2.bitwise_and(above(*_ALIKE), cv2.LUT(brightness, inks)))
+    coherent = cv2.compare(_around(very), enough, cv2.CMP_GE)
+    mask = cv2.bitwise_and(cv2.bitwise_and(rather, cv2.dilate(very, square(7))), coherent)
     mask = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, square(5))
     if not mask.any():
         return mask
@@ -133,11 +145,12 @@ def _without_fringe(level, inside):
     return cv2.bitwise_and(inside, cv2.bitwise_not(fringe))
 
 
-def _usual(values, inside, limit):
-    """Mean of uint8 `values` around each cell, without those far above it -> float32, one value a cell."""
-    height, width = values.shape
-    size = -(-width // _CELL), -(-height // _CELL)
-    weight = cv2.resize(inside, size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+def _usual(values, inside, weight, limit):
+    """Mean of uint8 `values` around each cell, without those far above it -> float32, one value a cell.
+
+    `weight` is the share of each cell that is inside.
+    """
+    size = weight.shape[::-1]
     cells = cv2.resize(cv2.bitwise_and(values, inside), size, interpolation=cv2.INTER_AREA).astype(np.float32)
     share = cv2.blur(weight, (_USUAL, _USUAL)) + 1e-3
     mean = cv2.blur(cells, (_USUAL, _USUAL)) / share
@@ -146,10 +159,9 @@ def _usual(values, inside, limit):
     return mean
 
 
-def _coherent(very, rather):
-    """Where enough of the pixels around that are rather ink are very much so."""
-    many, all_ = (cv2.boxFilter(m, cv2.CV_32F, (_AROUND, _AROUND), normalize=False) for m in (very, rather))
-    return ((many >= 255 * _LEAST) & (many >= _COHERENT * all_)).astype(np.uint8) * 255
+def _around(mask):
+    """How many pixels of a mask are in the window around each -> uint8."""
+    return cv2.boxFilter(mask & 1, cv2.CV_8U, (_AROUND, _AROUND), normalize=False)
 
 
 def _inks(brightness, certain):
@@ -164,6 +176,26 @@ def _inks(brightness, certain):
 def _enclosed(mask, level, bright):
     """What outlines in `mask` enclose that is flat, or shaded along one axis only, and not like its surroundings."""
     side = max(3, round(_LABEL * min(mask.shape)))
+    found = np.zeros_like(mask)
+    for part, outlines in _groups(mask, side):
+        found[part] = cv2.bitwise_or(found[part], _enclosed_by(outlines, level[part], bright[part], side))
+    return found
+
+
+def _groups(mask, side):
+    """Parts of a mask that are farther than `side` from each other: yields where each is, with room around, and it."""
+    blocks = np.ascontiguousarray(cv2.dilate(mask, square(_BLOCK), anchor=(0, 0))[::_BLOCK, ::_BLOCK])
+    near = cv2.dilate(blocks, square(2 * (side // (2 * _BLOCK) + 2) + 1))
+    _, labels, stats, _ = cv2.connectedComponentsWithStats(near, connectivity=8)
+    for number, (left, top, wide, high, _) in enumerate(stats[1:], 1):
+        part = np.s_[_BLOCK * top : _BLOCK * (top + high), _BLOCK * left : _BLOCK * (left + wide)]
+        own = np.where(labels[top : top + high, left : left + wide] == number, np.uint8(255), np.uint8(0))
+        own = own.repeat(_BLOCK, axis=0).repeat(_BLOCK, axis=1)
+        height, width = mask[part].shape
+        yield part, cv2.bitwise_and(mask[part], own[:height, :width])
+
+
+def _enclosed_by(mask, level, bright, side):
     between = cv2.subtract(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, square(side)), mask)
     apart = cv2.bitwise_not(cv2.dilate(mask, square(3)))  # steps onto the outline do not count
     across, down = cv2.absdiff(level[:, 2:], level[:, :-2]), cv2.absdiff(level[2:], level[:-2])
@@ -288,29 +320,49 @@ def _varied(thick, highest, green, scale):
 
 
 class Regions:
-    """Connected regions of a mask.
+    """Connected regions of a mask. What is done with them takes time for the pixels of the mask, which are few.
 
     Attributes:
       count: N, how many there are, and one for what is not in the mask, number 0.
       labels: int32 `[H, W]`, the number of the region of each pixel.
-      size, width, height: in pixels, int32 `[N]`.
+      size: in pixels, int64 `[N]`.
     """
 
     def __init__(self, mask: np.ndarray, connectivity: int = 4):
-        self.count, self.labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=connectivity)
-        self.size = stats[:, cv2.CC_STAT_AREA]
-        self.width, self.height = stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT]
-        self._place = np.flatnonzero(mask)
+        # OpenCV's own statistics visit every pixel: seven times the time.
+        self.count, self.labels = cv2.connectedComponents(mask, connectivity=connectivity)
+        self._place = np.flatnonzero(mask != 0)
         self._owner = self.labels.ravel()[self._place].astype(np.int64)
+        self.size = np.bincount(self._owner, minlength=self.count)
+        self.size[0] = mask.size - len(self._place)
+
+    @functools.cached_property
+    def height(self) -> np.ndarray:
+        """In pixels, int64 `[N]`."""
+        return self._extent(self._place // self.labels.shape[1])
+
+    @functools.cached_property
+    def width(self) -> np.ndarray:
+        """In pixels, int64 `[N]`."""
+        return self._extent(self._place % self.labels.shape[1])
+
+    def _extent(self, along: np.ndarray) -> np.ndarray:
+        first, last = np.full(self.count, self.labels.size), np.zeros(self.count, np.int64)
+        np.minimum.at(first, self._owner, along)
+        np.maximum.at(last, self._owner, along)
+        return np.maximum(last - first + 1, 1)
 
     def mean(self, values: np.ndarray) -> np.ndarray:
         """Mean of the values in each region."""
-        return np.bincount(self._owner, values.ravel()[self._place], self.count) / self.size
+        return self._mean(values.ravel()[self._place])
 
     def deviation(self, values: np.ndarray) -> np.ndarray:
         """Standard deviation of the values in each region."""
-        values = values.astype(np.float32)
-        return np.sqrt(np.maximum(self.mean(values**2) - self.mean(values) ** 2, 0))
+        found = values.ravel()[self._place].astype(np.float32)
+        return np.sqrt(np.maximum(self._mean(found**2) - self._mean(found) ** 2, 0))
+
+    def _mean(self, found: np.ndarray) -> np.ndarray:
+        return np.bincount(self._owner, found, self.count) / self.size
 
     def largest(self, values: np.ndarray) -> np.ndarray:
         """The largest value in each region."""
@@ -320,9 +372,13 @@ class Regions:
 
     def share_of_rim(self, mask: np.ndarray) -> np.ndarray:
         """Share of the pixels just outside of each region that are in `mask`."""
-        grown = cv2.dilate(self.labels.astype(np.float32), square(3)).ravel()
-        rim = np.flatnonzero((grown > 0) & (self.labels.ravel() == 0))
-        owner = grown[rim].astype(np.int64)
+        inside = np.where(self.labels > 0, np.uint8(255), np.uint8(0))
+        rim = np.flatnonzero(cv2.subtract(cv2.dilate(inside, square(3)), inside) != 0)
+        height, width = self.labels.shape
+        row, column = divmod(rim, width)
+        rows = np.maximum(row - 1, 0), row, np.minimum(row + 1, height - 1)
+        columns = np.maximum(column - 1, 0), column, np.minimum(column + 1, width - 1)
+        owner = np.max([self.labels[row, column] for row in rows for column in columns], axis=0)
         inked = np.bincount(owner, mask.ravel()[rim] > 0, self.count)
         return inked / np.maximum(np.bincount(owner, minlength=self.count), 1)
 
@@ -333,6 +389,6 @@ class Regions:
 
     def only(self, chosen: np.ndarray) -> np.ndarray:
         """Mask of the chosen regions -> uint8 `[H, W]`, 0 or 255."""
-        values = np.where(chosen, np.uint8(255), np.uint8(0))
-        values[0] = 0
-        return values[self.labels]
+        mask = np.zeros(self.labels.shape, np.uint8)
+        mask.ravel()[self._place[chosen[self._owner]]] = 255
+        return mask

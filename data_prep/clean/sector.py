@@ -206,10 +206,10 @@ def _wanted(small, moved):
     solid = cv2.morphologyEx(solid, cv2.MORPH_OPEN, square(_WINDOW), borderType=cv2.BORDER_REPLICATE)
     share = cv2.blur(cv2.min(small, solid), (_WINDOW, _WINDOW), borderType=cv2.BORDER_REPLICATE)
     dense = over(share, 255 * _DENSE)
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(dense, connectivity=8)
+    count, labels = cv2.connectedComponents(dense, connectivity=8)
     if count < 2:
         return None
-    weight = stats[1:, cv2.CC_STAT_AREA].astype(np.float64)
+    weight = np.bincount(labels.ravel())[1:].astype(np.float64)
     if moved is not None:
         motion = cv2.resize(moved, dense.shape[::-1], interpolation=cv2.INTER_AREA)
         share = np.bincount(labels.ravel(), weights=motion.ravel() > 0, minlength=count)[1:] / weight

@@ -4,32 +4,62 @@ Opens zip (also zip64), tar, tar.gz, tar.bz2, tar.xz, and single files compresse
 cannot or must not be unpacked is left out and named; of the rest there is all in the end, or nothing.
 """
 
+import bz2
+import calendar
+import contextlib
 import dataclasses
+import errno
+import functools
+import gzip
 import json
+import lzma
 import os
 import pathlib
 import re
 import shutil
+import stat
+import struct
+import tarfile
 import unicodedata
-from collections.abc import Iterator, Mapping
-from typing import Any
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any
 
-from data_prep.fetch import members
 from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
 #: What an archive unpacked to, in the folder it became; hidden, so that nobody takes it for data.
 MARKER = ".extracted.json"
 
+_MAGIC = {
+    b"PK\x03\x04": "zip",
+    b"PK\x05\x06": "zip",  # without members
+    b"PK\x07\x08": "split zip",
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"Rar!\x1a\x07": "RAR",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
 _TOOLS = {"RAR": "unrar x", "7z": "7z x", "split zip": "7z x"}
+_DECOMPRESS: dict[str, Callable[[pathlib.Path], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 _SUFFIX = re.compile(r"\.(zip|tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz|rar|7z)$", re.IGNORECASE)
+_PART = re.compile(r"\.(z\d\d|zip\.\d{3})$", re.IGNORECASE)
+# What the standard library raises on damage.
+_ERRORS: tuple[type[Exception], ...] = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error)
+_ERRORS += (EOFError, OSError, ValueError, OverflowError, NotImplementedError)
 
 _RATIO = 200  # a real archive of images unpacks to a few times its size
 _SMALL = 4 << 30  # bytes that are no danger whatever the ratio
 _RESERVE = 256 << 20  # bytes that stay free on the disk
+_HEADER = 8 << 20  # bytes; tarfile takes a header into memory that is as long as it says
 _DEPTH = 3  # of archives in archives
 _BLOCK = 4096  # bytes that the smallest file takes on a disk
 _CHUNK = 1 << 20
+
+#: Name, seconds since 1970, why it is not unpacked (or nothing), and what opens its content.
+_Member = tuple[str, float, str, Callable[[], Any]]
 
 
 @dataclasses.dataclass
@@ -47,26 +77,39 @@ class _Budget:
     limit: int  # bytes until it counts as a bomb
     room: int  # bytes on the disk
 
-    def check(self, size: int) -> None:
-        """Raises InputError unless so many bytes may still be written."""
-        if size > self.limit:
+    def take(self, size: int, declared: int = 0) -> None:
+        """Spends `size` bytes; raises InputError if they, or those that are declared beside, are too many."""
+        if size + declared > self.limit:
             raise InputError(
                 f"{self.archive} would unpack to more than {_RATIO} times its size, as archives do that are made to "
                 "fill disks; if you trust it, extract it by hand and build without --download"
             )
-        if size > self.room:
+        if size + declared > self.room:
             raise InputError(f"{self.archive} unpacks to more than the disk has room for; free some and try again")
-
-    def take(self, size: int) -> None:
-        self.check(size)
         self.limit -= size
         self.room -= size
+
+
+class _DamagedError(Exception):
+    """An archive or a member of it cannot be read."""
 
 
 def folder_name(file: str) -> str:
     """Name of the folder that an archive becomes: training_set.tar.gz becomes training_set."""
     name = _SUFFIX.sub("", file)
     return name if name not in ("", file) else f"{file}_files"
+
+
+def kind(head: bytes) -> str:
+    """What the first 512 bytes of a file say it is: a value of `_MAGIC`, "tar" or ""."""
+    for magic, name in _MAGIC.items():
+        if head.startswith(magic):
+            return name
+    try:
+        tarfile.TarInfo.frombuf(head[:512], "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return ""
+    return "tar"
 
 
 def extract(
@@ -111,7 +154,8 @@ def extract(
 
 
 def _extract(archive: pathlib.Path, folder: pathlib.Path, budget: _Budget, depth: int) -> Extracted:
-    found = members.kind_of_file(archive)
+    """Unpacks an archive, and those in it down to a depth."""
+    found = _kind_of_file(archive)
     if found in _TOOLS:
         raise InputError(
             f"{archive.name} is a {found} archive, which this tool does not open: extract it with "
@@ -119,10 +163,16 @@ def _extract(archive: pathlib.Path, folder: pathlib.Path, budget: _Budget, depth
         )
     if not found:
         raise InputError(f"{archive.name} is no archive: look at what it holds, remove it and fetch it again")
+    done, taken = Extracted(), dict[str, tuple[str, bool]]()
     try:
-        with members.reading():
-            done = _unpack(members.members(archive, found, budget.check), archive.name, folder, budget)
-    except members.DamagedError as error:
+        with _reading():
+            for name, seconds, problem, open_ in _members(archive, found, budget):
+                safe, unsafe = _safe_name(name)
+                problem = unsafe or problem or _claim(safe, taken)
+                problem = problem or _write(open_, seconds, folder / safe, budget, done)
+                if problem:
+                    done.rejected.append(Rejected(f"{archive.name}/{name}", problem))
+    except _DamagedError as error:
         raise InputError(f"{archive.name} is damaged or incomplete ({error}): remove it and fetch it again") from error
     if not done.files:
         why = f"{done.rejected[0].source!r}: {done.rejected[0].reason}" if done.rejected else "it holds no files"
@@ -151,41 +201,122 @@ def _extract_nested(path: pathlib.Path, shown: str, budget: _Budget, depth: int,
     path.unlink()
 
 
-def _unpack(found: Iterator[members.Member], archive: str, folder: pathlib.Path, budget: _Budget) -> Extracted:
-    done = Extracted()
-    taken: dict[str, tuple[str, bool]] = {}
-    for member in found:
-        budget.check(member.size)  # also what is passed over is decompressed
-        budget.take(_BLOCK)
-        name, problem = _safe_name(member.name)
-        if member.kind == "folder" and not problem:
-            continue
-        if not problem and member.kind not in ("file", "folder"):
-            problem = member.kind
-        problem = problem or _claim(name, taken) or _write(member, folder / name, budget, done)
-        if problem:
-            done.rejected.append(Rejected(f"{archive}/{member.name}", problem))
-    return done
-
-
-def _write(member: members.Member, path: pathlib.Path, budget: _Budget, done: Extracted) -> str:
+def _write(open_: Callable[[], Any], seconds: float, path: pathlib.Path, budget: _Budget, done: Extracted) -> str:
     """Writes a file; returns why it could not be read, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
     try:
-        with members.reading(), member.open() as source, path.open("xb") as file:
+        with _reading(), open_() as source, path.open("xb") as file:
             while chunk := source.read(_CHUNK):
                 budget.take(len(chunk))
-                written += file.write(chunk)
-    except members.DamagedError as error:
+                file.write(chunk)
+    except _DamagedError as error:
         path.unlink(missing_ok=True)
         return f"cannot be read: {error}"
-    # Equal archives give equal times, and so the same fingerprint of the input.
-    seconds = int(min(max(0, member.seconds), 1 << 32))
-    os.utime(path, (seconds, seconds))
     done.files += 1
-    done.bytes += written
+    done.bytes += path.stat().st_size
+    # Equal archives give equal times, and so the same fingerprint of the input.
+    os.utime(path, (int(min(max(0, seconds), 1 << 32)),) * 2)
     return ""
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    """Turns what is raised for damage into `_DamagedError`."""
+    try:
+        yield
+    except InputError:  # a ValueError, like some of the others
+        raise
+    except _ERRORS as error:
+        # bz2 gives no number; a position that cannot be is an invalid argument. Other numbers are the disk's.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise _DamagedError(error) from error
+
+
+def _kind_of_file(archive: pathlib.Path) -> str:
+    """Like `kind`, but sees the last part of a split zip."""
+    with archive.open("rb") as file:
+        found = kind(file.read(512))
+        file.seek(max(0, archive.stat().st_size - (22 + 0xFFFF)))
+        tail = file.read()
+    # The end record counts disks. 0xFFFF: the number is in the zip64 record, which zipfile checks itself.
+    end = tail.rfind(b"PK\x05\x06")
+    disks = struct.unpack_from("<H", tail, end + 4)[0] if 0 <= end <= len(tail) - 8 else 0
+    return "split zip" if _PART.search(archive.name) or (found == "zip" and disks not in (0, 0xFFFF)) else found
+
+
+def _members(archive: pathlib.Path, found: str, budget: _Budget) -> Iterator[_Member]:
+    """What is in an archive of this kind but folders; sizes are refused as soon as they are declared."""
+    if found == "zip":
+        yield from _zip_members(archive, budget)
+        return
+    with _DECOMPRESS[found](archive) if found in _DECOMPRESS else archive.open("rb") as stream:
+        is_tar = kind(stream.read(512)) == "tar"
+        stream.seek(0)
+        if is_tar:
+            yield from _tar_members(stream, budget)
+        else:
+            name = re.sub(r"\.(gz|bz2|xz)$", "", archive.name, flags=re.IGNORECASE)
+            yield _printable(os.fsencode(name)), archive.stat().st_mtime, "", lambda: stream
+
+
+def _zip_members(archive: pathlib.Path, budget: _Budget) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as file:
+        infos = file.infolist()
+        if sum(info.compress_size for info in infos) > archive.stat().st_size:
+            raise zipfile.BadZipFile("its members overlap")
+        budget.take(_BLOCK * len(infos), sum(info.file_size for info in infos))
+        for info in infos:
+            # What is not marked as UTF-8 was decoded as code page 437, and is UTF-8 all the same more often than not.
+            name = _printable(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"))
+            if name.endswith(("/", "\\")):
+                continue
+            kind_ = stat.S_IFMT(info.external_attr >> 16) if info.create_system == 3 else 0  # 3 = Unix
+            problem = "protected by a password" if info.flag_bits & 1 else ""
+            if kind_ not in (0, stat.S_IFREG):
+                problem = "link, not followed" if kind_ == stat.S_IFLNK else "not a regular file"
+            try:
+                seconds = calendar.timegm(info.date_time)
+            except ValueError:  # month 0
+                seconds = 0
+            yield name, seconds, problem, functools.partial(file.open, info)
+
+
+class _Careful:
+    """A stream for tarfile that refuses to fill the memory, and remembers the end of what was read."""
+
+    def __init__(self, stream: IO[bytes]):
+        self.seek, self.tell, self._stream, self.last = stream.seek, stream.tell, stream, b""
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _HEADER:
+            raise tarfile.ReadError("a header is longer than any header")
+        self.last = self._stream.read(size)
+        return self.last
+
+
+def _tar_members(stream: IO[bytes], budget: _Budget) -> Iterator[_Member]:
+    careful: Any = _Careful(stream)
+    with tarfile.open(fileobj=careful, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        while (info := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it would remember all
+            budget.take(_BLOCK, info.size)  # also what is passed over is decompressed
+            if info.isdir():
+                continue
+            problem = "link, not followed" if info.islnk() or info.issym() else "not a regular file"
+            name = _printable(info.name.encode("utf-8", "surrogateescape"))
+            yield name, info.mtime, "" if info.isreg() else problem, functools.partial(tar.extractfile, info)
+    if any(careful.last[-512:]):  # tarfile takes a broken header for the end
+        raise tarfile.ReadError("a header is broken")
+
+
+def _printable(raw: bytes) -> str:
+    """A name as text: %XX for bytes that are not UTF-8 and for control characters."""
+    try:
+        text, odd = raw.decode(), r"[\x00-\x1f\x7f]"
+    except UnicodeDecodeError:
+        text, odd = raw.decode("latin-1"), r"[\x00-\x1f\x7f-\xff]"
+    return re.sub(odd, lambda found: f"%{ord(found[0]):02X}", text)
 
 
 def _safe_name(name: str) -> tuple[str, str]:

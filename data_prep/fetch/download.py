@@ -5,7 +5,6 @@ its checksum is right. Whatever stops a download, the same command again goes on
 """
 
 import contextlib
-import email.utils
 import hashlib
 import json
 import os
@@ -14,17 +13,15 @@ import re
 import shutil
 import sys
 import time
-import urllib.parse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-# TensorFlow Datasets brings requests: certificates, proxies and time-outs are taken care of.
 import requests
 import tqdm
 import urllib3
 
 from data_prep import locks
-from data_prep.fetch import archives, members
+from data_prep.fetch import archives
 from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
@@ -62,29 +59,7 @@ def fetch_all(downloads: Iterable[Any], folder: pathlib.Path) -> list[dict[str, 
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locks.hold(folder, f"another download into {folder} is at work; wait for it, or choose another"):
-        return [_fetch_one(download, folder) for download in downloads]
-
-
-def fetch(url: str, target: pathlib.Path, *, sha256: str = "", md5: str = "", size: int = 0) -> pathlib.Path:
-    """Fetches one file; one that is there already with the right checksum is kept.
-
-    Args:
-      url: http or https.
-      target: of the file; its folder is made if it does not exist.
-      sha256: of the file in hexadecimal, if it is known.
-      md5: likewise.
-      size: of the file in bytes, if it is known.
-
-    Returns:
-      `target`.
-
-    Raises:
-      InputError: it cannot be fetched, is another file than expected, or another process is at work in the folder.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locks.hold(target.parent, f"another download into {target.parent} is at work; wait for it, or choose another"):
-        _fetch(url, target, sha256.lower(), md5.lower(), size)
-    return target
+        return [_fetch_and_unpack(download, folder) for download in downloads]
 
 
 def rejected_members(folder: pathlib.Path) -> list[Rejected]:
@@ -93,8 +68,8 @@ def rejected_members(folder: pathlib.Path) -> list[Rejected]:
     return [Rejected(source, reason) for marker in markers for source, reason in marker.get("rejected", ())]
 
 
-def _fetch_one(download: Any, folder: pathlib.Path) -> dict[str, Any]:
-    name, sha256, md5 = download.file, download.sha256.lower(), download.md5.lower()
+def _fetch_and_unpack(download: Any, folder: pathlib.Path) -> dict[str, Any]:
+    name, expected = download.file, {"sha256": download.sha256.lower(), "md5": download.md5.lower()}
     if not name or name != pathlib.PurePath(name).name or name.startswith("."):
         raise InputError(f"{name!r} cannot be the name of a download: give one without folders")
     target, unpacked = folder / name, folder / archives.folder_name(name)
@@ -102,34 +77,30 @@ def _fetch_one(download: Any, folder: pathlib.Path) -> dict[str, Any]:
         marker = _read_json(unpacked / archives.MARKER)
         if not {"file", "sha256", "md5", "bytes"} <= marker.keys():
             raise InputError(f"{unpacked} was not made by --download: move it away, or build without --download")
-        if sha256 not in ("", marker["sha256"]) or md5 not in ("", marker["md5"]):
+        if any(digest not in ("", marker[key]) for key, digest in expected.items()):
             raise InputError(f"{unpacked} comes from another version of {name}: remove it to have the new one fetched")
         return {key: marker[key] for key in ("file", "sha256", "bytes")}
-    digests = _fetch(download.url, target, sha256, md5, download.bytes)
+    digests = _fetch(download.url, target, expected, download.bytes)
     source = {"file": name, "sha256": digests["sha256"], "bytes": target.stat().st_size}
     if download.extract:
-        done = archives.extract(
-            target, unpacked, nested=download.extract == "nested", note=source | {"md5": digests["md5"]}
-        )
+        nested = download.extract == "nested"
+        done = archives.extract(target, unpacked, nested=nested, note=source | {"md5": digests["md5"]})
         if done.rejected:
-            first = done.rejected[0]
-            print(
-                f"{name}: {len(done.rejected)} members were left out, first {first.source!r} ({first.reason})",
-                file=sys.stderr,
-            )
+            first = f"{done.rejected[0].source!r} ({done.rejected[0].reason})"
+            print(f"{name}: {len(done.rejected)} members were left out, first {first}", file=sys.stderr)
     return source
 
 
-def _fetch(url: str, target: pathlib.Path, sha256: str, md5: str, size: int) -> dict[str, str]:
-    """Does what `fetch` says; returns the file's digests."""
+def _fetch(url: str, target: pathlib.Path, expected: dict[str, str], size: int) -> dict[str, str]:
+    """Fetches a file unless it is there; returns its digests."""
     if os.path.lexists(target):
-        digests, problem = _check(target, sha256, md5, size)
+        digests, problem = _check(target, expected, size)
         if problem:
             raise InputError(f"{target} {problem}: move it away to have it fetched again, or build without --download")
         return digests
     part, note = _parts(target)
     _download(url, target, size)
-    digests, problem = _check(part, sha256, md5, size)
+    digests, problem = _check(part, expected, size)
     note.unlink(missing_ok=True)
     if problem:
         bad = part.replace(target.with_name(target.name + ".bad"))
@@ -143,23 +114,20 @@ def _fetch(url: str, target: pathlib.Path, sha256: str, md5: str, size: int) -> 
     return digests
 
 
-def _check(path: pathlib.Path, sha256: str, md5: str, size: int) -> tuple[dict[str, str], str]:
+def _check(path: pathlib.Path, expected: dict[str, str], size: int) -> tuple[dict[str, str], str]:
     """Digests of a file, and what is wrong with it."""
     if not path.is_file():
         return {}, "is not a file"
-    found = path.stat().st_size
-    if size and found != size:
-        return {}, f"has {found:,} bytes, expected {size:,}"
+    if size and path.stat().st_size != size:
+        return {}, f"has {path.stat().st_size:,} bytes, expected {size:,}"
     digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             for digest in digests.values():
                 digest.update(chunk)
-    result = {name: digest.hexdigest() for name, digest in digests.items()}
-    for name, expected in (("sha256", sha256), ("md5", md5)):
-        if expected and result[name] != expected:
-            return result, f"has {name} {result[name]}, expected {expected}"
-    return result, ""
+    found = {name: digest.hexdigest() for name, digest in digests.items()}
+    wrong = [name for name, digest in expected.items() if digest not in ("", found[name])]
+    return found, f"has {wrong[0]} {found[wrong[0]]}, expected {expected[wrong[0]]}" if wrong else ""
 
 
 def _download(url: str, target: pathlib.Path, size: int) -> None:
@@ -167,22 +135,28 @@ def _download(url: str, target: pathlib.Path, size: int) -> None:
     part, _ = _parts(target)
     failures, furthest = 0, 0
     with requests.Session() as session, tqdm.tqdm(desc=target.name, unit="B", unit_scale=True) as bar:
+        session.headers.update(_HEADERS)
+        session.max_redirects = _REDIRECTS
+        if url.lower().startswith("https:"):
+            session.adapters.pop("http://")  # where anyone may change the file on its way
         while True:
             try:
-                return _continue(session, url, target, size, bar)
-            except _TryAgainError as error:
+                return _try(session, url, target, size, bar)
+            except (_TryAgainError, requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError) as error:
+                reason = _reason(error, url)
                 there = part.stat().st_size if part.exists() else 0
                 failures = 1 if there > furthest else failures + 1
                 furthest = max(furthest, there)
                 if failures > len(_WAITS):
                     raise InputError(
-                        f"{url} cannot be fetched ({error}); what has arrived is kept: run the same command again later"
+                        f"{url} cannot be fetched ({reason}); what has arrived is kept: run the same command again "
+                        "later"
                     ) from error
-                _pause(max(error.wait, _WAITS[failures - 1]))
+                _pause(max(getattr(error, "wait", 0), _WAITS[failures - 1]))
 
 
-def _continue(session: requests.Session, url: str, target: pathlib.Path, size: int, bar: tqdm.tqdm) -> None:
-    """One try: starts the part, or goes on with one that the server can prove to be of the same version."""
+def _try(session: requests.Session, url: str, target: pathlib.Path, size: int, bar: tqdm.tqdm) -> None:
+    """Starts the part, or goes on with one that the server can prove to be of the same version."""
     part, note = _parts(target)
     before: dict[str, Any] = {"url": "", "version": "", "bytes": 0} | _read_json(note)
     start = part.stat().st_size if part.exists() and before["url"] == url and before["version"] else 0
@@ -190,12 +164,11 @@ def _continue(session: requests.Session, url: str, target: pathlib.Path, size: i
         return
     # The server sends all if the file has changed.
     asked = {"Range": f"bytes={start}-", "If-Range": before["version"]} if start else {}
-    with _reading(), _open(session, url, _HEADERS | asked) as response:
-        is_part = response.status_code == 206
-        first, total = _range(response.headers) if is_part else (0, _length(response.headers))
+    with session.get(url, headers=asked, stream=True, timeout=_TIMEOUTS) as response:
+        first, total = _extent(response)
         version = _version(response.headers)
         same = (first, version) == (start, before["version"]) and before["bytes"] in (0, total)
-        if response.status_code == 416 or (is_part and not (start and same)):
+        if response.status_code == 416 or (response.status_code == 206 and not (start and same)):
             part.unlink(missing_ok=True)
             raise _TryAgainError("the server sent another part than asked for")
         _check_status(response, url, target)
@@ -221,48 +194,27 @@ def _continue(session: requests.Session, url: str, target: pathlib.Path, size: i
         raise _TryAgainError("the connection ended early")
 
 
-def _open(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
-    """Sends the request and follows redirects, over http and https and never from the second to the first."""
-    start = url
-    for _ in range(_REDIRECTS):
-        scheme = urllib.parse.urlsplit(url).scheme
-        if scheme not in ("http", "https"):
-            raise InputError(f"{start} leads to a {scheme or 'missing'}: address; only http and https are followed")
-        if scheme == "http" and start.startswith("https:"):
-            raise InputError(f"{start} leads from https to http, where anyone may change the file; it is not fetched")
-        response = session.get(url, headers=headers, stream=True, allow_redirects=False, timeout=_TIMEOUTS)
-        if not response.is_redirect:
-            return response
-        url = urllib.parse.urljoin(url, response.headers["Location"])
-        response.close()
-    raise InputError(f"{start} leads from one address to the next, more than {_REDIRECTS} times; it is not fetched")
-
-
-@contextlib.contextmanager
-def _reading() -> Iterator[None]:
-    """Tells what may go right the next time from what will not."""
-    try:
-        yield
-    except requests.exceptions.SSLError as error:
-        if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            raise InputError(f"the server's certificate is not trusted ({error}); it is not fetched") from error
-        raise _TryAgainError(_brief(error)) from error
-    except requests.ConnectionError as error:
-        if "Failed to resolve" in str(error):  # no network, or no such host: waiting seldom helps
-            raise InputError(f"the address cannot be reached ({_brief(error)}); is this machine on line?") from error
-        raise _TryAgainError(_brief(error)) from error
-    except (requests.Timeout, urllib3.exceptions.HTTPError, ConnectionError) as error:
-        raise _TryAgainError(_brief(error)) from error
-    except requests.RequestException as error:
-        raise InputError(f"the address cannot be used: {error}") from error
-
-
-def _brief(error: Exception) -> str:
-    if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError) or "timed out" in str(error):
-        return "time-out"
+def _reason(error: Exception, url: str) -> str:
+    """Why a try failed, in short; raises InputError if the next one would too."""
     # requests wraps what urllib3 wraps: "HTTPSConnection(...): Failed to resolve 'host' (...)" is the part for people.
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return str(reason or error).split(": ", 1)[-1][:200]
+    inner = getattr(error.args[0], "reason", None) if error.args else None
+    text = str(inner or error).split(": ", 1)[-1][:200]
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        raise InputError(f"the server's certificate is not trusted ({error}); {url} is not fetched") from error
+    if "Failed to resolve" in str(error):  # no network, or no such host: waiting seldom helps
+        raise InputError(f"the address cannot be reached ({text}); is this machine on line?") from error
+    if isinstance(error, requests.TooManyRedirects):
+        raise InputError(f"{url} leads from one address to the next, more than {_REDIRECTS} times; it is not fetched")
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        raise InputError(
+            f"{url} leads to an address that is not fetched ({error}): only http and https are followed, and never "
+            "from https to http, where anyone may change the file"
+        ) from error
+    if isinstance(error, requests.RequestException) and not isinstance(
+        error, requests.ConnectionError | requests.Timeout
+    ):
+        raise InputError(f"the address cannot be used: {error}") from error
+    return "time-out" if isinstance(error, requests.Timeout) or "timed out" in str(error) else text
 
 
 def _check_status(response: requests.Response, url: str, target: pathlib.Path) -> None:
@@ -270,7 +222,9 @@ def _check_status(response: requests.Response, url: str, target: pathlib.Path) -
     if status in (200, 206):
         return
     if status in (408, 425, 429) or status >= 500:
-        wait = _retry_after(response.headers.get("Retry-After", ""))
+        wait = 0.0
+        with contextlib.suppress(urllib3.exceptions.InvalidHeader):
+            wait = urllib3.Retry().parse_retry_after(response.headers.get("Retry-After", ""))
         if wait > _LONGEST_WAIT:
             raise InputError(
                 f"{url} is busy ({says}) and asks to wait {wait / 60:,.0f} minutes: run the same command again then"
@@ -286,7 +240,7 @@ def _check_content(head: bytes, response: requests.Response, url: str, target: p
     """A page where an archive was expected is a log-in, a consent form or an excuse."""
     start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     is_page = start.startswith((b"<!doctype html", b"<html")) or (
-        "text/html" in response.headers.get("Content-Type", "") and not members.kind(head[:512])
+        "text/html" in response.headers.get("Content-Type", "") and not archives.kind(head[:512])
     )
     if is_page and not target.name.lower().endswith((".html", ".htm")):
         raise InputError(
@@ -306,31 +260,19 @@ def _check_room(target: pathlib.Path, size: int) -> None:
         )
 
 
-def _range(headers: Any) -> tuple[int, int]:
-    """First byte of a part, -1 if it is not told, and the size of the whole, 0 if that is not."""
-    match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
+def _extent(response: requests.Response) -> tuple[int, int]:
+    """First byte of what is sent, -1 if a part does not tell, and the size of the whole, 0 if that is not told."""
+    if response.status_code != 206:
+        length = response.headers.get("Content-Length", "")
+        return 0, int(length) if length.isdecimal() else 0
+    match = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
     return (int(match[1]), 0 if match[2] == "*" else int(match[2])) if match else (-1, 0)
-
-
-def _length(headers: Any) -> int:
-    text = headers.get("Content-Length", "")
-    return int(text) if text.isdecimal() else 0
 
 
 def _version(headers: Any) -> str:
     """What `If-Range` takes: the ETag unless it is weak, else the time of the last change."""
     etag = headers.get("ETag", "")
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
-
-
-def _retry_after(text: str) -> float:
-    """Seconds, from a number or a date; 0 if it is neither."""
-    if text.strip().isdecimal():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return 0.0
 
 
 def _parts(target: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:

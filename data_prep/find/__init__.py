@@ -1,11 +1,13 @@
 """A folder and its catalogue entry -> what is known about every file without opening it."""
 
+import bisect
 import collections
 import dataclasses
+import itertools
 import pathlib
 import posixpath
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from data_prep import catalog
@@ -304,15 +306,26 @@ def _items(
 
 
 def _masks(
-    layout: Layout, known: Mapping[str, Values], files: Container[str], warnings: list[str]
+    layout: Layout, known: Mapping[str, Values], files: Mapping[str, Any], warnings: list[str]
 ) -> dict[str, tuple[str, ...]]:
     """The masks that a layout names, by the path of their image; adds to `warnings` if none of them is there."""
-    named = {path: fill(layout.mask, variables) for path, variables in known.items()}
+    # What the name of an image holds is no wildcard.
+    named = {path: fill(layout.mask.replace("*", "\0"), variables) for path, variables in known.items()}
     named = {path: posixpath.normpath(mask) for path, mask in named.items() if mask}
-    found: dict[str, tuple[str, ...]] = {path: (mask,) for path, mask in named.items() if mask in files}
+    ordered = sorted(files) if "*" in layout.mask else []
+    there = {path: _matching(mask, ordered) if "\0" in mask else (mask,) for path, mask in named.items()}
+    found = {path: masks for path, masks in there.items() if masks and masks[0] in files}
     if named and not found:
         warnings.append(f"there are no masks, which were expected at {layout.mask}")
     return found
+
+
+def _matching(mask: str, ordered: list[str]) -> tuple[str, ...]:
+    """The sorted paths that a mask stands for: NUL is anything without a slash, two and a slash any folders."""
+    pattern = re.compile(re.escape(mask).replace("\0\0/", "(?:[^/]+/)*").replace("\0", "[^/]*"), re.DOTALL)
+    prefix = mask.partition("\0")[0]
+    later = itertools.islice(ordered, bisect.bisect_left(ordered, prefix), None)
+    return tuple(filter(pattern.fullmatch, itertools.takewhile(lambda path: path.startswith(prefix), later)))
 
 
 def _split(layout: Layout, path: str, value: str) -> str:

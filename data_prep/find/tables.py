@@ -1,4 +1,4 @@
-"""What tables say about files: labels, patients, splits and folds from CSV, XLSX, text and COCO JSON files.
+"""What tables say about files: labels, patients, splits and folds from CSV, XLSX, XML, text and COCO JSON files.
 
 Every kind becomes rows of text by column name; which column means what is up to the catalogue, or fixed in `COLUMNS`
 for a table of one's own.
@@ -19,6 +19,7 @@ import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from xml.etree import ElementTree
 
 from data_prep.catalog.schema import Folds, Table, fill, glob_matcher
 from data_prep.find.files import (
@@ -75,8 +76,9 @@ def read_table(path: pathlib.Path, columns: tuple[str, ...] = (), kind: str = ""
 
     Args:
       path: a .json file is taken for COCO object detection: a row per annotation, and one per image without any, with
-        the columns file_name (its last part) and category; .xlsx is the first sheet; .txt is split at white space;
-        all else is CSV, separated by commas, semicolons or tabs, whichever the first line has most of.
+        the columns file_name (its last part) and category; .xlsx is the first sheet; .xml is one row, the text of
+        the elements right below the root; .txt is split at white space unless its first line has commas; all else is
+        CSV, separated by commas, semicolons or tabs, whichever the first line has most of.
       columns: names, for a file without a header.
       kind: suffix that it is read as, instead of its own.
 
@@ -94,6 +96,8 @@ def read_table(path: pathlib.Path, columns: tuple[str, ...] = (), kind: str = ""
         kind = kind or path.suffix.lower()
         if kind == ".json":
             return _coco_rows(json.loads(data))
+        if kind == ".xml":
+            return [{child.tag: stated(child.text or "") for child in parse_xml(data) if not len(child)}]
         lines = _xlsx_lines(data) if kind in _EXCEL else _text_lines(_decode(data), kind)
         return _rows([[stated(cell) for cell in line] for line in lines], columns)
     except (ValueError, TypeError, KeyError, AttributeError, csv.Error, RecursionError, zipfile.BadZipFile) as error:
@@ -113,11 +117,28 @@ def _decode(data: bytes) -> str:
 
 
 def _text_lines(text: str, kind: str) -> Iterable[list[str]]:
-    if kind == ".txt":
-        return map(str.split, text.splitlines())
     first = text.lstrip().split("\n", 1)[0]
+    if kind == ".txt" and "," not in first:
+        return map(str.split, text.splitlines())
     separator = max(",;\t", key=first.count)
     return csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+
+
+class _PlainBuilder(ElementTree.TreeBuilder):
+    def doctype(self, *_: Any) -> None:
+        raise ValueError("it declares entities, which could fill the memory")
+
+
+def parse_xml(data: bytes) -> ElementTree.Element:
+    """The root of an XML document.
+
+    Raises:
+      ValueError: it is none, or one with declarations of its own.
+    """
+    try:
+        return ElementTree.fromstring(data, ElementTree.XMLParser(target=_PlainBuilder()))
+    except ElementTree.ParseError as error:
+        raise ValueError(error) from error
 
 
 def _xlsx_lines(data: bytes) -> Iterable[list[str]]:
@@ -276,10 +297,11 @@ def apply(
         said = Known()
         for path, rows in _read_all(root, table.file, table.columns, files, warnings):
             used.add(path)
-            folder = {"folder": posixpath.basename(posixpath.dirname(path))}
+            folder, name = posixpath.split(path)
+            places = {"folder": posixpath.basename(folder), "table": posixpath.splitext(name)[0]}
             for row in rows:
                 for field in fields:
-                    said.add(plain_key(table.key, row | folder), field, fill(getattr(table, field), row | folder))
+                    said.add(plain_key(table.key, row | places), field, fill(getattr(table, field), row | places))
         keys = {path: plain_key(table.match, variables) for path, variables in known.items()}
         for path, key in keys.items():
             values[path].update(said.values.get(key, {}))

@@ -1,12 +1,14 @@
 """Masks of a build: never worth a frame, whatever they look like, and found beside their images."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 
 from tests.data_prep.builds import content, picture, read, refused, run, write, write_csv
+from tests.data_prep.trees import ddti
 from usfmae_jax.data import records
 
 RED, GREEN, WHITE = (0, 0, 255), (0, 255, 0), (255, 255, 255)  # BGR
@@ -72,6 +74,33 @@ def test_a_mask_of_another_size_is_resized_and_one_of_another_shape_is_left_out_
         "mask drawings/c.png: is 40 x 48 pixels, the image 64 x 48": 1,
         "mask drawings/d.png: is 48 x 64 pixels, the image 64 x 48": 1,
     }
+
+
+def test_datasets_bring_their_masks_from_folders_names_and_polygons(tmp_path):
+    folder = tmp_path / "in/Dataset_BUSI_with_GT/benign"
+    write(folder / "benign (1).png", picture(0))
+    write(folder / "benign (1)_mask.png", box())
+    write(folder / "benign (1)_mask_1.png", box(top=2, bottom=6))
+    found, masks, manifest, _ = build(tmp_path, dataset="busi")
+    assert list(found) == ["Dataset_BUSI_with_GT/benign/benign (1).png"]
+    np.testing.assert_array_equal(masks[next(iter(found))], np.maximum(box(), box(top=2, bottom=6)))
+    assert manifest["label_names"] == ["benign", "malignant", "normal"]
+    shutil.rmtree(tmp_path / "out")
+    for number, name in enumerate(("1_1", "1_2", "2_1")):
+        write(tmp_path / f"in/archive/{name}.jpg", picture(number))
+    corners = ((16, 12), (47, 12), (47, 35), (16, 35))
+    (tmp_path / "in/archive/1.xml").write_text(ddti("4b", (1, corners), (2, None)))
+    (tmp_path / "in/archive/2.xml").write_text(ddti("2", (1, corners)))
+    found, masks, manifest, _ = build(tmp_path, dataset="ddti")
+    assert {name: (one["patient"], one["label"]) for name, one in found.items()} == {
+        "archive/1_1.jpg": ("1", 3),
+        "archive/1_2.jpg": ("1", 3),
+        "archive/2_1.jpg": ("2", 0),
+    }
+    np.testing.assert_array_equal(masks["archive/1_1.jpg"], box())
+    np.testing.assert_array_equal(masks["archive/2_1.jpg"], box())
+    assert masks["archive/1_2.jpg"] is None
+    assert manifest["unmasked"] == {"mask: has no polygon of image 2": 1}
 
 
 def test_polygons_on_another_size_are_scaled(tmp_path):

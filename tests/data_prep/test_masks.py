@@ -9,7 +9,7 @@ import pytest
 from data_prep import catalog, masks
 from data_prep.find import collect
 from data_prep.readers import UnreadableError, read_frames
-from tests.data_prep.trees import real_folder
+from tests.data_prep.trees import ddti, real_folder
 
 SHAPE = (60, 80)
 
@@ -108,6 +108,19 @@ def test_corners_outside_the_image_are_cut_and_label_names_may_be_in_any_encodin
     np.testing.assert_array_equal(mask, np.repeat([[255, 255, 255, 0, 0, 0]], 4, axis=0))
 
 
+def test_of_an_annotation_of_several_images_the_polygons_of_this_one_are_filled(tmp_path):
+    left, right = ((0, 0), (1, 0), (1, 3), (0, 3)), ((4, 0), (5, 0), (5, 3), (4, 3))
+    path = tmp_path / "7.xml"
+    path.write_text(ddti("4a", (1, left), (2, right), (2, left), (3, None)))
+    mask = masks.read_mask_as("polygons", path, (4, 6), image="a_3/7_1.jpg")
+    np.testing.assert_array_equal(mask, np.repeat([[255, 255, 0, 0, 0, 0]], 4, axis=0))
+    mask = masks.read_mask_as("polygons", path, (4, 6), image="7_2.jpg")
+    np.testing.assert_array_equal(mask, np.repeat([[255, 255, 0, 0, 255, 255]], 4, axis=0))
+    for number in (3, 4, 12):
+        with pytest.raises(UnreadableError, match=f"has no polygon of image {number}"):
+            masks.read_mask_as("polygons", path, (4, 6), image=f"7_{number}.jpg")
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "data", "message"),
     [
@@ -117,6 +130,10 @@ def test_corners_outside_the_image_are_cut_and_label_names_may_be_in_any_encodin
         ("polygons", "a.json", b'[{"a": 1}, 2, 3]', "no JSON with polygons"),
         ("polygons", "a.json", b"[[1], [2], [3]]", "no JSON with polygons"),
         ("polygons", "a.json", b"[[1, 2, 3], [1, 2, 3], [1, 2, 3]]", "no JSON with polygons"),
+        ("polygons", "a.xml", b"<case>", "no XML with polygons"),
+        ("polygons", "a.xml", b"<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", "no XML with polygons"),
+        ("polygons", "a.xml", b"<a><mark><image/><svg>[</svg></mark></a>", "no XML with polygons"),
+        ("polygons", "a.xml", b"<a><mark><image/><svg>[3]</svg></mark></a>", "no XML with polygons"),
         ("polygons", "a.json", b"[[NaN, 2], [1, 2], [3, 4]]", "corners that are no numbers"),
         ("polygons", "a.json", b'{"shapes": [], "imageWidth": 9}', "is drawn on 9 x 2 pixels, the image has 3 x 2"),
         ("binary", "a.png", b"no image", "not a PNG"),

@@ -86,6 +86,21 @@ def coco(images, categories=((1, "lmym"), (2, "GIST"))):
     )
 
 
+def ddti(tirads, *marks):
+    """XML of a patient of DDTI: images by number, each with the corners of one polygon or None."""
+
+    def svg(corners):
+        points = [{"x": x, "y": y} for x, y in corners or ()]
+        return json.dumps([{"points": points, "annotation": {}, "regionType": "freehand"}]) if corners else ""
+
+    text = "".join(f"<mark><image>{number}</image><svg>{svg(corners)}</svg></mark>" for number, corners in marks)
+    return f"<case><number>1</number><age>40</age><sex>F</sex><tirads>{tirads}</tirads>{text}</case>"
+
+
+_CORNERS = ((4, 4), (19, 4), (19, 11), (4, 11))
+_BUSI = "Dataset_BUSI_with_GT"
+_DDTI = "DDTI/2_preprocessed_data/stage1"
+_UMUD = "{}_new_model_v1"
 _ROI = "usd514-db/usd514_jpeg_roi"
 _FETUS = "Ultrasound Fetus Dataset/Ultrasound Fetus Dataset/Data/Data"
 _UCLM = "BUS-UCLM Breast ultrasound lesion segmentation dataset"
@@ -542,6 +557,166 @@ TREES = {
             "Thyroid Dataset/tn3k/label4test.csv": "0000.jpg,0\n",
         },
         warnings=["2 files have no label in"],
+    ),
+    "biliary_atresia": Tree(
+        {
+            "data/training_data/3_0.jpg": {
+                "patient": "training/3",
+                "frame": "training/3_0",
+                "label": "biliary atresia",
+                "split": "train",
+            },
+            "data/training_data/498_5.JPG": {"patient": "training/498", "label": "other"},
+            "data/test_data/3_0.jpg": {"patient": "test/3", "label": "other", "split": "test"},
+        },
+        ["data/data introduction.txt", "imgs/fig1.jpg"],
+        {
+            "data/training_data/label.csv": "3_0.jpg,0\n498_5.JPG,1\n",
+            "data/test_data/label.csv": "3_0.jpg,1\n",
+        },
+    ),
+    "busi": Tree(
+        {
+            f"{_BUSI}/benign/benign (1).png": {
+                "patient": "",
+                "frame": "benign (1)",
+                "label": "benign",
+                "mask": f"{_BUSI}/benign/benign (1)_mask.png",
+            },
+            f"{_BUSI}/benign/benign (10).png": {"label": "benign", "mask": ""},
+            f"{_BUSI}/malignant/malignant (1).png": {"label": "malignant"},
+            f"{_BUSI}/normal/normal (1).png": {"label": "normal", "mask": f"{_BUSI}/normal/normal (1)_mask.png"},
+        },
+        [f"{_BUSI}/malignant/malignant (1)_mask{number}.png" for number in ("", "_1", "_2")],
+    ),
+    "busi folders": Tree(
+        {
+            "images/benign (1).png": {"label": "benign", "mask": "masks/benign (1)_mask.png"},
+            "images/benign (11).png": {"label": "benign", "mask": "masks/0/benign (11).png"},
+        },
+        ["masks/benign (2).png"],
+    ),
+    "busi folders by class": Tree(
+        {
+            "BUSI/benign/images/benign (1).png": {"label": "benign", "mask": "BUSI/benign/masks/benign (1).png"},
+            "BUSI/normal/images/normal (1).png": {"frame": "normal (1)", "label": "normal", "mask": ""},
+        },
+    ),
+    "bus_ucml partitions": Tree(
+        {
+            "BUS-UCLM/partitions/train/images/ALWI_000.png": {
+                "patient": "ALWI",
+                "label": "benign",
+                "split": "train",
+                "mask": "BUS-UCLM/partitions/train/masks/ALWI_000.png",
+            },
+            "BUS-UCLM/partitions/test/images/ANAT_001.png": {"frame": "ANAT_001", "label": "normal", "split": "test"},
+        },
+        [],
+        {"BUS-UCLM/INFO.csv": "Image;Label;Doppler;Marks\nALWI_000.png;Benign;No;No\nANAT_001.png;Normal;No;Yes\n"},
+    ),
+    "bus_ucml nested": Tree(
+        {
+            "BUS-UCLM/BUS-UCLM/malignant/images/ALWI_000.png": {
+                "patient": "ALWI",
+                "label": "malignant",
+                "mask": "BUS-UCLM/BUS-UCLM/malignant/masks/ALWI_000.png",
+            },
+            "BUS-UCLM/BUS-UCLM/benign/images/ANAT_001.png": {"label": "benign"},
+        },
+        ["BUS-UCLM/partitions/test/images/ALWI_000.png", "BUS-UCLM/partitions/test/masks/ALWI_000.png"],
+    ),
+    "ddti": Tree(
+        {
+            "archive/1_1.jpg": {"patient": "1", "frame": "1_1", "label": "4a", "mask": "archive/1.xml"},
+            "archive/1_2.jpg": {"patient": "1", "label": "4a", "mask": "archive/1.xml"},
+            "archive/10_1.jpg": {"patient": "10", "label": "", "mask": "archive/10.xml"},
+        },
+        [],
+        {"archive/1.xml": ddti("4a", (1, _CORNERS), (2, _CORNERS)), "archive/10.xml": ddti("", (1, _CORNERS))},
+        warnings=["1 files have no label in"],
+    ),
+    "ddti preprocessed": Tree(
+        {f"{_DDTI}/p_image/1.PNG": {"frame": "1", "patient": "", "label": "", "mask": f"{_DDTI}/p_mask/1.PNG"}},
+        ["DDTI/1_or_data/image/1.PNG", "DDTI/2_preprocessed_data/stage2/p_image/1.PNG"],
+    ),
+    "dl_track": Tree(
+        {
+            "apo_images/img_00001.tif": {
+                "frame": "apo/img_00001",
+                "label": "aponeuroses",
+                "mask": "apo_masks/img_00001.tif",
+            },
+            "fasc_images_S/img_00001.tif": {"label": "fascicles", "mask": "fasc_masks_S/img_00001.tif"},
+        },
+        ["apo_masks/img_00002.tif"],
+    ),
+    "dl_track challenge": Tree(
+        {
+            f"apo_imgs_v1/{_UMUD.format('apo_images')}/a.tif": {
+                "frame": "apo/a",
+                "label": "aponeuroses",
+                "mask": f"apo_masks_v1/{_UMUD.format('apo_masks')}/a.png",
+            },
+            f"fasc_imgs_v1/{_UMUD.format('fasc_images')}/a.tif": {
+                "label": "fascicles",
+                "mask": f"fasc_masks_v1/{_UMUD.format('fasc_masks')}/a.tif",
+            },
+        },
+        ["test_images_v2/test_set_v2/t.tif"],
+    ),
+    "gbcu": Tree(
+        {
+            "GBCU-Shared/imgs/im00001.jpg": {"frame": "im00001", "patient": "", "label": "malignant", "split": "train"},
+            "GBCU-Shared/imgs/im00002.jpg": {"label": "normal", "split": "test"},
+        },
+        ["GBCU-Shared/bbox_annot.json", "GBCU-Shared/roi_pred.json"],
+        {"GBCU-Shared/train.txt": "im00001.jpg,2\n", "GBCU-Shared/test.txt": "im00002.jpg,0\n"},
+    ),
+    "mmotu_2d by class": Tree(
+        {
+            f"OTU_2D/8_layers/{folder}/images/{number}.JPG": {
+                "frame": str(number),
+                "label": label,
+                "split": "train",
+                "mask": f"OTU_2D/8_layers/{folder}/annotations/{number}_binary.PNG",
+            }
+            for number, (folder, label) in enumerate(
+                {
+                    "Chocolate_Cyst": "Chocolate cyst",
+                    "High-grade_Serous_Cystadenoma": "High grade serous cystadenocarcinoma",
+                    "Mucinous_Cystadenoma": "Mucinous cystadenoma",
+                    "Ovary_Normal": "Normal ovary",
+                    "Serous_Cystadenoma": "Serous cystadenoma",
+                    "Simple_Cyst": "Simple cyst",
+                    "Teratoma": "Teratoma",
+                    "Theca_Cell_Tumor": "Theca cell tumor",
+                }.items()
+            )
+        }
+        | {"OTU_2D/8_layers/Simple Cyst/91.jpg": {"label": "Simple cyst", "mask": ""}},
+        ["OTU_2D/8_layers/OTU_2D_8-layers.json", "OTU_2D/8_layers/Teratoma/annotations/6.PNG"],
+    ),
+    "tg3k": Tree(
+        {"tg3k/thyroid-image/0000.jpg": {"frame": "0000", "label": "", "mask": "tg3k/thyroid-mask/0000.jpg"}},
+        ["tg3k/tg3k-trainval.json"],
+    ),
+    "tn3k": Tree(
+        {
+            "datasets/tn3k/trainval-image/0000.jpg": {
+                "frame": "trainval/0000",
+                "patient": "",
+                "label": "malignant",
+                "split": "train",
+                "mask": "datasets/tn3k/trainval-mask/0000.jpg",
+            },
+            "datasets/tn3k/test-image/0000.jpg": {"label": "benign", "split": "test"},
+        },
+        ["datasets/tn3k/tn3k-trainval-fold0.json"],
+        {
+            "datasets/tn3k/label4trainval.csv": "0000.jpg,1\n",
+            "datasets/tn3k/label4test.csv": "0000.jpg,0\n",
+        },
     ),
     "thyroid_us_cineclip": Tree({"dataset.hdf5": {"patient": ""}}, ["metadata.csv"]),
     "ultrasound_fetus_dataset": Tree(

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import overlays
 from benchmarks.overlays import burn
 from data_prep import phantom
+from data_prep.clean import marks
 from data_prep.clean.inpainting import clean_frame, overlay_mask
 from data_prep.clean.sector import Sector, find_sector
 
@@ -187,3 +188,40 @@ def test_only_eight_bits_and_one_or_three_channels_are_taken(pixels):
 def test_frame_and_sector_have_one_size():
     with pytest.raises(ValueError, match="the sector"):
         clean_frame(np.zeros((9, 9, 1), np.uint8), whole(np.zeros((9, 8))))
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+def test_regions_are_those_of_opencv_with_its_statistics(connectivity):
+    rng = np.random.default_rng(connectivity)
+    mask = np.where(cv2.blur(rng.random((70, 90)), (3, 3)) > 0.55, np.uint8(255), np.uint8(0))
+    values = rng.integers(0, 256, mask.shape, dtype=np.uint8)
+    regions = marks.Regions(mask, connectivity)
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=connectivity)
+    assert regions.count == count > 20
+    np.testing.assert_array_equal(regions.size, stats[:, cv2.CC_STAT_AREA])
+    np.testing.assert_array_equal(regions.width[1:], stats[1:, cv2.CC_STAT_WIDTH])
+    np.testing.assert_array_equal(regions.height[1:], stats[1:, cv2.CC_STAT_HEIGHT])
+    grown = cv2.dilate(labels.astype(np.float32), np.ones((3, 3), np.uint8))
+    for number in range(1, count):
+        inside = labels == number
+        np.testing.assert_allclose(regions.mean(values)[number], values[inside].mean())
+        np.testing.assert_allclose(regions.deviation(values)[number], values[inside].std(), atol=1e-3)
+        rim = values[(grown == number) & (mask == 0)] > 100
+        expected = rim.mean() if rim.size else 0
+        np.testing.assert_allclose(regions.share_of_rim(np.where(values > 100, values, 0))[number], expected)
+    chosen = rng.random(count) > 0.5
+    np.testing.assert_array_equal(regions.only(chosen) > 0, chosen[labels] & (mask > 0))
+
+
+def test_what_outlines_enclose_does_not_depend_on_outlines_far_away():
+    def outlined(*boxes):
+        mask, level = np.zeros((300, 400), np.uint8), np.full((300, 400), 40, np.uint8)
+        for left, top, wide, high in boxes:
+            cv2.rectangle(level, (left, top), (left + wide, top + high), 200, cv2.FILLED)
+            cv2.rectangle(mask, (left, top), (left + wide, top + high), 255, 2)
+        return marks._enclosed(mask, level, np.full_like(mask, 60))
+
+    boxes = (0, 0, 30, 20), (203, 11, 25, 25), (30, 150, 20, 30), (371, 277, 28, 22)
+    together = outlined(*boxes)
+    assert all(together[top + high // 2, left + wide // 2] for left, top, wide, high in boxes)
+    np.testing.assert_array_equal(together, np.maximum.reduce([outlined(box) for box in boxes]))

@@ -239,7 +239,7 @@ def shutil_usage(free):
 
 
 def test_a_tar_header_that_is_larger_than_memory_allows_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives.members, "_HEADER", archives._CHUNK)
+    monkeypatch.setattr(archives, "_HEADER", archives._CHUNK)
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 4 << 20
     (tmp_path / "a.tgz").write_bytes(gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(5 << 20)))

@@ -11,6 +11,7 @@ import types
 import zipfile
 
 import pytest
+import requests
 
 from data_prep import locks
 from data_prep.fetch import archives, download
@@ -100,9 +101,15 @@ def waits(monkeypatch):
     return asked
 
 
+def fetch(url, target, *, sha256="", md5="", size=0):
+    """One file of a dataset."""
+    one = types.SimpleNamespace(url=url, file=target.name, sha256=sha256, md5=md5, bytes=size, extract=False)
+    return download.fetch_all([one], target.parent)
+
+
 def refused(site, target, url="/a.bin", **expected):
     with pytest.raises(InputError) as caught:
-        download.fetch(site.url + url, target, **expected)
+        fetch(site.url + url, target, **expected)
     return str(caught.value)
 
 
@@ -126,7 +133,8 @@ def zipped(**members):
 
 def test_a_file_arrives_whole_and_alone(site, tmp_path):
     target = tmp_path / "new/a.bin"
-    assert download.fetch(f"{site.url}/a.bin", target, sha256=SHA256.upper(), md5=MD5, size=len(DATA)) == target
+    expected = [{"file": "a.bin", "sha256": SHA256, "bytes": len(DATA)}]
+    assert fetch(f"{site.url}/a.bin", target, sha256=SHA256.upper(), md5=MD5, size=len(DATA)) == expected
     assert target.read_bytes() == DATA
     assert os.listdir(target.parent) == ["a.bin"]
     assert ranges(site) == [""]
@@ -134,7 +142,7 @@ def test_a_file_arrives_whole_and_alone(site, tmp_path):
 
 def test_a_file_with_the_right_checksum_is_not_fetched_again(site, tmp_path):
     (tmp_path / "a.bin").write_bytes(DATA)
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
     assert site.seen == []
 
 
@@ -149,7 +157,7 @@ def test_another_file_of_that_name_is_left_alone(site, tmp_path):
 @pytest.mark.parametrize("version", [{"ETag": '"1"'}, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}])
 def test_a_broken_connection_is_taken_up_where_it_broke(site, tmp_path, waits, version):
     site.headers, site.faults = version, [700_000, 500_000]
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == DATA
     assert ranges(site) == ["", "bytes=700000-", "bytes=1200000-"]
     assert site.seen[1]["If-Range"] == next(iter(version.values()))
@@ -164,7 +172,7 @@ def test_a_changed_file_starts_over(site, tmp_path, monkeypatch):
         site.files["/a.bin"], site.headers = new, {"ETag": '"2"'}
 
     monkeypatch.setattr(download, "_pause", change)
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == new
     assert ranges(site) == ["", "bytes=700000-"]
 
@@ -182,25 +190,25 @@ def test_a_server_that_sends_parts_of_another_version_is_not_believed(site, tmp_
 
     site.hook = ignore_if_range
     monkeypatch.setattr(download, "_pause", change)
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == new
     assert ranges(site) == ["", "bytes=700000-", ""]
 
 
 def test_a_server_without_ranges_or_lengths_or_versions_still_serves(site, tmp_path):
     site.ranges, site.faults = False, [700_000]
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
     site.lengths, site.faults = False, [700_000]
-    download.fetch(f"{site.url}/a.bin", tmp_path / "b.bin", size=len(DATA))
+    fetch(f"{site.url}/a.bin", tmp_path / "b.bin", size=len(DATA))
     site.headers, site.ranges, site.faults = {"ETag": 'W/"1"'}, True, [700_000]
-    download.fetch(f"{site.url}/a.bin", tmp_path / "c.bin", size=len(DATA))
+    fetch(f"{site.url}/a.bin", tmp_path / "c.bin", size=len(DATA))
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {DATA}
     assert ranges(site)[-1] == ""  # what cannot be told apart is not joined
 
 
 def test_busy_servers_are_asked_again_after_the_time_they_ask_for(site, tmp_path, waits):
     site.faults = [(503, {}), (503, {"Retry-After": "7"}), (429, {"Retry-After": "0"}), (500, {"Retry-After": "soon"})]
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
     assert waits == [1, 7, 4, 8]
 
 
@@ -215,7 +223,7 @@ def test_tries_come_to_an_end_and_the_next_run_goes_on(site, tmp_path, waits):
     assert "502" in refused(site, tmp_path / "a.bin")
     assert waits == [1, 2, 4, 8, 16, 32, 60]
     assert sorted(os.listdir(tmp_path)) == ["a.bin.part", "a.bin.part.json"]
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
     assert ranges(site)[-1] == "bytes=700000-"
     assert os.listdir(tmp_path) == ["a.bin"]
 
@@ -223,14 +231,14 @@ def test_tries_come_to_an_end_and_the_next_run_goes_on(site, tmp_path, waits):
 def test_a_silent_server_times_out_and_is_asked_again(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "_TIMEOUTS", (1, 0.1))
     site.hook = lambda handler: len(site.seen) == 1 and not threading.Event().wait(0.5)
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
     assert len(site.seen) == 2
 
 
 def test_an_address_without_a_server_gives_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with pytest.raises(InputError, match=r"cannot be fetched \(.*refused.*run the same command again"):
-        download.fetch("http://127.0.0.1:1/a.bin", tmp_path / "a.bin")
+        fetch("http://127.0.0.1:1/a.bin", tmp_path / "a.bin")
     assert os.listdir(tmp_path) == []
 
 
@@ -255,7 +263,7 @@ def test_a_full_disk_is_noticed_before_anything_is_fetched(site, tmp_path, monke
 
 def test_redirects_are_followed_but_not_to_files_or_for_ever(site, tmp_path):
     site.faults = [(302, {"Location": "/elsewhere/../a.bin"}), (307, {"Location": f"{site.url}/a.bin"})]
-    download.fetch(f"{site.url}/first", tmp_path / "a.bin", sha256=SHA256)
+    fetch(f"{site.url}/first", tmp_path / "a.bin", sha256=SHA256)
     for address in ("file:///etc/passwd", "ftp://127.0.0.1/a"):
         site.faults = [(302, {"Location": address})]
         assert "only http and https" in refused(site, tmp_path / "b.bin")
@@ -267,20 +275,21 @@ def test_redirects_are_followed_but_not_to_files_or_for_ever(site, tmp_path):
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/a", "/etc/passwd", "http://", ""])
 def test_addresses_that_are_not_of_the_web_are_refused(tmp_path, url):
     with pytest.raises(InputError):
-        download.fetch(url, tmp_path / "a.bin")
+        fetch(url, tmp_path / "a.bin")
     assert os.listdir(tmp_path) == []
 
 
 def test_a_secure_address_that_leads_to_an_insecure_one_is_refused(tmp_path, monkeypatch):
-    class Redirect:
-        is_redirect, headers = True, {"Location": "http://127.0.0.1:1/a.bin"}
+    def redirect(_, request, **__):
+        response = requests.Response()
+        response.status_code, response.raw, response.url, response.request = 302, io.BytesIO(), request.url, request
+        response.headers["Location"] = "http://127.0.0.1:1/a.bin"
+        return response
 
-        def close(self):
-            pass
-
-    monkeypatch.setattr(download.requests.Session, "get", lambda *_, **__: Redirect())
-    with pytest.raises(InputError, match="from https to http"):
-        download.fetch("https://127.0.0.1/a.bin", tmp_path / "a.bin")
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", redirect)
+    for scheme in ("https", "HTTPS"):
+        with pytest.raises(InputError, match="from https to http"):
+            fetch(f"{scheme}://127.0.0.1/a.bin", tmp_path / "a.bin")
 
 
 def test_a_log_in_page_instead_of_the_file_is_explained_and_does_not_replace_what_arrived(site, tmp_path):
@@ -300,7 +309,7 @@ def test_a_log_in_page_instead_of_the_file_is_explained_and_does_not_replace_wha
 def test_a_zip_that_is_called_a_web_page_by_its_server_is_taken(site, tmp_path):
     site.headers["Content-Type"] = "text/html"
     site.files["/a.zip"] = zipped(a=b"1")
-    download.fetch(f"{site.url}/a.zip", tmp_path / "a.zip")
+    fetch(f"{site.url}/a.zip", tmp_path / "a.zip")
     assert (tmp_path / "a.zip").exists()
 
 
@@ -317,7 +326,7 @@ def test_a_part_of_another_address_is_not_continued(site, tmp_path):
     site.files["/b.bin"] = DATA[::-1]
     site.faults = [700_000] + [(502, {})] * 7
     refused(site, tmp_path / "a.bin")
-    download.fetch(f"{site.url}/b.bin", tmp_path / "a.bin")
+    fetch(f"{site.url}/b.bin", tmp_path / "a.bin")
     assert (tmp_path / "a.bin").read_bytes() == DATA[::-1]
 
 
@@ -329,8 +338,8 @@ def test_ctrl_c_leaves_a_part_that_the_next_run_continues(site, tmp_path, monkey
 
     monkeypatch.setattr(download, "_pause", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
+        fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
     assert ranges(site) == ["", "bytes=700000-"]
 
 
@@ -340,7 +349,7 @@ def test_two_downloads_into_one_folder_do_not_mix(site, tmp_path):
         with pytest.raises(InputError, match="another download"):
             download.fetch_all([entry(site, "b.bin", DATA)], tmp_path)
     assert site.seen == []
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin")
 
 
 def test_all_files_of_a_dataset_are_fetched_and_unpacked_once(site, tmp_path):
@@ -413,8 +422,8 @@ def test_a_killed_download_is_continued(site, tmp_path):
         return held.wait(10)
 
     site.hook = hold
-    code = "import pathlib; from data_prep.fetch import download; "
-    code += f"download.fetch('{site.url}/a.bin', pathlib.Path('a.bin'))"
+    code = "import pathlib; from tests.data_prep.fetch import test_download; "
+    code += f"test_download.fetch('{site.url}/a.bin', pathlib.Path('a.bin'))"
     environment = os.environ | {"no_proxy": "*", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
     part = tmp_path / "a.bin.part"
@@ -429,5 +438,5 @@ def test_a_killed_download_is_continued(site, tmp_path):
         held.set()
     there = part.stat().st_size
     assert 0 < there < len(DATA)
-    download.fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
+    fetch(f"{site.url}/a.bin", tmp_path / "a.bin", sha256=SHA256)
     assert ranges(site) == ["", f"bytes={there}-"]

@@ -28,6 +28,8 @@ def _table(tmp_path, text, name="a.csv"):
         ("a.csv", 'name,Class\n"1.JPG",4\n,\n'),
         ("a.tsv", "name\tClass\n1.JPG\t4"),
         ("a.txt", "name Class\n\n1.JPG  4\n"),
+        ("a.txt", "name,Class\n1.JPG,4\n"),
+        ("a.xml", "<a><name>1.JPG</name><Class> 4 </Class><b><Class>5</Class></b></a>"),
     ],
 )
 def test_separators_marks_blanks_and_empty_lines_do_not_matter(tmp_path, name, text):
