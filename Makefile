@@ -9,7 +9,7 @@ DEMO := data/demo
 # The tests of a file share what it makes once, so they stay in one process; files begin in the order of conftest.py.
 PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors lint format clean
+.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults lint format clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -49,6 +49,9 @@ test: $(VENV)/.dev  ## run the tests but those marked slow, two files at a time
 
 test-all: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest $(PARALLEL)
+
+faults: $(VENV)/.dev  ## kill and stop every long job at random moments, an hour or two; prints what came of it
+	$(BIN)/python -m tests.faults
 
 # Of PyTorch the floor is tried by hand: its builds for the CPU come from an index of their own.
 test-floors:  ## run the tests with the lowest versions that the requirement files admit, on Python 3.11
