@@ -2,11 +2,9 @@
 
 import importlib
 import os
-import pathlib
-import stat
 from collections.abc import Iterator
 
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import Frame, Options, UnreadableError, open_file
 from data_prep.readers.images import read_mask
 from data_prep.readers.kinds import ARRAYS, DICOM, HEAD_BYTES, IMAGES, VIDEOS, VOLUMES, kind_of
 from usfmae_jax.errors import InputError
@@ -44,7 +42,11 @@ def read_frames(path: str | os.PathLike[str], options: Options = DEFAULTS) -> It
       UnreadableError: the file is missing, empty, damaged, too large, or of no kind that is known.
       InputError: a library that this kind of file needs is not installed.
     """
-    kind = kind_of(_head(path))
+    with open_file(path) as file:
+        head = file.read(HEAD_BYTES)
+    if not head:
+        raise UnreadableError("empty file")
+    kind = kind_of(head)
     if not kind:
         raise UnreadableError("not a kind of file that can be read")
     try:
@@ -58,16 +60,5 @@ def read_frames(path: str | os.PathLike[str], options: Options = DEFAULTS) -> It
         raise InputError(f"{needs}: pip install -r requirements-prep.txt") from error
     except MemoryError as error:
         raise UnreadableError("needs more memory than there is") from error
-
-
-def _head(path: str | os.PathLike[str]) -> bytes:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UnreadableError("not a regular file")
-        with pathlib.Path(path).open("rb") as file:
-            head = file.read(HEAD_BYTES)
     except OSError as error:
         raise UnreadableError(f"cannot be read: {error.strerror}") from error
-    if not head:
-        raise UnreadableError("empty file")
-    return head

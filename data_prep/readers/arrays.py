@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import importlib
 import os
-import pathlib
 import struct
 import tokenize
 import warnings
@@ -29,10 +28,11 @@ from typing import IO, Any
 import numpy as np
 
 from data_prep.readers import stacks
-from data_prep.readers.base import Array, Frame, Layout, Options, UnreadableError
+from data_prep.readers.base import Array, Frame, Layout, Options, UnreadableError, open_file
 
 _MATLAB5 = b"MATLAB 5.0 MAT-file"
-_MAX_MEMBERS = 10_000
+#: Of an archive: name, flags, bytes if it is not packed, and what opens it less the bytes to skip.
+_Member = tuple[str, int, int | None, Callable[..., stacks.Opening]]
 _HEADER_ERRORS = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
 
 
@@ -61,15 +61,13 @@ def open_array(path: str | os.PathLike[str], key: str = "") -> stacks.Stack:
     Raises:
       UnreadableError: as in `read`.
     """
-    try:
-        with pathlib.Path(path).open("rb") as file:
-            head = file.read(len(_MATLAB5))
-    except OSError as error:
-        raise UnreadableError(f"cannot be read: {error.strerror}") from error
+    with open_file(path) as file:
+        head = file.read(len(_MATLAB5))
     if head.startswith(b"\x93NUMPY"):
-        found, key = [_npy(path)], ""
+        key, stored = "", os.path.getsize(path)
+        found = [_describe("", stored, functools.partial(stacks.unpacked, path, 0, "raw"))]
     elif head.startswith(b"PK"):
-        found = _npz(path)
+        found = list(_members(path))
     else:  # imported here, since h5py may be missing where nobody needs it
         kind = "matlab" if head == _MATLAB5 else "hdf5"
         found = importlib.import_module(f"data_prep.readers.{kind}").arrays(path)
@@ -84,7 +82,8 @@ def open_array(path: str | os.PathLike[str], key: str = "") -> stacks.Stack:
     layout = _layout(found[0]) if found else None
     if layout is None:
         raise UnreadableError("holds no array that can be frames: numbers, 16 x 16 or more")
-    stacks.check_numbers(found[0].dtype)  # objects would have to be unpickled
+    if found[0].dtype.kind not in "iuf" or found[0].dtype.itemsize > 8:  # objects would have to be unpickled
+        raise UnreadableError("holds no integers or floating-point numbers")
     return found[0].open(layout)
 
 
@@ -113,74 +112,62 @@ def _layout(array: Array) -> Layout | None:
     return None
 
 
-def _npy(path: str | os.PathLike[str]) -> Array:
-    with stacks.unpacking(), pathlib.Path(path).open("rb") as file:
-        dims, fortran, dtype = _npy_header(file)
-        start = file.tell()
-        stored = os.fstat(file.fileno()).st_size - start
-    opened = functools.partial(stacks.unpacked, path, start, "raw")
-    return Array("", dims, dtype, False, functools.partial(_numpy_stack, opened, stored, dtype, fortran))
-
-
-def _npz(path: str | os.PathLike[str]) -> list[Array]:
-    members: list[tuple[str, int, int | None, Callable[..., Any]]]
+def _members(path: str | os.PathLike[str]) -> Iterator[Array]:
     try:
         with stacks.unpacking(), zipfile.ZipFile(path) as archive:
-            members = [
-                (member.filename, member.flag_bits, None, functools.partial(_member, path, member))
-                for member in archive.infolist()
+            members: list[_Member] = [
+                (one.filename, one.flag_bits, None, functools.partial(_member, path, one)) for one in archive.infolist()
             ]
     except UnreadableError:  # the list of members is at the end
         members = list(_members_in_place(path))
         if not members:
             raise
-    found: list[Array] = []
     for name, flags, stored, opened in members:
-        if not name.endswith(".npy"):
-            continue
-        if flags & 1:
-            raise UnreadableError("encrypted")
-        if len(found) == _MAX_MEMBERS:
-            raise UnreadableError(f"more than {_MAX_MEMBERS} arrays")
-        with opened() as file:
-            start = file.tell()
-            dims, fortran, dtype = _npy_header(file)
-            start = file.tell() - start
-        stored = None if stored is None else stored - start
-        make = functools.partial(_numpy_stack, functools.partial(opened, start), stored, dtype, fortran)
-        found.append(Array(name.removesuffix(".npy"), dims, dtype, False, make))
-    return found
+        if name.endswith(".npy"):
+            if flags & 1:
+                raise UnreadableError("encrypted")
+            yield _describe(name.removesuffix(".npy"), stored, opened)
 
 
 @contextlib.contextmanager
-def _member(path: str | os.PathLike[str], member: zipfile.ZipInfo, start: int = 0) -> Iterator[IO[bytes]]:
+def _member(path: str | os.PathLike[str], member: zipfile.ZipInfo, skip: int = 0) -> Iterator[IO[bytes]]:
     with stacks.unpacking(), zipfile.ZipFile(path) as archive, archive.open(member) as file:
-        stacks.skip_bytes(file, start)
+        stacks.skip_bytes(file, skip)
         yield file
 
 
-def _members_in_place(path: str | os.PathLike[str]) -> Iterator[tuple[str, int, int | None, Callable[..., Any]]]:
-    """(name, flags, bytes if it is not packed, what opens it) of the members of an archive that is cut off."""
-    with pathlib.Path(path).open("rb") as file:
+def _members_in_place(path: str | os.PathLike[str]) -> Iterator[_Member]:
+    """The members of an archive that is cut off."""
+    with open_file(path) as file:
         end = os.fstat(file.fileno()).st_size
         while len(head := file.read(30)) == 30 and head.startswith(b"PK\3\4"):
-            flags, method = struct.unpack_from("<HH", head, 6)
-            size, _, name_length, extra_length = struct.unpack_from("<IIHH", head, 18)
+            flags, method, size, name_length, extra_length = struct.unpack("<6xHH8xI4xHH", head)
             name, extra = file.read(name_length).decode("latin-1"), file.read(extra_length)
             if size == 0xFFFFFFFF and len(extra) >= 20:
                 (size,) = struct.unpack_from("<Q", extra, 12)
             start = file.tell()
             if method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                packed = method == zipfile.ZIP_DEFLATED
-                opened = functools.partial(stacks.unpacked, path, start, "deflate" if packed else "raw")
+                packing = "deflate" if method == zipfile.ZIP_DEFLATED else "raw"
                 # What was being written when the file ended has no size yet.
-                yield name, flags, None if packed else min(size or end, end - start), opened
+                stored = min(size or end, end - start) if packing == "raw" else None
+                yield name, flags, stored, functools.partial(stacks.unpacked, path, start, packing)
             if size > end - start:
                 return
             file.seek(size, os.SEEK_CUR)
 
 
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _describe(name: str, stored: int | None, opened: Callable[..., stacks.Opening]) -> Array:
+    """The array that `opened` opens at its header, less the bytes that it is told to skip."""
+    with opened() as file:
+        start = file.tell()
+        dims, fortran, dtype = _header(file)
+        start = file.tell() - start
+    stored = None if stored is None else stored - start
+    make = functools.partial(_stack, fortran, opened=functools.partial(opened, start), stored=stored, dtype=dtype)
+    return Array(name, dims, dtype, False, make)
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """(shape, whether the first axis is the fastest, dtype), leaving the file at the first number."""
     parsers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
@@ -197,19 +184,8 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     return dims, fortran, dtype
 
 
-def _numpy_stack(
-    opened: stacks.Opened, stored: int | None, dtype: np.dtype, fortran: bool, layout: Layout
-) -> stacks.Stack:
-    frames, height, width, channels = layout
-    if fortran and frames > 1 and channels > 1:
+def _stack(fortran: bool, layout: Layout, **stored: Any) -> stacks.Stack:
+    if fortran and layout.frames > 1 and layout.channels > 1:
         raise UnreadableError("NumPy array of colour frames in Fortran order, which is not supported")
-    return stacks.in_file(
-        opened,
-        stored,
-        (frames, height, width),
-        dtype,
-        channels=channels,
-        slow=2 if fortran and frames != 1 else 0,
-        columns_first=fortran,
-        elsewhere="kept",
-    )
+    slow = 2 if fortran and layout.frames != 1 else 0
+    return stacks.in_file(layout, **stored, slow=slow, columns_first=fortran, elsewhere="kept")

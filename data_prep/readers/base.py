@@ -1,14 +1,30 @@
 """What every reader gives and takes."""
 
 import dataclasses
+import os
+import stat
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 
 class UnreadableError(Exception):
     """Why a file gives no usable frames, in a few words that name no path and no person."""
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to be read.
+
+    Raises:
+      UnreadableError: it is missing, may not be read, or is no regular file.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise UnreadableError("not a regular file")
+        return open(path, "rb")
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror}") from None
 
 
 @dataclasses.dataclass(frozen=True)

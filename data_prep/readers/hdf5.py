@@ -8,9 +8,8 @@ import functools
 import io
 import math
 import os
-import pathlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,7 +19,6 @@ from data_prep.readers.base import Array, Layout, UnreadableError
 from data_prep.readers.clips import check_size
 
 _CACHE = 256 << 20  # bytes of unpacked chunks
-_MAX_OBJECTS = 10_000
 _FAR = 1 << 50  # bytes: no HDF5 file ends behind it
 _MATLAB_NUMERIC = {f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)} | {"single", "double"}
 _ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
@@ -33,19 +31,13 @@ def arrays(path: str | os.PathLike[str]) -> list[Array]:
       UnreadableError: damaged or cut off.
     """
     found: list[Array] = []
-    count = 0
 
-    def visit(name: str, thing: Any) -> bool | None:
-        nonlocal count
-        count += 1
+    def visit(name: str, thing: Any) -> None:
         if isinstance(thing, h5py.Dataset) and not name.startswith("#"):  # "#refs#": the inside of MATLAB's cells
             found.extend(_describe(name, thing, path))
-        return count > _MAX_OBJECTS or None
 
     with _opened(path) as (file, _):
         file.visititems(visit)  # follows no link but the hard ones
-    if count > _MAX_OBJECTS:
-        raise UnreadableError(f"more than {_MAX_OBJECTS} objects")
     return found
 
 
@@ -83,16 +75,16 @@ def _stack(
     path: str | os.PathLike[str], name: str, dtype: np.dtype, columns_first: bool, layout: Layout
 ) -> stacks.Stack:
     elsewhere = "transposed" if columns_first else "kept"
-    shape = layout.frames, layout.height, layout.width
     with _opened(path) as (file, cut):
         dataset = file[name]
         if dataset.external or dataset.is_virtual:
             raise UnreadableError("an array whose data lie in other files, which are not read")
         size, start = dataset.id.get_storage_size(), dataset.id.get_offset()
-        if start is not None and dataset.id.get_type() == h5py.h5t.py_create(dtype):  # plain bytes, without gaps
+        if start is not None and dataset.id.get_type() == h5py.h5t.py_create(dtype):
+            # Plain bytes, of which HDF5 would read more ahead than there are where they are cut off.
             opened, stored = functools.partial(stacks.unpacked, path, start, "raw"), os.path.getsize(path) - start
-            how: dict[str, Any] = {"channels": layout.channels, "columns_first": columns_first}
-            return stacks.in_file(opened, min(stored, size), shape, dtype, elsewhere=elsewhere, **how)
+            how: dict[str, Any] = {"columns_first": columns_first, "elsewhere": elsewhere}
+            return stacks.in_file(layout, opened, min(stored, size), dtype, **how)
         check_size(layout.width, layout.height)
         properties = dataset.id.get_create_plist()
         filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
@@ -100,77 +92,63 @@ def _stack(
             raise UnreadableError("compressed in a way that is not supported, without a plug-in of HDF5")
         if not size:
             raise UnreadableError("cut off: nothing of it was written")
-        holes = dataset.chunks and not cut and dataset.id.get_num_chunks() < _chunks(dataset)
-        warnings = (stacks.FEWER,) if holes else ()
+        first = next((axis for axis, length in enumerate(dataset.shape) if length > 1), 0)
+        chunks = dataset.chunks or dataset.shape
+        whole = math.prod(-(-length // part) for length, part in zip(dataset.shape, chunks, strict=True))
+        holes = dataset.chunks and not cut and dataset.id.get_num_chunks() < whole
+    # Chunks that hold parts of several planes are kept, and unpacked once.
+    cache = min(2 * chunks[first] * math.prod(layout[1:]) * dtype.itemsize, _CACHE)
 
     def planes(numbers: Iterable[int]) -> Iterator[np.ndarray]:
-        with _opened(path) as (file, cut):
-            for plane in _planes(file[name], numbers, layout, cut):
+        with _opened(path, cache) as (file, cut):
+            dataset = file[name]
+            where: list[Any] = [slice(None) if length > 1 else 0 for length in dataset.shape]
+            for number in numbers:
+                if layout.frames > 1:
+                    where[first] = number
+                if cut:
+                    cut.missed = False
+                plane = dataset[tuple(where)]
+                if cut and cut.missed:
+                    raise UnreadableError(f"cut off in plane {number}")
                 yield plane.T if columns_first else plane
 
-    return stacks.Stack(shape, dtype, planes, elsewhere=elsewhere, warnings=warnings)
+    return stacks.Stack(layout[:3], dtype, planes, elsewhere=elsewhere, warnings=(stacks.FEWER,) if holes else ())
 
 
-def _planes(dataset: Any, numbers: Iterable[int], layout: Layout, cut: "_CutOff | None") -> Iterator[np.ndarray]:
-    """Planes as they are stored."""
-    where: list[Any] = [slice(None) if length > 1 else 0 for length in dataset.shape]
-    first = next((axis for axis, length in enumerate(dataset.shape) if length > 1), 0)
-    if dataset.chunks:  # those that hold parts of several planes are kept, and unpacked once
-        access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
-        kept = dataset.chunks[first] * math.prod(layout[1:]) * dataset.dtype.itemsize
-        access.set_chunk_cache(10_007, min(2 * kept, _CACHE), 1.0)
-        dataset = h5py.Dataset(h5py.h5d.open(dataset.file.id, dataset.name.encode(), access))
-    for number in numbers:
-        if layout.frames > 1:
-            where[first] = number
-        if cut:
-            cut.missed = False
-        plane = dataset[tuple(where)]
-        if cut and cut.missed:
-            raise UnreadableError(f"cut off in plane {number}")
-        yield plane
-
-
-def _chunks(dataset: Any) -> int:
-    return math.prod(-(-length // part) for length, part in zip(dataset.shape, dataset.chunks, strict=True))
-
-
-class _CutOff(io.RawIOBase):
+class _CutOff(io.FileIO):
     """A file that is cut off, as HDF5 would otherwise not open it: with zeros behind its end.
 
     Attributes:
       missed: whether some of these were read.
     """
 
-    def __init__(self, file: IO[bytes]):
-        self._file, self._end, self._position, self.missed = file, os.fstat(file.fileno()).st_size, 0, False
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = _FAR if whence == os.SEEK_END else offset
-        return self._position
+    missed = False
 
     def tell(self) -> int:
-        return self._position
+        return _FAR  # asked for behind a seek to the end
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return super().seek(min(offset, os.fstat(self.fileno()).st_size), whence)
 
     def readinto(self, buffer: Any) -> int:
-        self._file.seek(min(self._position, self._end))
-        data = self._file.read(len(buffer))
-        self.missed |= len(data) < len(buffer)
-        buffer[:] = data.ljust(len(buffer), b"\0")
-        self._position += len(buffer)
+        count = super().readinto(buffer) or 0
+        self.missed |= count < len(buffer)
+        buffer[count:] = bytes(len(buffer) - count)
         return len(buffer)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, _CutOff | None]]:
+def _opened(path: str | os.PathLike[str], cache: int = 1 << 20) -> Iterator[tuple[Any, _CutOff | None]]:
+    how: dict[str, Any] = {"mode": "r", "rdcc_nbytes": cache, "rdcc_nslots": 10_007, "rdcc_w0": 1.0}
     with contextlib.ExitStack() as stack:
         try:
             cut = None
             try:
-                file = h5py.File(path, "r", locking=False)
+                file = h5py.File(path, locking=False, **how)
             except OSError:
-                cut = _CutOff(stack.enter_context(pathlib.Path(path).open("rb")))
-                file = h5py.File(cut, "r")
+                cut = stack.enter_context(_CutOff(path))
+                file = h5py.File(cut, **how)
             yield stack.enter_context(file), cut
         except _ERRORS as error:
             raise UnreadableError("damaged or cut off") from error

@@ -6,23 +6,20 @@ a time, and nothing of one that is cut off.
 
 import functools
 import os
-import pathlib
 import struct
 from collections.abc import Iterator
-from typing import IO
 
 import numpy as np
 
 from data_prep.readers import stacks
-from data_prep.readers.base import Array, Layout, UnreadableError
+from data_prep.readers.base import Array, UnreadableError, open_file
 
 _HEADER = 128
+_DESCRIPTION = 512  # bytes of an array that hold its type, dimensions and name, and more
 _MATRIX, _COMPRESSED = 14, 15  # types of elements
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _NUMERIC = range(6, 16)  # classes of arrays: double, single, int8 to uint64
 _COMPLEX, _LOGICAL = 0x0800, 0x0200
-_MAX_ELEMENTS = 10_000
-_MAX_SMALL = 128  # bytes of a name, or of the dimensions
 
 
 def arrays(path: str | os.PathLike[str]) -> list[Array]:
@@ -32,66 +29,59 @@ def arrays(path: str | os.PathLike[str]) -> list[Array]:
       UnreadableError: damaged or cut off.
     """
     try:
-        with stacks.unpacking(), pathlib.Path(path).open("rb") as file:
-            return list(_arrays(file, path))
+        return list(_arrays(path))
     except struct.error as error:
         raise UnreadableError("header is damaged or cut off") from error
 
 
-def _arrays(file: IO[bytes], path: str | os.PathLike[str]) -> Iterator[Array]:
-    order = "<" if file.read(_HEADER).endswith(b"IM") else ">"
-    end = os.fstat(file.fileno()).st_size
-    position = _HEADER
-    for _ in range(_MAX_ELEMENTS):
-        if position >= end:
-            return
-        file.seek(position)
-        kind, size = struct.unpack(order + "II", file.read(8))
-        packed = kind == _COMPRESSED
-        if kind in (_MATRIX, _COMPRESSED):
-            start, packing = (position + 8, "zlib") if packed else (position, "raw")
-            with stacks.unpacked(path, start, packing) as stream:
-                found = _describe(stream, order)
-            if found is not None:
-                name, dims, dtype, skip, numbers = found
-                stored = None if packed else min(numbers, end - position - skip)
-                opened = functools.partial(stacks.unpacked, path, start, packing, skip)
-                yield Array(name, dims, dtype, True, functools.partial(_stack, opened, stored, dtype))
-        position += 8 + size + (0 if packed else -size % 8)
-    raise UnreadableError(f"more than {_MAX_ELEMENTS} variables")
+def _arrays(path: str | os.PathLike[str]) -> Iterator[Array]:
+    with open_file(path) as file:
+        order = "<" if file.read(_HEADER).endswith(b"IM") else ">"
+        position, end = _HEADER, os.fstat(file.fileno()).st_size
+        while position < end:
+            file.seek(position)
+            kind, size = struct.unpack(order + "II", file.read(8))
+            packed = kind == _COMPRESSED
+            if kind in (_MATRIX, _COMPRESSED):
+                start, packing = (position + 8, "zlib") if packed else (position, "raw")
+                with stacks.unpacked(path, start, packing) as stream:
+                    found = _describe(stream.read(_DESCRIPTION), order)
+                if found is not None:
+                    name, dims, dtype, skip, numbers = found
+                    yield Array(
+                        name,
+                        dims,
+                        dtype,
+                        True,
+                        functools.partial(
+                            stacks.in_file,
+                            opened=functools.partial(stacks.unpacked, path, start, packing, skip),
+                            stored=None if packed else min(numbers, end - position - skip),
+                            dtype=dtype,
+                            columns_first=True,
+                            elsewhere="transposed",
+                        ),
+                    )
+            position += 8 + size + (0 if packed else -size % 8)
 
 
-def _describe(stream: IO[bytes], order: str) -> tuple[str, tuple[int, ...], np.dtype, int, int] | None:
-    """(name, dims, dtype, bytes before the numbers, bytes of them) of an array here; None if not of plain numbers."""
-    kind, _, flags, *_ = struct.unpack(order + "II8xI4x", stream.read(24))
+def _describe(head: bytes, order: str) -> tuple[str, tuple[int, ...], np.dtype, int, int] | None:
+    """(name, dims, dtype, bytes before the numbers, bytes of them) of an array; None if not of plain numbers."""
+    kind, flags = struct.unpack_from(order + "I12xI", head)
     if kind != _MATRIX or flags & 0xFF not in _NUMERIC or flags & (_COMPLEX | _LOGICAL):
         return None
-    dims_data, dims_read = _element(stream, order)
-    name, name_read = _element(stream, order)
-    stored, size = struct.unpack(order + "II", stream.read(8))
-    dims = struct.unpack(f"{order}{len(dims_data) // 4}i", dims_data[: len(dims_data) // 4 * 4])
+    lengths, position = _small_element(head, 24, order)
+    name, position = _small_element(head, position, order)
+    stored, size = struct.unpack_from(order + "II", head, position)
+    dims = tuple(np.frombuffer(lengths[: len(lengths) // 4 * 4], order + "i4").tolist())
     if stored not in _TYPES or min(dims, default=0) < 1:
         return None  # also the short form, for up to four bytes
-    return name.decode("latin-1"), dims, np.dtype(order + _TYPES[stored]), 24 + dims_read + name_read + 8, size
+    return name.decode("latin-1"), dims, np.dtype(order + _TYPES[stored]), position + 8, size
 
 
-def _element(stream: IO[bytes], order: str) -> tuple[bytes, int]:
-    """(data, bytes read) of a small element, which may have the short form of eight bytes in all."""
-    tag = stream.read(8)
-    kind, size = struct.unpack(order + "II", tag)
+def _small_element(head: bytes, position: int, order: str) -> tuple[bytes, int]:
+    """(data, position after it) of an element, which may have the short form of eight bytes in all."""
+    kind, size = struct.unpack_from(order + "II", head, position)
     if kind >> 16:
-        return tag[4 : 4 + min(4, kind >> 16)], 8
-    if size > _MAX_SMALL:
-        raise UnreadableError("header is damaged or cut off")
-    padded = size + -size % 8
-    data = stream.read(padded)
-    if len(data) < padded:
-        raise EOFError
-    return data[:size], 8 + padded
-
-
-def _stack(opened: stacks.Opened, stored: int | None, dtype: np.dtype, layout: Layout) -> stacks.Stack:
-    shape = layout.frames, layout.height, layout.width
-    return stacks.in_file(
-        opened, stored, shape, dtype, channels=layout.channels, columns_first=True, elsewhere="transposed"
-    )
+        return head[position + 4 : position + 4 + min(4, kind >> 16)], position + 8
+    return head[position + 8 : position + 8 + size], position + 8 + size + -size % 8

@@ -13,7 +13,6 @@ import io
 import lzma
 import math
 import os
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +20,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import Frame, Layout, Options, UnreadableError, open_file
 from data_prep.readers.clips import as_frames, check_size, chosen
 
 MIN_SIDE = 16  # pixels of a picture
@@ -48,7 +47,7 @@ _SAMPLED_VALUES = 1 << 16  # of each
 # What compressed data that is damaged, cut off or of an unknown method raises.
 _UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError)
 
-Opened = Callable[[], contextlib.AbstractContextManager[IO[bytes]]]
+Opening = contextlib.AbstractContextManager[IO[bytes]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,23 +168,12 @@ def _as_float(values: np.ndarray) -> np.ndarray:
         return values.astype(np.float64)
 
 
-def check_numbers(dtype: np.dtype) -> None:
-    """Refuses what is no plain number, such as objects, texts, truth values and complex numbers.
-
-    Raises:
-      UnreadableError: neither integers nor floating-point numbers of up to 64 bits.
-    """
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise UnreadableError("holds no integers or floating-point numbers")
-
-
 def in_file(
-    opened: Opened,
+    layout: Layout,
+    opened: Callable[[], Opening],
     stored: int | None,
-    shape: tuple[int, int, int],
     dtype: np.dtype,
     *,
-    channels: int = 1,
     slow: int = 0,
     columns_first: bool = False,
     series: bool = False,
@@ -194,12 +182,11 @@ def in_file(
     """A stack that a file holds without gaps: what is there of it, whatever its header declares.
 
     Args:
+      layout: as the header declares it; its length along `slow` is below 1 if it does not.
       opened: opens the file (or what unpacks it) at the first number.
       stored: bytes that there are from there on; None for compressed data, which are unpacked once if they are small,
         instead of for each pass.
-      shape: as the header declares it; its length along `slow` is below 1 if it does not.
       dtype: of the numbers, with their byte order.
-      channels: of each pixel.
       slow: the axis along which planes follow each other in the file; see `Stack` also for the others.
       columns_first: whether planes are stored with their axes in reverse, channels included.
       series: see `Stack`.
@@ -208,10 +195,10 @@ def in_file(
     Raises:
       UnreadableError: there is no plane, or they are too large.
     """
-    check_numbers(dtype)
+    *shape, channels = layout
     height, width = (length for axis, length in enumerate(shape) if axis != slow)
-    plane_shape = (height, width, channels) if channels > 1 else (height, width)
     check_size(width, height)
+    plane_shape = (height, width, channels) if channels > 1 else (height, width)
     plane_bytes, declared, cut = math.prod(plane_shape) * dtype.itemsize, shape[slow], ""
     if stored is None:
         data, cut = _unpack(opened)
@@ -219,12 +206,11 @@ def in_file(
             opened, stored = lambda: io.BytesIO(data), len(data)
         elif not 0 < declared * plane_bytes <= _MAX_UNPACKED:
             raise UnreadableError(f"compressed, and not known to be up to {_MAX_UNPACKED >> 30} GiB: unpack it first")
-    there, rest = (declared, 0) if stored is None else divmod(max(0, stored), plane_bytes)
-    if there < max(declared, 1) and (rest or slow or not there):
-        cut = (
-            cut
-            or f"cut off: {max(0, stored or 0)} bytes of the {max(declared, 1) * plane_bytes} that its header declares"
-        )
+        else:
+            stored = declared * plane_bytes
+    there, rest = divmod(max(0, stored), plane_bytes)
+    if not cut and there < max(declared, 1) and (rest or slow or not there):
+        cut = f"cut off: {max(0, stored)} bytes of the {max(declared, 1) * plane_bytes} that its header declares"
     if not there:
         raise UnreadableError(cut)
     warnings: tuple[str, ...] = ()
@@ -240,8 +226,8 @@ def in_file(
             plane = np.frombuffer(stored_plane, dtype)
             yield plane.reshape(plane_shape[::-1]).T if columns_first else plane.reshape(plane_shape)
 
-    z, y, x = (there if axis == slow else length for axis, length in enumerate(shape))
-    return Stack((z, y, x), dtype, planes, slow, series, elsewhere, warnings, cut)
+    shape[slow] = there
+    return Stack((shape[0], shape[1], shape[2]), dtype, planes, slow, series, elsewhere, warnings, cut)
 
 
 @contextlib.contextmanager
@@ -257,7 +243,7 @@ def unpacked(path: str | os.PathLike[str], start: int, packing: str, skip: int =
     Raises:
       UnreadableError: as the data are used: damaged or cut off.
     """
-    with unpacking(), pathlib.Path(path).open("rb") as file:
+    with unpacking(), open_file(path) as file:
         file.seek(start)
         stream = _UNPACKERS[packing](file)
         skip_bytes(stream, skip)
@@ -319,7 +305,7 @@ _UNPACKERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
 }
 
 
-def _unpack(opened: Opened) -> tuple[bytes, str]:
+def _unpack(opened: Callable[[], Opening]) -> tuple[bytes, str]:
     """What is sound of compressed data, as far as it can be held in memory, and why there is no more; "" at its end."""
     data, problem = io.BytesIO(), ""
     try:
@@ -332,7 +318,7 @@ def _unpack(opened: Opened) -> tuple[bytes, str]:
     return data.getvalue(), problem
 
 
-def _read_planes(opened: Opened, numbers: Iterable[int], size: int) -> Iterator[bytes]:
+def _read_planes(opened: Callable[[], Opening], numbers: Iterable[int], size: int) -> Iterator[bytes]:
     position = 0
     with opened() as file:
         for number in numbers:

@@ -17,11 +17,8 @@ import dataclasses
 import functools
 import gzip
 import itertools
-import math
 import os
-import pathlib
 import re
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -30,7 +27,7 @@ from typing import IO, cast
 import numpy as np
 
 from data_prep.readers import stacks
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import Frame, Layout, Options, UnreadableError, open_file
 
 LONGER = "its data file holds more than its header declares"
 
@@ -72,7 +69,7 @@ def open_volume(path: str | os.PathLike[str]) -> stacks.Stack:
     """
     path = os.fspath(path)
     try:
-        with pathlib.Path(path).open("rb") as file:
+        with open_file(path) as file:
             head = file.read(4)
             file.seek(0)
             if head == b"NRRD":
@@ -84,8 +81,6 @@ def open_volume(path: str | os.PathLike[str]) -> stacks.Stack:
             return _nifti(unpacked.read(540), path, packing)
     except (ValueError, OverflowError, LookupError, struct.error, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UnreadableError("header is damaged or cut off") from error
-    except OSError as error:
-        raise UnreadableError(f"cannot be read: {error.strerror}") from error
 
 
 def _stack(
@@ -111,7 +106,7 @@ def _stack(
       packing: "raw", "gzip", "zlib" or "bzip2".
       skip: bytes to be left out after unpacking.
     """
-    shape, series = _shape(sizes)
+    frames, height, width, series = _shape(sizes)
     if channels not in (1, 3, 4):
         raise UnreadableError(f"{channels} channels, expected grey or colour")
     if packing != "raw" and min(start, skip) < 0:
@@ -119,18 +114,18 @@ def _stack(
     data_path = _data_file(path, name) if name else path
     stored, warnings = None, list[str]()
     if packing == "raw":
-        size, total = math.prod(shape) * channels * dtype.itemsize, os.path.getsize(data_path)
+        size, total = frames * height * width * channels * dtype.itemsize, os.path.getsize(data_path)
         start = max(0, total - size) if start < 0 else start
         stored = total - start
         if name and 0 < size < stored:
             stored, warnings = size, [LONGER]  # of other volumes, perhaps
     opened = functools.partial(stacks.unpacked, data_path, start, packing, skip)
-    stack = stacks.in_file(opened, stored, shape, dtype, channels=channels, series=series)
+    stack = stacks.in_file(Layout(frames, height, width, channels), opened, stored, dtype, series=series)
     return dataclasses.replace(stack, warnings=(*stack.warnings, *warnings))
 
 
-def _shape(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
-    """(Z, Y, X) of sizes given fastest first, Z = 0 for unknown, and whether it is a series of volumes."""
+def _shape(sizes: tuple[int, ...]) -> tuple[int, int, int, bool]:
+    """Z (0 for unknown), Y, X of sizes given fastest first, and whether it is a series of volumes."""
     if min(sizes[:2], default=0) < 1 or min(sizes) < -1:
         raise UnreadableError("header declares no pixels")
     sizes = tuple(max(0, size) for size in sizes)
@@ -141,7 +136,7 @@ def _shape(sizes: tuple[int, ...]) -> tuple[tuple[int, int, int], bool]:
     if len(sizes) > 4:
         raise UnreadableError(f"{len(sizes)} dimensions, expected 2, 3 or 4")
     x, y, z, t = sizes + (1,) * (4 - len(sizes))
-    return (t * z, y, x), t != 1
+    return t * z, y, x, t != 1
 
 
 def _three_equal(stack: stacks.Stack) -> bool:
@@ -274,10 +269,6 @@ def _data_file(path: str, name: str) -> str:
     full = os.path.realpath(os.path.join(folder, name))
     if os.path.commonpath([folder, full]) != folder:
         raise UnreadableError("its data file lies outside the folder of the header")
-    try:
-        status = os.stat(full)
-    except OSError as error:
-        raise UnreadableError("the data file that it names is missing") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise UnreadableError("its data file is not a regular file")
+    if not os.path.isfile(full):
+        raise UnreadableError("the data file that it names is missing")
     return full
