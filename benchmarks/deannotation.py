@@ -31,7 +31,7 @@ from benchmarks import overlays, published_recipe
 from data_prep import phantom
 from data_prep.clean.inpainting import clean_frame, overlay_mask
 from data_prep.clean.sector import Sector, find_sector
-from data_prep.readers.images import read_image
+from data_prep.readers import read_frames
 
 Frames = Iterable[tuple[np.ndarray, np.ndarray]]  # uint8 [H, W] and where its sector is
 Method = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, float]]  # image -> result, mask, seconds
@@ -58,7 +58,7 @@ def real_frames(folder: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Grey public frames, cropped to their sectors, and those."""
     for pattern in _REAL:
         for path in sorted(pathlib.Path(folder).glob(pattern)):
-            frame = read_image(path)
+            frame = next(read_frames(path)).pixels
             if frame.shape[2] == 1 and frame.dtype == np.uint8:
                 sector = find_sector([frame])
                 left, top, right, bottom = sector.box

@@ -13,7 +13,7 @@ import numpy as np
 from data_prep.find import tables
 from data_prep.readers import IMAGES, UnreadableError, read_mask, volumes
 from data_prep.readers.clips import channel_spread, check_size
-from data_prep.readers.images import image_size, load
+from data_prep.readers.images import checked, load
 
 FOREGROUND = 255
 _THRESHOLD = 127  # of masks that were stored as JPEG or drawn with soft edges
@@ -192,9 +192,7 @@ def _read_numbers(path: str | os.PathLike[str], soft: bool) -> np.ndarray:
 
 def _read_colours(path: str | os.PathLike[str]) -> np.ndarray:
     """An image in colour, uint8 RGB `[H, W, 3]`."""
-    data = load(path, _MAX_BYTES)
-    width, height = image_size(data)
-    check_size(height, width)
+    data = checked(load(path, _MAX_BYTES))
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     except cv2.error as error:

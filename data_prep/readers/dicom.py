@@ -36,7 +36,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_prep.readers import dicom_pixels
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import Frame, Options, UnreadableError, open_file
 from data_prep.readers.clips import Boxes, as_frames, chosen, silence
 from data_prep.readers.kinds import HEAD_BYTES, VRS, is_dicom
 from usfmae_jax.errors import InputError
@@ -103,7 +103,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
         raise InputError("DICOM files need pydicom: pip install -r requirements-prep.txt") from error
     with contextlib.ExitStack() as stack:
         with _quietly("header is damaged"):
-            file = stack.enter_context(_open(path))
+            file = stack.enter_context(open_file(path))
             syntax, meta, header, file = _read_header(file)
             check_kind(header)
             clip = dicom_pixels.open_clip(file, syntax, header)
@@ -150,13 +150,6 @@ def _quietly(reason: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _open(path: str | os.PathLike[str]) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UnreadableError(f"cannot be read: {error.strerror}") from None
 
 
 def _read_header(file: BinaryIO) -> tuple[str, Any, Any, BinaryIO]:

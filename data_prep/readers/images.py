@@ -1,13 +1,16 @@
 """Image files to frames: PNG, JPEG, TIFF and BMP with 8 or 16 bits, told apart by their content, not by their suffix.
 
 The header is read by hand before anything is decoded: it is where a file says that it is too large, a stack or CMYK,
-and OpenCV would allocate, take the first page or convert without a word.
+and OpenCV would allocate, take the first page or convert without a word. Pillow ends a chain of TIFF pages that is cut
+off, or runs in a circle, without a word, and knows no JPEG of more than 8 bits.
+
+Palettes are expanded, alpha is dropped, EXIF orientation is ignored (masks are drawn on the stored pixels), and colour
+that carries no meaning becomes grey.
 """
 
 import dataclasses
 import io
 import os
-import pathlib
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import Frame, Options, UnreadableError, open_file
 from data_prep.readers.clips import (
     MAX_PIXELS,
     WRONG_COUNT,
@@ -45,36 +48,23 @@ _PAGES = 16  # decoded at a time: OpenCV walks through the pages before them aga
 
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
-    """Yields the frame of an image file as in `read_image`, or the pages of a TIFF that has several.
+    """Yields the frame of an image file, or the pages of a TIFF that has several.
 
     Pages are frames of a clip: grey or colour is decided for all of them (`as_frames`), 16 bits stay as they are.
     Thumbnails and transparency masks among the pages are left out and not counted.
-    """
-    data = load(path)
-    pages = _tiff_pages(data) if data.startswith(_TIFF) else _Pages([], "", 0, 0)
-    if not (len(pages.sound) > 1 or any(page for page, *_ in pages.sound) or (pages.sound and pages.damage)):
-        yield Frame(_one_or_three_channels(decode(_checked(data))))
-        return
-    wrong = not pages.damage and pages.declared not in (0, pages.total)
-    for frame in as_frames(_decode_pages(data, pages.sound, options)):
-        yield dataclasses.replace(frame, warnings=(WRONG_COUNT,)) if wrong else frame
-    if pages.damage:
-        raise UnreadableError(pages.damage)
-
-
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a PNG, JPEG, TIFF or BMP.
-
-    Palettes are expanded, alpha is dropped, EXIF orientation is ignored (masks are drawn on the stored pixels), and
-    colour that carries no meaning becomes grey.
-
-    Returns:
-      uint8 or uint16 `[H, W, 1]` (grey) or `[H, W, 3]` (RGB), at most `MAX_PIXELS` pixels.
 
     Raises:
       UnreadableError: the file is missing, empty, damaged, too large, or none of these.
     """
-    return _one_or_three_channels(decode(_checked(load(path))))
+    data = load(path)
+    pages, damage, warnings = _tiff_pages(data) if data.startswith(_TIFF) else ([], "", ())
+    if len(pages) < 2 and not (pages and (pages[0].number or damage)):
+        yield Frame(_one_or_three_channels(decode(checked(data))))
+        return
+    for frame in as_frames(_decode_pages(data, pages, options)):
+        yield dataclasses.replace(frame, warnings=warnings)
+    if damage:
+        raise UnreadableError(damage)
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
@@ -84,9 +74,9 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
       uint8 `[H, W]`.
 
     Raises:
-      UnreadableError: as in `read_image`, or the mask has colours without a palette or numbers above 255.
+      UnreadableError: as in `read`, or the mask has several pages, colours without a palette or numbers above 255.
     """
-    data = _checked(load(path))
+    data = checked(load(path))
     if data.startswith(_PNG) and data[25] == _PNG_PALETTE:
         return _palette_indices(data)
     mask = _one_or_three_channels(decode(data), keep_colour=True)
@@ -103,11 +93,8 @@ def load(path: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
     Raises:
       UnreadableError: it cannot be read, is empty, or has more than `most` bytes.
     """
-    try:
-        with pathlib.Path(path).open("rb") as file:
-            data = file.read(most + 1)
-    except OSError as error:
-        raise UnreadableError(f"cannot be read: {error.strerror}") from error
+    with open_file(path) as file:
+        data = file.read(most + 1)
     if not data:
         raise UnreadableError("empty file")
     if len(data) > most:
@@ -115,17 +102,12 @@ def load(path: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
     return data
 
 
-def _checked(data: bytes) -> bytes:
-    """The same bytes, if their header asks for nothing unreasonable."""
-    check_size(*image_size(data))
-    return data
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """(width, height) as the header declares them.
+def checked(data: bytes) -> bytes:
+    """The same bytes, if their header asks for nothing unreasonable.
 
     Raises:
-      UnreadableError: not a PNG, JPEG, TIFF or BMP, a kind of it that is not supported, or cut off.
+      UnreadableError: not a PNG, JPEG, TIFF or BMP, a kind of it that is not supported, cut off, or larger than
+        `MAX_PIXELS`.
     """
     try:
         if data.startswith(_PNG):
@@ -136,7 +118,12 @@ def image_size(data: bytes) -> tuple[int, int]:
                 raise UnreadableError(f"JPEG with {frame.components} components (CMYK?), expected grey or colour")
             width, height = frame.width, frame.height
         elif data.startswith(_TIFF):
-            width, height = _tiff_size(data)
+            pages, damage, _ = _tiff_pages(data)
+            if damage or not pages:
+                raise UnreadableError(damage or "TIFF has no pages")
+            if len(pages) > 1 or pages[0].number:
+                raise UnreadableError("TIFF with several pages, expected one image per file")
+            _, width, height = pages[0]
         elif data.startswith(b"BM"):
             (header,) = struct.unpack_from("<I", data, 14)
             width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
@@ -145,32 +132,20 @@ def image_size(data: bytes) -> tuple[int, int]:
             raise UnreadableError("not a PNG, JPEG, TIFF or BMP")
     except struct.error as error:
         raise UnreadableError(_BAD_HEADER) from error
-    if not (width and height):
-        raise UnreadableError("header declares no pixels")
-    return width, height
+    check_size(width, height)
+    return data
 
 
 class JpegFrame(NamedTuple):
-    """What the header of a JPEG or JPEG-LS stream says.
-
-    Attributes:
-      width: in pixels.
-      height: likewise.
-      components: channels.
-      precision: bits of each.
-      is_lossless: JPEG lossless.
-      is_ls: JPEG-LS, which OpenCV does not know.
-      is_subsampled: the components differ in size.
-      position: of this header in the stream.
-    """
+    """What the header of a JPEG or JPEG-LS stream says, and its position in the stream."""
 
     width: int
     height: int
     components: int
-    precision: int
+    precision: int  # bits
     is_lossless: bool
-    is_ls: bool
-    is_subsampled: bool
+    is_ls: bool  # which OpenCV does not know
+    is_subsampled: bool  # the components differ in size
     position: int
 
 
@@ -204,37 +179,16 @@ def jpeg_frame(data: bytes) -> JpegFrame:
         raise UnreadableError(_BAD_HEADER) from error
 
 
-def _tiff_size(data: bytes) -> tuple[int, int]:
-    pages = _tiff_pages(data)
-    if pages.damage:
-        raise UnreadableError(pages.damage)
-    if not pages.sound:
-        raise UnreadableError("TIFF has no pages")
-    if len(pages.sound) > 1 or pages.sound[0][0]:
-        raise UnreadableError("TIFF with several pages, expected one image per file")
-    return pages.sound[0][1:]
+class _Page(NamedTuple):
+    number: int  # in the chain of all pages
+    width: int
+    height: int
 
 
-class _Pages(NamedTuple):
-    """Of a TIFF.
-
-    Attributes:
-      sound: (position in the chain, width, height) of the pages that are pictures.
-      damage: why there are no more of them, or "".
-      declared: pages of all kinds, as the file numbers them; 0 if it does not.
-      total: pages of all kinds that are there.
-    """
-
-    sound: list[tuple[int, int, int]]
-    damage: str
-    declared: int
-    total: int
-
-
-def _tiff_pages(data: bytes) -> _Pages:
-    # By hand: Pillow ends a chain of pages that is cut off, or runs in a circle, without a word.
+def _tiff_pages(data: bytes) -> tuple[list[_Page], str, tuple[str, ...]]:
+    """The pages of a TIFF that are pictures, why there are no more of them, and warnings for `Frame.warnings`."""
     order = "<" if data.startswith(b"II") else ">"
-    sound: list[tuple[int, int, int]] = []
+    pages: list[_Page] = []
     seen: set[int] = set()
     declared, damage = 0, ""
     try:
@@ -256,22 +210,23 @@ def _tiff_pages(data: bytes) -> _Pages:
             check_size(width, height)  # of all pages, since several are decoded at a time
             (directory,) = struct.unpack_from(order + "I", data, directory + 2 + 12 * count)
             if not tags.get(_TIFF_KIND, 0) & 0b101:  # reduced copy of another page, or transparency mask
-                sound.append((len(seen) - 1, width, height))
+                pages.append(_Page(len(seen) - 1, width, height))
     except struct.error:
         damage = _BAD_HEADER
     except UnreadableError as error:
         damage = str(error)
-    return _Pages(sound, damage, declared, len(seen))
+    wrong = not damage and declared not in (0, len(seen))
+    return pages, damage, (WRONG_COUNT,) if wrong else ()
 
 
-def _decode_pages(data: bytes, pages: list[tuple[int, int, int]], options: Options) -> Iterator[tuple[int, np.ndarray]]:
+def _decode_pages(data: bytes, pages: list[_Page], options: Options) -> Iterator[tuple[int, np.ndarray]]:
     wanted = chosen(len(pages), options)
     buffer = np.frombuffer(data, np.uint8)
     step = wanted[1] - wanted[0] if len(wanted) > 1 else 1
     decoded: dict[int, np.ndarray] = {}
     for number in wanted:
         page, width, height = pages[number]
-        together = min(_PAGES // step**2, MAX_PIXELS // (width * height), pages[-1][0] + 1 - page)
+        together = min(_PAGES // step**2, MAX_PIXELS // (width * height), pages[-1].number + 1 - page)
         for end in (page + max(1, together), page + 1):  # alone, if one of those after it is damaged
             if page not in decoded:
                 decoded = dict(enumerate(_decode_range(buffer, page, end), page))

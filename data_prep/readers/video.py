@@ -12,14 +12,13 @@ of frames in the header that differs from the list of them is a warning.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import av
 import numpy as np
 
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import Frame, Options, UnreadableError, open_file
 from data_prep.readers.clips import MAX_PIXELS, WRONG_COUNT, as_frames, check_size, chosen
 from data_prep.readers.kinds import HEAD_BYTES, video_container
 
@@ -45,14 +44,11 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
 
 def _container(path: str | os.PathLike[str]) -> tuple[str, bool]:
     """FFmpeg's name for the container, and whether its end seems to be missing."""
-    try:
-        with pathlib.Path(path).open("rb") as file:
-            head = file.read(HEAD_BYTES)
-            kind, size = video_container(head), os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _TAIL))
-            tail = file.read()
-    except OSError as error:
-        raise UnreadableError(f"cannot be read: {error.strerror}") from error
+    with open_file(path) as file:
+        head = file.read(HEAD_BYTES)
+        kind, size = video_container(head), os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _TAIL))
+        tail = file.read()
     if not kind:
         raise UnreadableError("not a kind of video that is known")
     if kind == "gif":

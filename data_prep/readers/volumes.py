@@ -102,21 +102,25 @@ def _stack(
       sizes: of the axes, fastest first, without that of the channels; from the third on 0 or -1 if it is unknown.
       dtype: of the numbers, with their byte order.
       channels: of each pixel, next to each other.
-      start: where the numbers begin in their file; -1 if they are at its end.
+      start: where the numbers or what they are packed in begin in their file; -1 if they are at its end.
       packing: "raw", "gzip", "zlib" or "bzip2".
-      skip: bytes to be left out after unpacking.
+      skip: bytes to be left out after unpacking; -1 likewise.
     """
     frames, height, width, series = _shape(sizes)
     if channels not in (1, 3, 4):
         raise UnreadableError(f"{channels} channels, expected grey or colour")
-    if packing != "raw" and min(start, skip) < 0:
+    if min(start, skip) < -1:
+        raise UnreadableError("header is damaged or cut off")
+    at_end = -1 in (start, skip)
+    if at_end and packing != "raw":
         raise UnreadableError("compressed data at the end of their file, which is not supported")
     data_path = _data_file(path, name) if name else path
     stored, warnings = None, list[str]()
     if packing == "raw":
         size, total = frames * height * width * channels * dtype.itemsize, os.path.getsize(data_path)
-        start = max(0, total - size) if start < 0 else start
-        stored = total - start
+        if at_end:
+            start, skip = max(0, total - size), 0
+        stored = total - start - skip
         if name and 0 < size < stored:
             stored, warnings = size, [LONGER]  # of other volumes, perhaps
     opened = functools.partial(stacks.unpacked, data_path, start, packing, skip)
@@ -164,9 +168,8 @@ def _nifti(head: bytes, path: str, packing: str) -> stacks.Stack:
     if not 1 <= dims[0] <= 7:
         raise UnreadableError("header is damaged or cut off")
     dtype, channels = np.dtype(order + _NIFTI_TYPES.get(kind, "u1")), _NIFTI_COLOURS.get(kind, 1)
-    start = max(int(start), size)
-    start, skip = (0, start) if packing == "gzip" else (start, 0)
-    return _stack(path, "", dims[1 : 1 + dims[0]], dtype, channels, start=start, packing=packing, skip=skip)
+    skip = max(int(start), size)
+    return _stack(path, "", dims[1 : 1 + dims[0]], dtype, channels, start=0, packing=packing, skip=skip)
 
 
 def _meta_image(file: IO[bytes], path: str) -> stacks.Stack:
@@ -185,7 +188,7 @@ def _meta_image(file: IO[bytes], path: str) -> stacks.Stack:
         _numbers(fields["DimSize"], int(fields["NDims"])),
         _dtype(fields["ElementType"], ">" if order.lower() in ("true", "1") else "<"),
         int(fields.get("ElementNumberOfChannels", 1)),
-        start=_offset(fields.get("HeaderSize", "0")) if name else file.tell(),
+        start=int(fields.get("HeaderSize", 0)) if name else file.tell(),
         packing="zlib" if fields.get("CompressedData", "False").lower() in ("true", "1") else "raw",
     )
 
@@ -210,12 +213,9 @@ def _nrrd(file: IO[bytes], path: str) -> stacks.Stack:
     elif first not in _NRRD_SPACE:
         raise UnreadableError("NRRD whose first axis is neither space nor colour, which is not supported")
     name = fields.get("datafile", "")
-    start, skip = 0 if name else file.tell(), _offset(fields.get("byteskip", "0"))
-    packing = _NRRD_PACKINGS[packing]
-    if packing == "raw":
-        start, skip = (-1, 0) if skip == -1 else (start + skip, 0)
+    start, skip = 0 if name else file.tell(), int(fields.get("byteskip", 0))
     dtype = _dtype(fields["type"], ">" if fields.get("endian", "little").lower() == "big" else "<")
-    return _stack(path, name, sizes, dtype, channels, start=start, packing=packing, skip=skip)
+    return _stack(path, name, sizes, dtype, channels, start=start, packing=_NRRD_PACKINGS[packing], skip=skip)
 
 
 def _dtype(name: str, order: str) -> np.dtype:
@@ -251,14 +251,6 @@ def _numbers(text: str, count: int) -> tuple[int, ...]:
     if len(numbers) != count:
         raise UnreadableError("header is damaged or cut off")
     return numbers
-
-
-def _offset(text: str) -> int:
-    """A number of bytes; -1 for data at the end of their file."""
-    number = int(text)
-    if number < -1:
-        raise UnreadableError("header is damaged or cut off")
-    return number
 
 
 def _data_file(path: str, name: str) -> str:
