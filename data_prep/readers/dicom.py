@@ -34,12 +34,14 @@ from collections.abc import Iterator, MutableSequence, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
+from pydicom import Dataset
+from pydicom.datadict import dictionary_VR, keyword_for_tag
+from pydicom.filereader import read_dataset
 
 from data_prep.readers import dicom_pixels
 from data_prep.readers.base import Frame, Options, UnreadableError, open_file
 from data_prep.readers.clips import Boxes, as_frames, chosen, silence
 from data_prep.readers.kinds import HEAD_BYTES, VRS, is_dicom
-from usfmae_jax.errors import InputError
 
 _MAX_DEFLATED = 1 << 29
 _MAX_ELEMENT = 1 << 20  # longer ones, raw data of the scanner, are not read into memory
@@ -95,12 +97,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     Raises:
       UnreadableError: not DICOM, no ultrasound, no pixels, damaged, cut off, too large or of a kind that is not
         supported.
-      InputError: pydicom is not installed.
     """
-    try:
-        import pydicom  # noqa: F401
-    except ImportError as error:
-        raise InputError("DICOM files need pydicom: pip install -r requirements-prep.txt") from error
     with contextlib.ExitStack() as stack:
         with _quietly("header is damaged"):
             file = stack.enter_context(open_file(path))
@@ -141,10 +138,8 @@ def _quietly(reason: str) -> Iterator[None]:
         with warnings.catch_warnings(), silence():
             warnings.simplefilter("ignore")
             yield
-    except (UnreadableError, InputError):
+    except (UnreadableError, MemoryError):
         raise
-    except MemoryError:
-        raise UnreadableError("needs more memory than there is") from None
     except Exception:
         raise UnreadableError(reason) from None  # its message and its cause repeat values
     finally:
@@ -154,8 +149,6 @@ def _quietly(reason: str) -> Iterator[None]:
 
 def _read_header(file: BinaryIO) -> tuple[str, Any, Any, BinaryIO]:
     """The transfer syntax, file meta information, the elements before the pixels, and the file that stands there."""
-    from pydicom.filereader import read_dataset
-
     head = file.read(HEAD_BYTES)
     if not is_dicom(head):
         raise UnreadableError("not a DICOM file" if head else "empty file")
@@ -193,9 +186,6 @@ def _inflate(file: BinaryIO) -> BinaryIO:
 
 def _read_rest(file: BinaryIO, clip: dicom_pixels.Clip, header: Any) -> Any:
     """The elements after the pixels; none if that is something else."""
-    from pydicom import Dataset
-    from pydicom.filereader import read_dataset
-
     if clip.damage:
         return Dataset()
     file.seek(clip.end)
@@ -333,8 +323,6 @@ def count_removed(*datasets: Any) -> dict[str, int]:
 
 
 def _count(dataset: Any, counts: collections.Counter[str], kept: tuple[str, ...] = ()) -> None:
-    from pydicom.datadict import dictionary_VR, keyword_for_tag
-
     for tag in list(dataset.keys()):
         element = dataset.get_item(tag)  # as it is in the file, without parsing its value
         if (element.length == 0) if element.is_raw else element.is_empty:

@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
+from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, apply_windowing, get_decoder
+from pydicom.uid import UID, UID_dictionary
 
 from data_prep.readers import images
 from data_prep.readers.base import UnreadableError
@@ -111,9 +113,6 @@ def open_clip(file: BinaryIO, syntax: str, header: Any) -> Clip:
 
 
 def _find_decoder(syntax: str) -> Any:
-    from pydicom.pixels import get_decoder
-    from pydicom.uid import UID, UID_dictionary
-
     try:
         return get_decoder(syntax)
     except NotImplementedError:
@@ -394,8 +393,6 @@ def _greys(header: Any, values: np.ndarray) -> np.ndarray:
 
 def _window(header: Any, values: np.ndarray) -> np.ndarray | None:
     """From 0 (black) to 1 (white), or None if the file does not say (DICOM PS3.3, C.11.1 and C.11.2)."""
-    from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing
-
     values = apply_modality_lut(values, header)
     if header.get("VOILUTSequence"):
         bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
@@ -420,8 +417,6 @@ def _window(header: Any, values: np.ndarray) -> np.ndarray | None:
 
 def _colours(header: Any, values: np.ndarray) -> np.ndarray:
     """RGB uint8 `[2**stored, 3]` of values by the palette of the file; of 16 bits the upper 8."""
-    from pydicom.pixels import apply_color_lut
-
     descriptor = header["RedPaletteColorLookupTableDescriptor"]
     entries, first, bits = (int(number) for number in descriptor.value)
     entries = entries & 0xFFFF or 0x10000

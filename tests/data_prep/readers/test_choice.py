@@ -109,13 +109,22 @@ def test_names_that_are_not_utf_8_are_read(files, tmp_path):
             assert list(read_frames(strange)), path.name
 
 
-@pytest.mark.parametrize(("name", "library"), [("clip.mp4", "av"), ("a.h5", "h5py")])
-def test_a_missing_library_is_one_sentence_that_says_what_to_type(files, monkeypatch, name, library):
-    path = next(path for path in files if path.name == name)
-    monkeypatch.setitem(sys.modules, library, None)
-    for module in ("video", "hdf5"):
+@pytest.mark.parametrize(
+    ("name", "library", "what"),
+    [
+        ("clip.mp4", "av", "Videos"),
+        ("a.h5", "h5py", "HDF5 and MATLAB 7.3 files"),
+        ("image", "pydicom", "DICOM files"),
+    ],
+)
+def test_a_missing_library_is_one_sentence_that_says_what_to_type(files, tmp_path, monkeypatch, name, library, what):
+    dicoms.write(tmp_path, samples.scene(1)[0])
+    path = next(path for path in [*files, tmp_path / "image"] if path.name == name)
+    for module in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, module, None)
+    for module in ("video", "hdf5", "dicom", "dicom_pixels"):
         monkeypatch.delitem(sys.modules, f"data_prep.readers.{module}", raising=False)
-    with pytest.raises(InputError, match=f"need {library}: pip install -r requirements-prep.txt$"):
+    with pytest.raises(InputError, match=f"^{what} need {library}: pip install -r requirements-prep.txt$"):
         list(read_frames(path))
 
 
