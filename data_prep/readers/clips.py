@@ -58,12 +58,14 @@ def as_frames(pictures: Iterable[tuple[int, np.ndarray]], boxes: Boxes = ()) -> 
     meaning. Frame by frame, a clip would change between grey and colour as Doppler comes and goes with the heartbeat.
 
     Args:
-      pictures: (number in the file, uint8 or uint16 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]`); consumed as needed.
+      pictures: (number in the file, uint8 or uint16 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]`); consumed as needed, one
+        by one if they are `[H, W]`, which all are then.
       boxes: regions that are asked for colour, as in `Frame`; whole pictures if there are none.
     """
 
     def enough(first: list[tuple[int, np.ndarray]]) -> bool:
-        return len(first) == _DECIDING or sum(pixels.nbytes for _, pixels in first) >= _DECIDING_BYTES
+        bytes_held = sum(pixels.nbytes for _, pixels in first)
+        return first[0][1].ndim == 2 or len(first) == _DECIDING or bytes_held >= _DECIDING_BYTES
 
     first, rest = look_ahead(iter(pictures), enough)
     asked = [

@@ -109,12 +109,8 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
             technical = facts(header, clip, with_size=bool(found))
             removed = count_removed(meta, header, _read_rest(file, clip, header))
         pictures = _decode(file, clip, chosen(clip.count, options))
-        grey = clip.table is not None and clip.table.ndim == 1
         # A coloured logo or button beside the regions says nothing about the colour of a clip.
-        shown = (
-            (Frame(pixels[:, :, None], number) for number, pixels in pictures) if grey else as_frames(pictures, found)
-        )
-        for frame in shown:
+        for frame in as_frames(pictures, found):
             yield Frame(frame.pixels, frame.number, found, patient, video, technical, removed, clip.warnings)
     if clip.damage:
         raise UnreadableError(clip.damage)
