@@ -102,12 +102,12 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
         with _quietly("header is damaged"):
             file = stack.enter_context(open_file(path))
             syntax, meta, header, file = _read_header(file)
-            check_kind(header)
+            _check_kind(header)
             clip = dicom_pixels.open_clip(file, syntax, header)
-            found = boxes(header, clip.pixels["rows"], clip.pixels["columns"])
-            patient, video = identifiers(header)
-            technical = facts(header, clip, with_size=bool(found))
-            removed = count_removed(meta, header, _read_rest(file, clip, header))
+            found = _boxes(header, clip.pixels["rows"], clip.pixels["columns"])
+            patient, video = _identifiers(header)
+            technical = _facts(header, clip, with_size=bool(found))
+            removed = _count_removed(meta, header, _read_rest(file, clip, header))
         pictures = _decode(file, clip, chosen(clip.count, options))
         # A coloured logo or button beside the regions says nothing about the colour of a clip.
         for frame in as_frames(pictures, found):
@@ -195,12 +195,8 @@ def _read_rest(file: BinaryIO, clip: dicom_pixels.Clip, header: Any) -> Any:
 # ---- what is taken from the header, and what is not -----------------------------------------------------------------
 
 
-def check_kind(header: Any) -> None:
-    """Refuses what is no picture of ultrasound.
-
-    Raises:
-      UnreadableError: another modality, no pixels by its kind, or no 2D region.
-    """
+def _check_kind(header: Any) -> None:
+    """Refuses what is no picture of ultrasound."""
     modality = _text(header, "Modality")
     if modality in _OTHER_MODALITIES:
         raise UnreadableError(f"modality {modality}, expected US, IVUS or OT")
@@ -212,30 +208,20 @@ def check_kind(header: Any) -> None:
         raise UnreadableError("declares M-mode, spectra or waveforms only, no 2D image")
 
 
-def boxes(header: Any, rows: int, columns: int) -> Boxes:
-    """The 2D regions of tissue or flow, as (left, top, right, bottom) in pixels, right and bottom exclusive.
-
-    Empty if none is declared or one reaches out of the picture: it was declared for another size.
-    """
+def _boxes(header: Any, rows: int, columns: int) -> Boxes:
+    """The 2D regions of tissue or flow, as in `Frame`."""
     found = []
     for region in _images(header):
         left, top, right, bottom = (int(region.get(name)) for name in _CORNERS)
         # The last pixel is meant, but some write the first one after it.
         if not (0 <= left < right <= columns and 0 <= top < bottom <= rows):
-            return ()
+            return ()  # declared for another size of the picture
         found.append((left, top, min(right + 1, columns), min(bottom + 1, rows)))
     return tuple(dict.fromkeys(found))
 
 
-def facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, str]:
-    """Technical values that may be written.
-
-    Args:
-      header: `pydicom.Dataset`.
-      clip: what is known about its pixels.
-      with_size: the size of a pixel in the regions can be trusted; four digits of it are kept, because all of them
-        could tell one examination from all others.
-    """
+def _facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, str]:
+    """Technical values that may be written; the size of a pixel only if that in the regions can be trusted."""
     regions = _regions(header)
     found = {name: _text(header, name)[:_MAX_FACT] for name in TEXTS} | {
         "BitsStored": str(clip.pixels["bits_stored"]),
@@ -247,7 +233,7 @@ def facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, st
         "RegionDataType": _names(regions, "RegionDataType", _TYPES),
     }
     for axis in "XY" if with_size else "":
-        sizes = {
+        sizes = {  # in four digits, because all of them could tell one examination from all others
             f"{abs(float(region.get(f'PhysicalDelta{axis}') or 0)):.4g} cm"
             for region in _images(header)
             if region.get(f"PhysicalUnits{axis}Direction") == _CM
@@ -256,12 +242,8 @@ def facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, st
     return {name: value for name, value in found.items() if value}
 
 
-def identifiers(header: Any) -> tuple[str, str]:
-    """(patient, video), both raw: hash them before anything is written.
-
-    The patient is the ID and who issued it, or the name where there is no ID; empty if what is there says nothing, such
-    as "anonymous". The video is the SOP instance UID.
-    """
+def _identifiers(header: Any) -> tuple[str, str]:
+    """The patient, by the ID and who issued it or else the name, empty if that says nothing; and the SOP instance."""
     patient, issuer = _text(header, "PatientID"), _text(header, "IssuerOfPatientID")
     if not _says_something(patient):
         patient, issuer = _text(header, "PatientName"), ""
@@ -306,7 +288,7 @@ def _names(regions: list[Any], element: str, names: tuple[str, ...]) -> str:
     return ", ".join(name for number, name in enumerate(names) if number in numbers)
 
 
-def count_removed(*datasets: Any) -> dict[str, int]:
+def _count_removed(*datasets: Any) -> dict[str, int]:
     """How much of each kind is in a file that is not taken over; elements without a value do not count."""
     counts: collections.Counter[str] = collections.Counter()
     for dataset in datasets:

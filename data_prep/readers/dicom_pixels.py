@@ -51,7 +51,7 @@ class Clip:
 
     Attributes:
       decoder: of pydicom.
-      pixels: what the header says, under the names of pydicom's options: rows, columns, bits_stored ...
+      pixels: what the header says, under the names of pydicom's options.
       shift: how far the bits that count are from the lowest one.
       table: uint8 or uint16 `[2**stored]` or `[2**stored, 3]`, from stored numbers to what is shown; None for colours.
       start: of the pixel data in the file, in bytes.
@@ -190,14 +190,7 @@ def _layout(pixels: dict[str, Any], length: int, declared: int | None) -> tuple[
 
 
 def _count_frames(length: int, there: int, frame_bytes: int, declared: int | None) -> tuple[int, bool]:
-    """Frames of uncompressed pixels, and whether some are cut off.
-
-    Args:
-      length: of the pixel data as the element says it, in bytes.
-      there: bytes of it in the file.
-      frame_bytes: of one frame.
-      declared: frames, by the header.
-    """
+    """Frames of uncompressed pixels, of which the element says `length` bytes, and whether some are cut off."""
     found, rest = divmod(there, frame_bytes)
     if length > there:  # the file ends first, or the length is wrong
         count = min(found, declared or found)
@@ -209,13 +202,7 @@ def _count_frames(length: int, there: int, frame_bytes: int, declared: int | Non
 
 
 def _find_frames(file: BinaryIO, end: int, declared: int | None) -> tuple[list[list[Piece]], int, str]:
-    """The pieces of each whole frame of compressed pixels, where these end, and what is wrong there (PS3.5, A.4).
-
-    Args:
-      file: stands at the table of offsets, the first item of the pixel data.
-      end: of the pixel data or the file, in bytes.
-      declared: frames, by the header.
-    """
+    """The pieces of each whole frame of compressed pixels, where these end, and what is wrong there (PS3.5, A.4)."""
     pieces: list[Piece] = []
     begins: list[bool] = []
     damage, position = "", file.tell()
