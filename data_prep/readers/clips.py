@@ -51,7 +51,9 @@ def check_size(width: int, height: int) -> None:
         raise UnreadableError(f"{width} x {height} pixels, more than {MAX_PIXELS // 1_000_000} million")
 
 
-def as_frames(pictures: Iterable[tuple[int, np.ndarray]], boxes: Boxes = ()) -> Iterator[Frame]:
+def as_frames(
+    pictures: Iterable[tuple[int, np.ndarray]], boxes: Boxes = (), warnings: Sequence[str] = ()
+) -> Iterator[Frame]:
     """Makes the pictures of one clip or volume frames: all of them grey, or all colour.
 
     Colour is kept if one of the first 8 pictures (of the first 64 MiB, if these are fewer) has colour that carries
@@ -61,6 +63,7 @@ def as_frames(pictures: Iterable[tuple[int, np.ndarray]], boxes: Boxes = ()) -> 
       pictures: (number in the file, uint8 or uint16 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]`); consumed as needed, one
         by one if they are `[H, W]`, which all are then.
       boxes: regions that are asked for colour, as in `Frame`; whole pictures if there are none.
+      warnings: see `Frame`; may grow until the first picture is there.
     """
 
     def enough(first: list[tuple[int, np.ndarray]]) -> bool:
@@ -80,7 +83,7 @@ def as_frames(pictures: Iterable[tuple[int, np.ndarray]], boxes: Boxes = ()) -> 
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         elif colour and not is_colour:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
-        yield Frame(pixels.reshape(*pixels.shape[:2], -1), number)
+        yield Frame(pixels.reshape(*pixels.shape[:2], -1), number, warnings=tuple(warnings))
 
 
 def look_ahead(items: Iterator[_Item], enough: Callable[[list[_Item]], bool]) -> tuple[list[_Item], Iterator[_Item]]:

@@ -25,7 +25,6 @@ from data_prep.readers.clips import WRONG_COUNT, check_size
 MAX_FRAMES = 100_000
 _MAX_CLIP_PIXELS = 50_000_000_000  # half an hour of 1024 x 768 at 30 frames a second
 _MAX_STREAM = 1 << 16, 2  # bytes of a compressed frame: so many, and so many times its size
-_MAX_PIECES = 200_000
 _MAX_TILES = 4096  # of a JPEG 2000 frame; scanners write one
 
 IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
@@ -212,7 +211,7 @@ def _find_frames(file: BinaryIO, end: int, declared: int | None) -> tuple[list[l
         position += 8
         if (group, element) == (0xFFFE, 0xE0DD):
             break
-        if (group, element) != (0xFFFE, 0xE000) or len(pieces) > _MAX_PIECES:
+        if (group, element) != (0xFFFE, 0xE000):
             damage = _DAMAGED
             break
         pieces.append((position, length))

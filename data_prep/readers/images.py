@@ -8,7 +8,6 @@ Palettes are expanded, alpha is dropped, EXIF orientation is ignored (masks are 
 that carries no meaning becomes grey.
 """
 
-import dataclasses
 import io
 import os
 import re
@@ -61,8 +60,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     if len(pages) < 2 and not (pages and (pages[0].number or damage)):
         yield Frame(_one_or_three_channels(decode(checked(data))))
         return
-    for frame in as_frames(_decode_pages(data, pages, options)):
-        yield dataclasses.replace(frame, warnings=warnings)
+    yield from as_frames(_decode_pages(data, pages, options), warnings=warnings)
     if damage:
         raise UnreadableError(damage)
 

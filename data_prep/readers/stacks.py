@@ -15,7 +15,7 @@ import math
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, cast
 
 import numpy as np
@@ -102,8 +102,8 @@ def read(stack: Stack, options: Options) -> Iterator[Frame]:
     warnings = (*stack.warnings, ELSEWHERE) if told else stack.warnings
     transposed = told and stack.elsewhere == "transposed"
     empty = True
-    for frame in as_frames(_shown(stack, dataclasses.replace(options, axis=axis), transposed)):
-        yield dataclasses.replace(frame, warnings=warnings) if empty else frame
+    for frame in as_frames(_shown(stack, options, axis, transposed), warnings=warnings):
+        yield frame
         empty = False
     if stack.cut:
         raise UnreadableError(stack.cut)
@@ -331,22 +331,20 @@ def _read_planes(opened: Callable[[], Opening], numbers: Iterable[int], size: in
         file.read(1)  # at the end, a compressed file compares its checksum
 
 
-def _shown(stack: Stack, options: Options, transposed: bool) -> Iterator[tuple[int, np.ndarray]]:
+def _shown(stack: Stack, options: Options, axis: int, transposed: bool) -> Iterator[tuple[int, np.ndarray]]:
     window = None if stack.dtype == np.uint8 else _find_window(stack)
-    reverse, keep = slice(None, None, -1), slice(None)
-    rows = reverse if options.flip in ("vertical", "both") else keep
-    columns = reverse if options.flip in ("horizontal", "both") else keep
-    for number, plane in _slices(stack, options):
+    rows = slice(None, None, -1 if options.flip in ("vertical", "both") else 1)
+    columns = slice(None, None, -1 if options.flip in ("horizontal", "both") else 1)
+    for number, plane in _slices(stack, chosen(stack.shape[axis], options), axis):
         plane = plane.swapaxes(0, 1) if transposed else plane
-        pixels = plane[rows, columns] if plane.ndim == 2 else plane[rows, columns, :3]
+        pixels = plane[rows, columns, :3] if plane.ndim == 3 else plane[rows, columns]
         pixels = np.array(pixels, order="C") if window is None else _to_uint8(pixels, *window)
         if pixels.min() != pixels.max():
             yield number, pixels
 
 
-def _slices(stack: Stack, options: Options) -> Iterator[tuple[int, np.ndarray]]:
-    axis, slow = cast(int, options.axis), stack.slow
-    numbers = chosen(stack.shape[axis], options)
+def _slices(stack: Stack, numbers: Sequence[int], axis: int) -> Iterator[tuple[int, np.ndarray]]:
+    slow = stack.slow
     if axis == slow:
         yield from zip(numbers, stack.planes(numbers), strict=True)
         return

@@ -10,7 +10,6 @@ streams, Matroska and WMV list nothing: what is cut off there between two frames
 of frames in the header that differs from the list of them is a warning.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -38,8 +37,8 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     kind, cut = _container(path)
     warnings: list[str] = []
     # With its protocol and as a path, not as an open file: names are not taken for addresses, and it is twice as fast.
-    for frame in as_frames(_decode(f"file:{os.path.abspath(os.fspath(path))}", kind, cut, options, warnings)):
-        yield dataclasses.replace(frame, warnings=tuple(warnings))
+    url = f"file:{os.path.abspath(os.fspath(path))}"
+    yield from as_frames(_decode(url, kind, cut, options, warnings), warnings=warnings)
 
 
 def _container(path: str | os.PathLike[str]) -> tuple[str, bool]:
