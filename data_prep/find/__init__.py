@@ -228,13 +228,13 @@ def _can_be_read(path: pathlib.Path) -> bool:
 
 
 def _is_dicom(path: pathlib.Path) -> bool:
-    from data_prep.readers.kinds import DICOM, HEAD_BYTES, is_dicom
+    from data_prep.readers.kinds import DICOM, HEAD_BYTES, kind_of
 
     if path.suffix and path.suffix.lower() in DICOM:
         return True  # and if it is none, then it is damaged, which a person wants to know
     try:
         with path.open("rb") as file:
-            return is_dicom(file.read(HEAD_BYTES))
+            return kind_of(file.read(HEAD_BYTES)) == "dicom"
     except OSError:
         return True  # the reader will say why
 

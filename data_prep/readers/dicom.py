@@ -41,7 +41,7 @@ from pydicom.filereader import read_dataset
 from data_prep.readers import dicom_pixels
 from data_prep.readers.base import Frame, Options, UnreadableError, open_file
 from data_prep.readers.clips import Boxes, as_frames, chosen, silence
-from data_prep.readers.kinds import HEAD_BYTES, VRS, is_dicom
+from data_prep.readers.kinds import HEAD_BYTES, VRS, kind_of
 
 _MAX_DEFLATED = 1 << 29
 _MAX_ELEMENT = 1 << 20  # longer ones, raw data of the scanner, are not read into memory
@@ -146,7 +146,7 @@ def _quietly(reason: str) -> Iterator[None]:
 def _read_header(file: BinaryIO) -> tuple[str, Any, Any, BinaryIO]:
     """The transfer syntax, file meta information, the elements before the pixels, and the file that stands there."""
     head = file.read(HEAD_BYTES)
-    if not is_dicom(head):
+    if kind_of(head) != "dicom":
         raise UnreadableError("not a DICOM file" if head else "empty file")
     file.seek(132 if head[128:132] == b"DICM" else 0)
     meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >= 0x00030000, defer_size=_MAX_ELEMENT)
@@ -262,11 +262,8 @@ def _text(header: Any, name: str) -> str:
     value = header.get(name)
     if isinstance(value, MutableSequence):
         value = value[0] if value else None
-    return "" if value is None else " ".join("".join(filter(_is_shown, str(value))).split())
-
-
-def _is_shown(letter: str) -> bool:
-    return letter.isprintable() or letter.isspace()
+    shown = (letter for letter in str(value or "") if letter.isprintable() or letter.isspace())
+    return " ".join("".join(shown).split())
 
 
 def _regions(header: Any) -> list[Any]:

@@ -56,17 +56,8 @@ def kind_of(head: bytes) -> str:
         return "arrays"
     if head.startswith(b"PK\3\4") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
         return "arrays"
-    return "dicom" if is_dicom(head) else ""
-
-
-def is_dicom(head: bytes) -> bool:
-    """Whether a file is DICOM, from its first `HEAD_BYTES` bytes.
-
-    Without the preamble it must begin with two elements that DICOM files begin with, in one of the three encodings.
-    """
-    if head[128:132] == b"DICM":
-        return True
-    return any(_begins(head, *how) for how in (("<", False), ("<", True), (">", False)))
+    # DICOM without a preamble begins with two elements that it can begin with, in one of three encodings.
+    return "dicom" if any(_begins(head, *how) for how in (("<", False), ("<", True), (">", False))) else ""
 
 
 def _begins(head: bytes, order: str, implicit: bool) -> bool:

@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.readers import dicom, dicom_pixels
 from data_prep.readers.base import Options, UnreadableError
-from data_prep.readers.kinds import HEAD_BYTES, is_dicom
+from data_prep.readers.kinds import HEAD_BYTES, kind_of
 from tests.data_prep.readers import dicoms
 from tests.data_prep.trees import DATA
 
@@ -30,14 +30,14 @@ def read_one(folder, **elements):
 @pytest.mark.parametrize("preamble", [True, False])
 def test_files_are_known_by_their_content_with_and_without_a_preamble(tmp_path, syntax, preamble):
     path = dicoms.save(tmp_path / "IM_0001", dicoms.dataset(GREY, syntax), preamble=preamble)
-    assert is_dicom(path.read_bytes()[:HEAD_BYTES])
+    assert kind_of(path.read_bytes()[:HEAD_BYTES]) == "dicom"
     np.testing.assert_array_equal(read(path)[0].pixels[:, :, 0], GREY)
 
 
 @pytest.mark.parametrize("name", ["implicit", "explicit", "big-endian"])
 def test_files_without_any_file_header_are_known_by_their_first_elements(tmp_path, name):
     path = dicoms.save(tmp_path / "raw", dicoms.dataset(GREY, dicoms.NATIVE[name]), meta=False)
-    assert is_dicom(path.read_bytes()[:HEAD_BYTES])
+    assert kind_of(path.read_bytes()[:HEAD_BYTES]) == "dicom"
     np.testing.assert_array_equal(read(path)[0].pixels[:, :, 0], GREY)
 
 
@@ -57,7 +57,7 @@ def test_files_without_any_file_header_are_known_by_their_first_elements(tmp_pat
     ],
 )
 def test_other_files_are_not_taken_for_dicom(tmp_path, head):
-    assert not is_dicom(head)
+    assert kind_of(head) != "dicom"
     (tmp_path / "x.dcm").write_bytes(head)
     with pytest.raises(UnreadableError, match="not a DICOM file" if head else "empty file"):
         read(tmp_path / "x.dcm")
