@@ -57,7 +57,15 @@ def original_state(model: Any) -> dict[str, Any]:
     """The state dict of a `vit_mae` under the names of the original code, written down by hand."""
     import torch
 
-    old = model.state_dict()
+    # What version 4 of transformers calls differently from version 5, which is written down below.
+    newer = (("attention.output.dense", "attention.o_proj"), ("intermediate.dense", "mlp.fc1"),
+             ("output.dense", "mlp.fc2"), ("vit.encoder.layer.", "vit.layers."),
+             *((f"attention.attention.{name}", f"attention.{name[0]}_proj") for name in ("query", "key", "value")))  # fmt: skip
+    old = {}
+    for name, value in model.state_dict().items():
+        for theirs, ours in newer:
+            name = name.replace(theirs, ours)
+        old[name] = value
 
     def block(theirs: str) -> dict[str, Any]:
         parts = {

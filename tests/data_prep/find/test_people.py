@@ -1,5 +1,6 @@
 """What people write: tables from any program, names spelled in two ways, placeholders, and tips that fit."""
 
+import sys
 import unicodedata
 
 import numpy as np
@@ -137,9 +138,8 @@ def test_no_tip_makes_a_class_a_patient(folder, tmp_path, capsys):
 
 
 def test_a_table_without_openpyxl_is_one_sentence(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
-    book = openpyxl.Workbook()
-    book.save(tmp_path / "l.xlsx")
+    openpyxl.Workbook().save(tmp_path / "l.xlsx")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
     message = refused(capsys, f"--labels={tmp_path / 'l.xlsx'}", output=tmp_path / "out", source=folder)
     assert "need openpyxl: pip install" in message
 
