@@ -45,7 +45,8 @@ def written(tissue, ink=255, text="MAMA DIR 12 mm"):
     """Tissue with a line of text -> image [H, W, 1], where the letters are."""
     letters = np.zeros_like(tissue)
     cv2.putText(letters, text, (30, 150), cv2.FONT_HERSHEY_SIMPLEX, 0.6, 255, 1, cv2.LINE_AA)
-    return np.maximum(tissue, letters // 255 * ink)[:, :, None], letters > 128
+    written = letters > 128  # thin strokes are nowhere full in OpenCV 4
+    return np.maximum(tissue, np.where(written, np.uint8(ink), np.uint8(0)))[:, :, None], written
 
 
 def test_nothing_outside_the_sector_survives():
