@@ -13,6 +13,7 @@ from usfmae_jax.pretraining.build import with_weights
 from usfmae_jax.pretraining.loop import pretrain
 
 
+@pytest.mark.slow
 def test_pretraining_starts_from_converted_weights_decoder_included(config, tmp_path, capsys):
     config.train.steps = 1
     config.optimizer.learning_rate = 0.0  # what it starts from is what it ends with

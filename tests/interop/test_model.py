@@ -142,7 +142,7 @@ def test_a_checkpoint_of_a_fine_tuning_run_is_refused(tmp_path, about):
         (BARE, "encoder", ViT),
         (VIT, "classifier", Classifier),
         (OTHER_TASK, "model", Classifier),
-        (RESNET, "classifier", ResNet),
+        pytest.param(RESNET, "classifier", ResNet, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_written_is_read_and_answers_the_same(tmp_path, description, kind, network):

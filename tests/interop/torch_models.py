@@ -58,12 +58,12 @@ def original_state(model: Any) -> dict[str, Any]:
     import torch
 
     # What version 4 of transformers calls differently from version 5, which is written down below.
-    newer = (("attention.output.dense", "attention.o_proj"), ("intermediate.dense", "mlp.fc1"),
-             ("output.dense", "mlp.fc2"), ("vit.encoder.layer.", "vit.layers."),
-             *((f"attention.attention.{name}", f"attention.{name[0]}_proj") for name in ("query", "key", "value")))  # fmt: skip
+    newer = {"attention.output.dense": "attention.o_proj", "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2"}
+    newer |= {f"attention.attention.{name}": f"attention.{name[0]}_proj" for name in ("query", "key", "value")}
+    newer |= {"vit.encoder.layer.": "vit.layers."}
     old = {}
     for name, value in model.state_dict().items():
-        for theirs, ours in newer:
+        for theirs, ours in newer.items():
             name = name.replace(theirs, ours)
         old[name] = value
 

@@ -126,7 +126,8 @@ def test_pictures_and_probe_appear_in_the_logs(config, tmp_path, shards):
     assert probes[4]["probe/rankme"] >= 1
 
 
-@pytest.mark.parametrize("channels", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 3])
 def test_colour_models_train_on_views_that_are_not_square(config, tmp_path, channels):
     config.model.update(image_size=(32, 48), channels=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
     config.data.channels = channels  # 1: grey frames, repeated on the device
@@ -234,7 +235,11 @@ def twice_saved(shards, tmp_path_factory):
     return workdir, config
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+QUICK = ("no metadata", "half of the data")
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE if name not in QUICK]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *SLOW])
 def test_a_damaged_checkpoint_is_named_in_one_sentence_with_the_remedy(twice_saved, tmp_path, name):
     damage, reason = DAMAGE[name]
     workdir = shutil.copytree(twice_saved[0], tmp_path / "run")

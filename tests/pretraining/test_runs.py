@@ -95,6 +95,7 @@ def test_sigterm_saves_exits_75_and_resumes_bitwise(undisturbed, shards, tmp_pat
     _assert_bitwise_equal(tmp_path, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing_and_leave_nothing(undisturbed, shards, tmp_path):
     done = run(shards, tmp_path, data__workers=2)
     assert done.returncode == 0, done.stderr

@@ -161,6 +161,7 @@ def test_last_k_leaves_earlier_blocks_bitwise(pool):
     assert ("encoder.norm.scale" in moved) == (pool == "cls")
 
 
+@pytest.mark.slow
 def test_last_k_of_a_resnet_counts_stages():
     moved, everything = _moved("resnet", "last_k", 1)
     assert moved == {name for name in everything if name.startswith(("layer4.", "head."))}
