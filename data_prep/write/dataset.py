@@ -89,7 +89,7 @@ def _gather(
     rows = [row for index in indices for row in index.rows]
     reasons, warnings = _choose(rows, plan, excluded)
     plan.found.warnings += warnings
-    gathered = parts.Gathered(indices, rows, reasons, rejected, unmasked, originals)
+    gathered = parts.Gathered(indices, rows, reasons, rejected, unmasked, originals, private=bool(plan.salt))
     if not gathered.kept:
         raise UnusableInputError("no frame is left: all are excluded, duplicates or unreadable")
     expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
@@ -101,21 +101,17 @@ def _gather(
 def _write_dataset(
     folder: pathlib.Path, gathered: parts.Gathered, plan: Plan, version: str, file_format: str
 ) -> dict[str, int]:
-    """Writes shards, in the order of the sources, and metadata -> bytes of all records by split.
+    """Writes shards, in the order of `gathered`, and metadata -> bytes of all records by split.
 
     Masks that parts hold in colours become numbers, which depend on the colours of all of them.
     """
     numbers = {colour: number for number, colour in enumerate(sorted(gathered.mask_colours), 1)}
     writers: dict[str, shards.SplitWriter] = {}
-    reasons = iter(gathered.reasons)
-    for number, index in enumerate(gathered.indices):
-        records = parts.read_records(folder.parent, number, index.rows)
-        for row, data in zip(index.rows, records, strict=True):
-            if next(reasons):
-                continue
-            if row.split not in writers:
-                writers[row.split] = shards.SplitWriter(folder, plan.name, row.split, file_format)
-            writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
+    records = parts.read_records(folder.parent, gathered.indices, gathered.order)
+    for row, data in zip(gathered.kept, records, strict=True):
+        if row.split not in writers:
+            writers[row.split] = shards.SplitWriter(folder, plan.name, row.split, file_format)
+        writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
     ordered = [writers[split] for split in SPLITS if split in writers]
     for writer in ordered:
         writer.close()
@@ -238,4 +234,5 @@ def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> No
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["frame", "fold", "part"])
-            writer.writerows([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])
+            lines = ([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])
+            writer.writerows(sorted(lines) if plan.salt else lines)  # their order would say which frame is which

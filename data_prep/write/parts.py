@@ -8,11 +8,12 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,7 @@ class Gathered:
       rejected: files that were of no use, or not of full use.
       unmasked: files whose mask cannot be used.
       originals: rows of the linkage table: pseudonym, kind, what it stands for.
+      private: whether the order of the sources, which is that of their names, must not be seen.
     """
 
     indices: list[Index]
@@ -92,6 +94,7 @@ class Gathered:
     rejected: list[Rejected]
     unmasked: list[Rejected]
     originals: list[tuple[str, str, str]]
+    private: bool = False
 
     @functools.cached_property
     def mask_colours(self) -> collections.Counter[str]:
@@ -99,9 +102,19 @@ class Gathered:
         return sum((index.mask_colours for index in self.indices), collections.Counter())
 
     @functools.cached_property
+    def order(self) -> list[int]:
+        """Positions of the records that are kept, as they are written.
+
+        That is the order of the sources, but of private ones the order of the pseudonyms of their clips: whoever has a
+        sorted list of names could otherwise lay it beside the records. The frames of a clip stay together, in order.
+        """
+        positions = [position for position, reason in enumerate(self.reasons) if not reason]
+        return sorted(positions, key=lambda position: self.rows[position].video) if self.private else positions
+
+    @functools.cached_property
     def kept(self) -> list[Row]:
-        """Rows of the records that are kept."""
-        return [row for row, reason in zip(self.rows, self.reasons, strict=True) if not reason]
+        """Rows of the records that are kept, in the order in which they are written."""
+        return [self.rows[position] for position in self.order]
 
 
 def divide(sources: Sequence[Any]) -> list[Part]:
@@ -243,11 +256,27 @@ def read_index(folder: str | os.PathLike[str], number: int) -> Index:
     )
 
 
-def read_records(folder: str | os.PathLike[str], number: int, rows: Sequence[Row]) -> Iterator[bytes]:
-    """Yields the records of a finished part, as they are."""
-    with _paths(folder, number)[0].open("rb") as file:
-        for row in rows:
-            yield file.read(row.size)
+def read_records(
+    folder: str | os.PathLike[str], indices: Sequence[Index], order: Iterable[int] | None = None
+) -> Iterator[bytes]:
+    """Yields the records of the finished parts 0, 1, ..., as they are.
+
+    Args:
+      folder: with the parts.
+      indices: of the parts.
+      order: positions among the rows of all indices; all of them if there is none.
+    """
+    places = [
+        (number, end - row.size, row.size)
+        for number, index in enumerate(indices)
+        for row, end in zip(index.rows, itertools.accumulate(row.size for row in index.rows), strict=True)
+    ]
+    wanted = places if order is None else [places[position] for position in order]
+    for number, group in itertools.groupby(wanted, key=lambda place: place[0]):
+        with _paths(folder, number)[0].open("rb") as file:
+            for _, start, size in group:
+                file.seek(start)
+                yield file.read(size)
 
 
 def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> dict[int, Index]:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.overlays import screen
 from data_prep import phantom
-from tests.data_prep.builds import content, read, refused, run
+from tests.data_prep.builds import content, picture, read, read_rejected, refused, run, write, write_csv
 
 pytest.importorskip("pydicom")
 
@@ -18,6 +18,24 @@ from pydicom.dataset import Dataset
 from tests.data_prep.readers import dicoms
 
 SECRETS = ("ZEBEDEE", "Jane", "19560708", "1.2.826.0.1.3680043.99", "QQ-4711", "Springfield")
+
+
+FOLDS = r"""
+name = "made"
+title = "Made"
+verified = "layout fixture"
+
+[[layout]]
+include = ["*.png"]
+
+[[layout.folds]]
+name = "official"
+file = ["folds.csv"]
+key = "{frame}"
+match = "{name}"
+fold = "{fold}"
+part = "{part}"
+"""
 
 
 @pytest.fixture
@@ -73,10 +91,55 @@ def test_no_output_byte_names_a_patient(export, tmp_path, capsys):
     assert not any(secret in printed for secret in SECRETS)
     found = read(tmp_path / "out")
     patients = [record["patient"] for record in found]
-    assert patients[0] == patients[1] != patients[2]
+    assert sorted(map(patients.count, set(patients))) == [1, 2]
     manifest = json.loads(written["manifest.json"])
     for kind in ("person names", "private tags", "dates and times", "UIDs", "free text", "other identifiers"):
         assert manifest["removed"][kind] >= 3
+
+
+@pytest.fixture
+def private(tmp_path):
+    """Flags of a private build of any folder, with a linkage table."""
+    salt = tmp_path / "salt"
+    salt.write_bytes(bytes(range(32)))
+    salt.chmod(0o600)
+    return "--private", f"--salt={salt}", "--whole_frames", f"--linkage={tmp_path / 'linkage.csv'}", "--name=x"
+
+
+def originals(tmp_path, kind):
+    with (tmp_path / "linkage.csv").open(newline="", encoding="utf-8") as file:
+        return {row["pseudonym"]: row["original"] for row in csv.DictReader(file) if row["kind"] == kind}
+
+
+def test_the_order_of_no_artefact_is_that_of_names(private, tmp_path):
+    patients = [f"patient{number:02}" for number in range(12)]
+    for number, patient in enumerate(patients):
+        for frame in range(3):
+            write(tmp_path / f"in/{patient}/{frame}.png", picture(10 * number + frame))
+        (tmp_path / f"in/{patient}/broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    flags = *private, "--pattern=(?P<video>(?P<patient>[^/]+))/"
+    assert run(*flags, output=tmp_path / "out", source=tmp_path / "in") == 0
+    found, names, frames = read(tmp_path / "out"), originals(tmp_path, "patient"), originals(tmp_path, "frame")
+    order = [names[record["patient"]] for record in found[::3]]
+    assert sorted(order) == patients != order
+    assert [record["video"] for record in found] == sorted(record["video"] for record in found)
+    assert [frames[record["frame"]] for record in found] == [f"{p}/{k}.png" for p in order for k in range(3)]
+    rejected = [frames[name] for name in read_rejected(tmp_path / "out/x")]
+    assert len(rejected) == 12
+    assert rejected != sorted(rejected)
+
+
+def test_official_splits_do_not_keep_the_order_of_names(private, tmp_path):
+    names = [f"{number:02}.png" for number in range(12)]
+    for number, name in enumerate(names):
+        write(tmp_path / "in" / name, picture(number))
+    write_csv(tmp_path / "in/folds.csv", ["frame", "fold", "part"], *[[name, "0", "train"] for name in names])
+    (tmp_path / "made.toml").write_text(FOLDS)
+    flags = [flag for flag in private if not flag.startswith("--name")]
+    assert run(*flags, output=tmp_path / "out", source=tmp_path / "in", dataset=str(tmp_path / "made.toml")) == 0
+    with (tmp_path / "out/made/1.0.0/splits/official.csv").open() as file:
+        rows = [originals(tmp_path, "frame")[row["frame"]] for row in csv.DictReader(file)]
+    assert sorted(rows) == names != rows
 
 
 def test_burnt_in_names_outside_the_sector_are_gone(export, tmp_path):
