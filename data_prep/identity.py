@@ -13,10 +13,11 @@ import hashlib
 import hmac
 import os
 import pathlib
+import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from usfmae_jax.errors import InputError
 
@@ -25,6 +26,27 @@ VARIABLE = "USFMAE_SALT"
 #: What can have a pseudonym, and how those begin.
 PREFIXES = {"patient": "p", "video": "v", "frame": "f"}
 
+#: Facts that people and machines write as they like, and what stands for what could be anything.
+FREE_TEXTS, OTHER = {"Manufacturer", "ManufacturerModelName", "TransducerType"}, "other"
+
+_VENDORS = """
+    acuson agilent aloka alpinion atl bk boston butterfly canon chison clarius echonous edan esaote exact fujifilm ge
+    healcerion hitachi hologic hp interson konica kretz landwind medison mindray olympus pentax philips samsung
+    shimadzu siemens signostics siui sonoace sonoscape sonosite sonostar supersonic telemed terason terumo toshiba
+    ultrasonix verathon vinno vingmed visualsonics volcano welld wisonic zonare zoncare
+"""
+# Words of names of scanners and transducers, defined terms of DICOM among them.
+_MODELS = """
+    accuvix acclarix affiniti aixplorer antares aplio applio artida aquilion arietta ascendus avius cypress doppler
+    elite elegra epiq envisor essential evo expert famio fusion hivision imagepoint iq juniper logiq logic lumify
+    lisendo mylab mobile nemio noblus omnia open platinum power preirus premium prime prosound pro redwood resona
+    sequoia site sonoline sonos style sonix touch tablet ultrasound vision viamo vivid voluson vevo xario xvision
+    helx evolution nanomaxx micromaxx edge titan turbo maxx system expression signature series dimension
+    sector phased mech annular linear curved curvilinear convex single crystal split xtal cwd iv rot mirror endocav
+    endocavity endo cla pa aa vector array probe matrix micro radial volume
+"""
+_SHORT = r"[A-Za-z]{0,3}\d{1,4}[A-Za-z]{0,3}|[A-Za-z]{1,2}"
+_MOST_DIGITS = 4
 _BYTES = 32
 _COLUMNS = "pseudonym", "kind", "original"
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
@@ -104,6 +126,48 @@ def salt_fingerprint(salt: bytes) -> str:
 def _hash(salt: bytes, kind: str, value: str) -> str:
     message = f"{kind}\0{value}".encode("utf-8", "surrogatepass")  # file names can hold what is no text
     return hmac.new(salt, message, hashlib.sha256).hexdigest()
+
+
+def public_facts(facts: Mapping[str, str], identifiers: Iterable[str]) -> dict[str, str]:
+    """What a private build may write of what a file says about its equipment, where anything may have been typed.
+
+    A manufacturer becomes the name of a known one. The model and the transducer are words of known ones and short
+    groups of letters with up to four digits, that hold no identifier. Everything else is "other".
+
+    Args:
+      facts: as readers give them.
+      identifiers: of the patient, clip and file.
+    """
+    ids = [letters for one in identifiers if len(letters := _letters(one)) > 2]
+    shown = dict(facts)
+    for name in FREE_TEXTS & facts.keys():
+        value = facts[name]
+        words = re.split(r"[^0-9A-Za-z]+", value.strip())
+        named = any(one in _letters(value) or _letters(value) in one for one in ids)
+        if name == "Manufacturer":
+            known = [word for word in words if word.casefold() in _VENDORS.split()]
+            shown[name] = known[0] if known and not named else OTHER
+        elif named or not _is_model(value, words):
+            shown[name] = OTHER
+    return shown
+
+
+def without_single(counts: Mapping[str, int]) -> dict[str, int]:
+    """Values and the number of files, those of one file alone together as "other": they may be a person's."""
+    shown = {value: number for value, number in counts.items() if number > 1 or value == OTHER}
+    single = len(counts) - len(shown)
+    return shown | ({OTHER: shown.get(OTHER, 0) + single} if single else {})
+
+
+def _is_model(value: str, words: list[str]) -> bool:
+    names = {*_MODELS.split(), *_VENDORS.split()}
+    known = all(word.casefold() in names or re.fullmatch(_SHORT, word) for word in words)
+    digits = sum(map(str.isdecimal, value))
+    return known and digits <= _MOST_DIGITS and value.isascii() and not re.search(r"[\^=@<>]", value)
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def check_linkage(path: str, output: str) -> None:

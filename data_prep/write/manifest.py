@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_prep import identity
 from data_prep.find.files import Rejected
 from usfmae_jax import __version__
 from usfmae_jax.errors import InputError
@@ -72,6 +73,8 @@ def write_manifest(
         for name, values in index.technical.items():
             technical[name].update(values)
     counts = _count(gathered.kept, sizes, plan.found.label_names)
+    for name in identity.FREE_TEXTS & technical.keys() if plan.salt else ():
+        technical[name] = collections.Counter(identity.without_single(technical[name]))
     entry = plan.entry
     manifest = {
         "schema": _SCHEMA,

@@ -47,6 +47,56 @@ def test_unknown_patients_do_not_become_one():
         identity.pseudonym(SALT, "patient", "")
 
 
+@pytest.mark.parametrize(
+    ("manufacturer", "shown"),
+    [
+        ("GE Vingmed Ultrasound", "GE"),
+        ("Philips Medical Systems", "Philips"),
+        ("SAMSUNG MEDISON CO.,LTD.", "SAMSUNG"),
+        ("ZEBEDEE^Jane", "other"),
+        ("19560708", "other"),
+        ("Philips QQ-4711", "other"),
+    ],
+)
+def test_a_manufacturer_is_a_known_one_or_other(manufacturer, shown):
+    assert identity.public_facts({"Manufacturer": manufacturer}, ["QQ-4711"]) == {"Manufacturer": shown}
+
+
+@pytest.mark.parametrize("name", ["ManufacturerModelName", "TransducerType"])
+@pytest.mark.parametrize(
+    "value", ["LOGIQ E9", "iU22", "EPIQ 7C", "Voluson E10", "RS80A", "C5-1", "SECTOR_PHASED", "9L"]
+)
+def test_what_is_shaped_as_models_are_is_shown(name, value):
+    assert identity.public_facts({name: value}, ["QQ-4711", ""]) == {name: value}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "ZEBEDEE^Jane",
+            "Jane Zebedee",
+            "Zebedee",
+            "QQ-4711",
+            "qq 4711",
+            "LOGIQ QQ4711",
+            "19560708",
+            "12345",
+            "E1 2 3 45",
+        ),
+        *("1956-07-08", "08.07.56", "LOGIQ E9 Zebedee", "=E1", "X\u00e9 1"),
+    ],
+)
+def test_what_may_be_a_person_in_the_name_of_a_model_is_not(value):
+    facts = {"ManufacturerModelName": value, "Rows": "600"}
+    assert identity.public_facts(facts, ["QQ-4711"]) == {"ManufacturerModelName": "other", "Rows": "600"}
+
+
+def test_what_one_file_alone_says_is_other():
+    assert identity.without_single({"E9": 2, "QQ 1": 1, "QQ 2": 1}) == {"E9": 2, "other": 2}
+    assert identity.without_single({"E9": 2, "other": 1}) == {"E9": 2, "other": 1}
+
+
 def test_the_fingerprint_tells_salts_apart_and_is_no_part_of_them():
     assert identity.salt_fingerprint(SALT) != identity.salt_fingerprint(SALT[1:])
     assert identity.salt_fingerprint(SALT) == identity.salt_fingerprint(SALT)

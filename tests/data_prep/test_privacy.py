@@ -60,6 +60,9 @@ def export(tmp_path, monkeypatch):
             StudyInstanceUID="1.2.826.0.1.3680043.99.1",
             SOPInstanceUID=f"1.2.826.0.1.3680043.99.2.{number}",
             StudyDescription="ZEBEDEE, follow-up",
+            Manufacturer=("Philips", "ZEBEDEE^Jane", "Springfield")[number],
+            ManufacturerModelName=("QQ-4711", "iU22", "19560708")[number],
+            TransducerType=("ZEBEDEE", "C5-1", "QQ 4711")[number],
         )
         made.add_new(0x60000010, "US", pixels.shape[0])
         made.add_new(0x60000022, "LO", "ZEBEDEE Jane")
@@ -93,6 +96,8 @@ def test_no_output_byte_names_a_patient(export, tmp_path, capsys):
     patients = [record["patient"] for record in found]
     assert sorted(map(patients.count, set(patients))) == [1, 2]
     manifest = json.loads(written["manifest.json"])
+    assert manifest["technical"]["Manufacturer"] == {"other": 3}
+    assert manifest["technical"]["ManufacturerModelName"] == {"other": 3}
     for kind in ("person names", "private tags", "dates and times", "UIDs", "free text", "other identifiers"):
         assert manifest["removed"][kind] >= 3
 
