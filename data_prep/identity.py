@@ -5,6 +5,10 @@ of them in a second and looks up who is who. HMAC-SHA256 (RFC 2104) takes a secr
 which no number can be tried. The salt stays on the machine that builds and is written nowhere else (a Beam runner gets
 it with the pipeline). The same salt gives the same pseudonyms, so that two builds can be compared for patients that are
 in both: keep it as long as the data.
+
+Whatever else is written of private input is keyed in the same way, but for one digest: `sha256` of a record is that of
+the decoded pixels, so that copies of a picture are found across datasets. It tells whoever holds the very same picture
+that it is there, and under which pseudonym; of a picture that he does not hold it tells nothing.
 """
 
 import contextlib
@@ -47,24 +51,29 @@ _MODELS = """
 """
 _SHORT = r"[A-Za-z]{0,3}\d{1,4}[A-Za-z]{0,3}|[A-Za-z]{1,2}"
 _MOST_DIGITS = 4
+_PHOTOMETRIC = "MONOCHROME[12]|RGB|PALETTE COLOR|YBR_(FULL(_422)?|PARTIAL_4(22|20)|ICT|RCT)"
 _BYTES = 32
 _COLUMNS = "pseudonym", "kind", "original"
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
+_LEAST_DIFFERENT = 8  # of 16 random bytes 12 or more are
 
 
-def load_salt(path: str = "") -> bytes:
+def load_salt(path: str = "", output: str = "") -> bytes:
     """Reads the secret behind all pseudonyms.
 
     Args:
+      output: folder that will be handed on, in which the secret must not be.
       path: of the file that holds it; by default what `USFMAE_SALT` names, or else ~/.config/usfmae_jax/salt, which is
         made from 32 random bytes at its first use. Only that one is: a mistyped path should not quietly become a new
         salt, with which no patient has the pseudonym of the last build.
 
     Raises:
-      InputError: missing, readable by others than its owner, too short, or no regular file.
+      InputError: missing, readable by others than its owner, too short, too simple, in `output`, or no regular file.
     """
     chosen = path or os.environ.get(VARIABLE, "")
     file = pathlib.Path(chosen) if chosen else pathlib.Path.home() / ".config" / "usfmae_jax" / "salt"
+    if output and file.resolve().is_relative_to(pathlib.Path(output).resolve()):
+        raise InputError(f"the salt {file} would be handed on with {output}; keep it somewhere else")
     try:
         if not chosen and not file.exists():
             _create(file)
@@ -80,11 +89,15 @@ def load_salt(path: str = "") -> bytes:
             f"the salt {file} cannot be used: {error.strerror}; make one with: "
             f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
         ) from error
-    if len(salt) < _LEAST_BYTES:
-        raise InputError(
-            f"the salt {file} has {len(salt)} bytes, expected {_LEAST_BYTES} or more; make one with: "
-            f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
-        )
+    for number, least, what in (
+        (len(salt), _LEAST_BYTES, "bytes"),
+        (len({*salt}), _LEAST_DIFFERENT, "different bytes"),
+    ):
+        if number < least:
+            raise InputError(
+                f"the salt {file} has {number} {what}, expected {least} or more; make one with: "
+                f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
+            )
     return salt
 
 
@@ -118,6 +131,11 @@ def pseudonym(salt: bytes, kind: str, value: str) -> str:
     return PREFIXES[kind] + _hash(salt, kind, value)[:16]
 
 
+def keyed_digest(salt: bytes, what: str, data: str) -> str:
+    """A digest of input that may identify somebody, from which nobody without the salt can tell what it was."""
+    return f"hmac-sha256 {_hash(salt, what, data)}"
+
+
 def salt_fingerprint(salt: bytes) -> str:
     """12 hexadecimal digits that may be written, and tell builds with different salts apart."""
     return _hash(salt, "salt", "")[:12]
@@ -140,6 +158,8 @@ def public_facts(facts: Mapping[str, str], identifiers: Iterable[str]) -> dict[s
     """
     ids = [letters for one in identifiers if len(letters := _letters(one)) > 2]
     shown = dict(facts)
+    if not re.fullmatch(_PHOTOMETRIC, shown.get("PhotometricInterpretation", "RGB")):
+        shown["PhotometricInterpretation"] = OTHER
     for name in FREE_TEXTS & facts.keys():
         value = facts[name]
         words = re.split(r"[^0-9A-Za-z]+", value.strip())

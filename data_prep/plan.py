@@ -67,7 +67,7 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     )
     colours = _mask_colours(args.mask_colours)
     private = entry.private or args.private
-    salt = identity.load_salt(args.salt) if private else b""
+    salt = identity.load_salt(args.salt, args.output) if private else b""
     for_pretraining = not (entry.benchmark or args.labels)
     chosen = {flag: _chosen(getattr(args, flag), for_pretraining) for flag in ("thin", "deduplicate")}
     chosen["clean"] = _chosen(args.clean, for_pretraining or private)  # scanners burn names into the picture
@@ -92,6 +92,13 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     hidden = {flag: getattr(args, flag) for flag in ("include", "pattern", "optional")}  # may name a patient, too
     if private:
         hidden = {flag: value and identity.pseudonym(salt, "frame", value) for flag, value in hidden.items()}
+
+    def digest(what: str, text: str) -> str:
+        return identity.keyed_digest(salt, what, text) if private and text else text
+
+    shown = dataclasses.asdict(options)
+    if args.key:
+        shown["key"] = digest("key", args.key)
     # Of these only what is not the default: what earlier versions have built stays up to date.
     masks = {
         "masks": "" if args.masks == "auto" else args.masks,
@@ -100,18 +107,19 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     }
     arguments = _stored(entry, args, anatomy) | chosen | hidden | {key: one for key, one in masks.items() if one}
     arguments |= {
-        "options": dataclasses.asdict(options),
-        "entry": entry.fingerprint,
+        "options": shown,
+        "entry": digest("entry", entry.fingerprint),
         "whole_frames": args.whole_frames,
         "time_limit": args.time_limit,
-        "labels": args.labels if args.labels in ("", "parent") else _sha256(args.labels),
-        "exclude": _sha256(args.exclude) if args.exclude else "",
+        "labels": args.labels if args.labels in ("", "parent") else digest("labels", _sha256(args.labels)),
+        "exclude": digest("exclude", _sha256(args.exclude)) if args.exclude else "",
         "salt": identity.salt_fingerprint(salt) if private else "",
     }
+    changed = _with_data_files(found.fingerprint, root, found.items)
     return Plan(
         entry=entry,
         name=name,
-        found=dataclasses.replace(found, fingerprint=_with_data_files(found.fingerprint, root, found.items)),
+        found=dataclasses.replace(found, fingerprint=digest("files", changed)),
         make_work=functools.partial(_for_files, str(root), how),
         arguments=arguments,
         mask_colours=colours,

@@ -94,7 +94,7 @@ def write_manifest(
         "input": {
             "fingerprint": plan.found.fingerprint,
             "files": len(plan.found.items) + len(plan.found.rejected),
-            "sha256": _combine(digests),
+            "sha256": _combine(digests, plan.salt),
         },
         "sources": list(downloaded),
         "label_names": plan.found.label_names,
@@ -129,9 +129,11 @@ def _mask_colours(files: Mapping[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def _combine(digests: dict[str, str]) -> str:
+def _combine(digests: dict[str, str], salt: bytes) -> str:
     """One SHA-256 for all source files: of lines "path digest", in the order of paths; empty for none."""
     lines = "".join(f"{path} {digests[path]}\n" for path in sorted(digests))
+    if salt and lines:
+        return identity.keyed_digest(salt, "sources", lines)
     return hashlib.sha256(lines.encode()).hexdigest() if lines else ""
 
 

@@ -123,7 +123,7 @@ def test_two_builds_at_first_use_have_one_salt(home):
 def test_the_variable_names_another_salt_and_the_argument_overrides_it(home, monkeypatch):
     monkeypatch.setenv(identity.VARIABLE, write_salt(home / "mine"))
     assert identity.load_salt() == SALT
-    assert identity.load_salt(write_salt(home / "other", bytes(20))) == bytes(20)
+    assert identity.load_salt(write_salt(home / "other", SALT[:20])) == SALT[:20]
     assert not (home / ".config").exists()
 
 
@@ -142,7 +142,28 @@ def test_a_salt_that_others_can_open_is_refused(tmp_path, mode):
 
 def test_a_salt_that_is_too_short_is_refused(tmp_path):
     with pytest.raises(InputError, match="has 15 bytes, expected 16 or more"):
-        identity.load_salt(write_salt(tmp_path / "salt", bytes(15)))
+        identity.load_salt(write_salt(tmp_path / "salt", SALT[:15]))
+
+
+@pytest.mark.parametrize("salt", [b"a" * 16, b"ab" * 100, bytes(4096)])
+def test_a_salt_that_can_be_guessed_is_refused(tmp_path, salt):
+    with pytest.raises(InputError, match="different bytes, expected 8 or more; make one with"):
+        identity.load_salt(write_salt(tmp_path / "salt", salt))
+
+
+def test_a_salt_that_would_be_handed_on_is_refused(home, monkeypatch):
+    (home / "out/x").mkdir(parents=True)
+    (home / "link").symlink_to(home / "out")
+    for path in ("out/salt", "out/x/salt", "link/salt"):
+        write_salt(home / path)
+        with pytest.raises(InputError, match="would be handed on"):
+            identity.load_salt(str(home / path), str(home / "out"))
+    monkeypatch.setenv(identity.VARIABLE, str(home / "out/salt"))
+    with pytest.raises(InputError, match="would be handed on"):
+        identity.load_salt(output=str(home / "out"))
+    monkeypatch.delenv(identity.VARIABLE)
+    with pytest.raises(InputError, match="would be handed on"):
+        identity.load_salt(output=str(home))
 
 
 def test_a_folder_is_no_salt(tmp_path):

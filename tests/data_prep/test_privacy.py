@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.overlays import screen
 from data_prep import phantom
+from data_prep.exclusions import COLUMNS
 from tests.data_prep.builds import content, picture, read, read_rejected, refused, run, write, write_csv
 
 pytest.importorskip("pydicom")
@@ -132,6 +133,29 @@ def test_the_order_of_no_artefact_is_that_of_names(private, tmp_path):
     rejected = [frames[name] for name in read_rejected(tmp_path / "out/x")]
     assert len(rejected) == 12
     assert rejected != sorted(rejected)
+
+
+def test_no_digest_in_a_private_manifest_can_be_tried_without_the_salt(private, tmp_path):
+    for number in range(3):
+        write(tmp_path / f"in/{number}.png", picture(number))
+    table = write_csv(tmp_path / "labels.csv", ["file", "patient"], *[[f"{k}.png", "QQ-4711"] for k in range(3)])
+    leaks = write_csv(tmp_path / "leaks.csv", COLUMNS)
+    (tmp_path / "other").write_bytes(bytes(range(1, 33)))
+    (tmp_path / "other").chmod(0o600)
+    manifests = []
+    for name in ("salt", "other"):
+        flags = [*(flag for flag in private if "linkage" not in flag), f"--salt={tmp_path / name}"]
+        flags += [f"--labels={table}", f"--exclude={leaks}", "--key=ZEBEDEE"]
+        assert run(*flags, output=tmp_path / f"out_{name}", source=tmp_path / "in") == 0
+        manifests.append(json.loads((tmp_path / f"out_{name}/x/1.0.0/manifest.json").read_text()))
+    one, other = manifests
+    for manifest in manifests:
+        assert manifest["arguments"]["options"]["key"].startswith("hmac-sha256 ")
+        assert "ZEBEDEE" not in json.dumps(manifest)
+    for key in ("entry", "labels", "exclude", "salt"):
+        assert one["arguments"][key] != other["arguments"][key]
+    for key in ("fingerprint", "sha256"):
+        assert one["input"][key] != other["input"][key]
 
 
 def test_official_splits_do_not_keep_the_order_of_names(private, tmp_path):
