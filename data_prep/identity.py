@@ -53,6 +53,7 @@ _SHORT = r"[A-Za-z]{0,3}\d{1,4}[A-Za-z]{0,3}|[A-Za-z]{1,2}"
 _MOST_DIGITS = 4
 _PHOTOMETRIC = "MONOCHROME[12]|RGB|PALETTE COLOR|YBR_(FULL(_422)?|PARTIAL_4(22|20)|ICT|RCT)"
 _BYTES = 32
+_NONCE, _TAG = 16, 32  # bytes
 _COLUMNS = "pseudonym", "kind", "original"
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
 _LEAST_DIFFERENT = 8  # of 16 random bytes 12 or more are
@@ -144,6 +145,34 @@ def salt_fingerprint(salt: bytes) -> str:
 def _hash(salt: bytes, kind: str, value: str) -> str:
     message = f"{kind}\0{value}".encode("utf-8", "surrogatepass")  # file names can hold what is no text
     return hmac.new(salt, message, hashlib.sha256).hexdigest()
+
+
+def seal(salt: bytes, text: str) -> bytes:
+    """Text that only who has the salt can read, for files that a killed build leaves where data are handed on.
+
+    HMAC-SHA256 of the salt as a stream cipher in counter mode with a random nonce, and over nonce and cipher a tag.
+    """
+    nonce = secrets.token_bytes(_NONCE)
+    sealed = nonce + _cipher(salt, nonce, text.encode())
+    return sealed + hmac.digest(salt, b"tag\0" + sealed, "sha256")
+
+
+def unseal(salt: bytes, data: bytes) -> str:
+    """The inverse of `seal`.
+
+    Raises:
+      ValueError: damaged, or sealed with another salt.
+    """
+    sealed, tag = data[:-_TAG], data[-_TAG:]
+    if len(data) < _NONCE + _TAG or not hmac.compare_digest(tag, hmac.digest(salt, b"tag\0" + sealed, "sha256")):
+        raise ValueError("damaged, or sealed with another salt")
+    return _cipher(salt, sealed[:_NONCE], sealed[_NONCE:]).decode()
+
+
+def _cipher(salt: bytes, nonce: bytes, data: bytes) -> bytes:
+    blocks = -(-len(data) // _TAG)
+    stream = b"".join(hmac.digest(salt, b"stream\0" + nonce + k.to_bytes(8), "sha256") for k in range(blocks))
+    return (int.from_bytes(data) ^ int.from_bytes(stream[: len(data)])).to_bytes(len(data))
 
 
 def public_facts(facts: Mapping[str, str], identifiers: Iterable[str]) -> dict[str, str]:

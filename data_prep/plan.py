@@ -171,6 +171,7 @@ def _for_files(root: str, how: dict[str, Any], folder: str) -> Any:
         process=functools.partial(work.process, root=root, how=work.Storage(**how)),
         digest=functools.partial(work.digest, root=root),
         folder=folder,
+        salt=how["salt"],
     )
 
 

@@ -71,7 +71,7 @@ def _gather(
     divided: list[parts.Part], plan: Plan, folder: pathlib.Path, excluded: exclusions.Exclusions | None
 ) -> parts.Gathered:
     """Reads the indices of all parts and decides what is kept."""
-    indices = list(parts.finished(divided, folder).values())
+    indices = list(parts.finished(divided, folder, plan.salt).values())
     rejected = plan.found.rejected + [one for index in indices for one in index.rejected]
     _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected))
     if len(indices) != len(divided):
@@ -129,7 +129,7 @@ def _write_dataset(
 
 def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
     """Makes the parts that are not there yet."""
-    complete = parts.finished(divided, folder).keys()
+    complete = parts.finished(divided, folder, plan.salt).keys()
     missing = [part for part in divided if part.number not in complete]
     done = len(plan.found.items) - sum(len(part.sources) for part in missing)
     if done:

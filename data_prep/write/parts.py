@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep import isolate
+from data_prep import identity, isolate
 from data_prep.find.files import Rejected
 from data_prep.readers import UnreadableError
 from usfmae_jax.data.records import encode_record
@@ -133,6 +133,7 @@ def write_part(
     process: Process,
     folder: str,
     digest: Callable[[Any, Callable[[], None]], str] | None = None,
+    salt: bytes = b"",
 ) -> int:
     """Processes the sources of a part into `folder`; returns how many could be used.
 
@@ -143,6 +144,7 @@ def write_part(
       process: see `Process`.
       folder: for the records and, once they are complete, the index.
       digest: SHA-256 of a source; calls what it is given, as a sign of life.
+      salt: of private sources: what the index says of them nobody reads without it.
     """
     index, unusable = Index(), 0
     data_path, index_path = _paths(folder, part.number)
@@ -178,7 +180,7 @@ def write_part(
                 _add_source(index, name, last)
         file.flush()
         os.fsync(file.fileno())
-    _write_index(index_path, index)
+    _write_index(index_path, index, salt)
     return len(part.sources) - unusable
 
 
@@ -227,22 +229,24 @@ def _paths(folder: str | os.PathLike[str], number: int) -> tuple[pathlib.Path, p
     return pathlib.Path(folder) / f"{number:06d}.part", pathlib.Path(folder) / f"{number:06d}.json"
 
 
-def _write_index(path: pathlib.Path, index: Index) -> None:
+def _write_index(path: pathlib.Path, index: Index, salt: bytes) -> None:
     content = vars(index) | {
         "rows": [dataclasses.astuple(row) for row in index.rows],
         "rejected": [dataclasses.astuple(one) for one in index.rejected],
         "unmasked": [dataclasses.astuple(one) for one in index.unmasked],
     }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".index-", delete=False) as file:
-        json.dump(content, file)
+    text = json.dumps(content)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".index-", delete=False) as file:
+        file.write(identity.seal(salt, text) if salt else text.encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
-def read_index(folder: str | os.PathLike[str], number: int) -> Index:
-    """The index of a finished part."""
-    content = json.loads(_paths(folder, number)[1].read_text())
+def read_index(folder: str | os.PathLike[str], number: int, salt: bytes = b"") -> Index:
+    """The index of a finished part, which was written with this salt."""
+    data = _paths(folder, number)[1].read_bytes()
+    content = json.loads(identity.unseal(salt, data) if salt else data)
     counters = {name: collections.Counter(content[name]) for name in ("dropped", "cleaned", "removed", "warnings")}
     return Index(
         rows=[Row(*row) for row in content["rows"]],
@@ -279,12 +283,12 @@ def read_records(
                 yield file.read(size)
 
 
-def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> dict[int, Index]:
+def finished(parts: Sequence[Part], folder: str | os.PathLike[str], salt: bytes = b"") -> dict[int, Index]:
     """Number and index of the parts that are complete, in order; one that is damaged has to be made again."""
     found = {}
     for part in parts:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            index = read_index(folder, part.number)
+            index = read_index(folder, part.number, salt)
             if _paths(folder, part.number)[0].stat().st_size == sum(row.size for row in index.rows):
                 found[part.number] = index
     return found

@@ -47,6 +47,23 @@ def test_unknown_patients_do_not_become_one():
         identity.pseudonym(SALT, "patient", "")
 
 
+def test_what_is_sealed_is_read_with_the_same_salt_only():
+    text = '{"patient": "Doe\\u00e9 \U0001f600"}' * 100
+    sealed = identity.seal(SALT, text)
+    assert identity.unseal(SALT, sealed) == text
+    assert identity.unseal(SALT, identity.seal(SALT, "")) == ""
+    assert b"patient" not in sealed
+    assert sealed != identity.seal(SALT, text)
+    for salt, data in (
+        (SALT[1:], sealed),
+        (SALT, sealed[:-1]),
+        (SALT, b""),
+        (SALT, bytes([sealed[0] ^ 1]) + sealed[1:]),
+    ):
+        with pytest.raises(ValueError, match="sealed with another salt"):
+            identity.unseal(salt, data)
+
+
 @pytest.mark.parametrize(
     ("manufacturer", "shown"),
     [

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.overlays import screen
 from data_prep import phantom
 from data_prep.exclusions import COLUMNS
+from data_prep.write import dataset, parts
 from tests.data_prep.builds import content, picture, read, read_rejected, refused, run, write, write_csv
 
 pytest.importorskip("pydicom")
@@ -156,6 +157,25 @@ def test_no_digest_in_a_private_manifest_can_be_tried_without_the_salt(private, 
         assert one["arguments"][key] != other["arguments"][key]
     for key in ("fingerprint", "sha256"):
         assert one["input"][key] != other["input"][key]
+
+
+def test_what_a_killed_build_leaves_names_nobody(export, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "_write_dataset", killed)
+        assert run("--encoding=raw", output=tmp_path / "out", source=export, dataset="dicom") == 130
+    (left,) = (tmp_path / "out/dicom").glob(".*.incomplete")
+    names = {path.name for path in left.rglob("*.json")}
+    assert len(names) == 4
+    for path in (tmp_path / "out").rglob("*"):
+        for secret in (*SECRETS, str(tmp_path)):
+            assert secret not in path.name
+            assert path.is_dir() or secret.encode() not in path.read_bytes()
+    monkeypatch.setattr(parts, "write_part", killed)
+    assert run("--encoding=raw", output=tmp_path / "out", source=export, dataset="dicom") == 0  # goes on from there
+    assert len(read(tmp_path / "out")) == 3
 
 
 def test_official_splits_do_not_keep_the_order_of_names(private, tmp_path):
