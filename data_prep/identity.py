@@ -23,6 +23,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 
+from data_prep import locks
 from usfmae_jax.errors import InputError
 
 #: Names a file that is used instead of the default.
@@ -55,6 +56,7 @@ _PHOTOMETRIC = "MONOCHROME[12]|RGB|PALETTE COLOR|YBR_(FULL(_422)?|PARTIAL_4(22|2
 _BYTES = 32
 _NONCE, _TAG = 16, 32  # bytes
 _COLUMNS = "pseudonym", "kind", "original"
+_WAIT = 300  # seconds for other builds to write their rows
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
 _LEAST_DIFFERENT = 8  # of 16 random bytes 12 or more are
 
@@ -246,10 +248,16 @@ def write_linkage(path: str, rows: Iterable[tuple[str, str, str]], output: str) 
       output: folder that the build writes to, in which the table must not be.
 
     Raises:
-      InputError: as in `check_linkage`.
+      InputError: as in `check_linkage`, or another build does not get done with it.
     """
     check_linkage(path, output)
     target = pathlib.Path(path).resolve()
+    taken = f"another build has been writing to {path} for {_WAIT} seconds; try again when it is done"
+    with locks.hold(target.parent, taken, f".{target.name}.lock", wait=_WAIT):
+        _add_linkage(target, rows)
+
+
+def _add_linkage(target: pathlib.Path, rows: Iterable[tuple[str, str, str]]) -> None:
     rows = {*rows, *_read_linkage(target)}
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")  # mode 0600
     temporary = pathlib.Path(name)

@@ -1,6 +1,7 @@
 """Pseudonyms, the secret behind them, and the table that leads them back."""
 
 import csv
+import multiprocessing
 import os
 import stat
 
@@ -198,6 +199,26 @@ def test_the_linkage_table_is_complete_and_for_its_owner_alone(tmp_path):
         read = list(csv.reader(file))
     assert read == [["pseudonym", "kind", "original"], ["p0", "patient", "older"], list(rows[0]), list(rows[1])]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["linkage.csv"]
+
+
+def add_rows(path, name):
+    for number in range(20):
+        identity.write_linkage(str(path), [(f"{name}{number}", "patient", "x")], str(path.parent / "out"))
+
+
+def test_builds_at_the_same_time_lose_none_of_each_others_rows(tmp_path):
+    path, context = tmp_path / "linkage.csv", multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=add_rows, args=(path, name)) for name in "abcd"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    with path.open(newline="") as file:
+        assert {row["pseudonym"] for row in csv.DictReader(file)} == {
+            f"{name}{k}" for name in "abcd" for k in range(20)
+        }
     assert os.listdir(tmp_path) == ["linkage.csv"]
 
 
