@@ -31,7 +31,7 @@ import numpy as np
 from data_prep import exclusions, isolate
 from data_prep.exclusions import Match, match_ids
 from usfmae_jax.data import fingerprints
-from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.errors import DamagedRecord, InputError, visible, visible_output
 
 _RECORDS = 256  # read per task
 _PAIRS = 1024  # compared per task
@@ -59,6 +59,7 @@ class Frames:
     damaged: list[str]
 
 
+@visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     try:
@@ -304,8 +305,7 @@ def _print_groups(header: tuple[str, ...], groups: Mapping[tuple[str, ...], list
     for key, some in sorted(groups.items()):
         example = ", ".join(f"{ids[0]} {ids[4] or ids[3]}" for ids in (a.ids[some[0].frame], b.ids[some[0].other]))
         lines.append((*key, f"{len(some):,}", example))
-    # A stranger's names must not steer the terminal.
-    shown = [["".join(c if c.isprintable() else "?" for c in cell) for cell in line] for line in lines]
+    shown = [[visible(cell, one_line=True) for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in shown) + 2 for column in range(len(lines[0]))]
     print("\n".join("".join(map(str.ljust, line, widths)).rstrip() for line in shown))
 

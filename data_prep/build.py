@@ -36,9 +36,10 @@ from data_prep import catalog
 from data_prep.catalog.schema import Entry
 from data_prep.plan import PHANTOM, plan_files, plan_phantoms
 from data_prep.write.manifest import check_same, print_summary
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, visible_output
 
 
+@visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     try:

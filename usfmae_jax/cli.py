@@ -17,9 +17,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from usfmae_jax.errors import DONE, PREEMPTED, InputError, answer
+from usfmae_jax.errors import DONE, PREEMPTED, InputError, answer, visible_output
 
 
+@visible_output()
 def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDict, str, Any], int]) -> None:
     """Parses the command line, calls `action(config, workdir, flags)` and exits with the code that it returns.
 

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, visible
 
 SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
 FOLDER_LINK = "link to a folder, not followed"
@@ -95,9 +95,9 @@ class Scan:
 
 
 def printable(path: str) -> str:
-    """A path with forward slashes, and escapes for bytes that are not UTF-8."""
+    """A path with forward slashes, and escapes for bytes that are not UTF-8 and characters that are not seen."""
     path = path.replace(os.sep, "/")
-    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
+    return visible(path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace"), one_line=True)
 
 
 def stated(cell: str) -> str:
@@ -177,7 +177,7 @@ def holder(path: str) -> str:
 
 def one_line(label: str) -> str:
     """A class name as the list of names holds it, which has one a line."""
-    return unicodedata.normalize("NFC", " ".join(printable(label).split()))
+    return unicodedata.normalize("NFC", printable(" ".join(label.split())))
 
 
 def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:

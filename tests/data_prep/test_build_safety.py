@@ -242,3 +242,18 @@ def group_exists(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_names_that_steer_a_terminal_stand_in_no_table_as_they_are(tmp_path, capsys):
+    hostile = "\x1b]52;c;aGk=\x07\u202e"
+    for name in (hostile, "b"):
+        write(tmp_path / f"in/{name}/{name}.png", picture(len(name)))
+    (tmp_path / f"in/b/{hostile} broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert run("--labels=parent", "--name=x", output=tmp_path / "out", source=tmp_path / "in") == 0
+    printed = capsys.readouterr()
+    texts = [
+        (tmp_path / f"out/x/1.0.0/{name}").read_text() for name in ("rejected.csv", "label.labels.txt", "report.html")
+    ]
+    for text in (*texts, printed.out, printed.err.replace("\r", "").replace("\x1b[A", "")):
+        assert not set("\x1b\x07\u202e") & set(text)
+    assert r"\u001b]52" in texts[0]
