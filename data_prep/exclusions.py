@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from usfmae_jax.data import fingerprints
+from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.errors import InputError
 
 COLUMNS = ("dataset", "frame", "sha256", "reason", "evaluation_dataset", "evaluation_frame")
@@ -69,7 +69,9 @@ def read(path: str | os.PathLike[str]) -> Exclusions:
             if tuple(next(reader, ())) != COLUMNS:
                 raise InputError(f"{path} is no list of exclusions, whose first line is {','.join(COLUMNS)}; {remedy}")
             for row in reader:
-                dataset, frame, sha256, reason = _checked(row, f"{path}, line {reader.line_num}")
+                dataset, frame, sha256, reason = _checked(
+                    [*map(cells.unquoted, row)], f"{path}, line {reader.line_num}"
+                )
                 if frame:
                     frames.setdefault((dataset, frame), reason)
                 if sha256:
@@ -99,9 +101,7 @@ def _checked(row: list[str], where: str) -> tuple[str, str, str, str]:
 def write(path: str | os.PathLike[str], rows: Iterable[Sequence[str]]) -> None:
     """Writes rows with the values of `COLUMNS`."""
     with pathlib.Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # "\r" in a name would end a row
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+        cells.write(file, COLUMNS, rows, quoting=csv.QUOTE_ALL)  # "\r" in a name would end a row
 
 
 @dataclasses.dataclass(frozen=True)

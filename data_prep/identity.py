@@ -12,7 +12,6 @@ that it is there, and under which pseudonym; of a picture that he does not hold 
 """
 
 import contextlib
-import csv
 import hashlib
 import hmac
 import os
@@ -24,6 +23,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 
 from data_prep import locks
+from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
 
 #: Names a file that is used instead of the default.
@@ -263,9 +263,7 @@ def _add_linkage(target: pathlib.Path, rows: Iterable[tuple[str, str, str]]) -> 
     temporary = pathlib.Path(name)
     try:
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            writer.writerows(sorted(rows))
+            cells.write(file, _COLUMNS, sorted(rows), lineterminator="\r\n")
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -276,7 +274,7 @@ def _read_linkage(target: pathlib.Path) -> list[tuple[str, str, str]]:
     if not target.exists():
         return []
     with target.open(newline="", encoding="utf-8", errors="replace") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+        header, *rows = list(cells.read(file)) or [[]]
     if tuple(header) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
         raise InputError(f"{target.name} is there and is no linkage table; give another name")
     return [(name, kind, original) for name, kind, original in rows]

@@ -3,7 +3,6 @@
 import argparse
 import collections
 import contextlib
-import csv
 import hashlib
 import json
 import pathlib
@@ -22,7 +21,7 @@ from data_prep.write import pages, parts, shards
 from data_prep.write.manifest import write_manifest, write_rejected
 from data_prep.write.shards import UnusableInputError
 from usfmae_jax import __version__
-from usfmae_jax.data import fingerprints
+from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.data.records import decode_image, decode_record, encode_record
 from usfmae_jax.errors import InputError
 
@@ -232,7 +231,6 @@ def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> No
         path = folder / "splits" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["frame", "fold", "part"])
             lines = ([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])
-            writer.writerows(sorted(lines) if plan.salt else lines)  # their order would say which frame is which
+            # Of private ones, the order would say which frame is which.
+            cells.write(file, ("frame", "fold", "part"), sorted(lines) if plan.salt else lines)

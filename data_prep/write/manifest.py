@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import csv
 import hashlib
 import json
 import pathlib
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep import identity
 from data_prep.find.files import Rejected
 from usfmae_jax import __version__
+from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
@@ -51,9 +51,7 @@ def write_rejected(path: pathlib.Path, rejected: Sequence[Rejected]) -> None:
     if not rejected:
         return
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "reason"])
-        writer.writerows(sorted((one.source, one.reason) for one in rejected))
+        cells.write(file, ("file", "reason"), sorted((one.source, one.reason) for one in rejected))
 
 
 def write_manifest(
@@ -205,5 +203,5 @@ def _print_files(table: pathlib.Path, title: str, number: int) -> None:
         return
     print(f"\n{title}: {number:,} files, all of them in {table}:")
     with table.open(encoding="utf-8", newline="") as file:
-        for row, _ in zip(csv.DictReader(file), range(_SHOWN), strict=False):
+        for row, _ in zip(cells.read_dicts(file), range(_SHOWN), strict=False):
             print(f"  {row['file']}: {row['reason']}")

@@ -4,7 +4,6 @@ Which pictures are the same is for `fingerprints` to say; here are the two passe
 """
 
 import concurrent.futures
-import csv
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from usfmae_jax.data import fingerprints
+from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.data.records import decode_image
 from usfmae_jax.data.split_files import write_csv
 from usfmae_jax.data.table import Table, read_row
@@ -98,7 +97,7 @@ def cached_near_duplicates(frames: Table, path: pathlib.Path | str, keep: bool =
     key = f"{frames.fingerprint}-{fingerprints.NEAR}-{fingerprints.ALIKE:g}"
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+            rows = list(cells.read(file))
         if tuple(rows[0]) == _COLUMNS and len(rows) > 1 and {row[0] for row in rows[1:]} == {key}:
             place = {name: row for row, name in enumerate(frames.frame_key.tolist())}
             pairs = [(place[frame], place[other]) for _, frame, other in rows[1:] if frame or other]
