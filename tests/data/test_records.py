@@ -109,7 +109,7 @@ def test_an_image_that_declares_more_than_any_scan_is_refused_before_it_is_decod
     for side in (12_000, 60_000):
         data = declaring(suffix, side)
         monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
-        with pytest.raises(DamagedRecord, match="more than 50 million|cannot be decoded"):
+        with pytest.raises(DamagedRecord, match=r"more than 50 million|cannot be decoded"):
             records.decode_image(data, channels)
 
 
