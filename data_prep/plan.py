@@ -1,10 +1,11 @@
 """What a build is going to do, known before the first file is opened."""
 
 import argparse
+import collections
 import dataclasses
 import functools
-import glob
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -226,14 +227,26 @@ def _private_warnings(clean: bool, args: argparse.Namespace, label_names: list[s
 
 def _with_data_files(fingerprint: str, root: pathlib.Path, items: list[Any]) -> str:
     """The fingerprint, which also changes with the data files beside .mhd and .nhdr headers, if there are any."""
-    lines = []
+    lines: list[str] = []
+    folders: dict[pathlib.Path, dict[str, list[str]]] = {}  # each is listed once, however many headers it has
     for item in items:
         if item.path.lower().endswith((".mhd", ".nhdr")):
             header = root / item.path
-            beside = sorted(header.parent.glob(f"{glob.escape(header.stem)}.*"))
+            if header.parent not in folders:
+                folders[header.parent] = _by_beginning(header.parent)
+            beside = [header.parent / name for name in sorted(folders[header.parent][header.stem])]
             lines += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in beside]
     text = "\n".join([fingerprint, *lines]).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest() if lines else fingerprint
+
+
+def _by_beginning(folder: pathlib.Path) -> dict[str, list[str]]:
+    """Names in a folder by what stands before any of their dots."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in os.listdir(folder):
+        for dot in re.finditer(r"\.", name):
+            found[name[: dot.start()]].append(name)
+    return found
 
 
 def _chosen(flag: str | None, default: bool) -> bool:

@@ -17,6 +17,7 @@ from data_prep.find.beside import find_masks, without_images
 from data_prep.find.files import (
     FOLDER_LINK,
     SPLITS,
+    TOO_DEEP,
     Collection,
     Item,
     Rejected,
@@ -371,7 +372,7 @@ def _count(entry: Entry, found: list[Item], names: list[str]) -> list[str]:
 
 def _rejected(scan: Scan, layout: Layout) -> list[Rejected]:
     wanted = _wanted(layout)
-    return [one for one in scan.rejected if one.reason == FOLDER_LINK or wanted(one.source)]
+    return [one for one in scan.rejected if one.reason in (FOLDER_LINK, TOO_DEEP) or wanted(one.source)]
 
 
 def _left_out(scan: Scan, layout: Layout, used: set[str]) -> dict[str, int]:

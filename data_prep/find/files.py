@@ -19,6 +19,7 @@ from usfmae_jax.errors import InputError, visible
 
 SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
 FOLDER_LINK = "link to a folder, not followed"
+_DEEPEST, TOO_DEEP = 100, "folder in more than 100 others, not looked into"
 _NO_VALUE = {"na", "n/a", "#n/a", "<na>", "nan", "null"}  # as spreadsheets, R and pandas write it
 _NOBODY = re.compile(
     "|anon(ym(ous|i[sz]ed)?)?(patient)?|deid(entified)?|(patient)?unknown(patient)?|none|null|nan?|notavailable|noname"
@@ -196,6 +197,9 @@ def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
     for folder, folders, files in os.walk(root, onerror=fail):
         below = os.path.relpath(folder, root)
         below = "" if below == os.curdir else below
+        if below.count(os.sep) + 1 >= _DEEPEST:  # the standard library walks, and removes, by recursion
+            scan.rejected += [Rejected(printable(os.path.join(below, name)), TOO_DEEP) for name in sorted(folders)]
+            folders.clear()
         scan.left_out["hidden files and folders"] += sum(_is_hidden(name) for name in (*folders, *files))
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for name in folders:

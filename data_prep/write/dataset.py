@@ -72,7 +72,7 @@ def _gather(
     """Reads the indices of all parts and decides what is kept."""
     indices = list(parts.finished(divided, folder, plan.salt).values())
     rejected = plan.found.rejected + [one for index in indices for one in index.rejected]
-    _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected))
+    _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected), plan.salt)
     if len(indices) != len(divided):
         raise InputError(
             f"{len(divided) - len(indices)} of {len(divided)} parts are missing in {folder}; do all workers of the "
@@ -159,12 +159,13 @@ def _beam_options(args: argparse.Namespace) -> Any:
     return PipelineOptions([f"--{option}" for option in args.beam_pipeline_options.split(",") if option])
 
 
-def _check_usable(rejected: list[Rejected], total: int) -> None:
+def _check_usable(rejected: list[Rejected], total: int, salt: bytes) -> None:
     useless = [one for one in rejected if not one.reason.endswith(parts.KEPT)]
     if 2 * len(useless) > total:
         first = useless[0]
+        name = identity.pseudonym(salt, "frame", first.source) if salt else first.source  # logs are handed on, too
         raise UnusableInputError(
-            f"more than half of the {total} files cannot be used, for example {first.source!r} ({first.reason}); "
+            f"more than half of the {total} files cannot be used, for example {name!r} ({first.reason}); "
             "is --input the right folder?"
         )
 

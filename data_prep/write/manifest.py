@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep import identity
+from data_prep import identity, locks
 from data_prep.find.files import Rejected
 from usfmae_jax import __version__
 from usfmae_jax.data import cells
@@ -137,6 +138,16 @@ def _combine(digests: dict[str, str], salt: bytes) -> str:
 
 def _sorted(counter: Any) -> dict[str, int]:
     return {name: int(counter[name]) for name in sorted(counter)}
+
+
+def put_back(target: pathlib.Path) -> None:
+    """Undoes half of a replacement: a build that was killed between the two renames of `publish` left none in place."""
+    olds = list(target.with_name(f".{target.name}.incomplete").glob("*-old"))
+    if not olds or target.exists():
+        return
+    with contextlib.suppress(InputError), locks.hold(target.parent, "another build is at work, and not killed"):
+        if not target.exists():
+            olds[0].rename(target)
 
 
 def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str) -> None:

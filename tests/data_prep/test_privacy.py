@@ -272,3 +272,12 @@ def test_any_folder_can_be_private(tree, tmp_path, capsys):
         assert b"deep" not in data.replace(b"deeppink", b"")
         assert b"My Images" not in data
     assert len({record["source"] for record in read(tmp_path / "out")}) == 6
+
+
+def test_that_most_files_are_of_no_use_is_said_without_a_name(private, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        (tmp_path / f"in/ZEBEDEE_{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    sentence = refused(capsys, *private, output=tmp_path / "out", source=tmp_path / "in")
+    assert "more than half of the 3 files cannot be used, for example 'f" in sentence
+    assert "ZEBEDEE" not in sentence
