@@ -3,7 +3,6 @@
 import functools
 import json
 import operator
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
