@@ -288,12 +288,13 @@ def _items(
     warnings: list[str],
 ) -> list[Item]:
     """Every file with what is known about it; adds to `warnings`."""
+    numbers = _label_numbers(layout, names)
     found = [
         Item(
             path,
             masks=masks.get(path, ()),
             split="train" if "one_split" in switches else _split(layout, path, value.get("split", "")),
-            label=_label_number(layout, names, value.get("label", "")),
+            label=numbers.get(value.get("label", "").casefold(), -1),
             patient=known_patient(value.get("patient", "")),
             video=value.get("video", ""),
             frame=value.get("frame", ""),
@@ -340,10 +341,11 @@ def _split(layout: Layout, path: str, value: str) -> str:
     return split
 
 
-def _label_number(layout: Layout, names: list[str], value: str) -> int:
-    folded = {key.casefold(): name for key, name in layout.labels.items()}
-    value = folded.get(value.casefold(), value).casefold()
-    return next((number for number, name in enumerate(names) if name.casefold() == value), -1)
+def _label_numbers(layout: Layout, names: list[str]) -> dict[str, int]:
+    """Numbers of classes by what paths and tables call them, in lower case; the first of equal names."""
+    numbers = {name.casefold(): number for number, name in reversed([*enumerate(names)])}
+    said = {key.casefold(): numbers.get(name.casefold(), -1) for key, name in layout.labels.items()}
+    return numbers | said
 
 
 def _unique_frames(found: list[Item], warnings: list[str]) -> list[Item]:

@@ -188,6 +188,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
     """
     rows = _label_rows(labels)
     names = label_names((row["label"] for row in rows), f"in {labels}")
+    numbers = {name: number for number, name in enumerate(names)}
     items: dict[str, Item] = {}
     stats: dict[str, tuple[int, int]] = {}
     problems: dict[str, list[Rejected]] = {"file": [], "mask": []}
@@ -217,7 +218,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
             path=paths["file"],
             masks=() if "mask" in wrong or "mask" not in paths else (paths["mask"],),
             split=SPLITS[row["split"]],
-            label=names.index(row["label"]) if row["label"] in names else -1,
+            label=numbers.get(row["label"], -1),
             patient=known_patient(row["patient"]),
             video=row["video"],
         )
