@@ -29,6 +29,7 @@ from data_prep.find.files import (
     label_names,
     printable,
     scan_folder,
+    searching,
 )
 from usfmae_jax.errors import InputError
 
@@ -93,7 +94,10 @@ def collect(
         layout, paths = _choose_layout(entry, root, scan, include, pattern, switches)
     by_name = _beside(scan.files, paths) if entry.generic and masks != "off" else {}
     drawn = {mask for found in by_name.values() for mask in found}
-    known = {path: _variables(path, layout.pattern) for path in paths if path not in drawn}
+    with searching(layout.pattern) as search:
+        known = {
+            path: _variables(path, search(path) if layout.pattern else None) for path in paths if path not in drawn
+        }
     warnings = _unmatched(layout, known)
     values = _values(layout, known)
     used = tables.apply(root, layout.tables, scan.files, known, values, warnings)
@@ -246,18 +250,18 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
-def _variables(path: str, pattern: str) -> Values:
+def _variables(path: str, found: re.Match[str] | None) -> Values:
     """What templates over this path may use."""
     folder, name = posixpath.split(path)
     ext = name[-7:] if name.lower().endswith(".nii.gz") else posixpath.splitext(name)[1]
-    found = re.search(pattern, path) if pattern else None
     groups = {group: value for group, value in found.groupdict().items() if value} if found else {}
     places = {"name": name, "stem": name.removesuffix(ext), "ext": ext, "dir": folder or "."}
     return places | {"up": posixpath.dirname(folder) or "."} | groups
 
 
 def _unmatched(layout: Layout, paths: Iterable[str]) -> list[str]:
-    strange = [path for path in paths if layout.pattern and not re.search(layout.pattern, path)]
+    with searching(layout.pattern) as search:
+        strange = [path for path in paths if layout.pattern and not search(path)]
     if not strange:
         return []
     return [

@@ -4,15 +4,18 @@ Standard library only, so that finding out that there is nothing to do takes no 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import re
+import signal
 import stat
+import threading
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from usfmae_jax.errors import InputError, visible
@@ -25,6 +28,7 @@ _NOBODY = re.compile(
     "|anon(ym(ous|i[sz]ed)?)?(patient)?|deid(entified)?|(patient)?unknown(patient)?|none|null|nan?|notavailable|noname"
     "|unnamed|redacted|removed|xxx+"
 )
+_LONGEST = 5.0  # seconds for a pattern and a path
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
 _LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # of archives and file managers: as good as hidden
 
@@ -179,6 +183,36 @@ def holder(path: str) -> str:
 def one_line(label: str) -> str:
     """A class name as the list of names holds it, which has one a line."""
     return unicodedata.normalize("NFC", printable(" ".join(label.split())))
+
+
+@contextlib.contextmanager
+def searching(pattern: str) -> Iterator[Callable[[str], re.Match[str] | None]]:
+    """Yields `re.search` of a pattern that somebody wrote, which for some paths could take for ever.
+
+    What it yields raises InputError after a few seconds with one path, in the main thread, where it can be interrupted.
+    """
+    compiled, at = re.compile(pattern), [""]
+
+    def late(*_: Any) -> None:
+        raise InputError(
+            f"the pattern {pattern!r} takes too long for {printable(at[0])!r}: write it without repetitions in "
+            "repetitions, such as (a+)+"
+        )
+
+    def search(path: str) -> re.Match[str] | None:
+        at[0] = path
+        signal.setitimer(signal.ITIMER_REAL, _LONGEST)
+        return compiled.search(path)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield compiled.search
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        yield search
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:

@@ -34,6 +34,7 @@ from data_prep.find.files import (
     label_names,
     one_line,
     printable,
+    searching,
     stated,
 )
 from usfmae_jax.errors import InputError
@@ -376,7 +377,8 @@ def read_folds(
 
 def _fold_rows(path: str, rows: list[Row], folds: Folds) -> Iterator[tuple[str, str, str]]:
     """Yields (key, fold, part)."""
-    found = re.search(folds.pattern, path)
+    with searching(folds.pattern) as search:
+        found = search(path)
     groups = {name: value for name, value in found.groupdict().items() if value} if found else {}
     rows = [row | groups for row in rows]
     numbers = sorted({fill(folds.fold, row) for row in rows} - {""})
