@@ -44,8 +44,7 @@ def settings(args: argparse.Namespace) -> Any:
 
 def ours(args: argparse.Namespace) -> alternate.Result:
     """The command, with a clock on its loop."""
-    import csv
-
+    from usfmae_jax.data import cells
     from usfmae_jax.finetuning import loop
 
     spent = []
@@ -63,7 +62,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
         loop.results.describe, loop.results.finish = begin, stop  # type: ignore[assignment]
         loop.finetune(settings(args), workdir)
         with open(f"{workdir}/predictions.csv", newline="") as file:
-            tested = len(list(csv.DictReader(file)))
+            tested = len(list(cells.read_dicts(file)))
         results = json.loads(pathlib.Path(workdir, "results.json").read_text())
     auroc = results["metrics"]["auroc"]["value"]
     return {"training": spent[1] - spent[0], "tested": tested, "auroc": auroc}

@@ -31,7 +31,7 @@ import numpy as np
 from data_prep import exclusions, isolate
 from data_prep.exclusions import Match, match_ids
 from usfmae_jax.data import fingerprints
-from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.errors import DamagedRecord, InputError, visible, visible_output
 
 _RECORDS = 256  # read per task
 _PAIRS = 1024  # compared per task
@@ -59,6 +59,7 @@ class Frames:
     damaged: list[str]
 
 
+@visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     try:
@@ -153,8 +154,9 @@ def _read(files: dict[str, int], name: str, workers: int) -> Frames:
     tasks = [(path, k, min(k + _RECORDS, count)) for path, count in files.items() for k in range(0, count, _RECORDS)]
     results = _map(_scan, tasks, workers, name, "frame", lambda task: task[2] - task[1])
     frames = Frames(list(files), [], [], np.concatenate([codes for _, _, codes, _ in results]), [])
+    places = {path: place for place, path in enumerate(frames.paths)}
     for (path, _, _), (numbers, ids, _, damaged) in zip(tasks, results, strict=True):
-        frames.places += [(frames.paths.index(path), number) for number in numbers]
+        frames.places += [(places[path], number) for number in numbers]
         frames.ids += ids
         frames.damaged += damaged
     if frames.damaged:
@@ -263,13 +265,16 @@ def _near(a: Frames, b: Frames | None, radius: int) -> list[tuple[int, int]]:
     """Pairs within a hash distance; of `a` alone, earlier and later ones of different videos."""
     import tqdm
 
-    groups = None
-    if b is None:
+    groups, kinds = None, None
+    if b is not None:  # a copy in each evaluation set counts
+        sets = {name: number for number, name in enumerate(dict.fromkeys(ids[0] for ids in b.ids))}
+        kinds = np.zeros(len(a.ids), np.int64), np.array([sets[ids[0]] for ids in b.ids], np.int64)
+    else:
         numbers: dict[tuple[str, str], int] = {}
         videos = np.array([numbers.setdefault((ids[0], ids[2] or str(k)), k) for k, ids in enumerate(a.ids)])
         groups = videos, videos
     with tqdm.tqdm(total=len(a.ids), desc="hashes", unit="frame") as bar:
-        i, j, _ = fingerprints.near_pairs(a.codes, b.codes if b else None, radius, groups, bar.update)
+        i, j, _ = fingerprints.near_pairs(a.codes, b.codes if b else None, radius, groups, bar.update, kinds)
     return list(zip(i.tolist(), j.tolist(), strict=True))
 
 
@@ -300,8 +305,7 @@ def _print_groups(header: tuple[str, ...], groups: Mapping[tuple[str, ...], list
     for key, some in sorted(groups.items()):
         example = ", ".join(f"{ids[0]} {ids[4] or ids[3]}" for ids in (a.ids[some[0].frame], b.ids[some[0].other]))
         lines.append((*key, f"{len(some):,}", example))
-    # A stranger's names must not steer the terminal.
-    shown = [["".join(c if c.isprintable() else "?" for c in cell) for cell in line] for line in lines]
+    shown = [[visible(cell, one_line=True) for cell in line] for line in lines]
     widths = [max(len(line[column]) for line in shown) + 2 for column in range(len(lines[0]))]
     print("\n".join("".join(map(str.ljust, line, widths)).rstrip() for line in shown))
 

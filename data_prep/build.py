@@ -35,10 +35,11 @@ from typing import Any
 from data_prep import catalog
 from data_prep.catalog.schema import Entry
 from data_prep.plan import PHANTOM, plan_files, plan_phantoms
-from data_prep.write.manifest import check_same, print_summary
-from usfmae_jax.errors import InputError
+from data_prep.write.manifest import check_same, print_summary, put_back
+from usfmae_jax.errors import InputError, visible_output
 
 
+@visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     try:
@@ -111,6 +112,7 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
 
         plan.found.rejected += download.rejected_members(pathlib.Path(source))
     target = pathlib.Path(args.output) / plan.name / entry.version
+    put_back(target)
     if not args.overwrite and target.exists():
         check_same(target, plan.arguments, plan.found.fingerprint)
         if args.linkage:

@@ -12,12 +12,12 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from usfmae_jax.data import fingerprints
+from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.errors import InputError
 
 COLUMNS = ("dataset", "frame", "sha256", "reason", "evaluation_dataset", "evaluation_frame")
@@ -33,6 +33,7 @@ REASONS = {
 #: What identifies a record.
 IDS = ("dataset", "patient", "video", "source", "frame", "sha256")
 
+_MOST_PAIRS = 1 << 22  # of near-equal pictures of different videos; those of honest data are thousands
 _SPLITS = {"test": 0, "validation": 1}  # the copy in the smaller split is the one to keep
 
 
@@ -68,7 +69,9 @@ def read(path: str | os.PathLike[str]) -> Exclusions:
             if tuple(next(reader, ())) != COLUMNS:
                 raise InputError(f"{path} is no list of exclusions, whose first line is {','.join(COLUMNS)}; {remedy}")
             for row in reader:
-                dataset, frame, sha256, reason = _checked(row, f"{path}, line {reader.line_num}")
+                dataset, frame, sha256, reason = _checked(
+                    [*map(cells.unquoted, row)], f"{path}, line {reader.line_num}"
+                )
                 if frame:
                     frames.setdefault((dataset, frame), reason)
                 if sha256:
@@ -98,9 +101,7 @@ def _checked(row: list[str], where: str) -> tuple[str, str, str, str]:
 def write(path: str | os.PathLike[str], rows: Iterable[Sequence[str]]) -> None:
     """Writes rows with the values of `COLUMNS`."""
     with pathlib.Path(path).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)  # "\r" in a name would end a row
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+        cells.write(file, COLUMNS, rows, quoting=csv.QUOTE_ALL)  # "\r" in a name would end a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,9 @@ def duplicates_within(
     dropped: dict[int, tuple[str, int]] = {}
     contradictions: list[tuple[int, int]] = []
     across_splits = 0
-    for earlier, later, reason in itertools.chain(_equal_pairs(rows, order), _near_pairs(rows, order, radius)):
+    warnings: list[str] = []
+    near = _near_pairs(rows, order, radius, warnings.append)
+    for earlier, later, reason in itertools.chain(_equal_pairs(rows, order), near):
         if earlier in dropped or later in dropped:
             continue
         if rows[earlier].label != rows[later].label and min(rows[earlier].label, rows[later].label) >= 0:
@@ -190,7 +193,6 @@ def duplicates_within(
             continue
         dropped[later] = reason, earlier
         across_splits += rows[earlier].split != rows[later].split
-    warnings = []
     if contradictions:
         one, other = (rows[k].frame for k in contradictions[0])
         warnings.append(
@@ -208,16 +210,22 @@ def _equal_pairs(rows: Sequence[Any], order: list[int]) -> Iterator[tuple[int, i
         before, label = seen[rows[k].sha256], rows[k].label
         for other in sorted(before, key=label.__ne__):  # its own label first: a copy contradicts nobody
             yield before[other], k, "equal pixels"
-        before.setdefault(label, k)
+        if len(before) < fingerprints.COPIES:
+            before.setdefault(label, k)
 
 
-def _near_pairs(rows: Sequence[Any], order: list[int], radius: int) -> Iterator[tuple[int, int, str]]:
+def _near_pairs(
+    rows: Sequence[Any], order: list[int], radius: int, warn: Callable[[str], Any]
+) -> Iterator[tuple[int, int, str]]:
     """Positions of near-equal pictures of different videos, the later in order."""
     hashed = [k for k in order if rows[k].hash]
     codes = np.array([np.frombuffer(bytes.fromhex(rows[k].hash), "<u8") for k in hashed], np.uint64).reshape(-1, 8)
     numbers: dict[str, int] = {}
     videos = np.array([numbers.setdefault(rows[k].video, len(numbers)) for k in hashed], np.int64)
-    i, j, _ = fingerprints.near_pairs(codes, radius=radius, groups=(videos, videos))
+    labels = np.array([rows[k].label for k in hashed], np.int64)
+    i, j, _ = fingerprints.near_pairs(
+        codes, radius=radius, groups=(videos, videos), kinds=(labels, labels), most=_MOST_PAIRS, warn=warn
+    )
     for at in np.lexsort((i, j)):
         earlier, later = hashed[i[at]], hashed[j[at]]
         if rows[earlier].sha256 != rows[later].sha256:  # else it was seen already

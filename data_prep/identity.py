@@ -5,19 +5,25 @@ of them in a second and looks up who is who. HMAC-SHA256 (RFC 2104) takes a secr
 which no number can be tried. The salt stays on the machine that builds and is written nowhere else (a Beam runner gets
 it with the pipeline). The same salt gives the same pseudonyms, so that two builds can be compared for patients that are
 in both: keep it as long as the data.
+
+Whatever else is written of private input is keyed in the same way, but for one digest: `sha256` of a record is that of
+the decoded pixels, so that copies of a picture are found across datasets. It tells whoever holds the very same picture
+that it is there, and under which pseudonym; of a picture that he does not hold it tells nothing.
 """
 
 import contextlib
-import csv
 import hashlib
 import hmac
 import os
 import pathlib
+import re
 import secrets
 import stat
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from data_prep import locks
+from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
 
 #: Names a file that is used instead of the default.
@@ -25,24 +31,52 @@ VARIABLE = "USFMAE_SALT"
 #: What can have a pseudonym, and how those begin.
 PREFIXES = {"patient": "p", "video": "v", "frame": "f"}
 
+#: Facts that people and machines write as they like, and what stands for what could be anything.
+FREE_TEXTS, OTHER = {"Manufacturer", "ManufacturerModelName", "TransducerType"}, "other"
+
+_VENDORS = """
+    acuson agilent aloka alpinion atl bk boston butterfly canon chison clarius echonous edan esaote exact fujifilm ge
+    healcerion hitachi hologic hp interson konica kretz landwind medison mindray olympus pentax philips samsung
+    shimadzu siemens signostics siui sonoace sonoscape sonosite sonostar supersonic telemed terason terumo toshiba
+    ultrasonix verathon vinno vingmed visualsonics volcano welld wisonic zonare zoncare
+"""
+# Words of names of scanners and transducers, defined terms of DICOM among them.
+_MODELS = """
+    accuvix acclarix affiniti aixplorer antares aplio applio artida aquilion arietta ascendus avius cypress doppler
+    elite elegra epiq envisor essential evo expert famio fusion hivision imagepoint iq juniper logiq logic lumify
+    lisendo mylab mobile nemio noblus omnia open platinum power preirus premium prime prosound pro redwood resona
+    sequoia site sonoline sonos style sonix touch tablet ultrasound vision viamo vivid voluson vevo xario xvision
+    helx evolution nanomaxx micromaxx edge titan turbo maxx system expression signature series dimension
+    sector phased mech annular linear curved curvilinear convex single crystal split xtal cwd iv rot mirror endocav
+    endocavity endo cla pa aa vector array probe matrix micro radial volume
+"""
+_SHORT = r"[A-Za-z]{0,3}\d{1,4}[A-Za-z]{0,3}|[A-Za-z]{1,2}"
+_MOST_DIGITS = 4
+_PHOTOMETRIC = "MONOCHROME[12]|RGB|PALETTE COLOR|YBR_(FULL(_422)?|PARTIAL_4(22|20)|ICT|RCT)"
 _BYTES = 32
+_NONCE, _TAG = 16, 32  # bytes
 _COLUMNS = "pseudonym", "kind", "original"
+_WAIT = 300  # seconds for other builds to write their rows
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
+_LEAST_DIFFERENT = 8  # of 16 random bytes 12 or more are
 
 
-def load_salt(path: str = "") -> bytes:
+def load_salt(path: str = "", output: str = "") -> bytes:
     """Reads the secret behind all pseudonyms.
 
     Args:
+      output: folder that will be handed on, in which the secret must not be.
       path: of the file that holds it; by default what `USFMAE_SALT` names, or else ~/.config/usfmae_jax/salt, which is
         made from 32 random bytes at its first use. Only that one is: a mistyped path should not quietly become a new
         salt, with which no patient has the pseudonym of the last build.
 
     Raises:
-      InputError: missing, readable by others than its owner, too short, or no regular file.
+      InputError: missing, readable by others than its owner, too short, too simple, in `output`, or no regular file.
     """
     chosen = path or os.environ.get(VARIABLE, "")
     file = pathlib.Path(chosen) if chosen else pathlib.Path.home() / ".config" / "usfmae_jax" / "salt"
+    if output and file.resolve().is_relative_to(pathlib.Path(output).resolve()):
+        raise InputError(f"the salt {file} would be handed on with {output}; keep it somewhere else")
     try:
         if not chosen and not file.exists():
             _create(file)
@@ -58,11 +92,15 @@ def load_salt(path: str = "") -> bytes:
             f"the salt {file} cannot be used: {error.strerror}; make one with: "
             f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
         ) from error
-    if len(salt) < _LEAST_BYTES:
-        raise InputError(
-            f"the salt {file} has {len(salt)} bytes, expected {_LEAST_BYTES} or more; make one with: "
-            f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
-        )
+    for number, least, what in (
+        (len(salt), _LEAST_BYTES, "bytes"),
+        (len({*salt}), _LEAST_DIFFERENT, "different bytes"),
+    ):
+        if number < least:
+            raise InputError(
+                f"the salt {file} has {number} {what}, expected {least} or more; make one with: "
+                f"(umask 077; head -c {_BYTES} /dev/urandom > {file})"
+            )
     return salt
 
 
@@ -96,6 +134,11 @@ def pseudonym(salt: bytes, kind: str, value: str) -> str:
     return PREFIXES[kind] + _hash(salt, kind, value)[:16]
 
 
+def keyed_digest(salt: bytes, what: str, data: str) -> str:
+    """A digest of input that may identify somebody, from which nobody without the salt can tell what it was."""
+    return f"hmac-sha256 {_hash(salt, what, data)}"
+
+
 def salt_fingerprint(salt: bytes) -> str:
     """12 hexadecimal digits that may be written, and tell builds with different salts apart."""
     return _hash(salt, "salt", "")[:12]
@@ -104,6 +147,78 @@ def salt_fingerprint(salt: bytes) -> str:
 def _hash(salt: bytes, kind: str, value: str) -> str:
     message = f"{kind}\0{value}".encode("utf-8", "surrogatepass")  # file names can hold what is no text
     return hmac.new(salt, message, hashlib.sha256).hexdigest()
+
+
+def seal(salt: bytes, text: str) -> bytes:
+    """Text that only who has the salt can read, for files that a killed build leaves where data are handed on.
+
+    HMAC-SHA256 of the salt as a stream cipher in counter mode with a random nonce, and over nonce and cipher a tag.
+    """
+    nonce = secrets.token_bytes(_NONCE)
+    sealed = nonce + _cipher(salt, nonce, text.encode())
+    return sealed + hmac.digest(salt, b"tag\0" + sealed, "sha256")
+
+
+def unseal(salt: bytes, data: bytes) -> str:
+    """The inverse of `seal`.
+
+    Raises:
+      ValueError: damaged, or sealed with another salt.
+    """
+    sealed, tag = data[:-_TAG], data[-_TAG:]
+    if len(data) < _NONCE + _TAG or not hmac.compare_digest(tag, hmac.digest(salt, b"tag\0" + sealed, "sha256")):
+        raise ValueError("damaged, or sealed with another salt")
+    return _cipher(salt, sealed[:_NONCE], sealed[_NONCE:]).decode()
+
+
+def _cipher(salt: bytes, nonce: bytes, data: bytes) -> bytes:
+    blocks = -(-len(data) // _TAG)
+    stream = b"".join(hmac.digest(salt, b"stream\0" + nonce + k.to_bytes(8), "sha256") for k in range(blocks))
+    return (int.from_bytes(data) ^ int.from_bytes(stream[: len(data)])).to_bytes(len(data))
+
+
+def public_facts(facts: Mapping[str, str], identifiers: Iterable[str]) -> dict[str, str]:
+    """What a private build may write of what a file says about its equipment, where anything may have been typed.
+
+    A manufacturer becomes the name of a known one. The model and the transducer are words of known ones and short
+    groups of letters with up to four digits, that hold no identifier. Everything else is "other".
+
+    Args:
+      facts: as readers give them.
+      identifiers: of the patient, clip and file.
+    """
+    ids = [letters for one in identifiers if len(letters := _letters(one)) > 2]
+    shown = dict(facts)
+    if not re.fullmatch(_PHOTOMETRIC, shown.get("PhotometricInterpretation", "RGB")):
+        shown["PhotometricInterpretation"] = OTHER
+    for name in FREE_TEXTS & facts.keys():
+        value = facts[name]
+        words = re.split(r"[^0-9A-Za-z]+", value.strip())
+        named = any(one in _letters(value) or _letters(value) in one for one in ids)
+        if name == "Manufacturer":
+            known = [word for word in words if word.casefold() in _VENDORS.split()]
+            shown[name] = known[0] if known and not named else OTHER
+        elif named or not _is_model(value, words):
+            shown[name] = OTHER
+    return shown
+
+
+def without_single(counts: Mapping[str, int]) -> dict[str, int]:
+    """Values and the number of files, those of one file alone together as "other": they may be a person's."""
+    shown = {value: number for value, number in counts.items() if number > 1 or value == OTHER}
+    single = len(counts) - len(shown)
+    return shown | ({OTHER: shown.get(OTHER, 0) + single} if single else {})
+
+
+def _is_model(value: str, words: list[str]) -> bool:
+    names = {*_MODELS.split(), *_VENDORS.split()}
+    known = all(word.casefold() in names or re.fullmatch(_SHORT, word) for word in words)
+    digits = sum(map(str.isdecimal, value))
+    return known and digits <= _MOST_DIGITS and value.isascii() and not re.search(r"[\^=@<>]", value)
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def check_linkage(path: str, output: str) -> None:
@@ -133,18 +248,22 @@ def write_linkage(path: str, rows: Iterable[tuple[str, str, str]], output: str) 
       output: folder that the build writes to, in which the table must not be.
 
     Raises:
-      InputError: as in `check_linkage`.
+      InputError: as in `check_linkage`, or another build does not get done with it.
     """
     check_linkage(path, output)
     target = pathlib.Path(path).resolve()
+    taken = f"another build has been writing to {path} for {_WAIT} seconds; try again when it is done"
+    with locks.hold(target.parent, taken, f".{target.name}.lock", wait=_WAIT):
+        _add_linkage(target, rows)
+
+
+def _add_linkage(target: pathlib.Path, rows: Iterable[tuple[str, str, str]]) -> None:
     rows = {*rows, *_read_linkage(target)}
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-")  # mode 0600
     temporary = pathlib.Path(name)
     try:
         with os.fdopen(descriptor, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.writer(file)
-            writer.writerow(_COLUMNS)
-            writer.writerows(sorted(rows))
+            cells.write(file, _COLUMNS, sorted(rows), lineterminator="\r\n")
         temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -155,7 +274,7 @@ def _read_linkage(target: pathlib.Path) -> list[tuple[str, str, str]]:
     if not target.exists():
         return []
     with target.open(newline="", encoding="utf-8", errors="replace") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+        header, *rows = list(cells.read(file)) or [[]]
     if tuple(header) != _COLUMNS or any(len(row) != len(_COLUMNS) for row in rows):
         raise InputError(f"{target.name} is there and is no linkage table; give another name")
     return [(name, kind, original) for name, kind, original in rows]

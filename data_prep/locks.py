@@ -1,4 +1,4 @@
-"""Folders that belong to one process at a time."""
+"""Folders and files that belong to one process at a time."""
 
 import contextlib
 import pathlib
@@ -12,17 +12,23 @@ _NAME = ".lock"  # hidden: neither a file of the input nor a part of a dataset
 
 
 @contextlib.contextmanager
-def hold(folder: pathlib.Path, taken: str) -> Iterator[None]:
-    """Holds a folder for this process, where the file system knows locks.
+def hold(folder: pathlib.Path, taken: str, name: str = _NAME, wait: float = 0) -> Iterator[None]:
+    """Holds a folder, or something in it, for this process, where the file system knows locks.
 
     The lock ends with the process, however that ends: a file that a crash left behind holds nobody up.
 
+    Args:
+      folder: where the lock lies meanwhile.
+      taken: message of the error.
+      name: of the lock, the same for all who ask for the same thing.
+      wait: seconds until another process has to be done.
+
     Raises:
-      InputError: another process holds it; `taken` is the message.
+      InputError: another process holds it.
     """
-    lock = filelock.FileLock(folder / _NAME)
+    lock = filelock.FileLock(folder / name)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait)
     except filelock.Timeout as error:
         raise InputError(taken) from error
     except OSError:
@@ -31,5 +37,5 @@ def hold(folder: pathlib.Path, taken: str) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            (folder / _NAME).unlink(missing_ok=True)  # before it is released, so that it is never another's
+            (folder / name).unlink(missing_ok=True)  # before it is released, so that it is never another's
         lock.release()

@@ -1,10 +1,11 @@
 """What a build is going to do, known before the first file is opened."""
 
 import argparse
+import collections
 import dataclasses
 import functools
-import glob
 import hashlib
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     )
     colours = _mask_colours(args.mask_colours)
     private = entry.private or args.private
-    salt = identity.load_salt(args.salt) if private else b""
+    salt = identity.load_salt(args.salt, args.output) if private else b""
     for_pretraining = not (entry.benchmark or args.labels)
     chosen = {flag: _chosen(getattr(args, flag), for_pretraining) for flag in ("thin", "deduplicate")}
     chosen["clean"] = _chosen(args.clean, for_pretraining or private)  # scanners burn names into the picture
@@ -92,6 +93,13 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     hidden = {flag: getattr(args, flag) for flag in ("include", "pattern", "optional")}  # may name a patient, too
     if private:
         hidden = {flag: value and identity.pseudonym(salt, "frame", value) for flag, value in hidden.items()}
+
+    def digest(what: str, text: str) -> str:
+        return identity.keyed_digest(salt, what, text) if private and text else text
+
+    shown = dataclasses.asdict(options)
+    if args.key:
+        shown["key"] = digest("key", args.key)
     # Of these only what is not the default: what earlier versions have built stays up to date.
     masks = {
         "masks": "" if args.masks == "auto" else args.masks,
@@ -100,18 +108,19 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     }
     arguments = _stored(entry, args, anatomy) | chosen | hidden | {key: one for key, one in masks.items() if one}
     arguments |= {
-        "options": dataclasses.asdict(options),
-        "entry": entry.fingerprint,
+        "options": shown,
+        "entry": digest("entry", entry.fingerprint),
         "whole_frames": args.whole_frames,
         "time_limit": args.time_limit,
-        "labels": args.labels if args.labels in ("", "parent") else _sha256(args.labels),
-        "exclude": _sha256(args.exclude) if args.exclude else "",
+        "labels": args.labels if args.labels in ("", "parent") else digest("labels", _sha256(args.labels)),
+        "exclude": digest("exclude", _sha256(args.exclude)) if args.exclude else "",
         "salt": identity.salt_fingerprint(salt) if private else "",
     }
+    changed = _with_data_files(found.fingerprint, root, found.items)
     return Plan(
         entry=entry,
         name=name,
-        found=dataclasses.replace(found, fingerprint=_with_data_files(found.fingerprint, root, found.items)),
+        found=dataclasses.replace(found, fingerprint=digest("files", changed)),
         make_work=functools.partial(_for_files, str(root), how),
         arguments=arguments,
         mask_colours=colours,
@@ -163,6 +172,7 @@ def _for_files(root: str, how: dict[str, Any], folder: str) -> Any:
         process=functools.partial(work.process, root=root, how=work.Storage(**how)),
         digest=functools.partial(work.digest, root=root),
         folder=folder,
+        salt=how["salt"],
     )
 
 
@@ -217,14 +227,26 @@ def _private_warnings(clean: bool, args: argparse.Namespace, label_names: list[s
 
 def _with_data_files(fingerprint: str, root: pathlib.Path, items: list[Any]) -> str:
     """The fingerprint, which also changes with the data files beside .mhd and .nhdr headers, if there are any."""
-    lines = []
+    lines: list[str] = []
+    folders: dict[pathlib.Path, dict[str, list[str]]] = {}  # each is listed once, however many headers it has
     for item in items:
         if item.path.lower().endswith((".mhd", ".nhdr")):
             header = root / item.path
-            beside = sorted(header.parent.glob(f"{glob.escape(header.stem)}.*"))
+            if header.parent not in folders:
+                folders[header.parent] = _by_beginning(header.parent)
+            beside = [header.parent / name for name in sorted(folders[header.parent][header.stem])]
             lines += [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in beside]
     text = "\n".join([fingerprint, *lines]).encode("utf-8", "surrogateescape")
     return hashlib.sha256(text).hexdigest() if lines else fingerprint
+
+
+def _by_beginning(folder: pathlib.Path) -> dict[str, list[str]]:
+    """Names in a folder by what stands before any of their dots."""
+    found: dict[str, list[str]] = collections.defaultdict(list)
+    for name in os.listdir(folder):
+        for dot in re.finditer(r"\.", name):
+            found[name[: dot.start()]].append(name)
+    return found
 
 
 def _chosen(flag: str | None, default: bool) -> bool:

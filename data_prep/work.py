@@ -146,7 +146,7 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
             patient_known=known,
             hash=fingerprints.perceptual_hash(pixels),
             cleaned=cleaned.removed if cleaned else {},
-            facts=frame.facts,
+            facts=identity.public_facts(frame.facts, _known_ids(item, frame)) if how.salt else frame.facts,
             removed=frame.removed,
             warnings=tuple(sorted(warnings)),
             originals=originals,
@@ -188,6 +188,11 @@ def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[
                 raise UnreadableError(f"mask{'' if how.salt else ' ' + printable(path)}: {error}") from error
             return None, f"mask: {error}"  # and none of the others: a part of what is meant would be wrong
     return (masks.join(found) if found else None), ""
+
+
+def _known_ids(item: Item, frame: Frame) -> list[str]:
+    name = os.path.splitext(os.path.basename(item.path))[0]
+    return [item.patient, item.video, name, frame.video, *frame.patient.removesuffix(")").split(" (")]
 
 
 def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, tuple[Original, ...]]:

@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any
@@ -17,9 +18,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from usfmae_jax.errors import DONE, PREEMPTED, InputError, answer
+from usfmae_jax.errors import DONE, PREEMPTED, InputError, answer, visible_output
 
 
+@visible_output()
 def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDict, str, Any], int]) -> None:
     """Parses the command line, calls `action(config, workdir, flags)` and exits with the code that it returns.
 
@@ -126,6 +128,15 @@ def start(flags: Any) -> None:
         # A preempted job compiles once, not at every restart. CPU code is tied to the very machine: not cached.
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "usfmae_jax"))
+
+
+def alone_in(workdir: str) -> AbstractContextManager[None]:
+    """Holds the workdir for this job, after `start`; see `training.lock.hold`."""
+    import jax
+
+    from usfmae_jax.training import lock
+
+    return lock.hold(workdir, first=jax.process_index() == 0)
 
 
 def default_workdir(value: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import DONE, InputError, answer
+from usfmae_jax.errors import DONE, InputError, answer, visible_output
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.files import Source
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 WRITTEN = ("checkpoints", "classifier", "config.json", "encoder", "lineage.json")
 
 
+@visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     parser = argparse.ArgumentParser(

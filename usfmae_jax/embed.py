@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from usfmae_jax.errors import DONE, DamagedRecord, InputError, answer
+from usfmae_jax.errors import DONE, DamagedRecord, InputError, answer, visible_output
 
 #: Picture files that a folder may hold.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -27,6 +27,7 @@ _NAMED = 5  # files that are passed over
 COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
 
 
+@visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     parser = argparse.ArgumentParser(

@@ -1,9 +1,11 @@
-"""The exceptions that several rooms raise and catch, and how doors answer them: a sentence and an exit code."""
+"""The exceptions that several rooms raise and catch, and how doors answer: a sentence, an exit code, harmless text."""
 
+import contextlib
 import errno
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 #: Exit codes: done, bad input or config, stopped by preemption after a saved checkpoint.
 DONE, BAD_INPUT, PREEMPTED = 0, 2, 75
@@ -67,3 +69,50 @@ def storage_fault(error: BaseException | None) -> str:
             return f"{said}{place}; {remedy}, and the same command goes on from what was saved last"
         error = error.__cause__ or error.__context__
     return ""
+
+
+# Characters that are not seen: they steer terminals, or turn the direction of writing, and a name looks like another.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
+)
+_BARS = re.compile(r"(\n|\x1b\[A)*")  # how tqdm moves from line to line
+
+
+def visible(text: str, one_line: bool = False) -> str:
+    """Text with codes, four hex digits, for characters that are not seen; of `one_line` for line ends and tabs, too."""
+    shown = _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return shown.replace("\n", "\\u000a").replace("\t", "\\u0009") if one_line else shown
+
+
+@contextlib.contextmanager
+def visible_output() -> Iterator[None]:
+    """Whatever is printed meanwhile, wherever it comes from, steers no terminal. Decorates what runs a door."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Visible(streams[0]), _Visible(streams[1])  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+
+
+class _Visible:
+    """A stream that shows what is not seen; progress bars may return to the beginning of their line."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if not _BARS.fullmatch(text):
+            begin = "\r" if text.startswith("\r") else ""
+            self._stream.write(begin + visible(text.removeprefix("\r")))
+        else:
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -30,7 +30,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     from usfmae_jax.probing.loop import evaluate
 
     cli.start(flags)
-    results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
+    with cli.alone_in(workdir):
+        results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
     if jax.process_index() == 0:
         print(table(results))
         print(f"{workdir}/report.html", file=sys.stderr)

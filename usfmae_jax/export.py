@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import DONE, InputError, answer
+from usfmae_jax.errors import DONE, InputError, answer, visible_output
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.model import Model
@@ -38,6 +38,7 @@ _JSON = ("architecture", "config", "export", "lineage", "preprocessing", "prepro
 WRITTEN = (*_WEIGHTS, "README.md", *(f"{name}.json" for name in _JSON))
 
 
+@visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     parser = argparse.ArgumentParser(

@@ -19,7 +19,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     from usfmae_jax.finetuning.loop import finetune  # after the flags are known to be right
 
     cli.start(flags)
-    return cli.train(lambda: finetune(config, workdir, cli.command("usfmae_jax.finetune")), f"{workdir}/members")
+    with cli.alone_in(workdir):
+        return cli.train(lambda: finetune(config, workdir, cli.command("usfmae_jax.finetune")), f"{workdir}/members")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     from usfmae_jax.pretraining.loop import pretrain  # after the flags are known to be right
 
     cli.start(flags)
-    return cli.train(lambda: pretrain(config, workdir), f"{workdir}/checkpoints")
+    with cli.alone_in(workdir):
+        return cli.train(lambda: pretrain(config, workdir), f"{workdir}/checkpoints")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ def load_file(path: pathlib.Path) -> Entry:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{path} is no TOML file: {error}") from error
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply to be a catalogue entry") from error
     if "fingerprint" in values:
         raise InputError(f"{path.name}: fingerprint is not a key, it is computed")
     entry = dataclasses.replace(parse(values, Entry, path.name), fingerprint=hashlib.sha256(data).hexdigest())

@@ -17,6 +17,7 @@ from data_prep.find.beside import find_masks, without_images
 from data_prep.find.files import (
     FOLDER_LINK,
     SPLITS,
+    TOO_DEEP,
     Collection,
     Item,
     Rejected,
@@ -28,6 +29,7 @@ from data_prep.find.files import (
     label_names,
     printable,
     scan_folder,
+    searching,
 )
 from usfmae_jax.errors import InputError
 
@@ -92,7 +94,10 @@ def collect(
         layout, paths = _choose_layout(entry, root, scan, include, pattern, switches)
     by_name = _beside(scan.files, paths) if entry.generic and masks != "off" else {}
     drawn = {mask for found in by_name.values() for mask in found}
-    known = {path: _variables(path, layout.pattern) for path in paths if path not in drawn}
+    with searching(layout.pattern) as search:
+        known = {
+            path: _variables(path, search(path) if layout.pattern else None) for path in paths if path not in drawn
+        }
     warnings = _unmatched(layout, known)
     values = _values(layout, known)
     used = tables.apply(root, layout.tables, scan.files, known, values, warnings)
@@ -245,18 +250,18 @@ def _natural(path: str) -> list[tuple[int, str]]:
     return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
-def _variables(path: str, pattern: str) -> Values:
+def _variables(path: str, found: re.Match[str] | None) -> Values:
     """What templates over this path may use."""
     folder, name = posixpath.split(path)
     ext = name[-7:] if name.lower().endswith(".nii.gz") else posixpath.splitext(name)[1]
-    found = re.search(pattern, path) if pattern else None
     groups = {group: value for group, value in found.groupdict().items() if value} if found else {}
     places = {"name": name, "stem": name.removesuffix(ext), "ext": ext, "dir": folder or "."}
     return places | {"up": posixpath.dirname(folder) or "."} | groups
 
 
 def _unmatched(layout: Layout, paths: Iterable[str]) -> list[str]:
-    strange = [path for path in paths if layout.pattern and not re.search(layout.pattern, path)]
+    with searching(layout.pattern) as search:
+        strange = [path for path in paths if layout.pattern and not search(path)]
     if not strange:
         return []
     return [
@@ -287,12 +292,13 @@ def _items(
     warnings: list[str],
 ) -> list[Item]:
     """Every file with what is known about it; adds to `warnings`."""
+    numbers = _label_numbers(layout, names)
     found = [
         Item(
             path,
             masks=masks.get(path, ()),
             split="train" if "one_split" in switches else _split(layout, path, value.get("split", "")),
-            label=_label_number(layout, names, value.get("label", "")),
+            label=numbers.get(value.get("label", "").casefold(), -1),
             patient=known_patient(value.get("patient", "")),
             video=value.get("video", ""),
             frame=value.get("frame", ""),
@@ -339,10 +345,11 @@ def _split(layout: Layout, path: str, value: str) -> str:
     return split
 
 
-def _label_number(layout: Layout, names: list[str], value: str) -> int:
-    folded = {key.casefold(): name for key, name in layout.labels.items()}
-    value = folded.get(value.casefold(), value).casefold()
-    return next((number for number, name in enumerate(names) if name.casefold() == value), -1)
+def _label_numbers(layout: Layout, names: list[str]) -> dict[str, int]:
+    """Numbers of classes by what paths and tables call them, in lower case; the first of equal names."""
+    numbers = {name.casefold(): number for number, name in reversed([*enumerate(names)])}
+    said = {key.casefold(): numbers.get(name.casefold(), -1) for key, name in layout.labels.items()}
+    return numbers | said
 
 
 def _unique_frames(found: list[Item], warnings: list[str]) -> list[Item]:
@@ -371,7 +378,7 @@ def _count(entry: Entry, found: list[Item], names: list[str]) -> list[str]:
 
 def _rejected(scan: Scan, layout: Layout) -> list[Rejected]:
     wanted = _wanted(layout)
-    return [one for one in scan.rejected if one.reason == FOLDER_LINK or wanted(one.source)]
+    return [one for one in scan.rejected if one.reason in (FOLDER_LINK, TOO_DEEP) or wanted(one.source)]
 
 
 def _left_out(scan: Scan, layout: Layout, used: set[str]) -> dict[str, int]:

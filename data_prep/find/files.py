@@ -4,26 +4,31 @@ Standard library only, so that finding out that there is nothing to do takes no 
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import pathlib
 import re
+import signal
 import stat
+import threading
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, visible
 
 SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
 FOLDER_LINK = "link to a folder, not followed"
+_DEEPEST, TOO_DEEP = 100, "folder in more than 100 others, not looked into"
 _NO_VALUE = {"na", "n/a", "#n/a", "<na>", "nan", "null"}  # as spreadsheets, R and pandas write it
 _NOBODY = re.compile(
     "|anon(ym(ous|i[sz]ed)?)?(patient)?|deid(entified)?|(patient)?unknown(patient)?|none|null|nan?|notavailable|noname"
     "|unnamed|redacted|removed|xxx+"
 )
+_LONGEST = 5.0  # seconds for a pattern and a path
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
 _LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # of archives and file managers: as good as hidden
 
@@ -95,9 +100,9 @@ class Scan:
 
 
 def printable(path: str) -> str:
-    """A path with forward slashes, and escapes for bytes that are not UTF-8."""
+    """A path with forward slashes, and escapes for bytes that are not UTF-8 and characters that are not seen."""
     path = path.replace(os.sep, "/")
-    return path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace")
+    return visible(path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace"), one_line=True)
 
 
 def stated(cell: str) -> str:
@@ -177,7 +182,37 @@ def holder(path: str) -> str:
 
 def one_line(label: str) -> str:
     """A class name as the list of names holds it, which has one a line."""
-    return unicodedata.normalize("NFC", " ".join(printable(label).split()))
+    return unicodedata.normalize("NFC", printable(" ".join(label.split())))
+
+
+@contextlib.contextmanager
+def searching(pattern: str) -> Iterator[Callable[[str], re.Match[str] | None]]:
+    """Yields `re.search` of a pattern that somebody wrote, which for some paths could take for ever.
+
+    What it yields raises InputError after a few seconds with one path, in the main thread, where it can be interrupted.
+    """
+    compiled, at = re.compile(pattern), [""]
+
+    def late(*_: Any) -> None:
+        raise InputError(
+            f"the pattern {pattern!r} takes too long for {printable(at[0])!r}: write it without repetitions in "
+            "repetitions, such as (a+)+"
+        )
+
+    def search(path: str) -> re.Match[str] | None:
+        at[0] = path
+        signal.setitimer(signal.ITIMER_REAL, _LONGEST)
+        return compiled.search(path)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield compiled.search
+        return
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        yield search
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
@@ -196,6 +231,9 @@ def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
     for folder, folders, files in os.walk(root, onerror=fail):
         below = os.path.relpath(folder, root)
         below = "" if below == os.curdir else below
+        if below.count(os.sep) + 1 >= _DEEPEST:  # the standard library walks, and removes, by recursion
+            scan.rejected += [Rejected(printable(os.path.join(below, name)), TOO_DEEP) for name in sorted(folders)]
+            folders.clear()
         scan.left_out["hidden files and folders"] += sum(_is_hidden(name) for name in (*folders, *files))
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for name in folders:

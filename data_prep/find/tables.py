@@ -34,6 +34,7 @@ from data_prep.find.files import (
     label_names,
     one_line,
     printable,
+    searching,
     stated,
 )
 from usfmae_jax.errors import InputError
@@ -188,6 +189,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
     """
     rows = _label_rows(labels)
     names = label_names((row["label"] for row in rows), f"in {labels}")
+    numbers = {name: number for number, name in enumerate(names)}
     items: dict[str, Item] = {}
     stats: dict[str, tuple[int, int]] = {}
     problems: dict[str, list[Rejected]] = {"file": [], "mask": []}
@@ -217,7 +219,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
             path=paths["file"],
             masks=() if "mask" in wrong or "mask" not in paths else (paths["mask"],),
             split=SPLITS[row["split"]],
-            label=names.index(row["label"]) if row["label"] in names else -1,
+            label=numbers.get(row["label"], -1),
             patient=known_patient(row["patient"]),
             video=row["video"],
         )
@@ -375,7 +377,8 @@ def read_folds(
 
 def _fold_rows(path: str, rows: list[Row], folds: Folds) -> Iterator[tuple[str, str, str]]:
     """Yields (key, fold, part)."""
-    found = re.search(folds.pattern, path)
+    with searching(folds.pattern) as search:
+        found = search(path)
     groups = {name: value for name, value in found.groupdict().items() if value} if found else {}
     rows = [row | groups for row in rows]
     numbers = sorted({fill(folds.fold, row) for row in rows} - {""})

@@ -3,7 +3,6 @@
 import argparse
 import collections
 import contextlib
-import csv
 import hashlib
 import json
 import pathlib
@@ -22,7 +21,7 @@ from data_prep.write import pages, parts, shards
 from data_prep.write.manifest import write_manifest, write_rejected
 from data_prep.write.shards import UnusableInputError
 from usfmae_jax import __version__
-from usfmae_jax.data import fingerprints
+from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.data.records import decode_image, decode_record, encode_record
 from usfmae_jax.errors import InputError
 
@@ -71,9 +70,9 @@ def _gather(
     divided: list[parts.Part], plan: Plan, folder: pathlib.Path, excluded: exclusions.Exclusions | None
 ) -> parts.Gathered:
     """Reads the indices of all parts and decides what is kept."""
-    indices = list(parts.finished(divided, folder).values())
+    indices = list(parts.finished(divided, folder, plan.salt).values())
     rejected = plan.found.rejected + [one for index in indices for one in index.rejected]
-    _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected))
+    _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected), plan.salt)
     if len(indices) != len(divided):
         raise InputError(
             f"{len(divided) - len(indices)} of {len(divided)} parts are missing in {folder}; do all workers of the "
@@ -89,7 +88,7 @@ def _gather(
     rows = [row for index in indices for row in index.rows]
     reasons, warnings = _choose(rows, plan, excluded)
     plan.found.warnings += warnings
-    gathered = parts.Gathered(indices, rows, reasons, rejected, unmasked, originals)
+    gathered = parts.Gathered(indices, rows, reasons, rejected, unmasked, originals, private=bool(plan.salt))
     if not gathered.kept:
         raise UnusableInputError("no frame is left: all are excluded, duplicates or unreadable")
     expected, found = plan.entry.expected.get("frames"), len(rows) + sum(index.dropped.total() for index in indices)
@@ -101,21 +100,17 @@ def _gather(
 def _write_dataset(
     folder: pathlib.Path, gathered: parts.Gathered, plan: Plan, version: str, file_format: str
 ) -> dict[str, int]:
-    """Writes shards, in the order of the sources, and metadata -> bytes of all records by split.
+    """Writes shards, in the order of `gathered`, and metadata -> bytes of all records by split.
 
     Masks that parts hold in colours become numbers, which depend on the colours of all of them.
     """
     numbers = {colour: number for number, colour in enumerate(sorted(gathered.mask_colours), 1)}
     writers: dict[str, shards.SplitWriter] = {}
-    reasons = iter(gathered.reasons)
-    for number, index in enumerate(gathered.indices):
-        records = parts.read_records(folder.parent, number, index.rows)
-        for row, data in zip(index.rows, records, strict=True):
-            if next(reasons):
-                continue
-            if row.split not in writers:
-                writers[row.split] = shards.SplitWriter(folder, plan.name, row.split, file_format)
-            writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
+    records = parts.read_records(folder.parent, gathered.indices, gathered.order)
+    for row, data in zip(gathered.kept, records, strict=True):
+        if row.split not in writers:
+            writers[row.split] = shards.SplitWriter(folder, plan.name, row.split, file_format)
+        writers[row.split].write(_with_numbers(data, numbers) if numbers else data)
     ordered = [writers[split] for split in SPLITS if split in writers]
     for writer in ordered:
         writer.close()
@@ -133,7 +128,7 @@ def _write_dataset(
 
 def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
     """Makes the parts that are not there yet."""
-    complete = parts.finished(divided, folder).keys()
+    complete = parts.finished(divided, folder, plan.salt).keys()
     missing = [part for part in divided if part.number not in complete]
     done = len(plan.found.items) - sum(len(part.sources) for part in missing)
     if done:
@@ -164,12 +159,13 @@ def _beam_options(args: argparse.Namespace) -> Any:
     return PipelineOptions([f"--{option}" for option in args.beam_pipeline_options.split(",") if option])
 
 
-def _check_usable(rejected: list[Rejected], total: int) -> None:
+def _check_usable(rejected: list[Rejected], total: int, salt: bytes) -> None:
     useless = [one for one in rejected if not one.reason.endswith(parts.KEPT)]
     if 2 * len(useless) > total:
         first = useless[0]
+        name = identity.pseudonym(salt, "frame", first.source) if salt else first.source  # logs are handed on, too
         raise UnusableInputError(
-            f"more than half of the {total} files cannot be used, for example {first.source!r} ({first.reason}); "
+            f"more than half of the {total} files cannot be used, for example {name!r} ({first.reason}); "
             "is --input the right folder?"
         )
 
@@ -236,6 +232,6 @@ def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> No
         path = folder / "splits" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["frame", "fold", "part"])
-            writer.writerows([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])
+            lines = ([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])
+            # Of private ones, the order would say which frame is which.
+            cells.write(file, ("frame", "fold", "part"), sorted(lines) if plan.salt else lines)

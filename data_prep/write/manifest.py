@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import collections
-import csv
+import contextlib
 import hashlib
 import json
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from data_prep import identity, locks
 from data_prep.find.files import Rejected
 from usfmae_jax import __version__
+from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
 
 if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
@@ -50,9 +52,7 @@ def write_rejected(path: pathlib.Path, rejected: Sequence[Rejected]) -> None:
     if not rejected:
         return
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["file", "reason"])
-        writer.writerows(sorted((one.source, one.reason) for one in rejected))
+        cells.write(file, ("file", "reason"), sorted((one.source, one.reason) for one in rejected))
 
 
 def write_manifest(
@@ -72,6 +72,8 @@ def write_manifest(
         for name, values in index.technical.items():
             technical[name].update(values)
     counts = _count(gathered.kept, sizes, plan.found.label_names)
+    for name in identity.FREE_TEXTS & technical.keys() if plan.salt else ():
+        technical[name] = collections.Counter(identity.without_single(technical[name]))
     entry = plan.entry
     manifest = {
         "schema": _SCHEMA,
@@ -91,7 +93,7 @@ def write_manifest(
         "input": {
             "fingerprint": plan.found.fingerprint,
             "files": len(plan.found.items) + len(plan.found.rejected),
-            "sha256": _combine(digests),
+            "sha256": _combine(digests, plan.salt),
         },
         "sources": list(downloaded),
         "label_names": plan.found.label_names,
@@ -126,14 +128,26 @@ def _mask_colours(files: Mapping[str, int]) -> list[dict[str, Any]]:
     ]
 
 
-def _combine(digests: dict[str, str]) -> str:
+def _combine(digests: dict[str, str], salt: bytes) -> str:
     """One SHA-256 for all source files: of lines "path digest", in the order of paths; empty for none."""
     lines = "".join(f"{path} {digests[path]}\n" for path in sorted(digests))
+    if salt and lines:
+        return identity.keyed_digest(salt, "sources", lines)
     return hashlib.sha256(lines.encode()).hexdigest() if lines else ""
 
 
 def _sorted(counter: Any) -> dict[str, int]:
     return {name: int(counter[name]) for name in sorted(counter)}
+
+
+def put_back(target: pathlib.Path) -> None:
+    """Undoes half of a replacement: a build that was killed between the two renames of `publish` left none in place."""
+    olds = list(target.with_name(f".{target.name}.incomplete").glob("*-old"))
+    if not olds or target.exists():
+        return
+    with contextlib.suppress(InputError), locks.hold(target.parent, "another build is at work, and not killed"):
+        if not target.exists():
+            olds[0].rename(target)
 
 
 def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str) -> None:
@@ -200,5 +214,5 @@ def _print_files(table: pathlib.Path, title: str, number: int) -> None:
         return
     print(f"\n{title}: {number:,} files, all of them in {table}:")
     with table.open(encoding="utf-8", newline="") as file:
-        for row, _ in zip(csv.DictReader(file), range(_SHOWN), strict=False):
+        for row, _ in zip(cells.read_dicts(file), range(_SHOWN), strict=False):
             print(f"  {row['file']}: {row['reason']}")

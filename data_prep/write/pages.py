@@ -5,7 +5,6 @@ The pages are made by `usfmae_jax.reporting.pages`. Equal data give equal bytes.
 
 import collections
 import contextlib
-import csv
 import dataclasses
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from usfmae_jax.data import records
+from usfmae_jax.data import cells, records
 from usfmae_jax.errors import DamagedRecord, InputError
 from usfmae_jax.reporting import charts, pages
 from usfmae_jax.reporting.pages import part, ranked
@@ -250,7 +249,7 @@ def _files(reasons: Mapping[str, int] | None, table: pathlib.Path) -> list[list[
     """Rows of reasons, how many files each concerns, and the names of some from the table of all."""
     examples: dict[str, list[str]] = collections.defaultdict(list)
     with contextlib.suppress(FileNotFoundError), table.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
+        for row in cells.read_dicts(file):
             if len(examples[row["reason"]]) < _NAMES:
                 examples[row["reason"]].append(row["file"])
     rows = []

@@ -8,16 +8,17 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_prep import isolate
+from data_prep import identity, isolate
 from data_prep.find.files import Rejected
 from data_prep.readers import UnreadableError
 from usfmae_jax.data.records import encode_record
@@ -84,6 +85,7 @@ class Gathered:
       rejected: files that were of no use, or not of full use.
       unmasked: files whose mask cannot be used.
       originals: rows of the linkage table: pseudonym, kind, what it stands for.
+      private: whether the order of the sources, which is that of their names, must not be seen.
     """
 
     indices: list[Index]
@@ -92,6 +94,7 @@ class Gathered:
     rejected: list[Rejected]
     unmasked: list[Rejected]
     originals: list[tuple[str, str, str]]
+    private: bool = False
 
     @functools.cached_property
     def mask_colours(self) -> collections.Counter[str]:
@@ -99,9 +102,19 @@ class Gathered:
         return sum((index.mask_colours for index in self.indices), collections.Counter())
 
     @functools.cached_property
+    def order(self) -> list[int]:
+        """Positions of the records that are kept, as they are written.
+
+        That is the order of the sources, but of private ones the order of the pseudonyms of their clips: whoever has a
+        sorted list of names could otherwise lay it beside the records. The frames of a clip stay together, in order.
+        """
+        positions = [position for position, reason in enumerate(self.reasons) if not reason]
+        return sorted(positions, key=lambda position: self.rows[position].video) if self.private else positions
+
+    @functools.cached_property
     def kept(self) -> list[Row]:
-        """Rows of the records that are kept."""
-        return [row for row, reason in zip(self.rows, self.reasons, strict=True) if not reason]
+        """Rows of the records that are kept, in the order in which they are written."""
+        return [self.rows[position] for position in self.order]
 
 
 def divide(sources: Sequence[Any]) -> list[Part]:
@@ -120,6 +133,7 @@ def write_part(
     process: Process,
     folder: str,
     digest: Callable[[Any, Callable[[], None]], str] | None = None,
+    salt: bytes = b"",
 ) -> int:
     """Processes the sources of a part into `folder`; returns how many could be used.
 
@@ -130,6 +144,7 @@ def write_part(
       process: see `Process`.
       folder: for the records and, once they are complete, the index.
       digest: SHA-256 of a source; calls what it is given, as a sign of life.
+      salt: of private sources: what the index says of them nobody reads without it.
     """
     index, unusable = Index(), 0
     data_path, index_path = _paths(folder, part.number)
@@ -165,7 +180,7 @@ def write_part(
                 _add_source(index, name, last)
         file.flush()
         os.fsync(file.fileno())
-    _write_index(index_path, index)
+    _write_index(index_path, index, salt)
     return len(part.sources) - unusable
 
 
@@ -214,22 +229,24 @@ def _paths(folder: str | os.PathLike[str], number: int) -> tuple[pathlib.Path, p
     return pathlib.Path(folder) / f"{number:06d}.part", pathlib.Path(folder) / f"{number:06d}.json"
 
 
-def _write_index(path: pathlib.Path, index: Index) -> None:
+def _write_index(path: pathlib.Path, index: Index, salt: bytes) -> None:
     content = vars(index) | {
         "rows": [dataclasses.astuple(row) for row in index.rows],
         "rejected": [dataclasses.astuple(one) for one in index.rejected],
         "unmasked": [dataclasses.astuple(one) for one in index.unmasked],
     }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".index-", delete=False) as file:
-        json.dump(content, file)
+    text = json.dumps(content)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".index-", delete=False) as file:
+        file.write(identity.seal(salt, text) if salt else text.encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
-def read_index(folder: str | os.PathLike[str], number: int) -> Index:
-    """The index of a finished part."""
-    content = json.loads(_paths(folder, number)[1].read_text())
+def read_index(folder: str | os.PathLike[str], number: int, salt: bytes = b"") -> Index:
+    """The index of a finished part, which was written with this salt."""
+    data = _paths(folder, number)[1].read_bytes()
+    content = json.loads(identity.unseal(salt, data) if salt else data)
     counters = {name: collections.Counter(content[name]) for name in ("dropped", "cleaned", "removed", "warnings")}
     return Index(
         rows=[Row(*row) for row in content["rows"]],
@@ -243,19 +260,35 @@ def read_index(folder: str | os.PathLike[str], number: int) -> Index:
     )
 
 
-def read_records(folder: str | os.PathLike[str], number: int, rows: Sequence[Row]) -> Iterator[bytes]:
-    """Yields the records of a finished part, as they are."""
-    with _paths(folder, number)[0].open("rb") as file:
-        for row in rows:
-            yield file.read(row.size)
+def read_records(
+    folder: str | os.PathLike[str], indices: Sequence[Index], order: Iterable[int] | None = None
+) -> Iterator[bytes]:
+    """Yields the records of the finished parts 0, 1, ..., as they are.
+
+    Args:
+      folder: with the parts.
+      indices: of the parts.
+      order: positions among the rows of all indices; all of them if there is none.
+    """
+    places = [
+        (number, end - row.size, row.size)
+        for number, index in enumerate(indices)
+        for row, end in zip(index.rows, itertools.accumulate(row.size for row in index.rows), strict=True)
+    ]
+    wanted = places if order is None else [places[position] for position in order]
+    for number, group in itertools.groupby(wanted, key=lambda place: place[0]):
+        with _paths(folder, number)[0].open("rb") as file:
+            for _, start, size in group:
+                file.seek(start)
+                yield file.read(size)
 
 
-def finished(parts: Sequence[Part], folder: str | os.PathLike[str]) -> dict[int, Index]:
+def finished(parts: Sequence[Part], folder: str | os.PathLike[str], salt: bytes = b"") -> dict[int, Index]:
     """Number and index of the parts that are complete, in order; one that is damaged has to be made again."""
     found = {}
     for part in parts:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            index = read_index(folder, part.number)
+            index = read_index(folder, part.number, salt)
             if _paths(folder, part.number)[0].stat().st_size == sum(row.size for row in index.rows):
                 found[part.number] = index
     return found

@@ -138,7 +138,7 @@ def write_metadata(
         ),
         features=_features(label_names, channels),
         supervised_keys=("image", "label"),
-        disable_shuffling=True,  # the records are in the order of their sources; the input pipeline shuffles
+        disable_shuffling=True,  # whatever their order; the input pipeline shuffles
         **{name: text or None for name, text in texts.items()},
     )
     info.set_file_format(one.format)

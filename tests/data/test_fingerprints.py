@@ -7,6 +7,8 @@ import pathlib
 import cv2
 import numpy as np
 import pytest
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from usfmae_jax.data import fingerprints
 from usfmae_jax.data.fingerprints import ALIKE, NEAR, SAME
@@ -223,6 +225,63 @@ def test_pairs_of_one_group_are_left_out(radius):
     assert (groups[i] == groups[j]).all()  # as they were made
     assert len(fingerprints.near_pairs(codes, radius=radius, groups=(groups, groups))[0]) == 0
     assert len(fingerprints.near_pairs(codes, radius=radius, groups=(groups, np.arange(60) + 1000))[0]) == len(i) > 0
+
+
+def copies(count, seed=0):
+    return np.repeat(random_codes(1, seed), count, axis=0)
+
+
+@pytest.mark.parametrize("radius", [15, 40])
+def test_up_to_some_copies_are_all_compared_with_all(radius):
+    codes = np.concatenate([random_codes(40), copies(fingerprints.COPIES, seed=7), random_codes(9, seed=3)])
+    groups = np.arange(len(codes)) // 3
+    i, j, distance = by_hand(codes, codes, radius)
+    apart = (i < j) & (groups[i] != groups[j])
+    found = fingerprints.near_pairs(codes, radius=radius, groups=(groups, groups))
+    assert [part.tolist() for part in found] == [part[apart].tolist() for part in (i, j, distance)]
+
+
+@pytest.mark.parametrize("radius", [15, 96])
+@pytest.mark.parametrize("other", [None, copies(300)], ids=["itself", "another"])
+def test_of_very_many_copies_each_has_a_pair_with_every_kind_of_another_group(other, radius):
+    codes = copies(10_000)
+    groups, kinds = np.arange(10_000) // 100, np.arange(10_000) // 1000
+    of_other = (groups, kinds) if other is None else (np.arange(300) - 10_000, np.arange(300) % 3)
+    found = fingerprints.near_pairs(
+        codes, other, radius, groups=(groups, of_other[0]), kinds=(kinds, of_other[1]), most=1 << 20
+    )
+    i, j, _ = found
+    assert len(i) < 100 * 10_000
+    assert len(np.unique(np.column_stack([i, j]), axis=0)) == len(i)
+    assert (groups[i] != of_other[0][j]).all()
+    reached = {*zip(i.tolist(), of_other[1][j].tolist(), strict=True)}
+    if other is None:
+        assert (i < j).all()
+        reached |= {*zip(j.tolist(), kinds[i].tolist(), strict=True)}
+    assert len(reached) == 10_000 * len(set(of_other[1].tolist()))
+
+
+def test_equal_pairs_hold_all_groups_together():
+    codes, groups = np.arange(1000) % 3, np.arange(1000) // 7
+    i, j = fingerprints.equal_pairs(codes, groups)
+    assert (codes[i] == codes[j]).all()
+    assert (groups[i] != groups[j]).all()
+    assert len(i) < 40 * 1000
+    _, part = connected_components(coo_array((np.ones(len(i)), (i, j)), (1000, 1000)))
+    for code in range(3):
+        assert len(set(part[codes == code].tolist())) == 1
+
+
+@pytest.mark.parametrize("radius", [15, 96])
+def test_too_many_pairs_are_said_and_the_rest_is_left_out(radius):
+    codes, said = copies(200), []
+    for number in range(200):
+        codes[number, number % 3] ^= np.uint64(1) << np.uint64(number // 3 % 56)
+        codes[number, 4 + number // 168] ^= np.uint64(1 << 57)
+    assert len(fingerprints.near_pairs(codes, radius=radius, warn=said.append)[0]) == 200 * 199 // 2
+    assert not said
+    assert 500 < len(fingerprints.near_pairs(codes, radius=radius, most=1000, warn=said.append)[0]) <= 1000
+    assert said == ["more than 1,000 pairs of pictures are nearly equal: the rest of them is not compared"]
 
 
 @pytest.mark.parametrize("radius", [15, 40])

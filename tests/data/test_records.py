@@ -4,14 +4,16 @@ import importlib.util
 import os
 import pathlib
 import pickle
+import struct
 import types
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 
 from tests.helpers import frame, record, write_shards
-from usfmae_jax.data import records
+from usfmae_jax.data import records, tfrecord
 from usfmae_jax.errors import DamagedRecord, InputError
 
 
@@ -81,6 +83,53 @@ def test_other_depths_are_damaged_records_and_not_a_guess():
 def test_an_undecodable_image_is_a_damaged_record(data):
     with pytest.raises(DamagedRecord):
         records.decode_image(data)
+
+
+def declaring(suffix, side):
+    """A small image whose header says that it is large."""
+    data = bytearray(cv2.imencode(suffix, np.zeros((8, 8), np.uint8))[1].tobytes())
+    if suffix == ".png":
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    elif suffix == ".jpg":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", side, side)
+    elif suffix == ".bmp":
+        data[18:26] = struct.pack("<ii", side, side)
+    else:
+        entries = {tag: data.index(struct.pack("<HH", tag, 3)) for tag in (256, 257)}
+        for at in entries.values():
+            data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, side)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".tiff"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_that_declares_more_than_any_scan_is_refused_before_it_is_decoded(monkeypatch, suffix, channels):
+    for side in (12_000, 60_000):
+        data = declaring(suffix, side)
+        monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+        with pytest.raises(DamagedRecord, match=r"more than 50 million|cannot be decoded"):
+            records.decode_image(data, channels)
+
+
+def test_a_jpeg_with_bytes_that_decoders_skip_is_still_decoded():
+    data = cv2.imencode(".jpg", np.full((8, 8), 99, np.uint8))[1].tobytes()
+    at = data.index(b"\xff\xdb")
+    assert records.decode_image(data[:at] + b"\x00\x01\xff" + data[at:]).mean() == 99
+
+
+@pytest.mark.parametrize("length", [1 << 20, 1 << 45, 1 << 63, (1 << 64) - 1])
+def test_a_tfrecord_that_says_it_is_longer_than_its_file_is_damaged(tmp_path, length):
+    (path,) = write_shards(tmp_path, count=1, kind="tfrecord", pieces=1)
+    header = struct.pack("<Q", length)
+    with open(path, "ab") as file:
+        file.write(header + struct.pack("<I", tfrecord._masked_crc(header)) + b"data")
+    shards = records.open_shards(path)
+    assert len(shards) == 2
+    assert records.decode_record(shards[0])["source"] == "0.png"
+    with pytest.raises(DamagedRecord, match="truncated"):
+        shards[1]
 
 
 def test_pixel_hash_tells_pictures_not_files():

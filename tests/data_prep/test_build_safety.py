@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import time
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import build
+from data_prep import build, plan
+from data_prep.find.files import Item
 from data_prep.write import dataset, parts, shards
-from tests.data_prep.builds import ROOT, content, picture, read, refused, run, write
+from tests.data_prep.builds import ROOT, content, picture, read, read_rejected, refused, run, write
 from usfmae_jax.data import records
 from usfmae_jax.errors import InputError
 
@@ -242,3 +244,78 @@ def group_exists(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_names_that_steer_a_terminal_stand_in_no_table_as_they_are(tmp_path, capsys):
+    hostile = "\x1b]52;c;aGk=\x07\u202e"
+    for name in (hostile, "b"):
+        write(tmp_path / f"in/{name}/{name}.png", picture(len(name)))
+    (tmp_path / f"in/b/{hostile} broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert run("--labels=parent", "--name=x", output=tmp_path / "out", source=tmp_path / "in") == 0
+    printed = capsys.readouterr()
+    texts = [
+        (tmp_path / f"out/x/1.0.0/{name}").read_text() for name in ("rejected.csv", "label.labels.txt", "report.html")
+    ]
+    for text in (*texts, printed.out, printed.err.replace("\r", "").replace("\x1b[A", "")):
+        assert not set("\x1b\x07\u202e") & set(text)
+    assert r"\u001b]52" in texts[0]
+
+
+def test_a_build_killed_between_the_two_renames_of_a_replacement_loses_nothing(tree, tmp_path, capsys, monkeypatch):
+    assert run("--name=x", output=tmp_path / "out", source=tree) == 0
+    before, rename = content(tmp_path / "out"), pathlib.Path.rename
+
+    def killed(path, target):
+        if path.name == "stage":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", killed)
+        assert run("--name=x", "--image_size=16", "--overwrite", output=tmp_path / "out", source=tree) == 130
+    assert not (tmp_path / "out/x/1.0.0").exists()
+    assert run("--name=x", output=tmp_path / "out", source=tree) == 0
+    assert "up to date" in capsys.readouterr().out
+    for name, data in before.items():
+        assert (tmp_path / "out/x/1.0.0" / name).read_bytes() == data
+
+
+def test_folders_in_more_than_a_hundred_others_are_rejected_and_end_nothing(tree, tmp_path):
+    here = os.getcwd()
+    os.chdir(tree)
+    for _ in range(1200):  # the whole path is longer than one may be
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(here)
+    assert run("--name=x", output=tmp_path / "out", source=tree) == 0
+    assert len(read(tmp_path / "out")) == 6
+    (rejected,) = read_rejected(tmp_path / "out/x").values()
+    assert rejected.startswith("folder in more than 100 others")
+    while (tree / "d").exists():  # deepest first: removing a tree is recursive, too
+        os.chdir(tree)
+        depth = 0
+        while os.path.isdir("d") and depth < 500:
+            os.chdir("d")
+            depth += 1
+        os.chdir(tree)
+        os.rename("d", "e")
+        inner = tree / "/".join(["e"] + ["d"] * (depth - 1))
+        if (inner / "d").exists():
+            os.rename(inner / "d", tree / "d")
+        shutil.rmtree(tree / "e")
+    os.chdir(here)
+
+
+def test_headers_of_volumes_are_found_their_data_without_a_search_each(tmp_path, monkeypatch):
+    for name in ("a.mhd", "a.raw", "a.b.mhd", "a.b.raw", "b.raw"):
+        (tmp_path / name).write_text(name)
+    items = [Item("a.mhd"), Item("a.b.mhd"), Item("a.raw")]
+    listed, listing = [], os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or listing(path))
+    first = plan._with_data_files("f", tmp_path, items)
+    assert len(listed) == 1
+    (tmp_path / "b.raw").write_text("more")
+    assert plan._with_data_files("f", tmp_path, items) == first
+    (tmp_path / "a.b.raw").write_text("more")
+    assert plan._with_data_files("f", tmp_path, items) != first
+    assert plan._with_data_files("f", tmp_path, items[2:]) == "f"

@@ -124,6 +124,7 @@ def test_a_dataset_of_ones_own_needs_four_keys(tmp_path):
     ("text", "message"),
     [
         ("name = ", "is no TOML file"),
+        ("name = " + "[" * 5000, "nested too deeply"),
         (MINIMAL.replace('title = "Mine"\n', ""), "title is missing"),
         (MINIMAL.replace("title", "tittle"), r"unknown key 'tittle', did you mean 'title'\?"),
         (MINIMAL.replace("include", "incldue"), "layout 1: unknown key 'incldue'"),

@@ -1,6 +1,7 @@
 """The list of frames to leave out, and what else is left out of a build."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -203,3 +204,20 @@ def test_pictures_without_structure_or_hash_are_not_near_equal():
     rows = [Row("a", "a", black), Row("b", "b", black), Row("c", "c"), Row("d", "d")]
     assert within(rows) == ({}, [])
     assert within([]) == ({}, [])
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal pixels", "near-equal pictures"])
+def test_very_many_copies_take_little_memory_and_the_first_of_each_label_stays(equal):
+    code = hash_of(picture(0))
+    rows = [Row(f"{k}.png", SHA if equal else f"{k:064}", code, label=k % 3) for k in range(10_000)]
+    tracemalloc.start()
+    dropped, _ = within(rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sorted({*range(10_000)} - dropped.keys()) == [0, 1, 2]
+    assert peak < 200e6  # all pairs took gigabytes
+
+
+def test_every_copy_with_a_label_of_its_own_is_not_compared_with_all():
+    rows = [Row(f"{k}.png", SHA, label=k) for k in range(5000)]
+    assert len(list(exclusions._equal_pairs(rows, list(range(5000))))) <= 5000 * fingerprints.COPIES

@@ -1,6 +1,7 @@
 """Pseudonyms, the secret behind them, and the table that leads them back."""
 
 import csv
+import multiprocessing
 import os
 import stat
 
@@ -47,6 +48,73 @@ def test_unknown_patients_do_not_become_one():
         identity.pseudonym(SALT, "patient", "")
 
 
+def test_what_is_sealed_is_read_with_the_same_salt_only():
+    text = '{"patient": "Doe\\u00e9 \U0001f600"}' * 100
+    sealed = identity.seal(SALT, text)
+    assert identity.unseal(SALT, sealed) == text
+    assert identity.unseal(SALT, identity.seal(SALT, "")) == ""
+    assert b"patient" not in sealed
+    assert sealed != identity.seal(SALT, text)
+    for salt, data in (
+        (SALT[1:], sealed),
+        (SALT, sealed[:-1]),
+        (SALT, b""),
+        (SALT, bytes([sealed[0] ^ 1]) + sealed[1:]),
+    ):
+        with pytest.raises(ValueError, match="sealed with another salt"):
+            identity.unseal(salt, data)
+
+
+@pytest.mark.parametrize(
+    ("manufacturer", "shown"),
+    [
+        ("GE Vingmed Ultrasound", "GE"),
+        ("Philips Medical Systems", "Philips"),
+        ("SAMSUNG MEDISON CO.,LTD.", "SAMSUNG"),
+        ("ZEBEDEE^Jane", "other"),
+        ("19560708", "other"),
+        ("Philips QQ-4711", "other"),
+    ],
+)
+def test_a_manufacturer_is_a_known_one_or_other(manufacturer, shown):
+    assert identity.public_facts({"Manufacturer": manufacturer}, ["QQ-4711"]) == {"Manufacturer": shown}
+
+
+@pytest.mark.parametrize("name", ["ManufacturerModelName", "TransducerType"])
+@pytest.mark.parametrize(
+    "value", ["LOGIQ E9", "iU22", "EPIQ 7C", "Voluson E10", "RS80A", "C5-1", "SECTOR_PHASED", "9L"]
+)
+def test_what_is_shaped_as_models_are_is_shown(name, value):
+    assert identity.public_facts({name: value}, ["QQ-4711", ""]) == {name: value}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(
+            "ZEBEDEE^Jane",
+            "Jane Zebedee",
+            "Zebedee",
+            "QQ-4711",
+            "qq 4711",
+            "LOGIQ QQ4711",
+            "19560708",
+            "12345",
+            "E1 2 3 45",
+        ),
+        *("1956-07-08", "08.07.56", "LOGIQ E9 Zebedee", "=E1", "X\u00e9 1"),
+    ],
+)
+def test_what_may_be_a_person_in_the_name_of_a_model_is_not(value):
+    facts = {"ManufacturerModelName": value, "Rows": "600"}
+    assert identity.public_facts(facts, ["QQ-4711"]) == {"ManufacturerModelName": "other", "Rows": "600"}
+
+
+def test_what_one_file_alone_says_is_other():
+    assert identity.without_single({"E9": 2, "QQ 1": 1, "QQ 2": 1}) == {"E9": 2, "other": 2}
+    assert identity.without_single({"E9": 2, "other": 1}) == {"E9": 2, "other": 1}
+
+
 def test_the_fingerprint_tells_salts_apart_and_is_no_part_of_them():
     assert identity.salt_fingerprint(SALT) != identity.salt_fingerprint(SALT[1:])
     assert identity.salt_fingerprint(SALT) == identity.salt_fingerprint(SALT)
@@ -73,7 +141,7 @@ def test_two_builds_at_first_use_have_one_salt(home):
 def test_the_variable_names_another_salt_and_the_argument_overrides_it(home, monkeypatch):
     monkeypatch.setenv(identity.VARIABLE, write_salt(home / "mine"))
     assert identity.load_salt() == SALT
-    assert identity.load_salt(write_salt(home / "other", bytes(20))) == bytes(20)
+    assert identity.load_salt(write_salt(home / "other", SALT[:20])) == SALT[:20]
     assert not (home / ".config").exists()
 
 
@@ -92,7 +160,28 @@ def test_a_salt_that_others_can_open_is_refused(tmp_path, mode):
 
 def test_a_salt_that_is_too_short_is_refused(tmp_path):
     with pytest.raises(InputError, match="has 15 bytes, expected 16 or more"):
-        identity.load_salt(write_salt(tmp_path / "salt", bytes(15)))
+        identity.load_salt(write_salt(tmp_path / "salt", SALT[:15]))
+
+
+@pytest.mark.parametrize("salt", [b"a" * 16, b"ab" * 100, bytes(4096)])
+def test_a_salt_that_can_be_guessed_is_refused(tmp_path, salt):
+    with pytest.raises(InputError, match="different bytes, expected 8 or more; make one with"):
+        identity.load_salt(write_salt(tmp_path / "salt", salt))
+
+
+def test_a_salt_that_would_be_handed_on_is_refused(home, monkeypatch):
+    (home / "out/x").mkdir(parents=True)
+    (home / "link").symlink_to(home / "out")
+    for path in ("out/salt", "out/x/salt", "link/salt"):
+        write_salt(home / path)
+        with pytest.raises(InputError, match="would be handed on"):
+            identity.load_salt(str(home / path), str(home / "out"))
+    monkeypatch.setenv(identity.VARIABLE, str(home / "out/salt"))
+    with pytest.raises(InputError, match="would be handed on"):
+        identity.load_salt(output=str(home / "out"))
+    monkeypatch.delenv(identity.VARIABLE)
+    with pytest.raises(InputError, match="would be handed on"):
+        identity.load_salt(output=str(home))
 
 
 def test_a_folder_is_no_salt(tmp_path):
@@ -110,6 +199,26 @@ def test_the_linkage_table_is_complete_and_for_its_owner_alone(tmp_path):
         read = list(csv.reader(file))
     assert read == [["pseudonym", "kind", "original"], ["p0", "patient", "older"], list(rows[0]), list(rows[1])]
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["linkage.csv"]
+
+
+def add_rows(path, name):
+    for number in range(20):
+        identity.write_linkage(str(path), [(f"{name}{number}", "patient", "x")], str(path.parent / "out"))
+
+
+def test_builds_at_the_same_time_lose_none_of_each_others_rows(tmp_path):
+    path, context = tmp_path / "linkage.csv", multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=add_rows, args=(path, name)) for name in "abcd"]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    with path.open(newline="") as file:
+        assert {row["pseudonym"] for row in csv.DictReader(file)} == {
+            f"{name}{k}" for name in "abcd" for k in range(20)
+        }
     assert os.listdir(tmp_path) == ["linkage.csv"]
 
 

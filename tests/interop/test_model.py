@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+import yaml
 from flax import nnx
 
 from usfmae_jax import load_encoder
 from usfmae_jax.data.table import read_table
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, visible
+from usfmae_jax.interop import card
 from usfmae_jax.interop.checkpoint import load_parameters, save_parameters
 from usfmae_jax.interop.model import (
     Model,
@@ -244,3 +246,78 @@ def test_several_members_must_be_chosen_from(tmp_path):
         open_model(str(tmp_path))
     shutil.rmtree(tmp_path / "members" / "fold-2")
     assert flatten(open_model(str(tmp_path)).params).keys() == flatten(_made(VIT).params).keys()
+
+
+def _changed(folder, file, change):
+    """A directory with a classifier, whose JSON file `change` was made to."""
+    save_model(str(folder), _made(VIT))
+    path = folder / f"{file}.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content)))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "sentence"),
+    [
+        ("architecture", {"encoder": ENCODER | {"image_size": [9600, 9600]}}, "image_size is"),
+        (
+            "architecture",
+            {"encoder": ENCODER | {"image_size": [4096, 4096], "patch_size": 1}},
+            "none that a model is for",
+        ),
+        ("architecture", {"encoder": ENCODER | {"image_size": [32, 33]}}, "none that a model is for"),
+        ("architecture", {"encoder": ENCODER | {"depth": 10**9}}, "depth is '1000000000'"),
+        ("architecture", {"encoder": ENCODER | {"width": "32"}}, "width is '32'"),
+        ("architecture", {"encoder": ENCODER | {"num_heads": 3}}, "cannot be split among 3 heads"),
+        ("architecture", {"encoder": ENCODER | {"remat": True}}, "'remat', which is not known"),
+        ("architecture", {"encoder": [1]}, "encoder of architecture.json is no object"),
+        (
+            "architecture",
+            {"encoder": ENCODER | {"width": 64}},
+            r"is \[2, 32\], and architecture.json says \[2, 64\]",
+        ),
+        ("architecture", {"encoder": ENCODER | {"depth": 3}}, "and architecture.json says"),
+        ("architecture", {"classes": ["a"]}, "and architecture.json says"),
+        ("architecture", {"pool": "mean"}, "lacks head_norm"),
+        ("architecture", {"pool": "max"}, "pool is 'max'"),
+        ("preprocessing", {"image_size": [9600, 9600]}, "image_size is"),
+        ("preprocessing", {"image_size": [32, 33]}, "none for patches of 8"),
+        ("preprocessing", {"std": [0.0]}, "std is"),
+        ("preprocessing", {"mean": "0"}, "mean is '0'"),
+        ("lineage", {"stages": [1]}, "a stage of lineage.json is no object"),
+        ("lineage", {"stages": [{"data": {"a": 1}}]}, "data is"),
+        ("lineage", {"stages": [{"data": [{"frames": "many"}]}]}, "frames is 'many'"),
+        ("lineage", {"stages": [{"source": {}}]}, "lacks files"),
+        ("lineage", {"stages": [{"config": {"mask": 1}}]}, "mask is no object"),
+        ("lineage", {"stages": [{"licence": ["x"]}]}, "licence is"),
+    ],
+)
+def test_what_a_strangers_directory_declares_is_bounded_and_fits_its_tensors(tmp_path, file, change, sentence):
+    folder = _changed(tmp_path, file, lambda content: content | change)
+    with pytest.raises(InputError, match=f"cannot be used: .*{sentence}"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("file", ["architecture", "preprocessing"])
+@pytest.mark.parametrize("content", [[], 1, None, "x"])
+def test_json_that_is_no_object_is_refused(tmp_path, file, content):
+    with pytest.raises(InputError, match=r"no object|is not an encoder directory"):
+        open_model(_changed(tmp_path, file, lambda _: content))
+
+
+def test_nothing_of_a_lineage_stands_live_in_the_model_card(tmp_path):
+    evil = "x\n# <script>alert(1)</script> ![a](http://b) | `c` *d* _e_ \x1b[2J\u202e"
+    stage = {"job": evil, "code": evil, "step": 1, "data": [{"dataset": evil, "licence": evil, "frames": 2}]}
+    stage |= {"source": {"files": [evil], "sha256": evil}, "licence": evil, "config": {"mask": {"ratio": evil}}}
+    made = _made(VIT | {"classes": [evil, "b"]})
+    model = Model(made.params, made.description, made.preprocessing, [stage])
+    export = {"largest_difference": None, "not_compared": "no runtime"}
+    card.write_card(model, "safetensors", str(tmp_path), export)
+    text = (tmp_path / "README.md").read_text()
+    body = text.split("---\n", 2)[2]
+    for live in ("<script", "\n# <", "![a]", "| `c`", "*d*", " _e_", "\x1b", "\u202e"):
+        assert live not in body
+    assert body.count("&lt;script&gt;") == 11
+    front = yaml.safe_load(text.split("---\n", 2)[1])
+    assert front["datasets"] == [visible(" ".join(evil.split()))]

@@ -30,9 +30,9 @@ def test_notices_and_folds_are_nothing_without_content():
 
 @pytest.mark.parametrize("made", [str, Markup.escape])
 def test_no_character_that_turns_the_writing_reaches_a_page(tmp_path, made):
-    name = made("a\u202egnp.png<\x07\u2066")
+    name = made("a\u202egnp.png<\x07\u2066\u061c\ufeff\xad\u2028")
     rows = [[name, name]]
     pages.write(tmp_path / "page.html", "index.html", title=name, headline={name: 1}, rows=rows, anatomies=rows)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert Reader(tmp_path / "page.html").text.count("a\\u202egnp.png<\\u0007\\u2066") == 7
-    assert not set("\u202e\x07\u2066") & set(text)
+    assert Reader(tmp_path / "page.html").text.count("a\\u202egnp.png<\\u0007\\u2066\\u061c\\ufeff\\u00ad\\u2028") == 7
+    assert not set("\u202e\x07\u2066\u061c\ufeff\xad\u2028") & set(text)

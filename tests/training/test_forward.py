@@ -80,6 +80,29 @@ def test_features_are_computed_once_for_the_same_weights_and_frames(weights, sha
     assert len(calls) == 4
 
 
+@pytest.mark.parametrize("poison", ["open to others", "another owner", "other values"])
+def test_features_that_somebody_else_may_have_written_are_not_believed(shards, tmp_path, monkeypatch, poison):
+    frames = labelled.read_table(shards)
+
+    def run(images, total, name):
+        return np.arange(len(frames) * 2, dtype=np.float32).reshape(-1, 2)
+
+    used, how = [], {"pool": "mean", "batch_size": 8, "cache": str(tmp_path), "reused": lambda: used.append(True)}
+    first = features.extract(run, None, frames, **how)
+    np.testing.assert_array_equal(features.extract(run, None, frames, **how), first)
+    assert used == [True]
+    (kept,) = tmp_path.glob("features-pixels-*")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    if poison == "open to others":
+        kept.chmod(0o666)
+    elif poison == "another owner":
+        monkeypatch.setattr("os.geteuid", lambda: kept.stat().st_uid + 1)
+    else:
+        np.savez(kept, features=first + 1, format=features.FORMAT, sha256=features.digest(first))
+    np.testing.assert_array_equal(features.extract(run, None, frames, **how), first)
+    assert used == [True]
+
+
 def test_raw_pixels_are_the_shrunk_image(rng):
     images = rng.integers(0, 255, (3, 32, 32, 1), np.uint8)
     run = features.extractor(None, "mean", mesh=make_mesh(), batch_size=8)

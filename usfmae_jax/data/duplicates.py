@@ -4,8 +4,6 @@ Which pictures are the same is for `fingerprints` to say; here are the two passe
 """
 
 import concurrent.futures
-import csv
-import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
@@ -14,7 +12,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from usfmae_jax.data import fingerprints
+from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.data.records import decode_image
 from usfmae_jax.data.split_files import write_csv
 from usfmae_jax.data.table import Table, read_row
@@ -38,7 +36,8 @@ def near_duplicates(frames: Table, progress: bool = True, threads: int = 2) -> n
       threads: that decode and compare.
 
     Returns:
-      int64 `[P, 2]` rows i < j, in order.
+      int64 `[P, 2]` rows i < j, in order; all, but for some among more than `fingerprints.COPIES` equal pictures, which
+      hang together all the same.
     """
     quiet = not progress or len(frames) < _MANY
     _, patient = np.unique(frames.patient_key, return_inverse=True)
@@ -77,13 +76,11 @@ def _confirmed(block: np.ndarray, seen: dict[int, np.ndarray], run: Callable[...
 
 
 def _equal_pixels(frames: Table, patient: np.ndarray) -> np.ndarray:
-    """All pairs of equal, known `sha256` and different patients."""
-    _, codes = np.unique(frames.sha256, return_inverse=True)
-    order = np.argsort(codes, kind="stable")
-    order = order[frames.sha256[order] != ""]
-    equal = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
-    pairs = [pair for rows in equal for pair in itertools.combinations(rows, 2) if patient[pair[0]] != patient[pair[1]]]
-    return np.asarray(pairs, np.int64).reshape(-1, 2)
+    """Pairs of equal, known `sha256` and different patients; of many copies enough to hold all together."""
+    known = np.flatnonzero(frames.sha256 != "")
+    _, codes = np.unique(frames.sha256[known], return_inverse=True)
+    i, j = fingerprints.equal_pairs(codes, patient[known])
+    return known[np.column_stack([i, j])]
 
 
 def cached_near_duplicates(frames: Table, path: pathlib.Path | str, keep: bool = True) -> np.ndarray:
@@ -100,7 +97,7 @@ def cached_near_duplicates(frames: Table, path: pathlib.Path | str, keep: bool =
     key = f"{frames.fingerprint}-{fingerprints.NEAR}-{fingerprints.ALIKE:g}"
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+            rows = list(cells.read(file))
         if tuple(rows[0]) == _COLUMNS and len(rows) > 1 and {row[0] for row in rows[1:]} == {key}:
             place = {name: row for row, name in enumerate(frames.frame_key.tolist())}
             pairs = [(place[frame], place[other]) for _, frame, other in rows[1:] if frame or other]

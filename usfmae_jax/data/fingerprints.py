@@ -12,6 +12,7 @@ measures how well it works, and shows what `NEAR`, `ALIKE`, `SAME` and `STILL` w
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,8 @@ import numpy as np
 NEAR = 96
 #: `similarity` from which on two pictures are the same but for the treatment.
 ALIKE = 0.6
+#: Rows with equal hashes up to which `near_pairs` compares all with all, and pairs behind which it gives up.
+COPIES, MOST = 32, 1 << 24
 #: Hash distance at which two pictures are the same without a second look: copied, resized or compressed, no more.
 #: Up to here `near_pairs` is quick.
 SAME = 15
@@ -46,7 +49,9 @@ _SIZES = sorted(  # height and width of a crop's content against the original's,
     key=lambda size: size != (1, 1),
 )
 _HOPELESS = 0.3  # correlation at the likeliest size below which other sizes do not help
+_SEVERAL = -(1 << 62)  # no number of a group
 _BLOCK = 8, 4096  # pairs at a time: fits the cache
+_TOGETHER = 1 << 16  # pairs of hashes that share a band, likewise
 
 
 def _frequencies() -> np.ndarray:
@@ -154,17 +159,26 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return result
 
 
+Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
 def near_pairs(
     a: np.ndarray,
     b: np.ndarray | None = None,
     radius: int = NEAR,
     groups: tuple[np.ndarray, np.ndarray] | None = None,
     done: Callable[[int], Any] = lambda rows: None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All pairs within a hash distance, none missed, in little memory.
+    kinds: tuple[np.ndarray, np.ndarray] | None = None,
+    most: int = MOST,
+    warn: Callable[[str], Any] = lambda sentence: print(sentence, file=sys.stderr),
+) -> Block:
+    """Pairs within a hash distance, in time and memory that copies of one picture do not multiply.
 
-    Every hash is compared with every other, but for one case: hashes among themselves and a radius below 16, where only
-    those are compared that share 16 bits in a row.
+    All are found but for two cases. Of more than `COPIES` rows with equal hashes only some stand for all, so that every
+    row still has a pair with one of each kind and another group. And behind `most` pairs the rest is left out.
+
+    Every hash is compared with every other, but for hashes among themselves and a radius below 16: then only those are
+    compared that share 16 bits in a row.
 
     Args:
       a: uint64 `[N, 8]`, from `perceptual_hash`.
@@ -172,23 +186,124 @@ def near_pairs(
       radius: largest distance, below 255.
       groups: int `[N]` and `[M]`; pairs of the same group are left out, as frames of one clip are.
       done: called with numbers of rows of `a` as they are finished.
+      kinds: int `[N]` and `[M]`: what the caller tells apart among copies, such as labels.
+      most: pairs that are looked for.
+      warn: called with a sentence if there are more.
 
     Returns:
       i, j int64 `[P]` and their distance uint8 `[P]`, ordered by i, then j.
     """
-    blocks = _all_pairs(a, b, radius, done) if b is not None or radius > 15 else _banded_pairs(a, radius, done)
-    found = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))]
-    for i, j, distance in blocks:
-        keep = slice(None) if groups is None else groups[0][i] != groups[1][j]
-        found.append((i[keep], j[keep], distance[keep]))
+    size = len(a), len(a if b is None else b)
+    if groups is None:
+        groups = (np.arange(size[0]),) * 2 if b is None else (np.full(size[0], -1), np.zeros(size[1], int))
+    kinds = kinds or (np.zeros(size[0], int), np.zeros(size[1], int))
+    left = _Copies(a, groups[0], kinds[0])
+    right = _Copies(a if b is None else b, groups[1], kinds[1])
+    done(size[0] - len(left.codes))
+    if b is not None or radius > 15:
+        blocks = _all_pairs(left.codes, None if b is None else right.codes, radius, done)
+    else:
+        blocks = _banded_pairs(left.codes, radius, done)
+    if b is None:
+        equal = np.flatnonzero(left.codes.any(axis=1) & (left.counts > 1))
+        blocks = itertools.chain([(equal, equal, np.zeros(len(equal), np.uint8))], blocks)
+    found, total = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))], 0
+    for u, v, distance in blocks:
+        # Most pictures that are alike are frames of one clip: those take no room.
+        apart = (left.group[u] != right.group[v]) | (left.group[u] == _SEVERAL)
+        sizes = left.pairs(u[apart], right, v[apart])
+        fitting = total + np.cumsum(sizes) <= most
+        i, j, at = left.expanded(u[apart][fitting], right, v[apart][fitting], same=b is None)
+        keep = groups[0][i] != groups[1][j]
+        found.append((i[keep], j[keep], distance[apart][fitting][at[keep]]))
+        total += len(found[-1][0])
+        if not fitting.all():
+            warn(f"more than {most:,} pairs of pictures are nearly equal: the rest of them is not compared")
+            break
     i, j, distance = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    order = np.lexsort((distance, j, i))
-    i, j, distance = i[order], j[order], distance[order]
-    once = (np.diff(i, prepend=-1) != 0) | (np.diff(j, prepend=-1) != 0)
-    return i[once], j[once], distance[once]
+    order = np.lexsort((j, i))
+    return i[order], j[order], distance[order]
 
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+def equal_pairs(codes: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs i < j of rows with equal codes and different groups, as in `near_pairs`: int `[N]` each -> int64 `[P]`."""
+    rows = _Copies(codes, groups, np.zeros(len(codes), int))
+    every = np.arange(len(rows.codes))
+    i, j, _ = rows.expanded(every, rows, every, same=True)
+    return i[groups[i] != groups[j]], j[groups[i] != groups[j]]
+
+
+class _Copies:
+    """Rows by their hash.
+
+    Attributes:
+      codes: uint64 `[U, 8]`, each hash once.
+      counts: int `[U]`, rows that have it.
+      group: int `[U]`, their group, or `_SEVERAL`.
+    """
+
+    def __init__(self, rows: np.ndarray, groups: np.ndarray, kinds: np.ndarray):
+        self.codes, code, self.counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+        code = code.reshape(-1)
+        order = np.argsort(code, kind="stable")
+        starts = np.cumsum(self.counts) - self.counts
+        first = groups[order[starts]] if len(rows) else np.empty(0, int)
+        mixed = np.zeros(len(self.codes), bool)
+        mixed[code[groups != first[code]]] = True
+        self.group = np.where(mixed, _SEVERAL, first)
+        self._stands = np.zeros(len(rows), bool)  # for all with its hash
+        self._stands[order[np.arange(len(rows)) - starts[code[order]] < COPIES]] = True
+        self._stands[_first_of_kinds(code, groups, kinds)] = True
+        self._all = order, starts, self.counts
+        self._some, self._rest = (self._members(code, order[chosen]) for chosen in self._split(order))
+
+    def _split(self, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._stands[order], ~self._stands[order]
+
+    def _members(self, code: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        counts = np.bincount(code[rows], minlength=len(self.codes))
+        return rows, np.cumsum(counts) - counts, counts
+
+    def pairs(self, u: np.ndarray, other: "_Copies", v: np.ndarray) -> np.ndarray:
+        """How many rows `expanded` makes of each pair of hashes."""
+        return self._some[2][u] * other.counts[v] + self._rest[2][u] * other._some[2][v]
+
+    def expanded(self, u: np.ndarray, other: "_Copies", v: np.ndarray, same: bool) -> Block:
+        """Rows of pairs of hashes: i, j and the position of their pair; i < j if both are the `same` rows."""
+        i, j, at = _product(self._some, u, other._all, v)
+        rest = _product(self._rest, u, other._some, v)
+        if same:  # of one hash the second product repeats the first
+            once = u[rest[2]] != v[rest[2]]
+            rest = rest[0][once], rest[1][once], rest[2][once]
+            once = (u[at] != v[at]) | (i < j) | ((i != j) & ~self._stands[j])
+            i, j, at = i[once], j[once], at[once]
+        i, j, at = (np.concatenate(both) for both in zip((i, j, at), rest, strict=True))
+        return (np.minimum(i, j), np.maximum(i, j), at) if same else (i, j, at)
+
+
+def _first_of_kinds(code: np.ndarray, groups: np.ndarray, kinds: np.ndarray) -> np.ndarray:
+    """The first row of each kind among those with one hash, and the first of its next group; of `COPIES` kinds."""
+    if not len(code):
+        return np.empty(0, np.int64)
+    order = np.lexsort((kinds, code))  # stable: rows of a kind stay in order
+    new_code = np.diff(code[order], prepend=-1) != 0
+    new = new_code | (np.diff(kinds[order], prepend=kinds[order[0]]) != 0)
+    section = np.cumsum(new) - 1
+    number = section - section[np.maximum.accumulate(np.where(new_code, np.arange(len(order)), 0))]
+    first = order[new]
+    another = np.flatnonzero(groups[order] != groups[first[section]])
+    _, at = np.unique(section[another], return_index=True)
+    few = number < COPIES
+    return np.concatenate([order[new & few], order[another[at][few[another[at]]]]])
+
+
+def _product(some: Block, u: np.ndarray, others: Block, v: np.ndarray) -> Block:
+    """All rows of hash u[k] with all of v[k]: i, j and k. Members are rows by hash, where each begins, how many."""
+    sizes = some[2][u] * others[2][v]
+    at = np.repeat(np.arange(len(u)), sizes)
+    within = np.arange(len(at)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    row, column = np.divmod(within, others[2][v][at])
+    return some[0][some[1][u][at] + row], others[0][others[1][v][at] + column], at
 
 
 def _all_pairs(a: np.ndarray, b: np.ndarray | None, radius: int, done: Callable[[int], Any]) -> Iterator[Block]:
@@ -207,22 +322,50 @@ def _all_pairs(a: np.ndarray, b: np.ndarray | None, radius: int, done: Callable[
 
 
 def _banded_pairs(a: np.ndarray, radius: int, done: Callable[[int], Any]) -> Iterator[Block]:
-    """Of 16 bands of bits, hashes that differ in at most 15 bits share one."""
-    for first in (0, 4):
-        usable = np.flatnonzero(a[:, first : first + 4].any(axis=1))
-        words = np.ascontiguousarray(a[usable, first : first + 4])
-        for band in words.view(np.uint16).T:
+    """Of 16 bands of bits, hashes that differ in at most 15 bits share one; each pair comes once, from the first."""
+    views = a[:, :4], a[:, 4:]
+    for number, view in enumerate(views):
+        usable = np.flatnonzero(view.any(axis=1))
+        words = np.ascontiguousarray(view[usable])
+        for first, band in enumerate(words.view(np.uint16).T):
             order = np.argsort(band, kind="stable")
-            band, at, step = band[order], np.arange(len(order)), 1
-            while len(at):  # neighbours, then neighbours but one, as far as bands are equal
-                at = at[at + step < len(order)]
-                at = at[band[at] == band[at + step]]
-                one, other = order[at], order[at + step]
-                distance = np.bitwise_count(words[one] ^ words[other]).sum(axis=1, dtype=np.uint8)
-                near = distance <= radius
-                yield usable[one[near]], usable[other[near]], distance[near]
-                step += 1
+            band, place = band[order], np.arange(len(order))
+            behind = np.searchsorted(band, band, "right") - 1 - place  # how many more have the same band
+            ends = np.cumsum(behind)
+            for start, stop in itertools.pairwise(_cuts(ends)):
+                some = behind[start:stop]
+                at = np.repeat(place[start:stop], some)
+                step = np.arange(len(at)) - np.repeat(np.cumsum(some) - some, some)
+                one, other = order[at], order[at + 1 + step]
+                bits = words.take(one, axis=0) ^ words.take(other, axis=0)  # many times as fast as an index
+                distance = _count(bits)
+                new = distance <= radius
+                for earlier in bits.view(np.uint16).T[:first]:
+                    new &= earlier != 0
+                i, j, distance = usable[one[new]], usable[other[new]], distance[new]
+                another = views[1 - number]
+                both = another[i].any(axis=1) & another[j].any(axis=1)
+                theirs = _count(another[i] ^ another[j])
+                if number:  # those that the first view has found
+                    once = ~(both & (theirs <= radius))
+                    yield i[once], j[once], distance[once]
+                else:
+                    yield i, j, np.where(both, np.minimum(distance, theirs), distance)
     done(len(a))
+
+
+def _count(bits: np.ndarray) -> np.ndarray:
+    """Bits that are set: uint64 `[N, 4]` -> uint8 `[N]`; the last one never is where two usable hashes differ."""
+    count = np.bitwise_count(bits)
+    return count[:, 0] + count[:, 1] + count[:, 2] + count[:, 3]  # several times as fast as a sum
+
+
+def _cuts(ends: np.ndarray) -> list[int]:
+    """Where to cut rows whose pairs add up to `ends`, so that some `_TOGETHER` pairs are looked at together."""
+    if not len(ends):
+        return []
+    marks = np.searchsorted(ends, np.arange(_TOGETHER, ends[-1], _TOGETHER), "right")
+    return np.unique([0, *marks, len(ends)]).tolist()
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:

@@ -11,10 +11,14 @@ import concurrent.futures
 import dataclasses
 import glob
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 import re
+import struct
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +26,7 @@ import cv2
 import grain
 import numpy as np
 from etils import epath
+from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from usfmae_jax.data.tfrecord import TFRecordShard
@@ -102,6 +107,9 @@ def decode_record(data: bytes) -> Record:
     return record
 
 
+#: Of one image; what declares more is refused before it is decoded.
+MAX_PIXELS = 50_000_000
+
 _WINDOW = 0.1, 99.9  # percentiles
 
 #: Flags that decode at a fraction of the size; JPEG does it while decoding.
@@ -128,8 +136,9 @@ def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarr
       reduction: 1, 2, 4 or 8: decode at this fraction of the size.
 
     Raises:
-      DamagedRecord: the image cannot be decoded, or has neither 8 nor 16 bits.
+      DamagedRecord: the image cannot be decoded, declares more than `MAX_PIXELS`, or has neither 8 nor 16 bits.
     """
+    _check_size(data)
     pixels = _decode(data, channels, reduction)
     if pixels.dtype == np.uint16:
         if reduction > 1:  # the window is that of the whole frame
@@ -141,6 +150,38 @@ def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarr
     if channels == 3:
         return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     return pixels[:, :, None]
+
+
+def _check_size(data: bytes) -> None:
+    """Refuses what a header declares to be larger than any scan: a few bytes of it would take all memory."""
+    try:
+        if data.startswith(b"\x89PNG"):
+            size = struct.unpack_from(">II", data, 16)
+        elif data.startswith(b"\xff\xd8"):
+            size = _jpeg_size(data)
+        else:
+            with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
+                size = image.size
+    except Exception as error:  # of many kinds: Pillow reads formats of all ages
+        raise DamagedRecord("image cannot be decoded") from error
+    if size[0] * size[1] > MAX_PIXELS:
+        raise DamagedRecord(f"image declares {size[0]} x {size[1]} pixels, more than {MAX_PIXELS // 1_000_000} million")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    # Pillow would take as long as a tenth of the decoding. The largest counts: which one a decoder takes is its affair.
+    position, largest = 2, (0, 0)
+    while (marker := data[position + 1]) != 0xDA:  # start of scan
+        if data[position] != 0xFF:  # what decoders skip, too
+            position = data.index(b"\xff", position)
+            continue
+        if marker == 0xFF:  # padding
+            position += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            largest = max(largest, struct.unpack_from(">HH", data, position + 5), key=math.prod)
+        position += 2 + (data[position + 2] << 8 | data[position + 3])
+    return largest
 
 
 def _decode(data: bytes, channels: int, reduction: int) -> np.ndarray:

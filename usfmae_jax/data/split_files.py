@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from usfmae_jax.data import cells
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 
@@ -97,9 +98,7 @@ def write_csv(path: os.PathLike[str] | str, header: Sequence[str], rows: Sequenc
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    cells.write(text, header, rows)
     temporary = target.parent / f"{target.name}.{os.getpid()}"
     temporary.write_text(text.getvalue())
     temporary.replace(target)
@@ -140,12 +139,14 @@ def official(frames: Table, name: str = "") -> tuple[str, list[Fold]]:
 def _read_table(file: epath.Path, frames: Table, spare: int, prefix: str) -> list[Fold]:
     try:
         text = file.read_bytes().decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        header = {(name or "").strip().lower(): name for name in reader.fieldnames or ()}
-        table = [{key: (line[name] or "").strip() for key, name in header.items()} for line in reader]
+        lines = cells.read(io.StringIO(text, newline=""))
+        header = [name.strip().lower() for name in next(lines, [])]
+        table = [
+            dict.fromkeys(header, "") | dict(zip(header, map(str.strip, line), strict=False)) for line in lines if line
+        ]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"the file of splits {os.fspath(file)!r} cannot be read: {error}; check its name") from error
-    if not table or not {"frame", "part"} <= header.keys():
+    if not table or not {"frame", "part"} <= set(header):
         raise InputError(
             f"the file of splits {file.name} needs the columns frame and part and a row for each frame, not "
             f"{', '.join(header) or 'nothing'}"

@@ -24,7 +24,7 @@ class TFRecordShard:
         self._offsets = self._index()
 
     def _index(self) -> np.ndarray:
-        size = epath.Path(self.path).stat().length
+        self._size = size = epath.Path(self.path).stat().length
         offsets, position = [], 0
         with epath.Path(self.path).open("rb") as file:
             while position < size:
@@ -46,6 +46,8 @@ class TFRecordShard:
             if len(header) < 12 or _masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
                 raise DamagedRecord("record header is damaged")
             length = struct.unpack("<Q", header[:8])[0]
+            if length > self._size - 16 - self._offsets[index]:  # which may be more than there is memory
+                raise DamagedRecord("record is truncated or its checksum is wrong")
             data, checksum = file.read(length), file.read(4)
         if len(data) < length or len(checksum) < 4 or _masked_crc(data) != struct.unpack("<I", checksum)[0]:
             raise DamagedRecord("record is truncated or its checksum is wrong")

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from etils import epath
 
+from usfmae_jax.data import cells
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 
@@ -101,11 +102,9 @@ class Predictions:
     def write(self, path: str | epath.Path) -> None:
         """Writes a CSV that `read` gives back exactly; the file appears whole or not at all."""
         text = io.StringIO(newline="")
-        table = csv.writer(text, lineterminator="\n")
         columns = {name: getattr(self, name).tolist() for name in _IDS} | self.columns()
-        table.writerow(columns)
         # repr, which csv uses for floats, is the shortest text that reads back as the same number.
-        table.writerows(zip(*columns.values(), strict=True))
+        cells.write(text, columns, zip(*columns.values(), strict=True))
         path = epath.Path(path)
         partial = path.parent / (path.name + ".partial")
         partial.write_bytes(text.getvalue().encode())
@@ -190,7 +189,7 @@ def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
     if file.is_dir():
         file = file / "predictions.csv"
     try:
-        rows = list(csv.reader(io.StringIO(file.read_bytes().decode(), newline="")))
+        rows = list(cells.read(io.StringIO(file.read_bytes().decode(), newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(

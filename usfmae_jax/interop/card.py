@@ -1,5 +1,6 @@
 """The model card of an export, `README.md` as the Hugging Face Hub reads it, and what a lineage says about licences."""
 
+import html
 import os
 import pathlib
 import re
@@ -7,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from usfmae_jax.errors import visible
 from usfmae_jax.interop.model import Lineage, Model
 
 _LIBRARY = {
@@ -73,7 +75,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
     environment = jinja2.Environment(  # Markdown: nothing is escaped, and what stands in the front matter is quoted
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["quoted"] = _quoted
+    environment.filters |= {"quoted": _quoted, "plain": _plain}
     template = environment.from_string((pathlib.Path(__file__).parent / "card.md").read_text())
     text = template.render(
         form=form,
@@ -104,11 +106,17 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
 
 def _quoted(text: str) -> str:
     """A string in YAML, where names of datasets can be anything."""
-    return "'" + text.replace("'", "''").replace("\n", " ") + "'"
+    return "'" + visible(" ".join(text.split())).replace("'", "''") + "'"
+
+
+def _plain(value: Any) -> str:
+    """Text of whoever wrote the lineage, in one line and so that it is neither HTML nor Markdown."""
+    text = html.escape(visible(" ".join(str(value).split())), quote=False)
+    return re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _stage(stage: dict[str, Any]) -> str:
-    parts = [f"**{stage.get('job', 'unknown')}** ({stage.get('code', 'code not stated')}"]
+    parts = [f"**{_plain(stage.get('job', 'unknown'))}** ({_plain(stage.get('code', 'code not stated'))}"]
     parts += [f", {stage['step']} steps)" if stage.get("step") else ")"]
     config = stage.get("config") or {}
     recipe = {
@@ -117,13 +125,15 @@ def _stage(stage: dict[str, Any]) -> str:
         "learning rate per 256": config.get("optimizer", {}).get("learning_rate"),
         "weight decay": config.get("optimizer", {}).get("weight_decay"),
     }
-    said = [f"{name} {value}" for name, value in recipe.items() if value is not None]
+    said = [f"{name} {_plain(value)}" for name, value in recipe.items() if value is not None]
     data = [
-        f"{d.get('dataset', 'unnamed')} ({d['frames']} frames)" if d.get("frames") else str(d.get("dataset", ""))
+        f"{_plain(d.get('dataset', 'unnamed'))} ({d['frames']} frames)"
+        if d.get("frames")
+        else _plain(d.get("dataset", ""))
         for d in stage.get("data", ())
     ]
     source = (
-        [f"from {', '.join(stage['source']['files'])}, sha256 {stage['source']['sha256'][:12]}"]
+        [_plain(f"from {', '.join(stage['source']['files'])}, sha256 {stage['source']['sha256'][:12]}")]
         if "source" in stage
         else []
     )

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import logging
+import os
+import pathlib
 import re
 import sys
 import textwrap
@@ -48,6 +50,7 @@ def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any],
         metadata = {"position": {}, "config": config, "about": about}
         saver.save_async(0, {"params": params}, metrics={"loss": 0.0}, custom_metadata=metadata)
         saver.close()
+        without_paths(folder)
     (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -124,6 +127,16 @@ def reason(error: BaseException) -> str:
         return "it is not complete"
     text = re.split(r" in OCDBT| at local file", str(error).strip() or type(error).__name__)[0]
     return textwrap.shorten(text, 160, placeholder=" ...")
+
+
+def without_paths(folder: epath.Path) -> None:
+    """Takes out of finished checkpoints what Orbax writes into them of where they lie, and of whose home that is."""
+    if "://" in os.fspath(folder):
+        return
+    for marker in pathlib.Path(folder).rglob("commit_success.txt"):
+        with contextlib.suppress(OSError):  # removed meanwhile, or nobody's to change
+            if b"/" in marker.read_bytes():
+                marker.write_text("Checkpoint commit was successful")
 
 
 def holds_checkpoints(folder: epath.Path) -> bool:

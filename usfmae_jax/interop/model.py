@@ -25,6 +25,7 @@ from etils import epath
 from flax import nnx
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.interop import schema
 from usfmae_jax.interop.checkpoint import holds_checkpoints, load_parameters
 from usfmae_jax.interop.files import from_array, write_safetensors
 from usfmae_jax.interop.names import stored_table
@@ -270,11 +271,17 @@ def write_lineage(directory: str, lineage: Lineage) -> None:
 
 
 def read_lineage(directory: str) -> Lineage:
-    """The stages in `lineage.json` of an encoder directory or a workdir; [] if it has none that can be read."""
+    """The stages in `lineage.json` of an encoder directory or a workdir; [] if it has none that can be read.
+
+    Raises:
+      InputError: it says something else than a lineage does.
+    """
     try:
-        return list(json.loads((epath.Path(directory) / "lineage.json").read_text())["stages"])
-    except (OSError, ValueError, KeyError, TypeError):
+        stages = list(json.loads((epath.Path(directory) / "lineage.json").read_text())["stages"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
+    schema.check_lineage(stages)
+    return stages
 
 
 def flatten(params: Any) -> dict[str, Any]:
@@ -315,16 +322,38 @@ def _from_directory(directory: str) -> Model:
         what = "a classifier" if "model" in about or "classes" in about else what
         pixels = json.loads((root / "preprocessing.json").read_text())
         flat = safetensors.numpy.load((root / "model.safetensors").read_bytes())
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise InputError(f"{directory} is not {what} directory: {error}") from error
+    if not isinstance(about, dict):
+        raise InputError(f"{directory} is not {what} directory: architecture.json is no object")
     if about.pop("format", None) != FORMAT:
         raise InputError(f"{directory} has another {what.split()[1]} format than {FORMAT}; update usfmae_jax")
     if what == "an encoder":
         about, flat = {"model": "vit", "encoder": about}, {f"encoder.{name}": value for name, value in flat.items()}
     if about.get("model") not in ("vit", "resnet50"):
         raise InputError(f"{directory} holds no classifier but other weights, such as an encoder's")
+    try:
+        schema.check_description(about)
+        schema.check_preprocessing(pixels, about)
+        schema.check_shapes(_described(about, _shapes(about)), _described(about, flat))
+        lineage = read_lineage(directory)
+    except InputError as error:
+        raise InputError(f"{directory} cannot be used: {error}") from error
     stats = {name.removeprefix(_STATS): flat.pop(name) for name in list(flat) if name.startswith(_STATS)}
-    return Model(unflatten(flat), about, pixels, read_lineage(directory), unflatten(stats))
+    return Model(unflatten(flat), about, pixels, lineage, unflatten(stats))
+
+
+def _shapes(about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a description; nothing is allocated."""
+    network = nnx.eval_shape(lambda: build(about)(nnx.Rngs(0)))
+    kinds = {"" if _has_head(about) else "encoder.": nnx.Param, _STATS: nnx.BatchStat}
+    states = {prefix: flatten(nnx.to_pure_dict(nnx.state(network, kind))) for prefix, kind in kinds.items()}
+    return {prefix + name: tuple(leaf.shape) for prefix, state in states.items() for name, leaf in state.items()}
+
+
+def _described(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What the description decides about: of another task's head it knows nothing."""
+    return {name: one for name, one in tensors.items() if "outputs" not in about or name.startswith("encoder.")}
 
 
 def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Model:

@@ -69,15 +69,26 @@ def write_stablehlo(model: Model, directory: str) -> None:
         # Constants of a program are copied several times before they are on the disk.
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in flat.items()}
         function = jax.jit(lambda images, weights: apply(images, unflatten(weights)))
-        exported = export.export(function, platforms=_PLATFORMS)(images, shapes)
+        exported = _exported(function, images, shapes)
         arrays = {name: files.from_array(value) for name, value in flat.items()}
         metadata = {"lineage": json.dumps(model.lineage)}
         files.write_safetensors(os.path.join(directory, WEIGHTS), arrays, metadata)
     else:
-        exported = export.export(jax.jit(lambda images: apply(images, model.params)), platforms=_PLATFORMS)(images)
+        exported = _exported(jax.jit(lambda images: apply(images, model.params)), images)
     with open(path + ".incomplete", "wb") as file:
         file.write(exported.serialize())
     os.replace(path + ".incomplete", path)
+
+
+def _exported(function: Any, *arguments: Any) -> export.Exported:
+    """A program that does not say of each line from which file of this machine it comes."""
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        return export.export(function, platforms=_PLATFORMS)(*arguments)
+    finally:
+        jax.config.update(name, before)
 
 
 def run_stablehlo(directory: str, images: np.ndarray) -> dict[str, np.ndarray]:

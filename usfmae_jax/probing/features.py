@@ -1,7 +1,9 @@
 """Features of labelled frames from a frozen encoder, computed once and kept by what they follow from."""
 
+import hashlib
 import os
 import pathlib
+import stat
 import sys
 import tempfile
 import zipfile
@@ -24,7 +26,7 @@ from usfmae_jax.training.mesh import replicated
 Extractor = Callable[[Iterator[np.ndarray], int, str], np.ndarray]
 
 #: Changes when the same weights and frames would give other features.
-FORMAT = 2
+FORMAT = 3
 #: Side of the images whose pixels are the features of the floor that any encoder has to beat.
 PIXELS = 32
 #: Patch tokens are kept whole in memory: of more than this, bytes, another pooling is asked for.
@@ -70,6 +72,7 @@ def extract(
     threads: int = 2,
     dtype: Any = jnp.float32,
     cache: str = "",
+    reused: Callable[[], Any] = lambda: None,
 ) -> np.ndarray:
     """Features of all frames, read from the cache if they were computed before.
 
@@ -81,7 +84,8 @@ def extract(
       batch_size: see there.
       dtype: see there.
       threads: that decode.
-      cache: folder; "" keeps nothing.
+      cache: folder; "" keeps nothing. What is there is believed if nobody else can have written it.
+      reused: called if they were computed before.
     """
     (height, width), channels = image_format(weights)
     name = f"{frames.fingerprint}-{pool}-{height}x{width}x{channels}-{jnp.dtype(dtype).name}"
@@ -90,6 +94,7 @@ def extract(
     # Hosts may have homes of their own: all compute unless all have the file.
     if np.all(multihost_utils.process_allgather(np.bool_(found is not None))) and found is not None:
         print(f"features: computed before, {path}", file=sys.stderr)
+        reused()
         return found
     images = decode(
         frames, range(len(frames)), size=(height, width), channels=channels, batch_size=batch_size, threads=threads
@@ -122,18 +127,31 @@ def default_cache() -> str:
 
 def _read(path: pathlib.Path, count: int) -> np.ndarray | None:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            features = stored["features"]
-            return features if int(stored["format"]) == FORMAT and len(features) == count else None
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                print(f"warning: {path} could have been written by somebody else; it is not used", file=sys.stderr)
+                return None
+            with np.load(file, allow_pickle=False) as stored:
+                features, known = stored["features"], str(stored["sha256"])
+                fits = int(stored["format"]) == FORMAT and len(features) == count and known == digest(features)
+                return features if fits else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent, or left over from another version: computed anew
+        return None  # absent, damaged, or left over from another version: computed anew
+
+
+def digest(features: np.ndarray) -> str:
+    """SHA-256 of features, their shape and type, hex."""
+    whole = hashlib.sha256(f"{features.shape}{features.dtype.str}".encode())
+    whole.update(np.ascontiguousarray(features).view(np.uint8).data)
+    return whole.hexdigest()
 
 
 def _write(path: pathlib.Path, features: np.ndarray) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".incomplete", delete=False) as file:
-            np.savez(file, features=features, format=FORMAT)
+            np.savez(file, features=features, format=FORMAT, sha256=digest(features))
         os.replace(file.name, path)
     except OSError as error:
         print(f"warning: features are not kept for the next time: {error}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """Fine-tuned classifiers as they are: every frame is judged by those that have not seen its patient."""
 
-import csv
 import dataclasses
 import io
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 from scipy.special import softmax
 
-from usfmae_jax.data import provenance
+from usfmae_jax.data import cells, provenance
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.data.table import Table
 from usfmae_jax.data.table import images as decode
@@ -78,7 +77,7 @@ def _judge(folder: str, model: Model) -> Judge:
     seen: set[tuple[str, ...]] = set()
     parts: dict[str, set[tuple[str, ...]]] = {"train": set(), "validation": set(), "test": set()}
     if fold and table.exists():
-        for row in csv.DictReader(io.StringIO(table.read_text(), newline="")):
+        for row in cells.read_dicts(io.StringIO(table.read_text(), newline="")):
             if row["fold"] == fold:
                 frame = (row["dataset"], row["video"], row["frame"])
                 parts[row["part"]].add(frame)

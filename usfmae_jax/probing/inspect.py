@@ -59,6 +59,7 @@ class Outcome:
       image_format: (height, width) and channels of the models' input.
       excluded: near-duplicates taken out of training parts; None where that is not known.
       warnings: sentences.
+      features: `sha256` of frozen ones, and whether they were `computed` now or before; empty where there are none.
     """
 
     tested: list[Tested]
@@ -69,6 +70,7 @@ class Outcome:
     image_format: tuple[tuple[int, int], int]
     excluded: list[dict[str, Any]] | None = None
     warnings: tuple[str, ...] = ()
+    features: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def sweep(

@@ -95,7 +95,9 @@ def probe(
         "dtype": jnp.dtype(config.dtype),
     }
     extractor = features.extractor(model, mesh=mesh, **how)
-    found = features.extract(extractor, model, table, threads=config.data.threads, cache=cache, **how)
+    reused: list[bool] = []
+    how |= {"threads": config.data.threads, "cache": cache, "reused": lambda: reused.append(True)}
+    found = features.extract(extractor, model, table, **how)
     tested, fitted = [], []
     for fraction, seed, fold in tqdm(plan.members, protocol, unit="fit", delay=2, leave=False):
         head = probes.fit(
@@ -130,6 +132,7 @@ def probe(
         predict=predict,
         image_format=features.image_format(model),
         excluded=plan.excluded,
+        features={"sha256": features.digest(found), "computed": "before" if reused else "now"},
     )
 
 
@@ -164,6 +167,7 @@ def report(
         "fingerprint": table.fingerprint,
         "warnings": warnings,
         "excluded": outcome.excluded,
+        "features": outcome.features,
         "members": [{"fold": t.fold, "seed": t.seed, "fraction": t.fraction, **t.settings} for t in tested],
         "command": command,
     }

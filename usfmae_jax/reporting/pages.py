@@ -15,15 +15,15 @@ import numpy as np
 from etils import epath
 from markupsafe import Markup
 
-# Characters that are not seen; those that turn the direction of writing could make a name look like another.
-_INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
+from usfmae_jax.errors import visible
+
 _LONG = 24  # letters of a word from which on it may be broken anywhere
 _NAME = 44  # letters of a file name that are shown
 
 
 def write(path: pathlib.Path | epath.Path, template: str, **values: Any) -> None:
     """Writes a page from a template; invisible characters, wherever they come from, are shown as codes."""
-    page = _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", _ENVIRONMENT.get_template(template).render(values))
+    page = visible(_ENVIRONMENT.get_template(template).render(values))
     path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
 
 

@@ -8,7 +8,7 @@ from etils import epath
 from orbax.checkpoint import v1 as orbax
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.checkpoint import quiet, reason
+from usfmae_jax.interop.checkpoint import quiet, reason, without_paths
 from usfmae_jax.training.checks import flat
 from usfmae_jax.training.mesh import on_first_process
 from usfmae_jax.training.state import State
@@ -50,13 +50,21 @@ def open_checkpoints(
         policies.append(keep.EveryNSteps(keep_every))
     if keep_best:
         policies.append(keep.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=keep_best))
-    return orbax.training.Checkpointer(
+    return _Checkpointer(
         epath.Path(directory),
         # The loop decides when; asking again here would refuse the save on preemption.
         save_decision_policy=orbax.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=keep.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
     )
+
+
+class _Checkpointer(orbax.training.Checkpointer):
+    """Orbax's, which leaves no path in what it has written."""
+
+    def close(self) -> None:
+        super().close()
+        on_first_process(lambda: without_paths(self.directory))
 
 
 def save(

@@ -3,7 +3,7 @@
 import functools
 import json
 import operator
-import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -158,12 +158,16 @@ def public_settings(settings: str, paths: tuple[str, ...]) -> dict[str, Any]:
 
 
 def public_paths(paths: str) -> str:
-    """Paths separated by commas as artefacts may show them: of an absolute one only the last part.
+    """Paths separated by commas as artefacts may show them: of one that leaves the folder only the last part.
 
-    The rest would tell who ran where.
+    The rest would tell who ran where: absolute paths of all systems, those of homes (`~name/x`) and those above
+    (`../../home/name/x`), wherever in a text they begin.
     """
 
     def public(path: str) -> str:
-        return os.path.basename(path.rstrip("/")) if os.path.isabs(path) else path
+        begins = r"(^|[\s'\"=(\[:])(/|~|\\\\|[A-Za-z]:[/\\])"
+        leaves = re.search(begins, path) or ".." in re.split(r"[/\\\s]", path)
+        remote = re.match(r"[a-z][a-z0-9+.-]+://", path)
+        return re.split(r"[/\\]", path.rstrip("/\\"))[-1] if leaves and not remote else path
 
     return ",".join(public(path.strip()) for path in paths.split(","))

@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import os
+import signal
+import time
 
 import pytest
 
@@ -354,3 +356,13 @@ def test_real_classes_are_those_of_folders_and_names():
         "Reg_Image_181602_trimmed_crop.mp4": ("10", "regular"),
         "Reg_pat1Image_132943.mpeg": ("4", "regular"),
     }
+
+
+def test_a_pattern_that_would_take_for_ever_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.find.files._LONGEST", 0.2)
+    _write(tmp_path, "a" * 60 + ".png")
+    begun = time.monotonic()
+    with pytest.raises(InputError, match=r"takes too long for 'a{60}.png': write it without repetitions"):
+        collect(catalog.load("folder"), tmp_path, pattern="(?P<patient>(a+)+)$")
+    assert time.monotonic() - begun < 5
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)

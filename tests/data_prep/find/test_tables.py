@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from data_prep import catalog
-from data_prep.catalog.schema import Folds, Table
+from data_prep import catalog, find
+from data_prep.catalog.schema import Folds, Layout, Table
 from data_prep.find import collect, tables
 from data_prep.find.files import Item
 from tests.data_prep.trees import TREES, coco, grow
@@ -185,3 +185,17 @@ def test_a_part_of_an_unknown_name_is_refused(tmp_path):
         _folds(tmp_path, "id,k,p\na1,1,dev\n", part="{p}")
     rows, _ = _folds(tmp_path, "id,k,p\na1,1,dev\n", part="{p}", parts={"dev": "validation"})
     assert rows == [("a1", "1", "validation")]
+
+
+def test_class_names_in_a_table_that_steer_a_terminal_become_codes(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "labels.csv").write_text("file,label,patient\na.png,\x1b]52;c;aGk=\x07\u202e,p\x1b[2J\n")
+    found = collect(catalog.load("folder"), tmp_path, labels=str(tmp_path / "labels.csv"))
+    assert found.label_names == [r"\u001b]52;c;aGk=\u0007\u202e"]
+    assert found.items[0].label == 0
+
+
+def test_classes_have_their_numbers_by_name_and_by_what_they_are_called():
+    names = [str(number) for number in range(10_000)]
+    assert find._label_numbers(Layout(("**",), labels={"ten": "10"}), names)["ten"] == 10
+    assert find._label_numbers(Layout(("**",)), ["B", "a"]) == {"b": 0, "a": 1}

@@ -45,7 +45,7 @@ def write(sources, folder, given_up=None, process=process):
     begun = []
     usable = parts.write_part(part, given_up or {}, begun.append, process=process, folder=str(folder))
     index = parts.read_index(folder, 7)
-    stored = list(parts.read_records(folder, 7, index.rows))
+    stored = list(parts.read_records(folder, [parts.Index()] * 7 + [index]))
     assert [len(data) for data in stored] == [row.size for row in index.rows]
     return usable, index, [decode_record(data)["source"] for data in stored], begun
 

@@ -1,0 +1,135 @@
+"""One run at a time in a workdir, whatever became of the one before."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from tests.pretraining.runs import command, environment
+from usfmae_jax.errors import InputError
+from usfmae_jax.training import lock
+
+
+def hold(workdir, pipe):
+    with lock.hold(workdir):
+        pipe.send("held")
+        pipe.recv()
+
+
+def start(workdir):
+    context = multiprocessing.get_context("forkserver")
+    here, there = context.Pipe()
+    process = context.Process(target=hold, args=(str(workdir), there))
+    process.start()
+    assert here.recv() == "held"
+    return process, here
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(lock, "_RENEWED", 0.05)
+    monkeypatch.setattr(lock, "_WATCHED", 0.5)
+
+
+def test_a_second_run_is_refused_and_the_next_is_not_and_nothing_is_left(tmp_path):
+    process, pipe = start(tmp_path / "a/b")
+    begun = time.monotonic()
+    with (
+        pytest.raises(InputError, match=r"another run is at work in --workdir=.*a/b; wait"),
+        lock.hold(f"{tmp_path}/a/b"),
+    ):
+        pass
+    assert time.monotonic() - begun < 2
+    pipe.send("done")
+    process.join()
+    assert not list(tmp_path.iterdir())
+    with lock.hold(str(tmp_path)), pytest.raises(InputError), lock.hold(str(tmp_path)):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_holds_nobody_up_and_names_no_machine(tmp_path):
+    process, _ = start(tmp_path)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    left = (tmp_path / lock.NAME).read_text()
+    assert json.loads(left)["process"] == process.pid
+    assert os.uname().nodename not in left
+    begun = time.monotonic()
+    with lock.hold(str(tmp_path)):
+        assert time.monotonic() - begun < 2
+
+
+def other_machine(path, stop, renew):
+    """A run elsewhere, on a file system whose locks each machine has for itself."""
+    renewed = 0
+    while not stop.is_set():
+        path.write_text(json.dumps({"machine": "another", "process": 1, "renewed": renewed}))
+        renewed += renew
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_run_on_another_machine_is_told_from_what_it_left_by_its_note(tmp_path, quick, alive):
+    stop = threading.Event()
+    thread = threading.Thread(target=other_machine, args=(tmp_path / lock.NAME, stop, int(alive)))
+    thread.start()
+    time.sleep(0.2)
+    if not alive:
+        stop.set()
+        thread.join()
+    begun = time.monotonic()
+    if alive:
+        with pytest.raises(InputError, match="another run"), lock.hold(str(tmp_path)):
+            pass
+        stop.set()
+        thread.join()
+    else:
+        with lock.hold(str(tmp_path)):
+            assert time.monotonic() - begun >= 0.5
+
+
+@pytest.mark.parametrize("left", ["", "{", "[1]", '{"machine": 1}', "\0" * 100])
+def test_a_note_that_nobody_can_read_holds_nobody_up(tmp_path, left):
+    (tmp_path / lock.NAME).write_text(left)
+    with lock.hold(str(tmp_path)):
+        pass
+
+
+def test_where_nothing_can_be_locked_the_note_decides(tmp_path, quick, monkeypatch):
+    def unsupported(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with lock.hold(str(tmp_path)):
+        time.sleep(0.2)
+        monkeypatch.setattr(lock, "_ended", lambda _: False)
+        with pytest.raises(InputError, match="another run"), lock.hold(str(tmp_path)):
+            pass
+        assert (tmp_path / lock.NAME).exists()
+
+
+def test_buckets_other_processes_of_the_job_and_folders_that_cannot_be_written_are_not_held(tmp_path):
+    with lock.hold("gs://bucket/run"), lock.hold(str(tmp_path), first=False), lock.hold(str(tmp_path)):
+        pass
+    (tmp_path / "file").write_text("")
+    with lock.hold(str(tmp_path / "file")):
+        pass
+
+
+@pytest.mark.parametrize("door", ["main", "finetune", "evaluate"])
+def test_every_door_refuses_a_workdir_that_is_held(tmp_path, shards, door):
+    words = command(shards, tmp_path)
+    if door != "main":
+        config = {"finetune": "configs/finetune.py", "evaluate": "configs/evaluate.py"}[door]
+        words = [words[0], "-m", f"usfmae_jax.{door}", f"--config={config}", f"--workdir={tmp_path}"]
+    with lock.hold(str(tmp_path)):
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: another run is at work in --workdir=")
