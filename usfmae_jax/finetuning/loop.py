@@ -178,10 +178,10 @@ class Trainer:
             every=config.log.every,
             flops_per_image=build.training_flops(run.description, run.image_format[0]),
             skippable=config.train.skip_nonfinite,
-            skipped=position.get("skipped", 0),
             name=f"{member.name} ({run.members.index(member) + 1}/{len(run.members)})",
             line=line,
         )
+        monitor.skipped = position.get("skipped", 0)
         saved = first_step
         named = naming_records(dataset, [run.table.shards], folder)
         with monitor as report, contextlib.closing(saver), contextlib.closing(batches), named:

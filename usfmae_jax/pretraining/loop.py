@@ -79,8 +79,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         every=config.log.every,
         flops_per_image=objective.flops(),
         skippable=skippable,
-        skipped=position.get("skipped", 0),
     )
+    report.skipped = position.get("skipped", 0)
     length = jax.device_put(np.int32(total_steps), replicated(mesh))
     train_step, step = None, first_step
 

@@ -99,9 +99,11 @@ class Monitor:
       every: steps between two lines of the log.
       flops_per_image: training arithmetic; with a known peak it gives MFU.
       skippable: steps that may be skipped in all because their loss or gradient is not finite.
-      skipped: those before this start.
       name: of the bar.
       line: of the terminal that the bar is on, from the cursor down, where several runs share one.
+
+    Attributes:
+      skipped: how many steps were; a resumed run sets it to what it was.
     """
 
     def __init__(
@@ -114,13 +116,12 @@ class Monitor:
         every: int,
         flops_per_image: float,
         skippable: int = 0,
-        skipped: int = 0,
         name: str = "pretrain",
         line: int = 0,
     ):
         self._batch_size, self._every, self._flops = batch_size, every, flops_per_image
         self._peak = peak_flops(jax.devices()[0])
-        self._skippable, self.skipped = skippable, skipped
+        self._skippable, self.skipped = skippable, 0
         self._pending: tuple[int, Any] | None = None
         self._main = jax.process_index() == 0
         self._log = _JsonLines(epath.Path(workdir) / "metrics.jsonl", first_step) if self._main else None
