@@ -55,6 +55,8 @@ _SMALL = 4 << 30  # bytes that are no danger whatever the ratio
 _RESERVE = 256 << 20  # bytes that stay free on the disk
 _HEADER = 8 << 20  # bytes; tarfile takes a header into memory that is as long as it says
 _DEPTH = 3  # of archives in archives
+_FOLDERS = 32  # around a file; trees that are far deeper cannot be walked or removed
+_NAMES = 96 << 20  # letters of all names, which are kept in memory
 _BLOCK = 4096  # bytes that the smallest file takes on a disk
 _CHUNK = 1 << 20
 
@@ -76,6 +78,7 @@ class _Budget:
     archive: str
     limit: int  # bytes until it counts as a bomb
     room: int  # bytes on the disk
+    names: int = _NAMES  # letters
 
     def take(self, size: int, declared: int = 0) -> None:
         """Spends `size` bytes; raises InputError if they, or those that are declared beside, are too many."""
@@ -88,6 +91,15 @@ class _Budget:
             raise InputError(f"{self.archive} unpacks to more than the disk has room for; free some and try again")
         self.limit -= size
         self.room -= size
+
+    def take_name(self, name: str) -> None:
+        """Spends the letters of a name; raises InputError if they are too many."""
+        self.names -= len(name)
+        if self.names < 0:
+            raise InputError(
+                f"{self.archive} has names of more than {_NAMES >> 20} million letters, which no data need; if you "
+                "trust it, extract it by hand and build without --download"
+            )
 
 
 class _DamagedError(Exception):
@@ -167,8 +179,9 @@ def _extract(archive: pathlib.Path, folder: pathlib.Path, budget: _Budget, depth
     try:
         with _reading():
             for name, seconds, problem, open_ in _members(archive, found, budget):
+                budget.take_name(name)
                 safe, unsafe = _safe_name(name)
-                problem = unsafe or problem or _claim(safe, taken)
+                problem = unsafe or problem or _claim(safe, taken, budget)
                 problem = problem or _write(open_, seconds, folder / safe, budget, done)
                 if problem:
                     done.rejected.append(Rejected(f"{archive.name}/{name}", problem))
@@ -331,11 +344,13 @@ def _safe_name(name: str) -> tuple[str, str]:
         return "", "not the name of a file"
     if max(len(part.encode()) for part in parts) > 255 or len(name.encode()) > 2048:
         return "", "name that is too long"
+    if len(parts) > _FOLDERS:
+        return "", f"inside of more than {_FOLDERS - 1} folders"
     return "/".join(parts), ""
 
 
-def _claim(name: str, taken: dict[str, tuple[str, bool]]) -> str:
-    """Takes a file's path and its folders; returns why it cannot be had, or nothing.
+def _claim(name: str, taken: dict[str, tuple[str, bool]], budget: _Budget) -> str:
+    """Takes a file's path and its folders, which take room, too; returns why it cannot be had, or nothing.
 
     Some file systems tell neither case nor the two ways to write é apart: there, one file would replace the other.
     """
@@ -348,5 +363,8 @@ def _claim(name: str, taken: dict[str, tuple[str, bool]]) -> str:
             return f"a file and a folder are called {before!r}"
         if is_file and before:
             return "second of its name" if before == path else f"differs from {before!r} only in case"
-        taken.setdefault(key, (path, is_file))
+        if key not in taken:
+            taken[key] = path, is_file
+            budget.take_name(path)
+            budget.take(0 if is_file else _BLOCK)
     return ""

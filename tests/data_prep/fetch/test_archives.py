@@ -213,6 +213,28 @@ def test_a_bomb_of_empty_files_is_refused_too(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["bomb.tar.xz"]
 
 
+def test_a_file_inside_of_very_many_folders_is_left_out_and_named(tmp_path):
+    make_zip(tmp_path / "a.zip", {"good.txt": b"1", "/".join(["d"] * 1000) + "/f": b"2"})
+    done = archives.extract(tmp_path / "a.zip", tmp_path / "a")
+    assert list(reasons(done).values()) == ["inside of more than 31 folders"]
+    assert content(tmp_path / "a") == {"good.txt": b"1"}
+
+
+def test_folders_and_names_take_room_like_files(tmp_path, monkeypatch):
+    members = {"/".join([f"{number}", *"abcdefghij", "f"]): b"" for number in range(50)}
+    make_zip(tmp_path / "a.zip", members)
+    monkeypatch.setattr(archives, "_SMALL", 500 * archives._BLOCK)
+    monkeypatch.setattr(archives, "_RATIO", 1)
+    with pytest.raises(InputError, match="would unpack to more than"):  # 50 files, 550 folders
+        archives.extract(tmp_path / "a.zip", tmp_path / "a")
+    monkeypatch.undo()
+    monkeypatch.setattr(archives._Budget, "names", 1000)
+    monkeypatch.setattr(archives._Budget.__init__, "__defaults__", (1000,))
+    with pytest.raises(InputError, match="has names of more than"):
+        archives.extract(tmp_path / "a.zip", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_members_that_share_their_bytes_are_refused(tmp_path):
     make_zip(tmp_path / "a.zip", {"x": os.urandom(5000)})
     data = (tmp_path / "a.zip").read_bytes()
