@@ -167,7 +167,7 @@ def test_a_full_disk_is_one_sentence_and_nothing_is_lost(tree, tmp_path, capsys,
 
 
 #: TFRecord: a part of such a file is readable.
-PHANTOMS = ["--dataset=phantom", "--frames=1", "--image_size=64", "--format=tfrecord", "--patients=128"]
+PHANTOMS = ["--dataset=phantom", "--frames=1", "--image_size=64", "--format=tfrecord", "--patients=384"]
 
 
 @pytest.fixture(scope="module")
