@@ -19,7 +19,7 @@ from typing import Any
 import ml_collections
 
 from usfmae_jax import cli
-from usfmae_jax.errors import BAD_INPUT, DONE, InputError
+from usfmae_jax.errors import DONE, InputError, answer, visible_output
 
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
@@ -38,6 +38,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     return DONE
 
 
+@visible_output()
 def compare(argv: Sequence[str]) -> int:
     """The subcommand `compare`; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -54,7 +55,8 @@ def compare(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--output", metavar="FILE", help="also write the numbers there, as JSON")
     args = parser.parse_args(argv)
-    try:
+
+    def act() -> int:
         from usfmae_jax.evaluation import comparison, predictions
 
         if args.resamples < 1:
@@ -67,10 +69,9 @@ def compare(argv: Sequence[str]) -> int:
         print(comparison.table(found))
         if args.output:
             _write(args.output, json.dumps(found, indent=2) + "\n")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return DONE
+        return DONE
+
+    return answer(act)
 
 
 def _positive(workdir: str) -> str:

@@ -28,7 +28,7 @@ _MOST = 64  # sources in a part; with few sources there are 64 parts or one sour
 
 KEPT = "the frames before the damage are kept"  # ends the reason of a file that was of some use
 
-#: What turns a source into its records (`frames.Stored`) and reasons of dropped frames.
+#: What turns a source into its records (`work.Stored`) and reasons of dropped frames.
 Process = Callable[[Any], Iterator[Any]]
 
 

@@ -51,5 +51,6 @@ def test_where_nothing_can_be_locked_work_goes_on(tmp_path, monkeypatch):
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", unsupported)
-    with locks.hold(tmp_path, "taken"):
-        pass
+    with locks.hold(tmp_path, "taken"), locks.hold(tmp_path, "taken"):
+        (tmp_path / "work").touch()
+    assert (tmp_path / "work").exists()

@@ -98,8 +98,10 @@ def test_a_run_on_another_machine_is_told_from_what_it_left_by_its_note(tmp_path
 @pytest.mark.parametrize("left", ["", "{", "[1]", '{"machine": 1}', "\0" * 100])
 def test_a_note_that_nobody_can_read_holds_nobody_up(tmp_path, left):
     (tmp_path / lock.NAME).write_text(left)
+    begun = time.monotonic()
     with lock.hold(str(tmp_path)):
-        pass
+        assert time.monotonic() - begun < lock._WATCHED  # nobody is waited for
+    assert not (tmp_path / lock.NAME).exists()
 
 
 def test_where_nothing_can_be_locked_the_note_decides(tmp_path, quick, monkeypatch):
@@ -116,11 +118,13 @@ def test_where_nothing_can_be_locked_the_note_decides(tmp_path, quick, monkeypat
 
 
 def test_buckets_other_processes_of_the_job_and_folders_that_cannot_be_written_are_not_held(tmp_path):
-    with lock.hold("gs://bucket/run"), lock.hold(str(tmp_path), first=False), lock.hold(str(tmp_path)):
-        pass
+    with lock.hold("gs://bucket/run"), lock.hold(str(tmp_path), first=False):
+        assert not list(tmp_path.iterdir())
+        with lock.hold(str(tmp_path)):
+            assert (tmp_path / lock.NAME).exists()
     (tmp_path / "file").write_text("")
     with lock.hold(str(tmp_path / "file")):
-        pass
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("door", ["main", "finetune", "evaluate"])

@@ -155,7 +155,7 @@ class Trainer:
         folder = checks.make_workdir(run.folder(member))
         saver = checkpoints.open_checkpoints(folder + "/checkpoints", keep_latest=1, keep_best=0)
         accept = functools.partial(build.check_resumable, run)
-        found = checkpoints.resume(saver, self._abstract, accept, fallback=config.checkpoint.fallback)
+        found = checkpoints.resume(saver, lambda: self._abstract, accept, fallback=config.checkpoint.fallback)
         if found:
             state, first_step, position, aside = found
         else:

@@ -1,6 +1,7 @@
 """The pretraining loop: set up, restore, then for every step: batch, update, report, save."""
 
 import contextlib
+import functools
 import json
 import sys
 from typing import Any
@@ -51,7 +52,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     def accept(stored: dict[str, Any]) -> None:
         checkpoints.check_resumable({"objective": "mae"} | stored, settings, workdir, build.RESUMABLE)
 
-    abstract = abstract_state(objective.make, optimizer, mesh)
+    abstract = functools.partial(abstract_state, objective.make, optimizer, mesh)
     found = checkpoints.resume(saver, abstract, accept, fallback=config.checkpoint.fallback)
     if found:
         graph, (state, first_step, position, aside) = model_graph(objective.make), found

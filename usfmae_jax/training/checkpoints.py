@@ -87,16 +87,16 @@ def save(
 
 def resume(
     checkpoints: orbax.training.Checkpointer,
-    abstract: State,
+    abstract: Callable[[], State],
     accept: Callable[[dict[str, Any]], None],
     *,
     fallback: bool = False,
 ) -> tuple[State, int, dict[str, Any], str] | None:
-    """Loads the newest state straight onto the devices that `abstract` names.
+    """Loads the newest state straight onto the devices that `abstract()` names.
 
     Args:
       checkpoints: from `open_checkpoints`.
-      abstract: from `state.abstract_state`.
+      abstract: gives what `state.abstract_state` does; not asked when there is nothing to load.
       accept: raises InputError when the config of a checkpoint, nested JSON, is not that of this run.
       fallback: take the newest that can be loaded; damaged ones after it are moved to `damaged_checkpoints/` beside.
 
@@ -108,6 +108,7 @@ def resume(
       InputError: the newest checkpoint cannot be loaded, and with `fallback` none of them can.
     """
     steps = [checkpoint.step for checkpoint in checkpoints.checkpoints]
+    wanted = abstract() if steps else {}
     for place, step in reversed(list(enumerate(steps))):
         try:
             with quiet():
@@ -116,7 +117,7 @@ def resume(
                 raise ValueError("its metadata is missing or damaged")
             accept(stored["config"])
             with quiet():
-                state = checkpoints.load(step, abstract)
+                state = checkpoints.load(step, wanted)
         except InputError:
             raise
         except Exception as error:  # whatever its bytes happen to spell
