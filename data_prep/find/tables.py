@@ -41,6 +41,7 @@ from usfmae_jax.errors import InputError
 
 COLUMNS = ("file", "label", "patient", "video", "split", "mask")  # of a table of one's own
 MAX_BYTES = 64 << 20
+_MAX_CELL = 100_000  # letters; in a cell of more, a quotation mark was left open and the rest of the file is in it
 _EXCEL = ".xlsx", ".xlsm"
 _FOLD_VALUES = {"1": "train", "0": "validation"}
 
@@ -122,7 +123,14 @@ def _text_lines(text: str, kind: str) -> Iterable[list[str]]:
     if kind == ".txt" and "," not in first:
         return map(str.split, text.splitlines())
     separator = max(",;\t", key=first.count)
-    return csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    return map(_checked, csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+
+
+def _checked(cells: list[str]) -> list[str]:
+    # The csv module's own limit is the process's, and other libraries raise it.
+    if any(len(cell) > _MAX_CELL for cell in cells):
+        raise ValueError(f"a cell has more than {_MAX_CELL:,} letters: is a quotation mark left open?")
+    return cells
 
 
 class _PlainBuilder(ElementTree.TreeBuilder):
