@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from usfmae_jax.evaluation.classification import bootstrap_chunks
+from usfmae_jax.evaluation.intervals import bootstrap_chunks
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 BINARY = ("benign", "malignant")

@@ -9,7 +9,7 @@ import sklearn.metrics as sk
 
 from tests.evaluation.made import bootstrap_weights, predictions
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import classification
+from usfmae_jax.evaluation import classification, intervals
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 
@@ -111,8 +111,8 @@ def test_bootstrap_draws_as_many_patients_as_there_are_and_all_their_frames():
 def test_bootstrap_chunks_do_not_change_the_draws(monkeypatch):
     patients = np.arange(50) % 20
     whole = bootstrap_weights(patients, 30)
-    monkeypatch.setattr(classification, "_AT_ONCE", 200)
-    parts = list(classification.bootstrap_chunks(patients, 30))
+    monkeypatch.setattr(intervals, "_AT_ONCE", 200)
+    parts = list(intervals.bootstrap_chunks(patients, 30))
     assert [len(part) for part in parts] == [4] * 7 + [2]
     assert (np.concatenate(parts) == whole).all()
 
@@ -172,7 +172,7 @@ def test_one_patient_has_no_interval_and_an_absent_class_no_value(rng):
 
 def test_folds_are_scored_each_for_itself(rng):
     made = predictions(rng, patients=60, folds=3)
-    found = classification.by_fold(made)
+    found = intervals.by_fold(made, classification.scored(1), [*classification.NAMES])
     assert found["names"] == ["1", "2", "3"]
     values = [
         sk.roc_auc_score(made.label[made.fold == name], made.probabilities[made.fold == name, 1])
@@ -181,7 +181,10 @@ def test_folds_are_scored_each_for_itself(rng):
     auroc = found["metrics"]["auroc"]
     assert auroc["values"] == pytest.approx(values)
     assert (auroc["mean"], auroc["std"]) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert classification.by_fold(made.select(made.fold == "1"))["metrics"]["auroc"]["std"] is None
+    assert (
+        intervals.by_fold(made.select(made.fold == "1"), classification.scored(1), ["auroc"])["metrics"]["auroc"]["std"]
+        is None
+    )
 
 
 def test_the_positive_class_is_the_last_unless_named():

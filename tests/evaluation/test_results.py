@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.made import predictions, several
-from usfmae_jax.evaluation import calibration, classification, results
+from usfmae_jax.evaluation import calibration, classification, intervals, results
 from usfmae_jax.evaluation.predictions import concatenate
 
 
@@ -19,7 +19,7 @@ def test_the_numbers_are_those_of_the_predictions(run):
     found = results.summarise(run, resamples=30)
     main = run.select(run.fraction == 1)
     assert found["metrics"] == classification.summarise(main, resamples=30)["metrics"]
-    assert found["folds"] == classification.by_fold(main)
+    assert found["folds"] == intervals.by_fold(main, classification.scored(1), [*classification.NAMES])
     assert [one["fraction"] for one in found["fractions"]] == [0.1, 1.0]
     assert found["fractions"][1]["metrics"] == found["metrics"]
     assert found["metrics"]["auroc"]["value"] == pytest.approx(

@@ -13,7 +13,7 @@ import pytest
 
 from configs.finetune import get_config
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation.classification import bootstrap_chunks
+from usfmae_jax.evaluation.intervals import bootstrap_chunks
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.finetuning import build
 from usfmae_jax.finetuning.loop import finetune

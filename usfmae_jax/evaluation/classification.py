@@ -1,21 +1,20 @@
-"""How good predicted probabilities are, with intervals over patients.
-
-Frames of one patient are no independent evidence, so that the bootstrap draws patients with replacement: a patient
-that is drawn k times weighs k. All metrics are therefore functions of frame weights, for all replicates at once.
+"""How good predicted probabilities are, with intervals over patients; metrics are functions of frame weights.
 
 The predicted class is the most probable one. Metrics agree with scikit-learn's (`zero_division=0`), but are NaN where
 a class that they need has no frame.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation import intervals
 from usfmae_jax.evaluation.calibration import expected_calibration_error
+from usfmae_jax.evaluation.intervals import Score
 from usfmae_jax.evaluation.predictions import ClassPredictions
 
 #: All metrics in the order of tables, with what people call them.
@@ -47,7 +46,6 @@ MAIN = ("auroc", "average_precision", "balanced_accuracy", "sensitivity", "speci
 PER_CLASS = ("precision", "recall", "f1", "specificity", "auroc", "average_precision")
 
 _GRID = np.linspace(0, 1, 251)  # of curves
-_AT_ONCE = 1 << 19  # weights at a time: stays in the cache, and small however many frames there are
 
 
 def positive_class(classes: Sequence[str], positive: str = "") -> int | None:
@@ -170,30 +168,9 @@ def _passed(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple
     return hits, alarms
 
 
-def bootstrap_chunks(patients: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each frame is drawn when patients are drawn with replacement: `[N]` -> int32 `[resamples, N]`.
-
-    The rows come some at a time, so that memory does not grow with the frames.
-    """
-    names, member = np.unique(np.asarray(patients, str), return_inverse=True)
-    rng = np.random.default_rng(seed)
-    step = max(1, _AT_ONCE // max(len(member), 1))
-    for start in range(0, resamples, step):
-        drawn = [
-            np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-            for _ in range(min(step, resamples - start))
-        ]
-        yield np.stack(drawn).astype(np.int32)[:, member]
-
-
-def seed_mean(predictions: ClassPredictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """`metrics` of each seed under the same weightings `[R, N]`, and their mean."""
-    scores = []
-    for one in np.unique(predictions.seed):
-        rows = np.flatnonzero(predictions.seed == one)
-        labels, probabilities = predictions.label[rows], predictions.probabilities[rows]
-        scores.append(metrics(labels, probabilities, positive, weights[:, rows]))
-    return {name: np.mean([one[name] for one in scores], axis=0) for name in scores[0]}
+def scored(positive: int | None) -> Score[ClassPredictions]:
+    """`metrics` of predictions."""
+    return lambda predictions, weights: metrics(predictions.label, predictions.probabilities, positive, weights)
 
 
 def summarise(
@@ -215,62 +192,20 @@ def summarise(
     Raises:
       InputError: `positive` is no class.
     """
-    index = positive_class(predictions.classes, positive)
-    value = {name: one[0] for name, one in seed_mean(predictions, index, np.ones((1, len(predictions)))).items()}
-    drawn: dict[str, np.ndarray] = {}
-    if resamples and len(np.unique(predictions.patient_key)) > 1:
-        chunks = bootstrap_chunks(predictions.patient_key, resamples, seed)
-        parts = [seed_mean(predictions, index, weights) for weights in chunks]
-        drawn = {name: np.concatenate([part[name] for part in parts]) for name in value}
+    score = scored(positive_class(predictions.classes, positive))
+    value, drawn = intervals.draw(predictions, score, resamples, seed)
     found: dict[str, Any] = {
-        "metrics": {name: _metric(value[name], drawn.get(name), name == "ece") for name in NAMES if name in value},
+        "metrics": {
+            name: intervals.metric(value[name], drawn.get(name), name == "ece") for name in NAMES if name in value
+        },
         "per_class": {},
     }
     for c, label in enumerate(predictions.classes):
         keys = {name: f"class_{name}" for name in PER_CLASS}
         found["per_class"][label] = {
-            name: _metric(value[key][c], drawn[key][:, c] if drawn else None) for name, key in keys.items()
+            name: intervals.metric(value[key][c], drawn[key][:, c] if drawn else None) for name, key in keys.items()
         }
     return found
-
-
-def _metric(value: np.ndarray, drawn: np.ndarray | None, centre: bool = False) -> dict[str, Any]:
-    """A metric as results.json has it."""
-    interval = None
-    usable = np.zeros(0) if drawn is None else drawn[np.isfinite(drawn)]
-    if len(usable) and np.isfinite(value):
-        # Any noise makes a calibration error larger, that of resampling too: without this its interval could lie
-        # above the value. It is of the spread, around the value.
-        shift = usable.mean() - value if centre else 0.0
-        interval = [float(end) for end in np.percentile(usable - shift, [2.5, 97.5])]
-        interval[0] = max(interval[0], 0.0)
-    result = {"value": number(value), "ci95": interval}
-    left_out = 0 if drawn is None else len(drawn) - len(usable)
-    return result | {"left_out": left_out} if left_out else result
-
-
-def number(value: Any) -> float | None:
-    """A float for JSON; None if it is not finite."""
-    return float(value) if np.isfinite(value) else None
-
-
-def by_fold(predictions: ClassPredictions, positive: str = "") -> dict[str, Any]:
-    """Metrics of each fold with their mean and standard deviation over folds.
-
-    Returns:
-      `names` of the folds, and `metrics`, by name `{"mean", "std", "values"}`; the deviation is the sample's (ddof 1)
-      and None for one fold; of several seeds a fold's value is the mean.
-    """
-    names = list(dict.fromkeys(predictions.fold.tolist()))
-    index = positive_class(predictions.classes, positive)
-    folds = [predictions.select(predictions.fold == name) for name in names]
-    scores = [seed_mean(fold, index, np.ones((1, len(fold)))) for fold in folds]
-    found = {}
-    for name in (name for name in NAMES if name in scores[0]):
-        values = np.array([one[name][0] for one in scores])
-        spread = number(values.std(ddof=1)) if len(values) > 1 else None
-        found[name] = {"mean": number(values.mean()), "std": spread, "values": [number(one) for one in values]}
-    return {"names": names, "metrics": found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,7 +287,7 @@ def with_band(
     y = mean(np.ones((1, len(truth))))[0]
     if not resamples or len(np.unique(patients)) < 2:
         return Curve(_GRID, y, np.zeros(0), np.zeros(0))
-    drawn = np.concatenate([mean(weights) for weights in bootstrap_chunks(patients, resamples, seed)])
+    drawn = np.concatenate([mean(weights) for weights in intervals.bootstrap_chunks(patients, resamples, seed)])
     drawn = drawn[np.isfinite(drawn).all(axis=1)]
     if len(drawn) < 20:  # nearly every replicate lacks a class: there is no band to speak of
         return Curve(_GRID, y, np.zeros(0), np.zeros(0))

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import classification, tables
+from usfmae_jax.evaluation import classification, intervals, tables
 from usfmae_jax.evaluation.predictions import ClassPredictions
 
 _FEW = 25  # discordant frames below which McNemar's test is exact
@@ -57,7 +57,7 @@ def compare(
     value = _both(a, b, index, np.ones((1, len(patients))))
     parts = []
     if len(set(patients)) > 1:
-        parts = [_both(a, b, index, weights) for weights in classification.bootstrap_chunks(patients, resamples, seed)]
+        parts = [_both(a, b, index, weights) for weights in intervals.bootstrap_chunks(patients, resamples, seed)]
     drawn = {name: np.concatenate([np.zeros(0), *(part[name][0] - part[name][1] for part in parts)]) for name in value}
     return {
         "frames": len(shared),
@@ -165,7 +165,7 @@ def _check_labels(a: ClassPredictions, b: ClassPredictions) -> None:
 def _both(a: ClassPredictions, b: ClassPredictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of both runs, `[2, R]`, for weights of the rows of a, then of b."""
     one, other = (
-        classification.seed_mean(run, positive, part)
+        intervals.seed_mean(run, classification.scored(positive), part)
         for run, part in zip((a, b), np.split(weights, [len(a)], axis=1), strict=True)
     )
     return {name: np.stack([one[name], other[name]]) for name in classification.NAMES if name in one}
@@ -174,9 +174,9 @@ def _both(a: ClassPredictions, b: ClassPredictions, positive: int | None, weight
 def _difference(a: float, b: float, drawn: np.ndarray) -> dict[str, Any]:
     usable = drawn[np.isfinite(drawn)]
     found: dict[str, Any] = {
-        "a": classification.number(a),
-        "b": classification.number(b),
-        "difference": classification.number(a - b),
+        "a": intervals.number(a),
+        "b": intervals.number(b),
+        "difference": intervals.number(a - b),
         "ci95": None,
         "p": None,
     }

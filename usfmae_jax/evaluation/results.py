@@ -53,11 +53,9 @@ from typing import Any
 
 import numpy as np
 
-from usfmae_jax.evaluation import calibration, classification, tables
+from usfmae_jax.evaluation import calibration, classification, intervals, tables
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
-FORMAT = 1
-_SEED = 0  # of the bootstrap
 _FEW = 10  # patients of a class, below which its intervals are too narrow as a rule
 
 
@@ -76,37 +74,23 @@ def summarise(
     Raises:
       InputError: `positive` is no class.
     """
-    fractions = np.unique(predictions.fraction)
-    parts = [predictions.select(predictions.fraction == fraction) for fraction in fractions]
-    numbers = [classification.summarise(part, positive, resamples, _SEED) for part in parts]
+    parts = intervals.by_fraction(predictions)
+    numbers = [classification.summarise(part, positive, resamples) for part in parts]
     main, found = parts[-1], numbers[-1]
     index = classification.positive_class(main.classes, positive)
-    seeds = np.unique(main.seed)
+    every = intervals.assemble(
+        predictions, classification.scored(index), [one["metrics"] for one in numbers], resamples
+    )
     per_class = {}
     for c, name in enumerate(main.classes):
         counts = main.select(main.label == c).counts()
         per_class[name] = found["per_class"][name] | {unit: counts[unit] for unit in ("frames", "patients")}
-    return {
-        "format": FORMAT,
+    return every | {
         "task": {"classes": list(main.classes), "positive": "" if index is None else main.classes[index]},
-        "counts": main.counts(),
-        "fraction": float(fractions[-1]),
-        "bootstrap": {"resamples": resamples, "unit": "patient", "seed": _SEED},
-        "metrics": found["metrics"],
         "per_class": per_class,
-        "confusion": (classification.confusion(main.label, main.probabilities)[0] / len(seeds)).tolist(),
+        "confusion": (classification.confusion(main.label, main.probabilities)[0] / len(every["seeds"])).tolist(),
         "reliability": calibration.reliability(main.label, main.probabilities),
         "calibrated": None if validation is None else _calibrated(main, validation, positive, resamples),
-        "folds": classification.by_fold(main, positive),
-        "fractions": [
-            {"fraction": float(fraction), "metrics": one["metrics"]}
-            for fraction, one in zip(fractions, numbers, strict=True)
-        ],
-        "seeds": [
-            {"seed": int(seed), "metrics": {name: one["value"] for name, one in scores["metrics"].items()}}
-            for seed in seeds
-            for scores in [classification.summarise(main.select(main.seed == seed), positive, 0)]
-        ],
     }
 
 
@@ -124,7 +108,7 @@ def _calibrated(
             return None
         temperatures.append(calibration.fit_temperature(fit.label, fit.probabilities))
         scaled.append(dataclasses.replace(rows, probabilities=calibration.scale(rows.probabilities, temperatures[-1])))
-    metrics = classification.summarise(concatenate(scaled), positive, resamples, _SEED)["metrics"]
+    metrics = classification.summarise(concatenate(scaled), positive, resamples)["metrics"]
     spread = {"min": min(temperatures), "mean": float(np.mean(temperatures)), "max": max(temperatures)}
     return {"temperature": spread} | {name: metrics[name] for name in ("ece", "brier", "log_loss")}
 

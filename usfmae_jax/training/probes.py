@@ -22,7 +22,8 @@ from sklearn.linear_model import LogisticRegression
 
 from usfmae_jax.data.splits import cross_validation
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation.classification import bootstrap_chunks, metrics
+from usfmae_jax.evaluation.classification import metrics
+from usfmae_jax.evaluation.intervals import bootstrap_chunks
 from usfmae_jax.models.heads import AttentivePool
 from usfmae_jax.training.forward import apply_batches
 from usfmae_jax.training.mesh import one_device

@@ -1,0 +1,168 @@
+"""Any metric with an interval over patients, by fold, by seed and by label fraction.
+
+Frames of one patient are no independent evidence, so that the bootstrap draws patients with replacement: a patient
+that is drawn k times weighs k. A metric is therefore a function of frame weights, for all replicates at once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from usfmae_jax.evaluation.predictions import Predictions
+
+FORMAT = 1  # of results.json
+SEED = 0  # of the bootstrap
+_AT_ONCE = 1 << 19  # weights at a time: stays in the cache, and small however many frames there are
+
+Kind = TypeVar("Kind", bound=Predictions)
+#: From predictions of N frames and R weightings `[R, N]` to arrays `[R, ...]` by name; NaN where not defined.
+Score = Callable[[Kind, np.ndarray], dict[str, np.ndarray]]
+
+
+def bootstrap_chunks(patients: np.ndarray, resamples: int, seed: int = SEED) -> Iterator[np.ndarray]:
+    """How often each frame is drawn when patients are drawn with replacement: `[N]` -> int32 `[resamples, N]`.
+
+    The rows come some at a time, so that memory does not grow with the frames.
+    """
+    names, member = np.unique(np.asarray(patients, str), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    step = max(1, _AT_ONCE // max(len(member), 1))
+    for start in range(0, resamples, step):
+        drawn = [
+            np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+            for _ in range(min(step, resamples - start))
+        ]
+        yield np.stack(drawn).astype(np.int32)[:, member]
+
+
+def seed_mean(predictions: Kind, score: Score[Kind], weights: np.ndarray) -> dict[str, np.ndarray]:
+    """What `score` gives for each seed under the same weightings `[R, N]`, and of that the mean."""
+    scores = []
+    for one in np.unique(predictions.seed):
+        rows = np.flatnonzero(predictions.seed == one)
+        scores.append(score(predictions.select(rows), weights[:, rows]))
+    return {name: np.mean([one[name] for one in scores], axis=0) for name in scores[0]}
+
+
+def draw(
+    predictions: Kind, score: Score[Kind], resamples: int, seed: int = SEED
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Values of all metrics `[...]`, and those over resampled patients `[resamples, ...]`, {} of one patient."""
+    value = {name: one[0] for name, one in seed_mean(predictions, score, np.ones((1, len(predictions)))).items()}
+    if not resamples or len(np.unique(predictions.patient_key)) < 2:
+        return value, {}
+    parts = [
+        seed_mean(predictions, score, weights) for weights in bootstrap_chunks(predictions.patient_key, resamples, seed)
+    ]
+    return value, {name: np.concatenate([part[name] for part in parts]) for name in value}
+
+
+def metric(value: Any, drawn: np.ndarray | None, centre: bool = False, floor: float = 0.0) -> dict[str, Any]:
+    """A metric as results.json has it, with its 95% percentile interval.
+
+    Args:
+      value: of all frames.
+      drawn: of resampled patients; None = there are none.
+      centre: for a metric that resampling alone makes larger, as it does a calibration error: its interval could lie
+        above its value. It is of the spread then, around the value.
+      floor: least value that it can have.
+    """
+    interval = None
+    usable = np.zeros(0) if drawn is None else drawn[np.isfinite(drawn)]
+    if len(usable) and np.isfinite(value):
+        shift = usable.mean() - value if centre else 0.0
+        interval = [float(end) for end in np.percentile(usable - shift, [2.5, 97.5])]
+        interval[0] = max(interval[0], floor)
+    result = {"value": number(value), "ci95": interval}
+    left_out = 0 if drawn is None else len(drawn) - len(usable)
+    return result | {"left_out": left_out} if left_out else result
+
+
+def number(value: Any) -> float | None:
+    """A float for JSON; None if it is not finite."""
+    return float(value) if np.isfinite(value) else None
+
+
+def by_fold(predictions: Kind, score: Score[Kind], names: Sequence[str]) -> dict[str, Any]:
+    """Metrics of each fold with their mean and standard deviation over folds.
+
+    Returns:
+      `names` of the folds, and `metrics`, by name `{"mean", "std", "values"}`; the deviation is the sample's (ddof 1)
+      and None for one fold; of several seeds a fold's value is the mean.
+    """
+    folds = list(dict.fromkeys(predictions.fold.tolist()))
+    parts = [predictions.select(predictions.fold == name) for name in folds]
+    scores = [seed_mean(part, score, np.ones((1, len(part)))) for part in parts]
+    found = {}
+    for name in (name for name in names if name in scores[0]):
+        values = np.array([one[name][0] for one in scores])
+        spread = number(values.std(ddof=1)) if len(values) > 1 else None
+        found[name] = {"mean": number(values.mean()), "std": spread, "values": [number(one) for one in values]}
+    return {"names": folds, "metrics": found}
+
+
+def by_fraction(predictions: Kind) -> list[Kind]:
+    """The predictions of each label fraction, ascending."""
+    return [predictions.select(predictions.fraction == fraction) for fraction in np.unique(predictions.fraction)]
+
+
+def assemble(
+    predictions: Kind, score: Score[Kind], metrics: Sequence[Mapping[str, Any]], resamples: int
+) -> dict[str, Any]:
+    """What results.json says of any task's predictions, see `evaluation.results`.
+
+    Args:
+      predictions: of the test parts of all members; one row or more.
+      score: gives the metrics.
+      metrics: for each part of `by_fraction`, by name, in the order of tables.
+      resamples: bootstrap replicates that they were made with.
+
+    Returns:
+      `format`, `counts`, `fraction`, `bootstrap`, `metrics`, `folds`, `fractions` and `seeds`.
+    """
+    parts, names = by_fraction(predictions), [*metrics[-1]]
+    main, seeds = parts[-1], []
+    for seed in np.unique(main.seed):
+        value, _ = draw(main.select(main.seed == seed), score, 0)
+        seeds.append({"seed": int(seed), "metrics": {name: number(value[name]) for name in names}})
+    return {
+        "format": FORMAT,
+        "counts": main.counts(),
+        "fraction": float(main.fraction[0]),
+        "bootstrap": {"resamples": resamples, "unit": "patient", "seed": SEED},
+        "metrics": metrics[-1],
+        "folds": by_fold(main, score, names),
+        "fractions": [
+            {"fraction": float(part.fraction[0]), "metrics": one} for part, one in zip(parts, metrics, strict=True)
+        ],
+        "seeds": seeds,
+    }
+
+
+def summarise(
+    predictions: Kind, score: Score[Kind], names: Sequence[str], resamples: int = 1000, floor: float = 0.0
+) -> dict[str, Any]:
+    """`assemble` with all metrics of `names` that `score` gives, none of which can be less than `floor`."""
+    found = []
+    for part in by_fraction(predictions):
+        value, drawn = draw(part, score, resamples)
+        found.append({name: metric(value[name], drawn.get(name), floor=floor) for name in names if name in value})
+    return assemble(predictions, score, found, resamples)
+
+
+def patient_mean(values: np.ndarray, patients: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over patients of the mean over their frames, all patients alike: `[R]`; NaN where nothing is defined.
+
+    Args:
+      values: float `[N]`, of frames; NaN where not defined, such frames count nowhere.
+      patients: str `[N]`.
+      weights: `[R, N]`; frames of one patient have the same.
+    """
+    there = np.isfinite(values)
+    if not there.any():
+        return np.full(len(weights), np.nan)
+    _, member, frames = np.unique(patients[there], return_inverse=True, return_counts=True)
+    share = weights[:, there] / frames[member]
+    total = share.sum(axis=1)
+    return np.divide(share @ values[there], total, out=np.full(len(weights), np.nan), where=total > 0)
