@@ -61,19 +61,21 @@ class LoadView(grain.transforms.RandomMap):
       size: (height, width) of the view.
       channels: 1 for grey, 3 for colour.
       how: the augmentation.
+      mask: from a record to the class of each of its pixels, uint8 `[H, W]`, to be seen in the same view; None = no.
     """
 
     sources: Sequence[Rows]
     size: tuple[int, int]
     channels: int
     how: augment.Augmentation
+    mask: Callable[[Record], np.ndarray] | None = None
 
     def random_map(self, element: tuple[int, int], rng: np.random.Generator) -> Batch:
         """One view, the targets, and where it comes from.
 
         Returns:
-          `image` uint8 `[H, W, C]`; the targets; `record` int64 `[2]`: (source, record); `damaged` int64
-          `[MAX_TRIES, 2]`: those tried before it, or -1.
+          `image` uint8 `[H, W, C]`; `mask` uint8 `[H, W]`, if it is asked for; the targets; `record` int64 `[2]`:
+          (source, record); `damaged` int64 `[MAX_TRIES, 2]`: those tried before it, or -1.
         """
         cv2.setNumThreads(1)  # the parallelism is over images
         source, place = element
@@ -82,30 +84,34 @@ class LoadView(grain.transforms.RandomMap):
         for attempt in range(MAX_TRIES):
             number = int(records[place])
             try:
-                image = self.draw(decode_record(shards[number]), rng)
+                views = self.draw(decode_record(shards[number]), rng)
             except DamagedRecord:
                 damaged[attempt] = source, number
                 place = int(rng.integers(len(records)))
             else:
                 beside = {name: np.asarray(values[place]) for name, values in targets.items()}
-                return {"image": image, "record": np.array([source, number]), "damaged": damaged} | beside
+                return views | {"record": np.array([source, number]), "damaged": damaged} | beside
         path, number = shards.locate(number)
         raise InputError(
             f"{MAX_TRIES} records in a row are damaged, the last is number {number} of {path}; rebuild the shards"
         )
 
-    def draw(self, record: Record, rng: np.random.Generator) -> np.ndarray:
-        """One view of a record: uint8 `[H, W, C]`; raises DamagedRecord."""
+    def draw(self, record: Record, rng: np.random.Generator) -> Batch:
+        """One view of a record: `image` uint8 `[H, W, C]`, and `mask`; raises DamagedRecord."""
         pixels = None
         height, width = record["height"], record["width"]
         if not (height and width):  # shards made by others may not say
             pixels = decode_image(record["image"], self.channels)
             height, width = pixels.shape[:2]
         matrix = augment.random_view(rng, height, width, self.size, self.how)
+        masks = {}
+        if self.mask:
+            masks["mask"] = augment.warp(self.mask(record)[:, :, None], matrix, self.size, "nearest")[:, :, 0]
         if pixels is None:
             pixels = decode_image(record["image"], self.channels, augment.reduction(matrix))
             matrix = augment.shrink_view(matrix, height / pixels.shape[0])
-        return augment.adjust(augment.warp(pixels, matrix, self.size, self.how.interpolation), rng, self.how)
+        image = augment.adjust(augment.warp(pixels, matrix, self.size, self.how.interpolation), rng, self.how)
+        return {"image": image} | masks
 
 
 class HostRows(grain.MapDataset):

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from usfmae_jax import __version__
-from usfmae_jax.data import splits
+from usfmae_jax.data import annotations, splits
 from usfmae_jax.data.duplicates import cached_near_duplicates
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
@@ -25,10 +25,11 @@ from usfmae_jax.finetuning.members import Member, count_steps, plan_members
 from usfmae_jax.interop import resnet as resnet_files
 from usfmae_jax.interop.files import TORCH
 from usfmae_jax.interop.model import Model, build, flatten, open_model, preprocessing
+from usfmae_jax.models.decoders import decoder_flops, unet_flops
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.models.resnet import STAGES, resnet_flops
 from usfmae_jax.models.vit import SIZES, vit_flops
-from usfmae_jax.tasks import Task, classification
+from usfmae_jax.tasks import Task, classification, segmentation
 from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.inspect import cautions
 
@@ -245,8 +246,46 @@ def classify(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Ta
     return table, classification.Classification(classes, **how)
 
 
+def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
+    """Segmentation of the frames that have a mask.
+
+    Raises:
+      InputError: there are none, or a field does not fit their classes.
+    """
+    regular, model = config.regularization, config.model
+    for name in ("smoothing", "mixup", "cutmix", "erasing"):
+        if regular[name]:
+            raise InputError(
+                f"config.regularization.{name}={regular[name]:g} is for classes of whole frames: set it to 0"
+            )
+    if regular.class_weights != "none" or config.positive:
+        raise InputError("config.regularization.class_weights and config.positive are for classes of whole frames")
+    if config.augment.randaugment_magnitude:
+        raise InputError(
+            "config.augment.randaugment_magnitude must be 0: RandAugment moves pixels away from their mask"
+        )
+    if model.head not in ("linear", "decoder"):
+        raise InputError(f"config.model.head={model.head!r} must be 'linear' or 'decoder'")
+    if not 8 <= model.decoder_width <= 2048:
+        raise InputError(f"config.model.decoder_width={model.decoder_width} must lie between 8 and 2048")
+    if config.unmasked not in segmentation.UNMASKED:
+        raise InputError(f"config.unmasked={config.unmasked!r} must be one of {', '.join(segmentation.UNMASKED)}")
+    if config.dice < 0:
+        raise InputError(f"config.dice={config.dice:g} must not be negative")
+    found = annotations.survey(table, config.data.threads)
+    classes = annotations.classes(table, found, checks.names(config.classes))
+    rows = segmentation.select(table, found, config.unmasked)
+    numbers = [np.flatnonzero(classes.codes == c + 1) for c in range(len(classes.names))]
+    present = np.stack([found.pixels[rows][:, one].sum(axis=1) > 0 for one in numbers], axis=1)
+    how = {"head": model.head, "decoder_width": model.decoder_width, "dice": config.dice}
+    return table.take(rows), segmentation.Segmentation(classes, present, **how)
+
+
 #: What makes a task of a config and the table of all frames, with those frames that it learns from.
-TASKS: dict[str, Callable[[ml_collections.ConfigDict, Table], tuple[Table, Task]]] = {"classification": classify}
+TASKS: dict[str, Callable[[ml_collections.ConfigDict, Table], tuple[Table, Task]]] = {
+    "classification": classify,
+    "segmentation": segment,
+}
 
 
 def read_init(config: ml_collections.ConfigDict, outputs: int) -> Model | None:
@@ -287,19 +326,30 @@ def describe_backbone(
     """
     model = config.model
     checks.check_computation(model.dtype, model.attention)
-    if model.arch not in ("", *SIZES, "resnet50"):
-        raise InputError(f"config.model.arch={model.arch!r} must be one of {', '.join(SIZES)}, resnet50")
+    archs = ("", *SIZES, *({"classification": ("resnet50",), "segmentation": ("unet",)}.get(config.task, ())))
+    if model.arch not in archs:
+        raise InputError(f"config.model.arch={model.arch!r} must be one of {', '.join(archs[1:])}")
     if not 0 <= model.drop_path < 1:
         raise InputError(f"config.model.drop_path={model.drop_path} must lie in [0, 1)")
     kind = weights.description["model"] if weights else "vit"
-    asked = {"": kind, "resnet50": "resnet50"}.get(model.arch, "vit")
+    asked = {"": kind, "resnet50": "resnet50", "unet": "unet"}.get(model.arch, "vit")
     if weights and asked != kind:
         raise InputError(f"config.model.arch={model.arch} but config.init={config.init} holds a {kind}")
+    if kind == "resnet50" and config.task == "segmentation":
+        raise InputError(f"config.init={config.init} holds a ResNet, which has no head for pixels; give a ViT")
     before = weights.preprocessing if weights else {}
     if asked == "resnet50":
         shape = _resnet_shape(config, weights)
         size = checks.square(model.image_size or before.get("image_size", (224, 224)))
         description = {"model": "resnet50", "resnet": shape}
+    elif asked == "unet":
+        shape = _unet_shape(config, weights)
+        size = checks.square(model.image_size or before.get("image_size", (224, 224)))
+        if size[0] % 2 ** shape["depth"] or size[1] % 2 ** shape["depth"]:
+            raise InputError(
+                f"config.model.image_size={size} must be divisible by {2 ** shape['depth']}, for the U-Net"
+            )
+        description = {"model": "unet", "unet": shape}
     else:
         shape = _vit_shape(config, weights)
         size = checks.square(model.image_size or before.get("image_size", shape["image_size"]))
@@ -363,6 +413,17 @@ def _resnet_shape(config: ml_collections.ConfigDict, weights: Model | None) -> d
     return shape | {"depths": list(depths)}
 
 
+def _unet_shape(config: ml_collections.ConfigDict, weights: Model | None) -> dict[str, Any]:
+    model = config.model
+    found: dict[str, Any] = weights.description["unet"] if weights else {"channels": 1, "width": 16, "depth": 4}
+    shape = {name: model[name] or found[name] for name in found}
+    if weights and shape != found:
+        raise InputError(f"config.model gives a U-Net of {shape}, but config.init={config.init} holds one of {found}")
+    if not (shape["width"] <= 256 and shape["depth"] <= 6):
+        raise InputError("a U-Net has at most config.model.width=256 and config.model.depth=6")
+    return shape
+
+
 def trained_part(config: ml_collections.ConfigDict, description: dict[str, Any]) -> tuple[int, tuple[str, ...], int]:
     """What `config.mode` trains.
 
@@ -380,6 +441,8 @@ def trained_part(config: ml_collections.ConfigDict, description: dict[str, Any])
     depth = description["encoder"]["depth"] if vit else STAGES
     if mode == "full":
         return 0, (), 0
+    if description["model"] == "unet":
+        raise InputError(f"config.mode={mode}: a U-Net is trained whole; leave it at 'full'")
     if mode == "frozen":
         return depth, ("head.", "head_norm."), 0
     if not 1 <= last <= depth:
@@ -422,11 +485,11 @@ def loadable(weights: Model, description: dict[str, Any]) -> dict[str, Any]:
       weights: from `read_init`.
       description: of the model.
     """
-    params = dict(weights.params)
-    for name in ("classes", "outputs"):
-        if weights.description.get(name, description.get(name)) != description.get(name):
+    params, old = dict(weights.params), weights.description
+    for name in ("classes", "outputs", "task", "head"):
+        if old.get(name, description.get(name)) != description.get(name):
             params.pop("head", None)
-    if weights.description.get("pool") != description.get("pool"):
+    if old.get("pool") != description.get("pool"):
         params.pop("head", None)
         params.pop("head_norm", None)
     return {"params": params, "stats": weights.stats} if weights.stats else {"params": params}
@@ -487,11 +550,15 @@ def training_flops(description: dict[str, Any], size: tuple[int, int]) -> float:
     if description["model"] == "resnet50":
         resnet = description["resnet"]
         return 3 * resnet_flops(size, resnet["width"], resnet["depths"])
+    if description["model"] == "unet":
+        return 3 * unet_flops(size, **description["unet"])
     encoder = description["encoder"]
     patch = encoder["patch_size"]
     patches = (size[0] // patch) * (size[1] // patch)
     shape = {name: encoder[name] for name in ("width", "depth", "mlp_ratio")}
-    return 3 * vit_flops(patches, patch**2 * encoder["channels"], **shape)
+    head = description.get("head", {})
+    decoder = decoder_flops(size, patch, encoder["width"], head["width"]) if head.get("width") else 0.0
+    return 3 * (vit_flops(patches, patch**2 * encoder["channels"], **shape) + decoder)
 
 
 def title(config: ml_collections.ConfigDict, description: dict[str, Any], datasets: Sequence[str]) -> str:
@@ -500,6 +567,8 @@ def title(config: ml_collections.ConfigDict, description: dict[str, Any], datase
         shape = description["resnet"]
         usual = (list(shape["depths"]), shape["width"]) == ([3, 4, 6, 3], 64)
         model = "ResNet-50" if usual else f"ResNet of {3 * sum(shape['depths']) + 2} layers and width {shape['width']}"
+    elif description["model"] == "unet":
+        model = f"U-Net of width {description['unet']['width']}"
     else:
         encoder = description["encoder"]
         names = ("patch_size", "width", "depth", "num_heads")

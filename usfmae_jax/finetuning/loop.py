@@ -32,6 +32,8 @@ from usfmae_jax.training.update import combine, compile_update, make_update, pic
 
 #: Decoded validation and test images are kept in memory up to this many bytes; more are decoded again every time.
 KEPT_BYTES = 2**31
+#: Frames that are predicted before the task measures what was said of them.
+PIECE = 1024
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> bool:
@@ -263,10 +265,15 @@ class Trainer:
         return self.run.task.record(ids, self.run.table, rows, predicted)
 
     def predict(self, member: Member, variables: State, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """What the task predicts of some rows of the table, arrays `[N, ...]` by name."""
-        batch_size = self.config.evaluate.batch_size
-        how = {"batch_size": batch_size, "total": len(rows), "desc": member.name}
-        return apply_batches(self.mesh, self._predict, variables, self._whole_images(rows), **how)
+        """What the task keeps of its predictions of some rows of the table, arrays `[N, ...]` by name."""
+        how = {"batch_size": self.config.evaluate.batch_size, "desc": member.name}
+        found = []
+        for start in range(0, len(rows), PIECE):  # what is not kept fits into memory
+            piece = rows[start : start + PIECE]
+            images = self._whole_images(piece)
+            predicted = apply_batches(self.mesh, self._predict, variables, images, total=len(piece), **how)
+            found.append(self.run.task.measure(self.run.table, piece, predicted))
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def batches(self, member: Member) -> Any:
         """This process's endless batches of a member; see `data.pipeline.training_batches`."""
@@ -274,7 +281,7 @@ class Trainer:
         (size, channels), balanced = run.image_format, config.regularization.balanced_sampling
         source = Rows(run.table.shards, run.table.index[rows], run.task.targets(run.table, rows))
         return pipeline.training_batches(
-            LoadView((source,), size, channels, augment.Augmentation(**config.augment)),
+            LoadView((source,), size, channels, augment.Augmentation(**config.augment), run.task.mask),
             batch_size=config.train.batch_size,
             seed=config.seed + member.seed,
             strata=run.task.strata(run.table).code[rows] if balanced else None,
@@ -288,6 +295,7 @@ class Trainer:
         (height, width), channels = self.run.image_format
         targets = self.run.task.targets(self.run.table, self.run.members[0].fold.train)
         shapes: dict[str, Any] = {"image": ((height, width, channels), np.uint8)}
+        shapes |= {"mask": ((height, width), np.uint8)} if self.run.task.mask else {}
         shapes |= {name: (value.shape[1:], value.dtype) for name, value in targets.items()}
         return {
             name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=over) for name, (shape, dtype) in shapes.items()

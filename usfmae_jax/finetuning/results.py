@@ -1,5 +1,6 @@
 """What a fine-tuning run writes and says: settings, splits and lineage before, results after."""
 
+import functools
 import json
 import sys
 
@@ -15,7 +16,7 @@ from usfmae_jax.finetuning.build import Run, check_resumable
 from usfmae_jax.finetuning.members import Member, write_splits
 from usfmae_jax.interop.model import Model, open_model, write_lineage
 from usfmae_jax.training import inspect
-from usfmae_jax.training.forward import apply_batches, head_function
+from usfmae_jax.training.forward import apply_batches, features_of, model_function
 from usfmae_jax.training.mesh import on_first_process, one_device
 
 #: Most confident errors that the report shows.
@@ -87,11 +88,8 @@ def finish(run: Run, command: str, resamples: int, batch_size: int) -> None:
     )
     chosen = inspect.foremost(run.members)
     models = {number: open_model(run.folder(run.members[number])) for number in chosen}
-    examples = [
-        (example, inspect.rollout(models[number], run.description.get("pool", "mean")))
-        for number in chosen
-        for example in task.examples(table, run.members[number].fold.test, tested[number])
-    ]
+    looks = [task.look(functools.partial(predict, run, models[number]), models[number]) for number in chosen]
+    examples = task.examples(table, [(run.members[n].fold.test, tested[n]) for n in chosen], EXAMPLES)
     first = run.members[chosen[0]]
     strata, rows = task.strata(table), first.fold.test
     found = task.finish(
@@ -125,17 +123,23 @@ def finish(run: Run, command: str, resamples: int, batch_size: int) -> None:
             features(run, models[chosen[0]], rows, batch_size),
             f"test frames as {first.name} sees them",
         ),
-        examples=inspect.shown(table, examples, EXAMPLES, run.image_format),
+        examples=inspect.shown(table, examples, looks, run.image_format),
         resamples=resamples,
     )
     print(task.table(found), flush=True)
     say(f"report: {run.workdir}/report.html")
 
 
+def predict(run: Run, model: Model, images: np.ndarray) -> dict[str, np.ndarray]:
+    """What the task predicts of images uint8 `[n, H, W, C]`; on one device, since one process alone writes results."""
+    function, variables = model_function(model, run.task.predict)
+    return apply_batches(one_device(), function, variables, iter([images]), batch_size=len(images), total=len(images))
+
+
 def features(run: Run, model: Model, rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """What the head of a model sees, float32 `[N, D]`; on one device, since one process alone writes results."""
-    function, variables = head_function(model)
+    """What the head of a model sees, float32 `[N, D]`; on one device likewise."""
+    function, variables = model_function(model, features_of)
     size, channels = run.image_format
     batch_size = min(batch_size, len(rows))
     images = decode(run.table, rows, size=size, channels=channels, batch_size=batch_size)
-    return apply_batches(one_device(), function, variables, images, batch_size=batch_size, total=len(rows))["features"]
+    return apply_batches(one_device(), function, variables, images, batch_size=batch_size, total=len(rows))

@@ -3,8 +3,8 @@
 An encoder or a classifier directory:
   model.safetensors     float32 parameters; blocks stacked along their first axis; running statistics below `stats.`
   architecture.json     format, and of an encoder the arguments of `ViT`, else the description: model "vit" (with
-                        encoder: arguments of `ViT`, and pool) or "resnet50" (with resnet: arguments of `ResNet`), and
-                        the names of the outputs in their order
+                        encoder: arguments of `ViT`, and pool or head), "resnet50" (with resnet: arguments of
+                        `ResNet`) or "unet" (of `UNet`), and the names of the outputs in their order
   preprocessing.json    how pixels become the model's input
   lineage.json          where the weights come from: one entry for each job that trained them, oldest first
 """
@@ -29,6 +29,7 @@ from usfmae_jax.interop import schema
 from usfmae_jax.interop.checkpoint import holds_checkpoints, load_parameters
 from usfmae_jax.interop.files import from_array, write_safetensors
 from usfmae_jax.interop.names import stored_table
+from usfmae_jax.models.decoders import Segmenter, UNet
 from usfmae_jax.models.heads import Classifier
 from usfmae_jax.models.mae import MAE
 from usfmae_jax.models.resnet import ResNet
@@ -55,8 +56,9 @@ class Model:
         `head_norm`, or what else its objective has; of a ResNet its own names.
       description: what `build` takes, JSON: `{"model": "vit", "encoder": arguments of ViT}`, of an MAE with `decoder`
         (`decoder_width`, `decoder_depth` and `decoder_num_heads`), with a head `pool` and the names of its outputs,
-        `classes` (of another task than classification: `outputs`); `{"model": "resnet50", "resnet": arguments of
-        ResNet, "classes"}`.
+        `classes` (of another task than classification: `outputs`); for pixels instead of `pool` the `head`, its `kind`
+        and `width`, see `Segmenter`; `{"model": "resnet50", "resnet": arguments of ResNet, "classes"}`, and
+        `{"model": "unet", "unet": arguments of UNet, "outputs"}`; `task` where it is not classification.
       preprocessing: see `preprocessing`.
       lineage: stages, oldest first.
       stats: nested dict of running statistics (ResNet).
@@ -146,7 +148,7 @@ def build(
     freeze: int = 0,
     **computation: Any,
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """What makes the network that a description is of: `ViT`, `MAE`, `Classifier` or `ResNet`.
+    """What makes the network that a description is of: `ViT`, `MAE`, `Classifier`, `Segmenter`, `UNet` or `ResNet`.
 
     Args:
       description: see `Model`.
@@ -157,11 +159,16 @@ def build(
       **computation: `attention`, `scan` and `remat` of `ViT`; a ResNet has none of them.
     """
     outputs = len(description.get("classes", description.get("outputs", ())))
+    if description["model"] == "unet":
+        return lambda rngs: UNet(num_classes=1 + outputs, dtype=dtype, **description["unet"], rngs=rngs)
     if description["model"] == "resnet50":
         resnet = description["resnet"]
         return lambda rngs: ResNet(num_classes=outputs, freeze=freeze, dtype=dtype, **resnet, rngs=rngs)
     encoder = dict(description["encoder"]) | {"dtype": dtype} | computation
     encoder["image_size"] = tuple(encoder["image_size"])
+    if head := description.get("head"):
+        shape = {"kind": head["kind"], "num_classes": 1 + outputs, "decoder_width": head.get("width", 0)}
+        return lambda rngs: Segmenter(**shape, drop_path=drop_path, freeze=freeze, rngs=rngs, **encoder)
     if _has_head(description):
         pool = description["pool"]
         return lambda rngs: Classifier(
@@ -302,7 +309,7 @@ def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def _has_head(description: Mapping[str, Any]) -> bool:
-    return "pool" in description or description["model"] != "vit"
+    return "pool" in description or "head" in description or description["model"] != "vit"
 
 
 def _fingerprint(params: Any, stats: Any, about: Sequence[Any]) -> str:
@@ -330,7 +337,7 @@ def _from_directory(directory: str) -> Model:
         raise InputError(f"{directory} has another {what.split()[1]} format than {FORMAT}; update usfmae_jax")
     if what == "an encoder":
         about, flat = {"model": "vit", "encoder": about}, {f"encoder.{name}": value for name, value in flat.items()}
-    if about.get("model") not in ("vit", "resnet50"):
+    if about.get("model") not in ("vit", "resnet50", "unet"):
         raise InputError(f"{directory} holds no classifier but other weights, such as an encoder's")
     try:
         schema.check_description(about)
@@ -352,8 +359,9 @@ def _shapes(about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _described(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What the description decides about: of another task's head it knows nothing."""
-    return {name: one for name, one in tensors.items() if "outputs" not in about or name.startswith("encoder.")}
+    """What the description decides about: of the head of a task that is not ours it knows nothing."""
+    ours = "outputs" not in about or "task" in about
+    return {name: one for name, one in tensors.items() if ours or name.startswith("encoder.")}
 
 
 def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Model:

@@ -18,13 +18,18 @@ Check = Callable[[Any], bool]
 def check_description(about: Any) -> None:
     """Raises InputError unless this is a description that `build` takes, of a model of a usual size."""
     _fields(
-        about, "architecture.json", {"model": _one_of("vit", "resnet50")}, _HEAD | {"encoder": _any, "resnet": _any}
+        about,
+        "architecture.json",
+        {"model": _one_of(*_NETWORKS)},
+        _HEAD | dict.fromkeys(("encoder", "resnet", "unet"), _any),
     )
-    name = "encoder" if about["model"] == "vit" else "resnet"
+    name, fields = _NETWORKS[about["model"]]
     if name not in about:
         raise InputError(f"architecture.json lacks {name}")
-    _fields(about[name], f"{name} of architecture.json", *(_VIT if name == "encoder" else _RESNET))
-    if name == "resnet":
+    _fields(about[name], f"{name} of architecture.json", *fields)
+    if "head" in about:
+        _fields(about["head"], "head of architecture.json", *_PIXELS)
+    if name != "encoder":
         return
     encoder = about[name]
     sides, patch, width = encoder["image_size"], encoder["patch_size"], encoder["width"]
@@ -125,7 +130,17 @@ def _sides(value: Any) -> bool:
     return _list(_whole(1, _SIDE), 2)(value) and len(value) == 2
 
 
-_HEAD: dict[str, Check] = {"pool": _one_of("mean", "cls"), "classes": _list(_text), "outputs": _list(_text)}
+_HEAD: dict[str, Check] = {
+    "pool": _one_of("mean", "cls"),
+    "head": _any,
+    "task": _text,
+    "classes": _list(_text),
+    "outputs": _list(_text),
+}
+_PIXELS: tuple[dict[str, Check], dict[str, Check]] = (
+    {"kind": _one_of("linear", "decoder")},
+    {"width": _whole(1, _WIDTH)},
+)
 _VIT: tuple[dict[str, Check], dict[str, Check]] = (
     {
         "image_size": _sides,
@@ -141,6 +156,11 @@ _RESNET: tuple[dict[str, Check], dict[str, Check]] = (
     {},
     {"width": _whole(1, _WIDTH), "depths": _list(_whole(1, _DEPTH), 4), "channels": _one_of(1, 3)},
 )
+_UNET: tuple[dict[str, Check], dict[str, Check]] = (
+    {"channels": _one_of(1, 3), "width": _whole(1, 256), "depth": _whole(1, 6)},
+    {},
+)
+_NETWORKS = {"vit": ("encoder", _VIT), "resnet50": ("resnet", _RESNET), "unet": ("unet", _UNET)}
 _STAGE: dict[str, Check] = {
     **dict.fromkeys(("job", "code", "file", "member", "licence"), _text),
     "step": lambda value: value is None or _whole(0, 1 << 62)(value),

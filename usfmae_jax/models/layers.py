@@ -1,6 +1,7 @@
 """Layers of a transformer, with the numerics of the MAE code, arranged for the compiler."""
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -40,6 +41,18 @@ class Linear(nnx.Linear):
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`x @ kernel + bias` in the compute dtype."""
         return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+class Chain(nnx.Module):
+    """Modules under the names "0", "1", ..., as torch's Sequential has them."""
+
+    def __init__(self, modules: Sequence[nnx.Module]):
+        self.length = len(modules)
+        for index, module in enumerate(modules):
+            setattr(self, str(index), module)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (getattr(self, str(index)) for index in range(self.length))
 
 
 #: What LayerNorm adds to the variance in the MAE code, and in timm.

@@ -1,11 +1,13 @@
 """ResNet-50 (He et al. 2016) in Flax NNX, the baseline; v1.5, for which torchvision and timm publish weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from usfmae_jax.models.layers import Chain
 
 #: Number of stages, and so what `freeze` counts to.
 STAGES = 4
@@ -44,18 +46,6 @@ class BatchNorm(nnx.Module):
             mean, var = self.mean[...], self.var[...]
         factor = jax.lax.rsqrt(var + epsilon) * self.scale[...]
         return (x * factor + (self.bias[...] - mean * factor)).astype(x.dtype)
-
-
-class Chain(nnx.Module):
-    """Modules under the names "0", "1", ..., as torch's Sequential has them."""
-
-    def __init__(self, modules: Sequence[nnx.Module]):
-        self.length = len(modules)
-        for index, module in enumerate(modules):
-            setattr(self, str(index), module)
-
-    def __iter__(self) -> Iterator[nnx.Module]:
-        return (getattr(self, str(index)) for index in range(self.length))
 
 
 class Bottleneck(nnx.Module):

@@ -1,6 +1,6 @@
 """Vision transformer (Dosovitskiy et al. 2021) in Flax NNX, with the numerics of the MAE code (He et al. 2022)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -122,27 +122,51 @@ class Blocks(nnx.Module):
           drop_path: highest rate, see `drop_path_scales`; frozen blocks drop nothing.
           freeze: number of first blocks that get no gradient, nor does what comes before them.
         """
+        return self.levels(x, (self.depth - 1,), rng=rng, drop_path=drop_path, freeze=freeze)[0]
+
+    def levels(
+        self,
+        x: jax.Array,
+        after: Sequence[int],
+        *,
+        rng: jax.Array | None = None,
+        drop_path: float = 0.0,
+        freeze: int = 0,
+    ) -> list[jax.Array]:
+        """What comes out of some blocks, `[B, N, D]` each; those behind the last of them are not run.
+
+        Args:
+          x: `[B, N, D]`.
+          after: numbers of blocks, ascending, from 0.
+          rng: see `__call__`.
+          drop_path: likewise.
+          freeze: likewise.
+        """
         graph, stacked = nnx.split(self.stack)
         scales = None
         if rng is not None and drop_path:
-            scales = drop_path_scales(rng, self.depth, x.shape[0], drop_path)[freeze:]
+            scales = drop_path_scales(rng, self.depth, x.shape[0], drop_path)
 
         def apply(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
             params, scale = block
             return nnx.merge(graph, params)(x, scale), None
 
-        def run(x: jax.Array, params: Any, scales: jax.Array | None, depth: int, remat: bool) -> jax.Array:
-            step = jax.checkpoint(apply, prevent_cse=not self.scan) if remat else apply
-            return jax.lax.scan(step, x, (params, scales), unroll=1 if self.scan else depth)[0]
-
-        if freeze:
-            # Without tangents going in, JAX derives no backward pass for these blocks and keeps none of their values.
-            frozen, x = jax.lax.stop_gradient((jax.tree.map(lambda p: p[:freeze], stacked), x))
-            x = run(x, frozen, None, freeze, remat=False)
-            stacked = jax.tree.map(lambda p: p[freeze:], stacked)
-        if freeze < self.depth:
-            x = run(x, stacked, scales, self.depth - freeze, self.remat)
-        return x
+        found, start = [], 0
+        for end in sorted({min(freeze, after[-1] + 1), *(one + 1 for one in after)} - {0}):
+            frozen = end <= freeze
+            part, scale = stacked, None if frozen else scales
+            if end - start < self.depth:
+                part, scale = jax.tree.map(lambda p, s=start, e=end: p[s:e], (part, scale))
+            if frozen:
+                # Without tangents going in, JAX derives no backward pass for these blocks and keeps none of their
+                # values.
+                part, x = jax.lax.stop_gradient((part, x))
+            step = jax.checkpoint(apply, prevent_cse=not self.scan) if self.remat and not frozen else apply
+            x = jax.lax.scan(step, x, (part, scale), unroll=1 if self.scan else end - start)[0]
+            if end - 1 in after:
+                found.append(x)
+            start = end
+        return found
 
 
 class ViT(nnx.Module):
@@ -225,6 +249,28 @@ class ViT(nnx.Module):
         x = self.blocks(self.embed(images, keep), rng=rng, drop_path=drop_path, freeze=freeze)
         x = self.norm(x) if normalize else x.astype(jnp.float32)
         return jax.lax.stop_gradient(x) if freeze == self.blocks.depth else x
+
+    def levels(
+        self,
+        images: jax.Array,
+        after: Sequence[int],
+        *,
+        rng: jax.Array | None = None,
+        drop_path: float = 0.0,
+        freeze: int = 0,
+    ) -> list[jax.Array]:
+        """Patch tokens behind some blocks, without a norm: `[B, N, width]` each.
+
+        Args:
+          images: as `__call__` takes them.
+          after: numbers of blocks, ascending, from 0.
+          rng: see `__call__`.
+          drop_path: likewise.
+          freeze: likewise.
+        """
+        found = self.blocks.levels(self.embed(images), after, rng=rng, drop_path=drop_path, freeze=freeze)
+        found = [tokens[:, 1:] for tokens in found]
+        return jax.lax.stop_gradient(found) if freeze == self.blocks.depth else found
 
     def embed(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
         """What the first block sees: class token and embedded patches with their positions, `[B, 1 + K, width]`."""

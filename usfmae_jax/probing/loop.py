@@ -173,11 +173,9 @@ def report(
     }
     if jax.process_index():
         return {}
-    examples = [
-        (example, outcome.attention[number])
-        for number in inspect.foremost(tested)
-        for example in classification.errors(tested[number].rows, tested[number].predictions)
-    ]
+    best = inspect.foremost(tested)
+    examples = classification.errors([(tested[n].rows, tested[n].predictions) for n in best], config.examples)
+    looks = [outcome.attention[number] for number in best]
     rows, mapped, space = outcome.mapped
     validation = [one.validation for one in tested if one.validation is not None]
     epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -194,7 +192,7 @@ def report(
         context=context,
         validation=concatenate(validation) if len(validation) == len(tested) else None,
         embedding=inspect.feature_map(table, rows, table.label_name[rows], mapped, space, config.seed),
-        examples=inspect.shown(table, examples, config.examples, outcome.image_format),
+        examples=inspect.shown(table, examples, looks, outcome.image_format),
         robustness=robustness,
         resamples=config.bootstrap,
     )

@@ -65,6 +65,25 @@ class Line:
     dots: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class Dots:
+    """One group of points of a chart.
+
+    Attributes:
+      name: in the legend.
+      x: float `[N]`.
+      y: float `[N]`.
+      says: after the name in the legend.
+      colour: index of the colour.
+    """
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    says: str = ""
+    colour: int = 0
+
+
 def percent_axis(title: str) -> Axis:
     """An axis of shares, 0 to 1, written in percent."""
     return Axis(title, (0, 0.25, 0.5, 0.75, 1), ("0", "25", "50", "75", "100%"))
@@ -150,6 +169,29 @@ def points(name: str, says: str, at: np.ndarray, groups: Sequence[str], order: S
         if size
     ]
     return _figure(name, says, marks, keys, 340)
+
+
+def scatter(
+    name: str,
+    says: str,
+    shown: Sequence[Dots],
+    x: Axis,
+    y: Axis,
+    *,
+    guides: Sequence[tuple[Sequence[float], Sequence[float], str]] = (),
+) -> Markup:
+    """A chart of points on axes; arguments as `lines`. What lies beyond an axis is at its edge."""
+    marks = [*_axes(x, y)]
+    marks += [_mark("path", "guide", meaning, d=_path(x.share(across), y.share(up))) for across, up, meaning in guides]
+    keys = []
+    for group in shown:
+        there = np.isfinite(group.x) & np.isfinite(group.y)
+        at = _place(x.share(group.x[there]), y.share(group.y[there]))
+        path = "".join(f"M{left:.1f} {top:.1f}h0" for left, top in at)
+        marks.append(_mark("path", f"dot {_colour(group.colour)}", d=path))
+        keys.append((_mark("path", f"dot {_colour(group.colour)}", d="M13 6h0"), group.name, group.says))
+    keys += [(_mark("path", "guide", d="M1 6h24"), meaning, "") for *_, meaning in guides if meaning]
+    return _figure(name, says, marks, keys)
 
 
 def matrix(name: str, says: str, classes: Sequence[str], counts: np.ndarray) -> Markup:

@@ -4,17 +4,20 @@ A new one is a file here that has what `Task` names, an entry in `finetuning.bui
 `configs/finetune.py`; table, splits, members, loop, resuming and report take it as they take classification.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 from flax import nnx
 
+from usfmae_jax.data.records import Record
 from usfmae_jax.data.splits import Strata
 from usfmae_jax.data.table import Table
 from usfmae_jax.evaluation import tables
 from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.interop.model import Model
+from usfmae_jax.training import inspect
 
 Arrays = dict[str, np.ndarray]
 
@@ -28,12 +31,15 @@ class Task(Protocol):
       losses: those of them of which less is better.
       tie: the metric that decides between evaluations that are equally good; "" = the earlier one is kept.
       predictions: the type of what is written of every frame that is tested.
+      mask: from a record to the class of each of its pixels, uint8 `[H, W]`, which go through the same augmentation as
+        the image and stand in a batch as `mask`; None = the task has no use for them.
     """
 
     outputs: tuple[str, ...]
     losses: frozenset[str]
     tie: str
     predictions: type[Predictions]
+    mask: Callable[[Record], np.ndarray] | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -72,15 +78,39 @@ class Task(Protocol):
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
         """Normalised images `[B, H, W, C]` to arrays `[B, ...]` by name."""
 
+    def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
+        """What is kept of predictions `[n, ...]` of some rows, where they are too large to be kept themselves."""
+        return predicted
+
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
-        """Metrics of what was predicted of some rows, by name, those that are defined there; to choose by."""
+        """Metrics of what `measure` kept of some rows, by name, those that are defined there; to choose by."""
 
     def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> Predictions:
         """What is written of tested rows; `ids` are those of `evaluation.predictions.identify`."""
 
-    def examples(self, table: Table, rows: np.ndarray, predictions: Predictions) -> list[dict[str, Any]]:
-        """Tested frames worth a look, with `order` (least first) and `row`, and what `finish` wants to show of them."""
+    def examples(
+        self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
+    ) -> list[dict[str, Any]]:
+        """At most `count` tested frames worth a look, in the order in which they are shown.
+
+        Args:
+          table: of the frames.
+          tested: of some members, the rows that were tested and what was predicted of them.
+          count: how many.
+
+        Returns:
+          of each `member` (its place in `tested`) and `row`, and what `finish` wants to show of it.
+        """
         return []
+
+    def look(self, predict: Callable[[np.ndarray], Arrays], model: Model) -> Callable[[np.ndarray], np.ndarray] | None:
+        """What is shown beside an example, from images uint8 `[n, H, W, C]`: where the model looks, as a rule.
+
+        Args:
+          predict: the images to what `predict` says of them.
+          model: that is asked.
+        """
+        return inspect.rollout(model, model.description.get("pool", "mean"))
 
     def finish(
         self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any
@@ -93,7 +123,7 @@ class Task(Protocol):
           validation: of the validation parts.
           **found: `about`, what was done: title, protocol, datasets and split; `context`, what the results come from;
             `embedding`, a map of features or None; `examples`, from the method of that name, with `image` uint8
-            `[H, W, C]` and `map` float `[gh, gw]` or None; `resamples`, bootstrap replicates.
+            `[H, W, C]` and `map`, what `look` gives or None; `resamples`, bootstrap replicates.
 
         Returns:
           what results.json holds.

@@ -203,10 +203,11 @@ class Classification(Task):
             **ids, classes=self.outputs, label=table.label[rows], probabilities=predicted["probabilities"]
         )
 
-    def examples(self, table: Table, rows: np.ndarray, predictions: Predictions) -> list[dict[str, Any]]:
+    def examples(
+        self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
+    ) -> list[dict[str, Any]]:
         """The errors, those first of which the model was most sure."""
-        assert isinstance(predictions, ClassPredictions)
-        return errors(rows, predictions)
+        return errors(tested, count)
 
     def finish(self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any) -> Any:
         """See `reporting.classification.finish`."""
@@ -219,27 +220,24 @@ class Classification(Task):
         return scoring.table(results)
 
 
-def errors(rows: np.ndarray, predictions: ClassPredictions) -> list[dict[str, Any]]:
-    """Every wrong answer, with the predicted class's probability; the surer, the lower its `order`.
-
-    Args:
-      rows: int `[N]` of a table, which were tested.
-      predictions: of these rows, by one member.
-    """
-    names, found = predictions.classes, []
-    for place in np.flatnonzero(predictions.predicted != predictions.label):
-        predicted = int(predictions.predicted[place])
-        probability = float(predictions.probabilities[place, predicted])
-        found.append(
-            {
-                "order": -probability,
-                "row": int(rows[place]),
-                "label": names[predictions.label[place]],
-                "predicted": names[predicted],
-                "probability": probability,
-            }
-        )
-    return found
+def errors(tested: Sequence[tuple[np.ndarray, Predictions]], count: int) -> list[dict[str, Any]]:
+    """At most `count` wrong answers with the predicted class's probability, the surest first; see `Task.examples`."""
+    found = []
+    for member, (rows, predictions) in enumerate(tested):
+        assert isinstance(predictions, ClassPredictions)
+        names = predictions.classes
+        for place in np.flatnonzero(predictions.predicted != predictions.label):
+            predicted = int(predictions.predicted[place])
+            found.append(
+                {
+                    "member": member,
+                    "row": int(rows[place]),
+                    "label": names[predictions.label[place]],
+                    "predicted": names[predicted],
+                    "probability": float(predictions.probabilities[place, predicted]),
+                }
+            )
+    return sorted(found, key=lambda one: (-one["probability"], one["row"]))[:count]
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

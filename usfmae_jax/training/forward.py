@@ -143,8 +143,42 @@ def encoder_function(weights: Model, pool: str = "mean", *, dtype: Any = jnp.flo
     return features, encoder.params["encoder"]
 
 
+def model_function(weights: Model, apply: Callable[..., Any], *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
+    """The function `(variables, images uint8 [B, H, W, C])` that gives what `apply(network, normalised images)` gives.
+
+    It is the same one for equal models, such as the members of a run, so that it is compiled once.
+
+    Args:
+      weights: of any kind of model.
+      apply: to be kept, since it tells functions apart: no lambda that is made anew.
+      dtype: of the arithmetic.
+
+    Returns:
+      the function, and the variables.
+    """
+    mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
+    return _function(model_graph(build(weights.description, dtype=dtype)), mean, std, apply), (
+        weights.params,
+        weights.stats,
+    )
+
+
+@functools.lru_cache(16)
+def _function(graph: Any, mean: tuple[float, ...], std: tuple[float, ...], apply: Callable[..., Any]) -> Forward:
+    def run(variables: Any, images: jax.Array) -> Any:
+        network = nnx.merge(graph, *[part for part in variables if part])
+        return apply(network, normalize_images(images, mean, std))
+
+    return run
+
+
+def features_of(network: Any, images: jax.Array) -> jax.Array:
+    """What the head of a network sees, float32 `[B, D]`; for `model_function`."""
+    return network.features(images)
+
+
 def head_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
-    """The function `(variables, images uint8) -> {"logits" [B, C], "features" [B, D]}` of a model with a head.
+    """The function `(variables, images uint8) -> {"logits" [B, C], "features" [B, D]}` of a classifier.
 
     `logits` are what the head puts out, `features` what it sees.
 
@@ -158,12 +192,9 @@ def head_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Forward,
         raise InputError(
             "these weights are of an encoder without a head; fine-tune it, or choose a protocol to probe it"
         )
-    mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
-    graph = model_graph(build(weights.description, dtype=dtype))
+    return model_function(weights, _judged, dtype=dtype)
 
-    def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-        model = nnx.merge(graph, *[part for part in variables if part])
-        pooled = model.features(normalize_images(images, mean, std))
-        return {"logits": model.head(pooled), "features": pooled}
 
-    return predict, (weights.params, weights.stats)
+def _judged(network: Any, images: jax.Array) -> dict[str, jax.Array]:
+    pooled = network.features(images)
+    return {"logits": network.head(pooled), "features": pooled}

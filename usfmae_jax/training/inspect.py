@@ -14,7 +14,7 @@ from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.models.vit import attention_rollout
 from usfmae_jax.reporting.classification import embedding_points
 
-#: uint8 `[n, H, W, C]` to maps float32 `[n, gh, gw]`.
+#: Images uint8 `[n, H, W, C]` to what is shown beside them, as maps of attention, float32 `[n, gh, gw]`.
 Attention = Callable[[np.ndarray], np.ndarray]
 
 
@@ -47,25 +47,25 @@ def foremost(members: Sequence[Any]) -> list[int]:
 
 def shown(
     table: Table,
-    found: Sequence[tuple[Mapping[str, Any], Attention | None]],
-    count: int,
+    examples: Sequence[Mapping[str, Any]],
+    looks: Sequence[Attention | None],
     image_format: tuple[tuple[int, int], int],
 ) -> list[dict[str, Any]]:
-    """Examples as reports show them, with their images and where the model looked.
+    """Examples as reports show them, with their images and what is shown beside.
 
     Args:
       table: of the frames.
-      found: examples with `order`, least first, and `row`; and the attention of the model that was asked.
-      count: how many are shown.
+      examples: with `row`, and `member`, a place in `looks`.
+      looks: what gives that, of each model that was asked.
       image_format: (height, width) and channels of the model's input.
     """
     size, channels = image_format
-    examples = []
-    for example, attention in sorted(found, key=lambda one: (one[0]["order"], one[0]["row"]))[:count]:
-        image = whole_image(table, example["row"], size, channels)
-        look = attention(image[None])[0] if attention else None
-        examples.append({**example, "image": image, "map": look, "frame": str(table.frame_key[example["row"]])})
-    return examples
+    found = []
+    for example in examples:
+        image, look = whole_image(table, example["row"], size, channels), looks[example["member"]]
+        beside = {"map": look(image[None])[0] if look else None, "frame": str(table.frame_key[example["row"]])}
+        found.append({**example, "image": image, **beside})
+    return found
 
 
 def feature_map(

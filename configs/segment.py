@@ -1,0 +1,87 @@
+"""Teach a model to outline what masks outline, and test it on patients that it has not seen.
+
+    python -m usfmae_jax.finetune --config=configs/segment.py:busbra --config.init=runs/pretrain-tiny
+    python -m usfmae_jax.finetune --config=configs/segment.py:folder --config.data.path=data/mine
+    python -m usfmae_jax.finetune --config=configs/segment.py:busbra --config.model.arch=unet
+
+All of `configs/finetune.py` holds here too: folds, seeds, label fractions, resuming, what is left in the workdir. The
+numbers are Dice, IoU, boundary F1 and HD95 of each class, averaged by patient, with intervals; report.html shows the
+best, the middling and the worst outlines. Without --config.init the same model starts from random weights, and
+--config.model.arch=unet is a small U-Net: the baselines to beat.
+
+Variants
+  :folder  any shards with masks (data_prep.build of images with masks beside them); 5 folds by patient
+  :busbra  BUS-BRA, the lesion, its official 5 folds
+  :hc18    HC18, the fetal head
+  :camus   CAMUS, ventricle, myocardium and atrium
+  :mmotu   MMOTU-2D, the lesion, of eight classes by colour, its official train and test parts
+  :folder_linear :busbra_linear   one linear layer on the frozen encoder, the probe: minutes on a CPU
+"""
+
+import ml_collections
+
+from configs import finetune
+
+
+def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
+    """The run's settings; every field can be overridden with `--config.field=value`."""
+    config = finetune.get_config("folder")
+    config.task = "segmentation"
+    config.classes = ()  # names of the classes in order, the background not among them; () = what the shards say
+    config.unmasked = "drop"  # a frame without a mask: drop, background (nothing is to be found on it), refuse
+    config.dice = 1.0  # weight of the soft Dice loss beside the cross entropy; 0 = off
+    config.model.head = "decoder"  # convolutions up from four levels of the encoder; or "linear"
+    config.model.decoder_width = 128  # channels of the decoder at the patch grid
+    config.augment.update(crop_scale=(0.5, 1.0), rotation=(-15.0, 15.0))
+    config.regularization.smoothing = 0.0
+    config.optimizer.learning_rate = 8e-3  # per 256 images; 1e-3 at batch 32
+    config.train.update(epochs=40.0, min_steps=400)
+    config.stop.update(metric="dice", every=2.0)
+    VARIANTS[variant](config)
+    return config
+
+
+def folder(config: ml_collections.ConfigDict) -> None:
+    """Any shards with masks: nothing to change."""
+
+
+def busbra(config: ml_collections.ConfigDict) -> None:
+    """BUS-BRA (Gomez-Flores et al. 2024): 1,875 outlines of breast lesions."""
+    config.data.path = "data/bus_bra"
+    config.classes = ("lesion",)
+
+
+def hc18(config: ml_collections.ConfigDict) -> None:
+    """HC18 (van den Heuvel et al. 2018): 999 outlines of fetal heads."""
+    config.data.path = "data/hc18"
+    config.classes = ("head",)
+
+
+def camus(config: ml_collections.ConfigDict) -> None:
+    """CAMUS (Leclerc et al. 2019): 2,000 outlines of two views of 500 hearts."""
+    config.data.path = "data/camus"
+    config.classes = ("ventricle", "myocardium", "atrium")
+
+
+def mmotu(config: ml_collections.ConfigDict) -> None:
+    """MMOTU-2D (Zhao et al. 2022): 1,469 lesions in eight colours."""
+    config.data.path = "data/mmotu_2d"
+
+
+def _linear(config: ml_collections.ConfigDict) -> None:
+    config.mode = "frozen"
+    config.model.update(head="linear", drop_path=0.0)
+
+
+def folder_linear(config: ml_collections.ConfigDict) -> None:
+    """Any shards with masks, one linear layer on the frozen encoder."""
+    _linear(config)
+
+
+def busbra_linear(config: ml_collections.ConfigDict) -> None:
+    """BUS-BRA, one linear layer on the frozen encoder."""
+    busbra(config)
+    _linear(config)
+
+
+VARIANTS = {f.__name__: f for f in (folder, busbra, hc18, camus, mmotu, folder_linear, busbra_linear)}

@@ -1,0 +1,233 @@
+"""Segmentation: which class each pixel of a frame is of."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from usfmae_jax.data import annotations
+from usfmae_jax.data.annotations import Classes
+from usfmae_jax.data.pipeline import decode_ahead
+from usfmae_jax.data.records import Record, decode_image
+from usfmae_jax.data.splits import Strata
+from usfmae_jax.data.table import Table, read_row
+from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.evaluation import segmentation as scoring
+from usfmae_jax.evaluation import tables
+from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.evaluation.segmentation import LOSSES, NAMES, MaskPredictions
+from usfmae_jax.reporting import segmentation as reporting
+from usfmae_jax.tasks import Arrays, Task
+
+UNMASKED = ("drop", "background", "refuse")
+
+
+def select(table: Table, found: annotations.Found, unmasked: str) -> np.ndarray:
+    """The rows that are learnt from and tested, int `[M]`.
+
+    Args:
+      table: all frames.
+      found: what their masks hold.
+      unmasked: of a frame without a mask: "drop" leaves it out, "background" takes it for one on which nothing is to
+        be found, "refuse" raises.
+
+    Raises:
+      InputError: see above.
+    """
+    without = int((~found.there).sum())
+    if unmasked == "refuse" and without:
+        raise InputError(
+            f"{without} of {len(table)} frames of config.data.path={table.path!r} have no mask; "
+            "--config.unmasked=drop leaves them out, --config.unmasked=background takes them for empty ones"
+        )
+    return np.arange(len(table)) if unmasked == "background" else np.flatnonzero(found.there)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segmentation(Task):
+    """How a segmenter is taught: cross entropy of the pixels plus soft Dice of the classes.
+
+    Attributes:
+      classes: what masks tell apart.
+      present: bool `[N, C]`, whether a frame of the table has a class.
+      head: "linear" or "decoder", see `models.decoders.Segmenter`.
+      decoder_width: see there.
+      dice: weight of the soft Dice loss (Milletari et al. 2016) beside that of the cross entropy, 1.
+    """
+
+    classes: Classes
+    present: np.ndarray
+    head: str = "decoder"
+    decoder_width: int = 128
+    dice: float = 1.0
+
+    metrics = tuple(NAMES)
+    losses = LOSSES
+    tie = "iou"
+    predictions = MaskPredictions
+
+    @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the classes beside the background."""
+        return self.classes.names
+
+    def strata(self, table: Table) -> Strata:
+        """The classes of a frame, all of them together: every part of a split has some of each combination."""
+        combined = self.present @ (1 << np.arange(self.present.shape[1], dtype=np.int64))
+        codes, which = np.unique(combined, return_inverse=True)
+        names = (
+            " and ".join(name for c, name in enumerate(self.outputs) if code >> c & 1) or "nothing"
+            for code in codes.tolist()
+        )
+        return Strata(which, tuple(names))
+
+    def summary(self, table: Table) -> str:
+        """Frames that have each class."""
+        counts = self.present.sum(axis=0)
+        return ", ".join(f"{count} with {name}" for name, count in zip(self.outputs, counts, strict=True))
+
+    def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
+        """A head for the pixels; a U-Net brings its own."""
+        about = {**backbone, "task": "segmentation", "outputs": list(self.outputs)}
+        if backbone["model"] == "vit":
+            about["head"] = {"kind": self.head} | ({"width": self.decoder_width} if self.head == "decoder" else {})
+        return about
+
+    def targets(self, table: Table, rows: np.ndarray) -> Arrays:
+        """None: masks are read with the images."""
+        return {}
+
+    def mask(self, record: Record) -> np.ndarray:
+        """Class of each pixel, uint8 `[H, W]`; of a frame without a mask all background."""
+        if record["mask"]:
+            return self.classes.read(record)
+        height, width = record["height"], record["width"]
+        return np.zeros((height, width) if height else decode_image(record["image"]).shape[:2], np.uint8)
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sum over images, and their number."""
+        logits = model(batch["image"], rng=rng, train=True)
+        return pixel_loss(logits, batch["mask"], self.dice).sum(), jnp.float32(len(logits))
+
+    def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+        """`probabilities` of background and classes, in 255ths: uint8 `[B, H, W, 1 + C]`."""
+        shares = jax.nn.softmax(model(images))
+        return {"probabilities": jnp.round(255 * shares).astype(jnp.uint8)}
+
+    def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
+        """`evaluation.segmentation.MEASURES`, float `[n, C]`, in the frames' own sizes, and `pixel_area`, `[n]`."""
+
+        def one(place: int) -> Arrays:
+            row = int(rows[place])
+            try:
+                record = read_row(table, row)
+                drawn = self.mask(record)
+            except DamagedRecord as error:
+                path, number = table.shards.locate(int(table.index[row]))
+                raise InputError(f"record number {number} of {path} is damaged: {error}; rebuild the shards") from error
+            said = classes_of(predicted["probabilities"][place], drawn.shape)
+            spacing = tuple(record.get("spacing") or (0.0, 0.0))
+            area = np.asarray(np.prod(spacing) if min(spacing) > 0 else np.nan, np.float64)
+            return scoring.measure(drawn, said, len(self.outputs), spacing) | {"pixel_area": area}
+
+        with contextlib.closing(decode_ahead(one, range(len(rows)), 2, 64)) as found:
+            frames = list(found)
+        return {name: np.stack([frame[name] for frame in frames]) for name in (*scoring.MEASURES, "pixel_area")}
+
+    def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
+        """See `evaluation.segmentation.score`."""
+        ids = {name: getattr(table, name)[rows] for name in ("dataset", "patient", "video")}
+        nothing = np.zeros(len(rows))
+        ids |= {"frame": table.frame_name[rows], "fold": nothing.astype(str), "seed": nothing, "fraction": nothing + 1}
+        made = self.record(ids, table, rows, predicted)
+        found = {
+            name: float(value[0])
+            for name, value in scoring.score(made, np.ones((1, len(rows)))).items()
+            if name in NAMES
+        }
+        return {name: value for name, value in found.items() if np.isfinite(value)}
+
+    def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> MaskPredictions:
+        """Agreement of each frame."""
+        return MaskPredictions(**ids, classes=self.outputs, **predicted)
+
+    def examples(
+        self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
+    ) -> list[dict[str, Any]]:
+        """The best, the middling and the worst frames by Dice, a third of `count` each, with the mask as drawn."""
+        dice, place = [], []
+        for member, (rows, predictions) in enumerate(tested):
+            assert isinstance(predictions, MaskPredictions)
+            dice.append(predictions.mean("dice"))
+            place += [(member, int(row)) for row in rows]
+        every = np.concatenate(dice)
+        order = [i for i in np.argsort(every, kind="stable").tolist() if np.isfinite(every[i])]
+        third = min(count // 3, len(order) // 3) or min(len(order), 1)
+        middle = (len(order) - third) // 2
+        parts = {"worst": order[:third], "middle": order[middle : middle + third], "best": order[-third:][::-1]}
+        found = []
+        for group, chosen in parts.items():
+            for i in chosen:
+                member, row = place[i]
+                record = read_row(table, row)
+                found.append({"member": member, "row": row, "group": group, "dice": float(every[i])})
+                found[-1] |= {"whole": decode_image(record["image"], 3), "drawn": self.mask(record)}
+        return found
+
+    def look(self, predict: Any, model: Any) -> Any:
+        """What is shown beside an example: the class of each pixel, uint8 `[n, H, W]` of the model's input."""
+        return lambda images: predict(images)["probabilities"].argmax(axis=-1).astype(np.uint8)
+
+    def finish(self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any) -> Any:
+        """See `reporting.segmentation.finish`."""
+        assert isinstance(predictions, MaskPredictions)
+        return reporting.finish(workdir, predictions, **found)
+
+    def table(self, results: Mapping[str, Any]) -> str:
+        """The results for a terminal."""
+        return tables.overview(results, NAMES, "dice")
+
+
+def pixel_loss(logits: jax.Array, classes: jax.Array, dice: float) -> jax.Array:
+    """Cross entropy, the mean over pixels, plus `dice` times one minus the soft Dice, the mean over classes.
+
+    Args:
+      logits: `[B, H, W, 1 + C]`, the background first.
+      classes: int `[B, H, W]`.
+      dice: weight.
+
+    Returns:
+      float32 `[B]`.
+    """
+    logits = logits.astype(jnp.float32)
+    truth = jax.nn.one_hot(classes, logits.shape[-1])
+    entropy = -(truth * jax.nn.log_softmax(logits)).sum(axis=-1).mean(axis=(1, 2))
+    if not dice:
+        return entropy
+    said, truth = jax.nn.softmax(logits)[..., 1:], truth[..., 1:]
+    both, either = ((one).sum(axis=(1, 2)) for one in (said * truth, said + truth))
+    # One pixel more of each, as is usual: a class that is neither drawn nor predicted is right.
+    return entropy + dice * (1 - (2 * both + 1) / (either + 1)).mean(axis=-1)
+
+
+def classes_of(probabilities: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The most probable class of each pixel of a frame in its own size.
+
+    Args:
+      probabilities: uint8 `[h, w, K]`, as the model sees the frame.
+      size: (height, width) of the frame.
+
+    Returns:
+      uint8 `[*size]`.
+    """
+    layers = [
+        cv2.resize(layer, size[::-1], interpolation=cv2.INTER_LINEAR)
+        for layer in np.moveaxis(probabilities.astype(np.float32), 2, 0)
+    ]
+    return np.argmax(layers, axis=0).astype(np.uint8)
