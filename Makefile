@@ -36,7 +36,7 @@ install-dev: $(VENV)/.dev  ## ... and with what the tests need
 
 install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, for their comparisons
 	$(BIN)/python -m pip install --quiet torch==2.13.0 "transformers>=4.48,<6" "onnx>=1.17,<2" "onnxruntime>=1.20,<2"
-	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.21,<2" torchvision  # its operators are not needed
+	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.21,<2" torchvision "monai>=1.5,<2"  # no operators needed
 
 demo-data: $(VENV)/.core  ## simulate labelled ultrasound frames into data/demo (once)
 	$(BIN)/python -m data_prep.build --dataset=phantom --output=$(DEMO)
