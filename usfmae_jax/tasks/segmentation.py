@@ -26,6 +26,8 @@ from usfmae_jax.reporting import segmentation as reporting
 from usfmae_jax.tasks import Arrays, Task
 
 UNMASKED = ("drop", "background", "refuse")
+#: Patients who have a class, from which on every part of a split gets some of them.
+FEWEST = 10
 
 
 def select(table: Table, found: annotations.Found, unmasked: str) -> np.ndarray:
@@ -78,14 +80,15 @@ class Segmentation(Task):
         return self.classes.names
 
     def strata(self, table: Table) -> Strata:
-        """The classes of a frame, all of them together: every part of a split has some of each combination."""
-        combined = self.present @ (1 << np.arange(self.present.shape[1], dtype=np.int64))
-        codes, which = np.unique(combined, return_inverse=True)
-        names = (
-            " and ".join(name for c, name in enumerate(self.outputs) if code >> c & 1) or "nothing"
-            for code in codes.tolist()
-        )
-        return Strata(which, tuple(names))
+        """The rarest class of each frame; what too few patients have to be spread counts as the commonest."""
+        patients = np.array([len(np.unique(table.patient_key[there])) for there in self.present.T])
+        rarity = np.where(self.present, patients, np.iinfo(np.int64).max)
+        which = np.where(self.present.any(axis=1), rarity.argmin(axis=1), len(self.outputs))
+        counts = np.array([len(np.unique(table.patient_key[which == one])) for one in range(len(self.outputs) + 1)])
+        kept = np.union1d(np.flatnonzero(counts >= FEWEST), counts.argmax())
+        which = np.where(np.isin(which, kept), which, counts.argmax())
+        names = (*self.outputs, "nothing")
+        return Strata(np.searchsorted(kept, which), tuple(names[one] for one in kept.tolist()))
 
     def summary(self, table: Table) -> str:
         """Frames that have each class."""

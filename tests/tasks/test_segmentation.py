@@ -1,0 +1,267 @@
+"""Segmentation: a tiny model learns to outline discs and squares through the loop that knows neither."""
+
+import dataclasses
+import json
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from flax import nnx
+
+from configs import segment as configs
+from tests.helpers import record
+from usfmae_jax.data import annotations, augment, records
+from usfmae_jax.data.pipeline import LoadView, Rows
+from usfmae_jax.data.table import read_table
+from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.evaluation import predictions
+from usfmae_jax.evaluation.segmentation import MaskPredictions
+from usfmae_jax.finetuning import build
+from usfmae_jax.finetuning.loop import finetune
+from usfmae_jax.interop.model import flatten, open_model
+from usfmae_jax.tasks import segmentation
+from usfmae_jax.training.monitor import Preemption
+
+SIZE = (48, 64)
+
+
+def drawn(index, numbers=(1, 2), size=SIZE):
+    """A frame with a bright disc and a grey square, and where they are: uint8 `[H, W]` both."""
+    rng = np.random.default_rng(index)
+    image, mask = rng.integers(0, 40, size, np.uint8), np.zeros(size, np.uint8)
+    radius, x, y = rng.integers(7, 11), rng.integers(14, 28), rng.integers(14, 34)
+    for canvas, value in ((image, 230), (mask, numbers[0])):
+        cv2.circle(canvas, (int(x), int(y)), int(radius), int(value), -1)
+    if index % 3:
+        side, left, top = rng.integers(8, 14), rng.integers(40, 48), rng.integers(6, 30)
+        image[top : top + side, left : left + side] = 130
+        mask[top : top + side, left : left + side] = numbers[1]
+    return image, mask
+
+
+def write(folder, count=24, numbers=(1, 2), without=(), **fields):
+    """Two frames a patient in one shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = ArrayRecordWriter(str(folder / "made-train.array_record-00000-of-00001"), "group_size:1")
+    for index in range(count):
+        image, mask = drawn(index, numbers)
+        png = [cv2.imencode(".png", one)[1].tobytes() for one in (image, mask)]
+        shape = {"height": SIZE[0], "width": SIZE[1], "mask": b"" if index in without else png[1]}
+        writer.write(records.encode_record(record(index, png[0], **(shape | fields))))
+    writer.close()
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("masked"))
+
+
+def small(path, variant="folder"):
+    config = configs.get_config(variant)
+    config.data.path = path
+    config.model.update(image_size=(48, 64), patch_size=8, width=32, depth=2, num_heads=2, decoder_width=16)
+    config.split.update(folds=2, duplicates=False)
+    config.train.update(batch_size=8, steps=6, min_steps=0)
+    config.stop.every = 1.0
+    config.parallel = 1
+    config.evaluate.update(batch_size=8, bootstrap=20)
+    return config
+
+
+def test_a_segmenter_is_trained_resumed_scored_and_opened_again(masked, tmp_path, monkeypatch):
+    config = small(masked)
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 4)
+        assert not finetune(config, str(tmp_path))
+    assert finetune(config, str(tmp_path))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["task"]["classes"] == ["class 1", "class 2"]
+    assert results["counts"] | {"videos": 0} == {"frames": 24, "patients": 12, "videos": 0, "folds": 2, "seeds": 1}
+    assert results["per_class"]["class 2"]["frames"] == 16
+    found = predictions.read(tmp_path, MaskPredictions)
+    assert np.nanmax(found.dice) <= 1
+    mask = drawn(0)[1]
+    row = [f"{video}/{frame}" for video, frame in zip(found.video, found.frame, strict=True)].index("v0/0")
+    assert found.drawn[row].tolist() == [(mask == 1).sum(), (mask == 2).sum()]
+    page = (tmp_path / "report.html").read_text()
+    assert all(head in page for head in ("Outlines", "The worst", "The best", "Do the areas agree?", "Missed"))
+    assert "auroc" not in page.lower()
+    model = open_model(str(tmp_path / "members" / "fold-1"))
+    assert (model.kind, model.description["task"]) == ("model", "segmentation")
+    assert model.description["head"] == {"kind": "decoder", "width": 16}
+    again = small(masked)
+    again.init = str(tmp_path / "members" / "fold-1")
+    assert "head" in build.loadable(model, build.prepare(again, str(tmp_path / "again")).description)["params"]
+
+
+@pytest.mark.parametrize(("arch", "least"), [("", 0.6), ("unet", 0.35)])  # after so few steps
+def test_discs_and_squares_are_learnt(masked, tmp_path, arch, least):
+    config = small(masked)
+    config.model.arch = arch
+    if arch:
+        config.model.update(width=8, depth=3)
+    config.split.kind = "single"
+    config.train.steps = 60
+    config.optimizer.learning_rate = 0.1
+    config.stop.every = 10.0
+    config.augment.update(crop_scale=(0.9, 1.0), rotation=(0.0, 0.0))
+    assert finetune(config, str(tmp_path))
+    assert json.loads((tmp_path / "results.json").read_text())["metrics"]["dice"]["value"] > least
+
+
+def test_the_linear_head_of_a_frozen_encoder_is_all_that_is_trained(masked, tmp_path):
+    config = small(masked, "folder_linear")
+    run = build.prepare(config, str(tmp_path))
+    assert run.description["head"] == {"kind": "linear"}
+    assert build.trained_part(config, run.description)[1] == ("head.", "head_norm.")
+    make = build.model_maker(config, run.description, build.trained_part(config, run.description)[0])
+    model = make(nnx.Rngs(0))
+    gradients = nnx.grad(lambda model: model(jnp.ones((1, 48, 64, 1)), rng=jax.random.key(0), train=True).sum())(model)
+    sizes = {name: float(np.abs(leaf).max()) for name, leaf in _flat(gradients).items()}
+    assert sizes.pop("head.kernel") > 0
+    assert sizes.pop("head.bias") > 0
+    assert max(sizes.values()) == 0
+
+
+def _flat(state):
+    return flatten(nnx.to_pure_dict(state))
+
+
+def test_parts_of_a_split_have_some_of_every_class_that_enough_patients_have(masked):
+    table = read_table(masked)
+    classes = annotations.classes(table, annotations.survey(table))
+    present = np.ones((24, 2), bool)
+    present[:20, 1] = False  # two patients
+    strata = segmentation.Segmentation(classes, present).strata(table)
+    assert (strata.names, set(strata.code.tolist())) == (("class 1",), {0})
+    present[:, 1] = np.arange(24) < 20
+    strata = segmentation.Segmentation(classes, present).strata(table)
+    assert strata.names == ("class 2",)  # the other four frames are too few to be spread
+    present[20:] = False
+    assert segmentation.Segmentation(classes, present).strata(table).names == ("class 1",)
+
+
+def test_masks_go_through_the_view_of_their_image(tmp_path):
+    path = write(tmp_path, count=6)
+    table = read_table(path)
+    found = annotations.classes(table, annotations.survey(table))
+    how = augment.Augmentation(crop_scale=(0.3, 1.0), rotation=(-30, 30), hflip=0.5, vflip=0.5, interpolation="nearest")
+    source = Rows(table.shards, table.index, {})
+    with_mask = LoadView((source,), (40, 40), 1, how, found.read)
+    for place in range(6):
+        batch = with_mask.random_map((0, place), np.random.default_rng(place))
+        without = LoadView((source,), (40, 40), 1, how).random_map((0, place), np.random.default_rng(place))
+        assert (batch["image"] == without["image"]).all()  # nothing more is drawn
+        image, mask = batch["image"][:, :, 0], batch["mask"]
+        assert ((image == 230) == (mask == 1)).all()
+        assert ((image == 130) == (mask == 2)).all()
+
+
+def test_the_loss_is_zero_for_what_is_right_and_its_parts_add_up():
+    classes = jnp.asarray(np.stack([drawn(1)[1], drawn(2)[1]]).astype(np.int32))
+    right = 50.0 * jax.nn.one_hot(classes, 3)
+    assert np.asarray(segmentation.pixel_loss(right, classes, 1.0)) == pytest.approx([0, 0], abs=1e-5)
+    even = jnp.zeros((2, *SIZE, 3))
+    entropy = np.log(3)
+    assert np.asarray(segmentation.pixel_loss(even, classes, 0.0)) == pytest.approx([entropy] * 2)
+    pixels, counts = np.prod(SIZE), np.stack([(classes == c).sum(axis=(1, 2)) for c in (1, 2)], axis=1)
+    soft = 1 - (2 * counts / 3 + 1) / (pixels / 3 + counts + 1)
+    assert np.asarray(segmentation.pixel_loss(even, classes, 0.5)) == pytest.approx(entropy + 0.5 * soft.mean(axis=1))
+
+
+def test_a_frame_is_measured_in_its_own_size(masked):
+    table = read_table(masked)
+    found = annotations.survey(table)
+    task = segmentation.Segmentation(annotations.classes(table, found), np.ones((24, 2), bool))
+    rows = np.array([3, 5])
+    shares = np.zeros((2, 12, 16, 3), np.uint8)
+    shares[..., 0] = 255
+    measured = task.measure(table, rows, {"probabilities": shares})
+    assert measured["dice"].shape == (2, 2)
+    assert measured["drawn"].tolist() == [[(drawn(r)[1] == c).sum() for c in (1, 2)] for r in rows]
+    assert measured["predicted"].sum() == 0
+    exact = np.stack([np.eye(3, dtype=np.uint8)[drawn(r)[1]] * 255 for r in rows])
+    assert task.measure(table, rows, {"probabilities": exact})["dice"][0].tolist() == pytest.approx(
+        [1, np.nan], nan_ok=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c.model.update(head="queries"), r"config\.model\.head='queries' must be 'linear' or 'decoder'"),
+        (lambda c: c.regularization.update(mixup=0.8), r"config\.regularization\.mixup=0\.8 is for classes of whole"),
+        (lambda c: c.augment.update(randaugment_magnitude=9.0), "RandAugment moves pixels away from their mask"),
+        (lambda c: c.update(classes=("disc",)), "names 1 classes, and the masks hold the numbers 1, 2"),
+        (lambda c: c.update(classes=("disc", "disc")), "names must differ"),
+        (lambda c: c.update(unmasked="ignore"), r"config\.unmasked='ignore' must be one of drop, background, refuse"),
+        (lambda c: c.stop.update(metric="auroc"), r"config\.stop\.metric='auroc' must be one of dice, iou"),
+        (lambda c: c.model.update(arch="resnet50"), r"config\.model\.arch='resnet50' must be one of tiny"),
+        (lambda c: c.model.update(arch="unet", width=8, depth=5), "must be divisible by 32, for the U-Net"),
+        (lambda c: (c.model.update(arch="unet", width=8, depth=2), c.update(mode="frozen")), "U-Net is trained whole"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(masked, tmp_path, change, says):
+    config = small(masked)
+    change(config)
+    with pytest.raises(InputError, match=says):
+        finetune(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_frames_without_a_mask_are_dropped_taken_as_background_or_refused(tmp_path):
+    config = small(write(tmp_path / "some", without=(2, 3, 9)))
+    assert len(build.prepare(config, str(tmp_path / "a")).table) == 21
+    config.unmasked = "background"
+    run = build.prepare(config, str(tmp_path / "b"))
+    assert len(run.table) == 24
+    assert not run.task.present[2].any()
+    assert run.task.mask(records.decode_record(run.table.shards[2])).shape == SIZE
+    config.unmasked = "refuse"
+    with pytest.raises(InputError, match=r"3 of 24 frames .* have no mask; --config\.unmasked=drop"):
+        build.prepare(config, str(tmp_path / "c"))
+
+
+def test_masks_that_cannot_be_used_are_one_sentence(tmp_path):
+    with pytest.raises(InputError, match="has no masks in 24 records"):
+        build.prepare(small(write(tmp_path / "none", without=range(24))), str(tmp_path / "a"))
+    other = cv2.imencode(".png", np.ones((9, 9), np.uint8))[1].tobytes()
+    with pytest.raises(InputError, match="its mask is 9 x 9 and its image 64 x 48"):
+        build.prepare(small(write(tmp_path / "size", mask=other)), str(tmp_path / "b"))
+    grey = cv2.imencode(".png", np.arange(48 * 64).reshape(SIZE).astype(np.uint8))[1].tobytes()
+    with pytest.raises(InputError, match="hold 255 different numbers, too many to be classes"):
+        build.prepare(small(write(tmp_path / "grey", mask=grey)), str(tmp_path / "c"))
+
+
+def test_names_come_from_the_config_or_the_manifest(tmp_path):
+    path = write(tmp_path / "named", numbers=(3, 7))
+    table = read_table(path)
+    found = annotations.survey(table)
+    assert annotations.classes(table, found).names == ("class 3", "class 7")
+    assert annotations.classes(table, found, ("disc", "square")).names == ("disc", "square")
+    colours = [{"class": 3, "colour": "#ff0000", "name": "red"}, {"class": 7, "colour": "#00ff00", "name": ""}]
+    (tmp_path / "named" / "manifest.json").write_text(json.dumps({"mask_colours": colours}))
+    classes = annotations.classes(table, found)
+    assert classes.names == ("red", "class 7")
+    mask = drawn(1, (3, 7))[1]
+    assert (classes.read(records.decode_record(table.shards[1])) == np.where(mask == 3, 1, np.where(mask, 2, 0))).all()
+    with pytest.raises(DamagedRecord, match="has the number 7, which is none of the classes"):
+        dataclasses.replace(classes, codes=np.where(np.arange(256) == 7, 255, classes.codes).astype(np.uint8)).read(
+            records.decode_record(table.shards[1])
+        )
+    (tmp_path / "named" / "manifest.json").write_text(json.dumps({"mask_colours": colours[:1]}))
+    with pytest.raises(InputError, match="masks hold the number 7, which the manifest beside the shards does not name"):
+        annotations.classes(table, found)
+
+
+def test_one_class_is_the_foreground_whatever_its_number(tmp_path):
+    table = read_table(write(tmp_path, numbers=(255, 255)))
+    found = annotations.survey(table)
+    classes = annotations.classes(table, found)
+    assert (classes.names, classes.codes[255]) == (("foreground",), 1)
+    assert annotations.classes(table, found, ("lesion",)).names == ("lesion",)
