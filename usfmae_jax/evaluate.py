@@ -4,7 +4,7 @@
     python -m usfmae_jax.evaluate compare A B [--positive=CLASS] [--output=FILE.json]
 
 `compare` takes the workdirs of two runs of evaluate or finetune on the same frames (or their predictions.csv), and
-tells whether one is better than the other: paired bootstrap over patients, and McNemar's test.
+tells whether one is better than the other: paired bootstrap over patients, and of classifiers McNemar's test.
 
 Exit codes: 0 done; 2 bad input or config.
 """
@@ -57,14 +57,11 @@ def compare(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
 
     def act() -> int:
-        from usfmae_jax.evaluation import comparison, predictions
+        from usfmae_jax.evaluation import comparison
 
         if args.resamples < 1:
             raise InputError(f"--resamples={args.resamples} must be 1 or more")
-        a, b = (
-            predictions.read(args.a, predictions.ClassPredictions),
-            predictions.read(args.b, predictions.ClassPredictions),
-        )
+        a, b = comparison.read(args.a), comparison.read(args.b)
         found = comparison.compare(a, b, args.positive or _positive(args.a), args.resamples)
         print(comparison.table(found))
         if args.output:

@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from usfmae_jax.evaluation import intervals, predictions, segmentation
+from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation import comparison, intervals, predictions, segmentation
 from usfmae_jax.evaluation.segmentation import MaskPredictions, measure
 
 
@@ -162,3 +163,23 @@ def test_the_mean_over_patients_is_the_plain_one_under_equal_weights(rng):
     found = intervals.patient_mean(values, patients, weights)
     others = np.mean([values[patients == name].mean() for name in np.unique(patients) if name != "p1"])
     assert found == pytest.approx([expected, others])
+
+
+def test_two_runs_are_compared_on_the_same_patients(tmp_path):
+    rng = np.random.default_rng(1)
+    patients = [f"p{i // 2}" for i in range(80)]
+    worse = rng.uniform(0.3, 0.7, 80)
+    one, other = _made(worse + 0.1, patients), _made(worse, patients)
+    for name, run in (("a", one), ("b", other.select(rng.permutation(80)))):
+        run.write(tmp_path / f"{name}.csv")
+    found = comparison.compare(*(comparison.read(str(tmp_path / f"{name}.csv")) for name in "ab"), resamples=200)
+    dice = found["metrics"]["dice"]
+    assert (dice["difference"], *dice["ci95"]) == pytest.approx((0.1, 0.1, 0.1))
+    assert dice["p"] < 0.02
+    assert "mcnemar" not in found
+    assert "| Dice " in comparison.table(found)
+    other.drawn[3] = 7
+    with pytest.raises(InputError, match=r"frame d/video3/frame3 has other masks"):
+        comparison.compare(one, other)
+    with pytest.raises(InputError, match="different classes: c0 and c0, c1"):
+        comparison.compare(one, _made(np.zeros((80, 2)), patients))

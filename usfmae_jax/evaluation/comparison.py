@@ -1,5 +1,6 @@
 """Whether one run is better than another on the same frames: paired bootstrap over patients, and McNemar's test."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -8,21 +9,39 @@ import numpy as np
 from scipy import stats
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import classification, intervals, tables
-from usfmae_jax.evaluation.predictions import ClassPredictions
+from usfmae_jax.evaluation import classification, intervals, predictions, segmentation, tables
+from usfmae_jax.evaluation.intervals import Kind, Score
+from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions
+from usfmae_jax.evaluation.segmentation import MaskPredictions
 
+_NAMES = classification.NAMES | segmentation.NAMES
 _FEW = 25  # discordant frames below which McNemar's test is exact
 
 
+def read(path: str) -> Predictions:
+    """Reads `predictions.csv`, or the one in a workdir, of any task whose runs can be compared.
+
+    Raises:
+      InputError: there is none.
+    """
+    try:
+        return predictions.read(path, ClassPredictions)
+    except InputError as error:
+        with contextlib.suppress(InputError):
+            return predictions.read(path, MaskPredictions)
+        raise error
+
+
 def compare(
-    a: ClassPredictions, b: ClassPredictions, positive: str = "", resamples: int = 2000, seed: int = 0
+    a: Predictions, b: Predictions, positive: str = "", resamples: int = 2000, seed: int = intervals.SEED
 ) -> dict[str, Any]:
     """Compares two runs on the frames that both were tested on.
 
     Frames are joined by (dataset, video, frame). Of several label fractions each run's largest counts; of several
     seeds the mean of each metric. Both runs are seen under the same resampled patients, so that what makes a patient
-    hard for both is no noise. McNemar's test looks at the predicted classes, of several seeds at those of the mean
-    probability; it takes frames for independent, which several of one patient are not: trust the bootstrap then.
+    hard for both is no noise. McNemar's test, of classifiers, looks at the predicted classes, of several seeds at those
+    of the mean probability; it takes frames for independent, which several of one patient are not: trust the bootstrap
+    then.
 
     Args:
       a: predictions of one run.
@@ -34,14 +53,49 @@ def compare(
     Returns:
       `frames`, `patients`: shared; `only_a`, `only_b`: frames that one run alone was tested on; `classes`, `positive`;
       `metrics`, by name `{"a", "b", "difference", "ci95", "p"}`, where the difference is a - b, its interval is 95%
-      and p is two-sided (and `"left_out"` replicates that lacked a class); `mcnemar`: `{"both_right", "only_a_right",
-      "only_b_right", "both_wrong", "test", "statistic", "p"}`, where test is "exact" or "chi-square".
+      and p is two-sided (and `"left_out"` replicates that lacked a class); of classifiers `mcnemar`: `{"both_right",
+      "only_a_right", "only_b_right", "both_wrong", "test", "statistic", "p"}`, where test is "exact" or "chi-square".
 
     Raises:
-      InputError: no frame is shared, the classes differ, or a frame has two labels.
+      InputError: the runs are of two tasks, no frame is shared, the classes differ, or a frame has two labels or masks.
     """
-    a, b = _largest_fraction(a), _same_classes(_largest_fraction(b), a.classes)
+    a, b = _largest_fraction(a), _largest_fraction(b)
+    if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
+        return _compare_classes(a, b, positive, resamples, seed)
+    if isinstance(a, MaskPredictions) and isinstance(b, MaskPredictions):
+        return _compare_masks(a, b, resamples, seed)
+    raise InputError("the runs are of two tasks; compare runs of the same task")
+
+
+def _compare_classes(
+    a: ClassPredictions, b: ClassPredictions, positive: str, resamples: int, seed: int
+) -> dict[str, Any]:
+    b = _same_classes(b, a.classes)
     index = classification.positive_class(a.classes, positive)
+    a, b, found = _joined(a, b)
+    _check_labels(a, b)
+    return found | {
+        "classes": list(a.classes),
+        "positive": "" if index is None else a.classes[index],
+        "metrics": paired(a, b, classification.scored(index), [*classification.NAMES], resamples, seed),
+        "mcnemar": mcnemar(*_right(a, b)),
+    }
+
+
+def _compare_masks(a: MaskPredictions, b: MaskPredictions, resamples: int, seed: int) -> dict[str, Any]:
+    if a.classes != b.classes:
+        raise _other_classes(a.classes, b.classes)
+    a, b, found = _joined(a, b)
+    names, first = np.unique(a.frame_key, return_index=True)
+    other = (a.drawn[first] != b.drawn[np.unique(b.frame_key, return_index=True)[1]]).any(axis=1)
+    if other.any():
+        raise InputError(f"frame {names[other][0]} has other masks in the two runs; compare runs on the same masks")
+    metrics = paired(a, b, segmentation.score, [*segmentation.NAMES], resamples, seed)
+    return found | {"classes": list(a.classes), "positive": "", "metrics": metrics}
+
+
+def _joined(a: Kind, b: Kind) -> tuple[Kind, Kind, dict[str, Any]]:
+    """The rows of the frames that both were tested on, and how many they are."""
     shared = np.intersect1d(a.frame_key, b.frame_key)
     if not len(shared):
         raise InputError(
@@ -50,25 +104,40 @@ def compare(
         )
     only = [len(np.setdiff1d(run.frame_key, shared)) for run in (a, b)]
     a, b = (run.select(np.isin(run.frame_key, shared)) for run in (a, b))
-    _check_labels(a, b)
+    counts = {"frames": len(shared), "patients": len(set(a.patient_key.tolist()))}
+    return a, b, counts | {"only_a": only[0], "only_b": only[1]}
 
+
+def paired(
+    a: Kind, b: Kind, score: Score[Kind], names: Sequence[str], resamples: int, seed: int = intervals.SEED
+) -> dict[str, Any]:
+    """Differences of metrics of two runs on the same frames, under the same resampled patients.
+
+    Args:
+      a: predictions of one run.
+      b: predictions of another.
+      score: gives the metrics.
+      names: of the metrics, in order; those that are not defined for both are left out.
+      resamples: bootstrap replicates.
+      seed: of the bootstrap.
+    """
     patient_of = dict(zip(a.frame_key, a.patient_key, strict=True))
     patients = np.array([patient_of[key] for run in (a, b) for key in run.frame_key])  # those of a, for both
-    value = _both(a, b, index, np.ones((1, len(patients))))
+
+    def both(weights: np.ndarray) -> dict[str, np.ndarray]:
+        """The metrics of both runs, `[2, R]`, for weights of the rows of a, then of b."""
+        one, other = (
+            intervals.seed_mean(run, score, part)
+            for run, part in zip((a, b), np.split(weights, [len(a)], axis=1), strict=True)
+        )
+        return {name: np.stack([one[name], other[name]]) for name in names if name in one and name in other}
+
+    value = both(np.ones((1, len(patients))))
     parts = []
     if len(set(patients)) > 1:
-        parts = [_both(a, b, index, weights) for weights in intervals.bootstrap_chunks(patients, resamples, seed)]
+        parts = [both(weights) for weights in intervals.bootstrap_chunks(patients, resamples, seed)]
     drawn = {name: np.concatenate([np.zeros(0), *(part[name][0] - part[name][1] for part in parts)]) for name in value}
-    return {
-        "frames": len(shared),
-        "patients": len(set(patients)),
-        "only_a": only[0],
-        "only_b": only[1],
-        "classes": list(a.classes),
-        "positive": "" if index is None else a.classes[index],
-        "metrics": {name: _difference(value[name][0, 0], value[name][1, 0], drawn[name]) for name in value},
-        "mcnemar": mcnemar(*_right(a, b)),
-    }
+    return {name: _difference(value[name][0, 0], value[name][1, 0], drawn[name]) for name in value}
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
@@ -101,7 +170,7 @@ def table(comparison: dict[str, Any], a: str = "A", b: str = "B") -> str:
     heads = ["", a, b, f"{a} - {b}", "95% interval", "p"]
     rows = [
         [
-            classification.NAMES[name],
+            _NAMES[name],
             *(tables.number(one[key]) for key in ("a", "b")),
             tables.signed(one["difference"]),
             f"[{tables.signed(one['ci95'][0])}, {tables.signed(one['ci95'][1])}]" if one["ci95"] else tables.NONE,
@@ -109,7 +178,6 @@ def table(comparison: dict[str, Any], a: str = "A", b: str = "B") -> str:
         ]
         for name, one in comparison["metrics"].items()
     ]
-    test = comparison["mcnemar"]
     lines = [
         f"{comparison['frames']:,} shared frames of {comparison['patients']:,} patients"
         + (f"; positive: {comparison['positive']}" if comparison["positive"] else "")
@@ -121,34 +189,40 @@ def table(comparison: dict[str, Any], a: str = "A", b: str = "B") -> str:
         + ".",
         "",
         tables.markdown(heads, rows),
-        "",
-        f"McNemar ({test['test']}): {a} alone is right on {test['only_a_right']:,} frames, {b} alone on "
-        f"{test['only_b_right']:,}; p = {tables.p_value(test['p'])}.",
     ]
-    if comparison["frames"] > comparison["patients"]:
-        lines[-1] += " It takes frames of one patient for independent; the intervals above, over patients, do not."
+    if test := comparison.get("mcnemar"):
+        lines += [
+            "",
+            f"McNemar ({test['test']}): {a} alone is right on {test['only_a_right']:,} frames, {b} alone on "
+            f"{test['only_b_right']:,}; p = {tables.p_value(test['p'])}.",
+        ]
+        if comparison["frames"] > comparison["patients"]:
+            lines[-1] += " It takes frames of one patient for independent; the intervals above, over patients, do not."
     return "\n".join(lines)
 
 
-def _largest_fraction(predictions: ClassPredictions) -> ClassPredictions:
-    if not len(predictions):
+def _largest_fraction(run: Predictions) -> Predictions:
+    if not len(run):
         raise InputError("a run without predictions cannot be compared; let it finish first")
-    return predictions.select(predictions.fraction == predictions.fraction.max())
+    return run.select(run.fraction == run.fraction.max())
 
 
-def _same_classes(predictions: ClassPredictions, classes: Sequence[str]) -> ClassPredictions:
+def _same_classes(run: ClassPredictions, classes: Sequence[str]) -> ClassPredictions:
     """The predictions with their classes in this order."""
-    if sorted(predictions.classes) != sorted(classes):
-        raise InputError(
-            f"the runs have different classes: {', '.join(classes)} and {', '.join(predictions.classes)}; compare runs "
-            "of the same task"
-        )
-    order = [predictions.classes.index(name) for name in classes]
+    if sorted(run.classes) != sorted(classes):
+        raise _other_classes(classes, run.classes)
+    order = [run.classes.index(name) for name in classes]
     return dataclasses.replace(
-        predictions,
+        run,
         classes=tuple(classes),
-        label=np.argsort(order)[predictions.label],
-        probabilities=predictions.probabilities[:, order],
+        label=np.argsort(order)[run.label],
+        probabilities=run.probabilities[:, order],
+    )
+
+
+def _other_classes(one: Sequence[str], other: Sequence[str]) -> InputError:
+    return InputError(
+        f"the runs have different classes: {', '.join(one)} and {', '.join(other)}; compare runs of the same task"
     )
 
 
@@ -160,15 +234,6 @@ def _check_labels(a: ClassPredictions, b: ClassPredictions) -> None:
                 f"frame {key} is {a.classes[labels[key]]} in one run and {a.classes[label]} in the other; "
                 "compare runs on the same labels"
             )
-
-
-def _both(a: ClassPredictions, b: ClassPredictions, positive: int | None, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The metrics of both runs, `[2, R]`, for weights of the rows of a, then of b."""
-    one, other = (
-        intervals.seed_mean(run, classification.scored(positive), part)
-        for run, part in zip((a, b), np.split(weights, [len(a)], axis=1), strict=True)
-    )
-    return {name: np.stack([one[name], other[name]]) for name in classification.NAMES if name in one}
 
 
 def _difference(a: float, b: float, drawn: np.ndarray) -> dict[str, Any]:
