@@ -55,6 +55,8 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         duplicates=True,  # look for copies under other patients' names, and keep them on one side
     )
     config.fractions = (1.0,)  # of the training patients that have labels, such as (0.01, 0.05, 0.1, 0.25, 1.0)
+    # What was chosen on validation frames is fitted again with them; not where shares of the labels are compared.
+    config.refit = True
     config.linear = dict(optimizer="lars", epochs=90, batch_size=256)  # or "adamw"
     config.attentive = dict(epochs=30, batch_size=64, patience=5)
     config.corruptions = False  # also on images with graded ultrasound artefacts: 35 passes over the test frames

@@ -1,5 +1,6 @@
 """The evaluation door: every protocol from an encoder directory to a report, and what it refuses."""
 
+import collections
 import csv
 import json
 import subprocess
@@ -106,6 +107,23 @@ def test_the_split_that_one_run_leaves_is_the_split_of_another(probed, settings,
     assert folds[0] == folds[1]
     assert door.compare([str(probed), str(tmp_path / "b"), f"--output={tmp_path / 'c.json'}"]) == 0
     assert json.loads((tmp_path / "c.json").read_text())["frames"] == 48
+
+
+def test_the_last_fit_takes_training_and_validation_frames_unless_it_is_told_not_to(settings, tmp_path):
+    found = {}
+    for refit in (True, False):
+        settings.refit = refit
+        found[refit] = evaluate(settings, str(tmp_path / str(refit)))
+        assert ("training and validation frames together" in found[refit]["task"]["split"]) == refit
+    with_them, without = (
+        {m["fold"]: m["training_frames"] for m in found[refit]["context"]["members"]} for refit in (True, False)
+    )
+    parts = collections.Counter()
+    for row in csv.DictReader((tmp_path / "True" / "splits" / "splits.csv").open()):
+        parts[row["fold"], row["part"]] += 1
+    for fold, frames in without.items():
+        assert frames == parts[fold, "train"]
+        assert with_them[fold] == frames + parts[fold, "validation"]
 
 
 def test_label_fractions_and_seeds_are_members_of_one_run(settings, tmp_path):

@@ -192,3 +192,23 @@ def test_the_order_goes_through_the_whole_data_in_every_epoch():
     for epoch in range(3):
         assert sorted(order[2 * epoch : 2 * epoch + 2].ravel().tolist()) == list(range(10))
     assert probes._order(10, 4, 3, seed=0).shape == (6, 4)
+
+
+@pytest.mark.parametrize("protocol", ["logistic", "knn", "linear", "attentive"])
+def test_what_was_chosen_is_fitted_again_on_all_frames(protocol):
+    tokens = protocol == "attentive"
+    parts = [(token_data if tokens else linear_data)(count, seed) for seed, count in enumerate((96, 64, 128))]
+    options = {"linear": {"epochs": 20, "batch_size": 32}, "attentive": {"epochs": 12, "batch_size": 32}}
+    recipe = {"num_heads": 2, "seed": 0, "options": options}
+    chosen = probes.fit(protocol, parts[0], parts[1], 2, **recipe)
+    both = tuple(np.concatenate(one) for one in zip(*parts[:2], strict=True))
+    again = probes.refit(protocol, chosen.settings, both, 2, **recipe)
+    kept = {"logistic": "C", "knn": "k", "linear": "learning_rate", "attentive": "epoch"}[protocol]
+    assert again.settings[kept] == chosen.settings[kept]
+    found = again.predict(parts[2][0])
+    assert not np.array_equal(found, chosen.predict(parts[2][0]))
+    # On the training part alone it is what was chosen: nothing but the frames differs.
+    same = probes.refit(protocol, chosen.settings, parts[0], 2, **recipe).predict(parts[2][0])
+    np.testing.assert_allclose(same, chosen.predict(parts[2][0]), atol=2e-3)
+    aurocs = [metrics(parts[2][1], one, 1)["auroc"][0] for one in (found, chosen.predict(parts[2][0]))]
+    assert aurocs[0] > aurocs[1] - 0.05

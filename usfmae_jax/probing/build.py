@@ -29,7 +29,7 @@ LEAST = {
     "attentive.patience": 1,
 }
 #: Config fields, and their defaults, that mean nothing for a classifier that is tested as it is.
-PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0}
+PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0, "refit": True}
 
 
 @dataclasses.dataclass(frozen=True)

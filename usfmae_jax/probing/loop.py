@@ -99,21 +99,23 @@ def probe(
     how |= {"threads": config.data.threads, "cache": cache, "reused": lambda: reused.append(True)}
     found = features.extract(extractor, model, table, **how)
     tested, fitted = [], []
+    refit = config.refit and tuple(config.fractions) == (1.0,)  # shares of the labels stay those shares
     for fraction, seed, fold in tqdm(plan.members, protocol, unit="fit", delay=2, leave=False):
-        head = probes.fit(
-            protocol,
-            (found[fold.train], table.label[fold.train]),
-            (found[fold.validation], table.label[fold.validation]),
-            len(table.label_names),
-            num_heads=model.description["encoder"]["num_heads"] if protocol == "attentive" and model else 0,
-            seed=seed,
-            options={name: dict(config[name]) for name in ("linear", "attentive")},
-        )
-        said, chosen = (
-            record(table, rows, (fold.name, seed, fraction), head.predict(found[rows]))
-            for rows in (fold.test, fold.validation)
-        )
-        settings = head.settings | {"training_frames": len(fold.train)}
+        ids, classes = (fold.name, seed, fraction), len(table.label_names)
+        recipe: dict[str, Any] = {
+            "num_heads": model.description["encoder"]["num_heads"] if protocol == "attentive" and model else 0,
+            "seed": seed,
+            "options": {name: dict(config[name]) for name in ("linear", "attentive")},
+        }
+        learnt, held_out = ((found[rows], table.label[rows]) for rows in (fold.train, fold.validation))
+        head = probes.fit(protocol, learnt, held_out, classes, **recipe)
+        chosen = record(table, fold.validation, ids, head.predict(held_out[0]))
+        settings = head.settings
+        if refit:
+            learnt = (np.concatenate([learnt[0], held_out[0]]), np.concatenate([learnt[1], held_out[1]]))
+            head = probes.refit(protocol, settings, learnt, classes, **recipe)
+        said = record(table, fold.test, ids, head.predict(found[fold.test]))
+        settings |= {"training_frames": len(learnt[1]), "refit": refit}
         tested.append(Tested(fold.name, seed, fraction, fold.test, said, chosen if len(chosen) else None, settings))
         fitted.append(head)
     best = inspect.foremost(tested)
@@ -126,7 +128,7 @@ def probe(
     attention = inspect.rollout(model, "cls" if config.pool == "cls" and protocol != "attentive" else "mean")
     return Outcome(
         tested=tested,
-        split=plan.note,
+        split=plan.note + ("; fitted again on training and validation frames together" if refit else ""),
         mapped=(np.arange(len(table)), pooled, "frozen features"),
         attention=dict.fromkeys(best, attention),
         predict=predict,

@@ -91,14 +91,45 @@ def fit(
     return attentive(train, validation, num_classes, num_heads=num_heads, **options["attentive"], seed=seed)
 
 
+def refit(
+    protocol: str,
+    chosen: Mapping[str, float],
+    train: Data,
+    num_classes: int,
+    *,
+    num_heads: int,
+    seed: int,
+    options: Mapping[str, Mapping[str, Any]],
+) -> Probe:
+    """Fits the head of a protocol with settings that are chosen already, as DINO's evaluations do in the end.
+
+    Args:
+      protocol: see `fit`.
+      chosen: `Probe.settings` of what `fit` gave.
+      train: features and labels of the training and the validation frames together.
+      num_classes: see `fit`.
+      num_heads: likewise.
+      seed: likewise.
+      options: likewise.
+    """
+    if protocol == "logistic":
+        return logistic(train, None, num_classes, (chosen["C"],))
+    if protocol == "knn":
+        return knn(train, None, num_classes, (int(chosen["k"]),))
+    rates = (chosen["learning_rate"],)
+    if protocol == "linear":
+        return linear(train, None, num_classes, **options["linear"], seed=seed, rates=rates)
+    how = {**options["attentive"], "rates": rates, "until": int(chosen["epoch"])}
+    return attentive(train, None, num_classes, num_heads=num_heads, seed=seed, **how)
+
+
 def logistic(
     train: Data, validation: Data | None, num_classes: int, strengths: Sequence[float] = REGULARIZATION
 ) -> Probe:
     """Multinomial logistic regression on standardised features, its regularisation chosen on validation frames.
 
     Inverse strengths C are fitted on the training frames alone, each starting from the one before; the
-    lowest validation log loss wins and is kept as it is: validation frames are not added to the fit, so that a label
-    fraction is that fraction, and every protocol learns from the same frames.
+    lowest validation log loss wins.
 
     Args:
       train: features float `[N, D]` and labels int `[N]` with every class in it.
@@ -251,13 +282,14 @@ def group_folds(
 
 def linear(
     train: Data,
-    validation: Data,
+    validation: Data | None,
     num_classes: int,
     *,
     optimizer: str = "lars",
     epochs: int = 90,
     batch_size: int = 256,
     seed: int = 0,
+    rates: Sequence[float] = (),
 ) -> Probe:
     """MAE's linear probe (He et al. 2022): BatchNorm without affine parameters (eps 1e-6) and a linear layer.
 
@@ -267,30 +299,34 @@ def linear(
 
     Args:
       train: features float `[N, D]` and labels int `[N]`.
-      validation: the same of other patients.
+      validation: the same of other patients; None where there is but one rate.
       num_classes: labels are below it.
       optimizer: 'lars' or 'adamw'.
       epochs: over the training frames.
       batch_size: at most; a smaller training set is one batch.
       seed: of the initial weights and the order.
+      rates: learning rates that are tried, per 256 frames; () = those of `RATES`.
     """
     x, y = jnp.asarray(train[0], jnp.float32), jnp.asarray(train[1])
     batch_size = min(batch_size, len(x))
     order = _order(len(x), batch_size, epochs, seed)
-    rates = np.asarray(RATES[optimizer], np.float32) * batch_size / 256
+    tried = rates or RATES[optimizer]
+    scaled = np.asarray(tried, np.float32) * batch_size / 256
     kernel = 0.01 * jax.random.truncated_normal(jax.random.key(seed), -2, 2, (x.shape[1], num_classes))
-    params = jax.device_get(_train_linear(x, y, order, kernel, rates, optimizer))
+    params = jax.device_get(_train_linear(x, y, order, kernel, scaled, optimizer))
     mean, variance = train[0].mean(axis=0, dtype=np.float64), train[0].var(axis=0, dtype=np.float64)
 
     def logits(features: np.ndarray, number: int) -> np.ndarray:
         standard = (features.astype(np.float64) - mean) / np.sqrt(variance + 1e-6)
         return standard @ params["kernel"][number] + params["bias"][number]
 
-    losses = [validation_loss(validation[1], softmax(logits(validation[0], r), axis=1)) for r in range(len(rates))]
+    losses = [0.0]
+    if validation:
+        losses = [validation_loss(validation[1], softmax(logits(validation[0], r), axis=1)) for r in range(len(tried))]
     best = int(np.argmin(losses))
     return Probe(
         lambda features: softmax(logits(features, best), axis=1),
-        {"learning_rate": float(RATES[optimizer][best]), "epochs": epochs, "validation_log_loss": losses[best]},
+        {"learning_rate": float(tried[best]), "epochs": epochs, "validation_log_loss": losses[best]},
     )
 
 
@@ -328,7 +364,7 @@ def _train_linear(
 
 def attentive(
     train: Data,
-    validation: Data,
+    validation: Data | None,
     num_classes: int,
     *,
     num_heads: int,
@@ -336,6 +372,8 @@ def attentive(
     batch_size: int = 64,
     patience: int = 5,
     seed: int = 0,
+    rates: Sequence[float] = ATTENTIVE_RATES,
+    until: int = 0,
 ) -> Probe:
     """Attentive probe: `models.heads.AttentivePool` on the patch tokens of a frozen encoder.
 
@@ -344,13 +382,15 @@ def attentive(
 
     Args:
       train: tokens float `[N, T, D]` and labels int `[N]`.
-      validation: the same of other patients.
+      validation: the same of other patients; None where there is but one rate, and `until` is known.
       num_classes: labels are below it.
       num_heads: of the pool; divides D.
       epochs: at most.
       batch_size: at most; a smaller training set is one batch.
       patience: epochs.
       seed: of the initial weights and the order.
+      rates: learning rates that are tried.
+      until: the epoch whose weights are taken, of a schedule of `epochs`; 0 = the best one.
     """
     batch_size = min(batch_size, len(train[0]))
     order = _order(len(train[0]), batch_size, epochs, seed)
@@ -361,30 +401,38 @@ def attentive(
         return AttentivePool(width, num_heads, num_classes, rngs=rngs)
 
     graph = model_graph(make)
-    update, forward, optimizer = _attentive_program(graph, len(order))
+    update, forward, optimizer = _attentive_program(graph, len(order), tuple(rates))
     first = nnx.to_pure_dict(nnx.state(make(nnx.Rngs(seed)), nnx.Param))
-    params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(ATTENTIVE_RATES), *leaf.shape)), first)
+    params = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(rates), *leaf.shape)), first)
     state = jax.vmap(optimizer.init)(params)
     best: tuple[float, int, Any] = (np.inf, 0, jax.tree.map(lambda leaf: leaf[None], first))
     settings: dict[str, float] = {}
     for epoch in range(epochs):
         for rows in order[epoch * steps : (epoch + 1) * steps]:
             params, state = update(params, state, train[0][rows], train[1][rows])
+        if validation is None:
+            if epoch + 1 < until:
+                continue
+            best = (0.0, epoch, jax.tree.map(np.asarray, params))
+            settings = {"learning_rate": rates[0], "epoch": until}
+            break
         predicted = softmax(_by_batches(forward, params, validation[0]), axis=-1)  # [N, R, C]
-        losses = [validation_loss(validation[1], predicted[:, r]) for r in range(len(ATTENTIVE_RATES))]
+        losses = [validation_loss(validation[1], predicted[:, r]) for r in range(len(rates))]
         number = int(np.argmin(losses))
         if losses[number] < best[0]:
             best = (losses[number], epoch, jax.tree.map(lambda leaf, i=number: np.asarray(leaf[i : i + 1]), params))
-            settings = {"learning_rate": ATTENTIVE_RATES[number], "epoch": epoch + 1, "validation_log_loss": best[0]}
+            settings = {"learning_rate": rates[number], "epoch": epoch + 1, "validation_log_loss": best[0]}
         elif epoch - best[1] >= patience:
             break
     return Probe(lambda tokens: softmax(_by_batches(forward, best[2], tokens)[:, 0], axis=-1), settings)
 
 
 @functools.lru_cache(4)  # folds of equal shapes share the compiled programs
-def _attentive_program(graph: Any, steps: int) -> tuple[Any, Any, optax.GradientTransformation]:
+def _attentive_program(
+    graph: Any, steps: int, tried: tuple[float, ...]
+) -> tuple[Any, Any, optax.GradientTransformation]:
     optimizer = optax.adamw(_schedule(steps), weight_decay=0.05, mask=_matrices)
-    rates = jnp.asarray(ATTENTIVE_RATES, jnp.float32)
+    rates = jnp.asarray(tried, jnp.float32)
 
     def loss(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
         logits = nnx.merge(graph, params)(tokens.astype(jnp.float32))
