@@ -315,7 +315,7 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         # With several processes JAX's own service notices SIGTERM and has all of them stop after the same step.
-        numbers = [] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
+        numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
         for number in numbers:
             self._previous[number] = signal.signal(number, self._notice)
         return self
@@ -327,6 +327,8 @@ class Preemption:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._noticed = True
         signal.signal(number, self._previous[number])  # a second signal does what it always did
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
         """Whether to save and stop after this step; every process of a job gets the same answer."""
