@@ -64,6 +64,38 @@ def test_jobs_of_several_processes_are_recognised(env, several):
     assert meshes._is_multiprocess_job(env) is several
 
 
-def test_a_coordinator_needs_its_numbers():
+def test_machines_of_a_tpu_are_recognised_by_the_metadata_server(monkeypatch):
+    cluster = meshes.clusters.GceTpuCluster
+    assert not meshes._is_tpu_pod()  # no TPU here, and nobody is asked
+    monkeypatch.setattr(cluster, "is_env_present", classmethod(lambda _: True))
+    for addresses, several in ((["10.0.0.1"], False), (["10.0.0.1", "10.0.0.2"], True)):
+        monkeypatch.setattr(cluster, "_get_worker_list_in_slice", staticmethod(lambda addresses=addresses: addresses))
+        monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
+        assert meshes._is_tpu_pod() is several
+
+
+@pytest.mark.parametrize("flags", [(), (2,), (2, -1), (2, 2)])
+def test_a_coordinator_needs_its_numbers(flags):
     with pytest.raises(InputError, match="--num_processes"):
-        meshes.initialize_distributed("localhost:1234")
+        meshes.initialize_distributed("localhost:1234", *flags)
+
+
+def test_a_job_whose_processes_are_not_found_is_told_what_to_add(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")  # and nothing else of Open MPI
+    with pytest.raises(InputError, match="add --coordinator=HOST:PORT"):
+        meshes.initialize_distributed()
+
+
+def test_an_error_of_a_connection_says_that_another_process_is_gone():
+    broken = jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Gloo all-reduce failed: Connection closed by peer\n at x")
+    outer = RuntimeError("saving failed")
+    outer.__cause__ = broken
+    said = meshes.lost_another(outer)
+    assert said.startswith("another process of this job has ended or cannot be reached")
+    assert "(Gloo all-reduce failed: Connection closed by peer). The same command" in said
+    assert not meshes.lost_another(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not meshes.lost_another(ValueError("Gloo"))

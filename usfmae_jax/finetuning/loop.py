@@ -25,7 +25,14 @@ from usfmae_jax.interop.model import Model, model_graph, save_model
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.forward import apply_batches, fitting_batch
-from usfmae_jax.training.mesh import batch_sharding, global_batch, make_mesh, on_first_process, replicated
+from usfmae_jax.training.mesh import (
+    batch_sharding,
+    damage_of_all,
+    global_batch,
+    make_mesh,
+    on_first_process,
+    replicated,
+)
 from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, fill, state_maker
 from usfmae_jax.training.update import combine, compile_update, make_update, pick
@@ -195,7 +202,7 @@ class Trainer:
                     break
                 with report.waiting_for_input():
                     batch = next(batches)
-                    for message in damage.update(batch.pop("damaged")):
+                    for message in damage.update(damage_of_all(batch.pop("damaged"), member.name)):
                         report.say(message)
                     del batch["record"]
                     batch = global_batch(self.mesh, batch)

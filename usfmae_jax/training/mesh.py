@@ -5,8 +5,10 @@ plain data parallelism, with `data=1` every parameter is split over all devices 
 """
 
 import ctypes
+import functools
 import importlib.util
 import itertools
+import json
 import os
 import re
 import sys
@@ -18,6 +20,7 @@ import jax
 import numpy as np
 from jax._src import clusters, distributed  # what several processes say to each other has no public name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from usfmae_jax.errors import InputError
 
@@ -28,7 +31,7 @@ MIN_SHARDED_SIZE = 2**14
 DEAD_AFTER = 30
 _GOODBYE = 10.0  # seconds that a process which failed waits for others to fail of the same
 _AS_LONG_AS_IT_TAKES = 7 * 24 * 3600 * 1000  # milliseconds
-_calls = itertools.count()
+_questions, _messages = itertools.count(), itertools.count()  # the former are the same on every process
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -69,6 +72,15 @@ def initialize_distributed(coordinator: str = "", num_processes: int = 0, proces
                 "this is one process of several, says its environment, but JAX does not find the others; add "
                 "--coordinator=HOST:PORT --num_processes=N --process_id=I"
             ) from error
+    if distributed.global_state.process_id:
+        _say_nothing()
+
+
+def _say_nothing() -> None:
+    """Leaves it to process 0 to show what all do; errors are still said. Before JAX's own libraries begin to print."""
+    sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
 
 
 def _is_multiprocess_job(env: Mapping[str, str]) -> bool:
@@ -168,7 +180,7 @@ def on_first_process(action: Callable[[], Any]) -> None:
     if client is None or jax.process_count() == 1:
         action()
         return
-    name = f"usfmae_jax/{next(_calls)}"
+    name = f"usfmae_jax/first/{next(_questions)}"
     if jax.process_index() == 0:
         outcome = "failed"
         try:
@@ -178,6 +190,30 @@ def on_first_process(action: Callable[[], Any]) -> None:
             client.key_value_set(name, outcome)
     elif client.blocking_key_value_get(name, _AS_LONG_AS_IT_TAKES) == "failed":
         raise InputError("process 0 of this job has stopped; see what it says")
+
+
+def damage_of_all(damaged: np.ndarray, run: str = "") -> np.ndarray:
+    """Damaged records of a batch, and on process 0 what the others have found up to now: it alone counts and says it.
+
+    Args:
+      damaged: int64 `[..., 2]`, (source, record) or -1, of this process's part of the batch.
+      run: tells the runs of a job apart.
+
+    Returns:
+      int64 `[n, 2]`; of other processes than the first, none.
+    """
+    own = damaged.reshape(-1, 2)
+    own = own[own[:, 0] >= 0]
+    client = distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        return own
+    place = f"usfmae_jax/damage/{run}/"
+    if jax.process_index():
+        if len(own):
+            client.key_value_set(f"{place}{jax.process_index()}-{next(_messages)}", json.dumps(own.tolist()))
+        return own[:0]
+    told = [json.loads(text) for _, text in client.key_value_dir_get(place)]
+    return np.concatenate([own, *(np.asarray(pairs, np.int64) for pairs in told)])
 
 
 def lost_another(error: BaseException | None) -> str:
