@@ -8,6 +8,9 @@ import time
 
 from tests.pretraining.runs import environment, losses_or_none
 
+#: On a busy machine one process may compile for much longer than another.
+PATIENT = " --xla_cpu_collective_timeout_seconds=600"
+
 
 class Job:
     """The processes of a job; what each prints goes to files in a folder.
@@ -28,13 +31,12 @@ class Job:
         for number in range(count):
             command = [*words, *job, *([f"--process_id={number}"] if job else [])]
             out, error = ((logs / f"{number}.{name}").open("w") for name in ("out", "err"))
-            more = env(number) if env else {}
+            variables = environment(devices) | (env(number) if env else {})
+            variables["XLA_FLAGS"] += PATIENT
             with out, error:
-                self.processes.append(
-                    subprocess.Popen(command, env=environment(devices) | more, stdout=out, stderr=error)
-                )
+                self.processes.append(subprocess.Popen(command, env=variables, stdout=out, stderr=error))
 
-    def wait(self, timeout=300):
+    def wait(self, timeout=600):
         """Waits for all; returns their exit codes."""
         end = time.monotonic() + timeout
         try:
