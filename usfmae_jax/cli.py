@@ -224,7 +224,7 @@ Flags:
   --config.FIELD=VALUE           overrides a field, see below
   --workdir=DIR                  default runs/<config>-<variant>; an interrupted run in it is continued
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-                                 a job of several processes; found automatically on Cloud TPU, Slurm, GKE
+                                 a job of several processes; found automatically on Cloud TPU and Slurm
 
 {file}:
 {shown}

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 
-from tests.pretraining.runs import environment, losses_or_none
+from tests.pretraining.runs import environment
 
 #: On a busy machine one process may compile for much longer than another.
 PATIENT = " --xla_cpu_collective_timeout_seconds=600"
@@ -46,9 +46,9 @@ class Job:
                 process.kill()
             raise AssertionError("\n".join(map(self.said, range(len(self.processes))))) from None
 
-    def reach(self, workdir, step):
-        """Waits until a pretraining run has done so many steps."""
-        while all(process.poll() is None for process in self.processes) and max(losses_or_none(workdir)) < step:
+    def reach(self, there):
+        """Waits until `there()`, or until a process has ended."""
+        while all(process.poll() is None for process in self.processes) and not there():
             time.sleep(0.05)
 
     def said(self, number):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.processes import Job, finish, free_port
 from tests.helpers import write_shards
-from tests.pretraining.runs import command, losses
+from tests.pretraining.runs import command, losses, losses_or_none
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.model import flatten, open_model
 from usfmae_jax.training import lock
@@ -102,10 +102,11 @@ def test_a_checkpoint_of_one_process_opens_with_four(alone, damaged, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_ends_the_others_with_a_reason_and_the_job_resumes(alone, damaged, tmp_path, killed):
+def test_a_process_that_is_killed_ends_the_others_with_a_reason_and_the_job_resumes(shards, tmp_path, killed):
     workdir = tmp_path / "run"
-    job = Job(_pretrain(damaged, workdir, train__steps=100_000), 2, tmp_path / "logs")
-    job.reach(workdir, 4)
+    words = command(shards, workdir, train__steps=60)
+    job = Job(words, 2, tmp_path / "logs")
+    job.reach(lambda: any(path.name.isdecimal() for path in workdir.glob("checkpoints/*")))
     job.processes[killed].send_signal(signal.SIGKILL)
     began, other = time.monotonic(), 1 - killed
     codes = job.wait(60)
@@ -114,10 +115,8 @@ def test_a_process_that_is_killed_ends_the_others_with_a_reason_and_the_job_resu
     assert codes[other] in (1, -signal.SIGABRT)  # JAX's own service aborts
     reasons = ("another process of this job has ended", "another task died")
     assert any(reason in job.said(other) for reason in reasons), job.said(other)
-    if killed:
-        shutil.rmtree(workdir / "encoder", ignore_errors=True)
-        assert "resuming after step" in finish(_pretrain(damaged, workdir), 1, tmp_path / "again").said(0)
-        _assert_as_one(workdir, alone[0])
+    assert "resuming after step" in finish(words, 1, tmp_path / "again").said(0)
+    assert sorted(losses(workdir)) == list(range(1, 61))
 
 
 @pytest.mark.slow
@@ -125,7 +124,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(shards, 
     workdir = tmp_path / "run"
     words = command(shards, workdir, train__steps=100_000, checkpoint__every=100_000, mesh__fsdp=2)
     job = Job(words, 2, tmp_path / "logs", devices=2)
-    job.reach(workdir, 2)
+    job.reach(lambda: max(losses_or_none(workdir)) >= 2)
     job.processes[1].send_signal(signal.SIGTERM)
     assert job.wait() == [75, 75], job.said(0) + job.said(1)
     (checkpoint,) = (workdir / "checkpoints").iterdir()
@@ -177,13 +176,9 @@ def test_slurm_tells_the_processes_who_they_are(tmp_path):
     script = """if True:
         import sys
         import jax
-        from absl import flags
+        import types
         from usfmae_jax import cli
-        values = flags.FlagValues()
-        for name, default in {"coordinator": "", "num_processes": 0, "process_id": -1}.items():
-            flags.DEFINE_string(name, default, "", flag_values=values)
-        values(["door"])
-        cli.start(values)
+        cli.start(types.SimpleNamespace(coordinator="", num_processes=0, process_id=-1))
         print(jax.process_index(), jax.process_count(), file=sys.stderr)
     """
 
