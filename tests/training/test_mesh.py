@@ -98,4 +98,5 @@ def test_an_error_of_a_connection_says_that_another_process_is_gone():
     assert said.startswith("another process of this job has ended or cannot be reached")
     assert "(Gloo all-reduce failed: Connection closed by peer). The same command" in said
     assert not meshes.lost_another(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    assert meshes.lost_another(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
     assert not meshes.lost_another(ValueError("Gloo"))

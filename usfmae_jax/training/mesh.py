@@ -31,6 +31,10 @@ MIN_SHARDED_SIZE = 2**14
 DEAD_AFTER = 30
 _GOODBYE = 10.0  # seconds that a process which failed waits for others to fail of the same
 _AS_LONG_AS_IT_TAKES = 7 * 24 * 3600 * 1000  # milliseconds
+#: What JAX raises of a connection, after a word in capitals for the kind of error.
+_CONNECTION = re.compile(
+    r"[A-Z_]{4,}: .*?((?:Gloo|NCCL|[Hh]eartbeat|[Cc]oordination service|[Cc]onnection (?:reset|closed)).*)"
+)
 _questions, _messages = itertools.count(), itertools.count()  # the former are the same on every process
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
@@ -219,11 +223,11 @@ def damage_of_all(damaged: np.ndarray, run: str = "") -> np.ndarray:
 def lost_another(error: BaseException | None) -> str:
     """What to say when an error is that another process of the job is gone; "" when it is not."""
     while error:
-        found = re.search(r"(?i)(gloo|nccl|heartbeat|coordination service|connection (reset|closed)).*", str(error))
-        if isinstance(error, jax.errors.JaxRuntimeError) and found:
+        found = _CONNECTION.search(str(error))
+        if isinstance(error, RuntimeError | ValueError) and found:
             return (
                 "another process of this job has ended or cannot be reached; what it said is the reason, unless the "
-                f"system ended it ({found[0].strip()[:200]}). The same command goes on from what was saved last"
+                f"system ended it ({found[1].strip()[:200]}). The same command goes on from what was saved last"
             )
         error = error.__cause__ or error.__context__
     return ""
