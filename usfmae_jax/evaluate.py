@@ -31,7 +31,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     from usfmae_jax.probing.loop import evaluate
 
     cli.start(flags)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of several processes JAX would take it, for loops that save
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it, for loops that save
     with cli.alone_in(workdir):
         results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
     if jax.process_index() == 0:

@@ -220,6 +220,21 @@ def damage_of_all(damaged: np.ndarray, run: str = "") -> np.ndarray:
     return np.concatenate([own, *(np.asarray(pairs, np.int64) for pairs in told)])
 
 
+def rows_of_all(rows: np.ndarray, place: str) -> np.ndarray:
+    """Rows of this process's part of a batch to those of the whole batch, on every process.
+
+    Args:
+      rows: int64 `[n, ...]`.
+      place: names what is asked for; all processes ask, once.
+    """
+    client = distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        return rows
+    client.key_value_set(f"usfmae_jax/{place}/{jax.process_index()}", json.dumps(rows.tolist()))
+    asked = [f"usfmae_jax/{place}/{number}" for number in range(jax.process_count())]
+    return np.concatenate([np.asarray(json.loads(client.blocking_key_value_get(name, 60_000))) for name in asked])
+
+
 def lost_another(error: BaseException | None) -> str:
     """What to say when an error is that another process of the job is gone; "" when it is not."""
     while error:

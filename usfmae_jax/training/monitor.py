@@ -21,6 +21,7 @@ from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from usfmae_jax.data.records import Shards
+from usfmae_jax.training.mesh import rows_of_all
 
 #: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
 PEAK_FLOPS = {
@@ -71,7 +72,8 @@ def naming_records(dataset: Any, sources: Sequence[Shards], workdir: str) -> Ite
     try:
         yield
     except DivergedError as error:
-        places = [sources[source].locate(record) for source, record in dataset[error.step - 1]["record"].tolist()]
+        rows = rows_of_all(dataset[error.step - 1]["record"], f"diverged/{os.path.basename(workdir)}/{error.step}")
+        places = [sources[source].locate(record) for source, record in rows.tolist()]
         found = [f"{os.path.basename(path)},{number}" for path, number in places]
         if jax.process_index() == 0:
             epath.Path(workdir, "diverged.csv").write_text("\n".join(["shard,record", *found]) + "\n")
