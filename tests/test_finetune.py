@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -114,23 +113,3 @@ def test_help_names_the_variants_and_fields():
     assert done.returncode == 0
     for expected in (":gist514", "--config.mode='full'", "--config.regularization.mixup=0.0", "--workdir"):
         assert expected in done.stdout
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_same_members_and_both_end(undisturbed, shards, tmp_path):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    job = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.mesh.fsdp=2"]
-    command = _command(shards, tmp_path, seeds=0, parallel=0)
-    processes = [
-        subprocess.Popen([*command, *job, f"--process_id={i}"], env=environment(), stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    texts = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
-    for name in ("fold-1", "fold-2"):
-        one, two = (
-            predictions.read(run / "members" / name, predictions.ClassPredictions) for run in (undisturbed[0], tmp_path)
-        )
-        np.testing.assert_allclose(two.probabilities, one.probabilities, atol=1e-3)

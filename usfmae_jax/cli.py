@@ -8,8 +8,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,35 @@ def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDi
         parsed = parse(sys.argv, doc, default_config)
         return action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
 
-    sys.exit(answer(act))
+    lost = False
+    try:
+        code = answer(act)
+    except BaseException as error:
+        if isinstance(error, SystemExit) or not _one_of_several():
+            raise
+        code, lost = 1, _say_why(error)
+    if code not in (DONE, PREEMPTED) and _one_of_several():
+        from usfmae_jax.training import mesh
+
+        mesh.leave(code, at_once=lost)
+    sys.exit(code)
+
+
+def _one_of_several() -> bool:
+    jax = sys.modules.get("jax")  # a door that fails before it has started anything has not loaded it
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _say_why(error: BaseException) -> bool:
+    """Prints why a process of a job ends; returns whether that is because another one did."""
+    from usfmae_jax.training import mesh
+
+    said = mesh.lost_another(error)
+    if said:
+        print(f"error: {said}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return bool(said)
 
 
 def train(loop: Callable[[], bool], kept: str) -> int:
@@ -130,13 +159,14 @@ def start(flags: Any) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "usfmae_jax"))
 
 
-def alone_in(workdir: str) -> AbstractContextManager[None]:
+@contextmanager
+def alone_in(workdir: str) -> Iterator[None]:
     """Holds the workdir for this job, after `start`; see `training.lock.hold`."""
-    import jax
+    from usfmae_jax.training import lock, mesh
 
-    from usfmae_jax.training import lock
-
-    return lock.hold(workdir, first=jax.process_index() == 0)
+    with ExitStack() as held:
+        mesh.on_first_process(lambda: held.enter_context(lock.hold(workdir)))
+        yield
 
 
 def default_workdir(value: str) -> str:
@@ -194,7 +224,7 @@ Flags:
   --config.FIELD=VALUE           overrides a field, see below
   --workdir=DIR                  default runs/<config>-<variant>; an interrupted run in it is continued
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-                                 a job of several processes; found automatically on Cloud TPU, Slurm, GKE
+                                 a job of several processes; found automatically on Cloud TPU and Slurm
 
 {file}:
 {shown}

@@ -12,6 +12,7 @@ Exit codes: 0 done; 2 bad input or config.
 import argparse
 import json
 import pathlib
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,6 +31,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     from usfmae_jax.probing.loop import evaluate
 
     cli.start(flags)
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it, for loops that save
     with cli.alone_in(workdir):
         results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
     if jax.process_index() == 0:

@@ -314,6 +314,8 @@ def run_here(
 def run_on_beam(parts: Sequence[Part], work: isolate.Work, limit: float, preload: str, options: Any) -> None:
     """Makes parts with an Apache Beam pipeline, whose workers reach the folder of `work` under the same name.
 
+    They must be allowed to start processes: on Dask, workers without a nanny.
+
     Args:
       parts: to make.
       work: a partial of `write_part`.

@@ -84,6 +84,14 @@ def test_every_epoch_shows_every_record_once_in_a_new_order(sources):
     assert first != second
 
 
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_an_epoch_shows_every_record_once_to_whatever_number_of_hosts(sources, hosts):
+    parts = [_dataset(sources, host=host, hosts=hosts) for host in range(hosts)]
+    for epoch in (range(6), range(6, 12)):
+        seen = [tuple(pair) for step in epoch for part in parts for pair in part[step]["record"].tolist()]
+        assert sorted(seen) == [(0, number) for number in range(48)]
+
+
 def test_a_mixture_follows_its_weights(sources, tmp_path):
     write_shards(tmp_path, 12)
     both = [*sources, *pipeline.open_sources(str(tmp_path), "train")]

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -109,49 +108,6 @@ def test_a_checkpoint_opens_on_another_number_of_devices(undisturbed, shards, tm
     assert "resuming after step 9" in resumed.stderr
     expected, found = losses(undisturbed[0]), losses(tmp_path)
     np.testing.assert_allclose([found[s] for s in (10, 11, 12)], [expected[s] for s in (10, 11, 12)], rtol=1e-4)
-
-
-def _start_two_processes(shards, workdir, **overrides):
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    return [
-        subprocess.Popen(
-            command(shards, workdir, *flags, f"--process_id={i}", mesh__fsdp=2, **overrides),
-            env=environment(2),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-
-
-def test_two_processes_compute_what_one_does(undisturbed, shards, tmp_path):
-    processes = _start_two_processes(shards, tmp_path)
-    texts = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], texts
-    np.testing.assert_allclose(list(losses(tmp_path).values()), list(losses(undisturbed[0]).values()), rtol=1e-4)
-    assert "step/s" not in texts[1]  # one bar, one table, from process 0
-    _assert_close(tmp_path, undisturbed[0])
-
-
-def _assert_close(workdir, other):
-    ours, theirs = (flatten(open_model(str(run / "encoder")).params) for run in (workdir, other))
-    for name, value in theirs.items():
-        np.testing.assert_allclose(ours[name], value, atol=1e-3, err_msg=name)
-
-
-@pytest.mark.slow
-def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(shards, tmp_path):
-    processes = _start_two_processes(shards, tmp_path, train__steps=100_000, checkpoint__every=100_000)
-    while all(process.poll() is None for process in processes) and max(losses_or_none(tmp_path)) < 2:
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
-    texts = [process.communicate(timeout=200)[1] for process in processes]
-    assert [process.returncode for process in processes] == [75, 75], texts
-    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
-    assert f"stopped at step {checkpoint.name} of 100000" in texts[0]
 
 
 def test_the_door_exits_2_with_one_sentence(shards, tmp_path):

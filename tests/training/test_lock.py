@@ -117,8 +117,8 @@ def test_where_nothing_can_be_locked_the_note_decides(tmp_path, quick, monkeypat
         assert (tmp_path / lock.NAME).exists()
 
 
-def test_buckets_other_processes_of_the_job_and_folders_that_cannot_be_written_are_not_held(tmp_path):
-    with lock.hold("gs://bucket/run"), lock.hold(str(tmp_path), first=False):
+def test_buckets_and_folders_that_cannot_be_written_are_not_held(tmp_path):
+    with lock.hold("gs://bucket/run"):
         assert not list(tmp_path.iterdir())
         with lock.hold(str(tmp_path)):
             assert (tmp_path / lock.NAME).exists()

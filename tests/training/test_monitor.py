@@ -115,6 +115,20 @@ def test_the_mean_loss_restarts_with_every_save(tmp_path):
         assert report.mean_loss_since_save() == 7.0
 
 
+def test_ctrl_c_in_a_job_of_several_processes_counts_as_sigterm_which_jax_hands_on(monkeypatch):
+    monkeypatch.setattr(monitors.jax, "process_count", lambda: 2)
+    terminated, before = [], signal.getsignal(signal.SIGINT)
+    handler = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+    try:
+        with monitors.Preemption():
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            assert terminated
+            assert signal.getsignal(signal.SIGINT) == before  # a second one does what it always did
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_sigterm_is_noticed_once_and_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     with monitors.Preemption() as preemption:

@@ -25,7 +25,14 @@ from usfmae_jax.interop.model import Model, model_graph, save_model
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.forward import apply_batches, fitting_batch
-from usfmae_jax.training.mesh import batch_sharding, global_batch, make_mesh, replicated
+from usfmae_jax.training.mesh import (
+    batch_sharding,
+    damage_of_all,
+    global_batch,
+    make_mesh,
+    on_first_process,
+    replicated,
+)
 from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, fill, state_maker
 from usfmae_jax.training.update import combine, compile_update, make_update, pick
@@ -64,8 +71,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     results.describe(run, mesh, config.train.batch_size, len(unfinished), processes)
     if not side_by_side.train(functools.partial(train_members, config, run), unfinished, processes):
         return False
-    if jax.process_index() == 0:
-        results.finish(run, command, config.evaluate.bootstrap, config.evaluate.batch_size)
+    on_first_process(lambda: results.finish(run, command, config.evaluate.bootstrap, config.evaluate.batch_size))
     return True
 
 
@@ -196,7 +202,7 @@ class Trainer:
                     break
                 with report.waiting_for_input():
                     batch = next(batches)
-                    for message in damage.update(batch.pop("damaged")):
+                    for message in damage.update(damage_of_all(batch.pop("damaged"), member.name)):
                         report.say(message)
                     del batch["record"]
                     batch = global_batch(self.mesh, batch)

@@ -20,7 +20,7 @@ from usfmae_jax.data.records import Shards
 from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, save_model, write_lineage
 from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks
-from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
+from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, init_state
 from usfmae_jax.training.update import compile_update, make_update
@@ -100,7 +100,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         for step in range(first_step + 1, total_steps + 1):
             with report.waiting_for_input():
                 batch = next(batches)
-                for line in damage.update(batch["damaged"]):
+                for line in damage.update(damage_of_all(batch["damaged"])):
                     report.say(line)
                 images = global_batch(mesh, batch["image"])
             if train_step is None:

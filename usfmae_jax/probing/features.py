@@ -93,7 +93,8 @@ def extract(
     found = _read(path, len(frames)) if cache else None
     # Hosts may have homes of their own: all compute unless all have the file.
     if np.all(multihost_utils.process_allgather(np.bool_(found is not None))) and found is not None:
-        print(f"features: computed before, {path}", file=sys.stderr)
+        if jax.process_index() == 0:
+            print(f"features: computed before, {path}", file=sys.stderr)
         reused()
         return found
     images = decode(

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -22,7 +21,7 @@ from usfmae_jax.reporting import classification as reporting
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checks, inspect, probes
 from usfmae_jax.training.forward import fitting_batch
-from usfmae_jax.training.mesh import make_mesh
+from usfmae_jax.training.mesh import make_mesh, on_first_process
 
 HEADS = {
     "logistic": "Logistic regression",
@@ -41,7 +40,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
       command: how to repeat it, for the report.
 
     Returns:
-      what results.json holds.
+      what results.json holds; of a job of several processes the first one alone, the others {}.
 
     Raises:
       InputError: something given cannot be used; raised before any features are computed.
@@ -68,15 +67,19 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         plan = build.plan(config, table, protocol, cache)
         if protocol == "attentive":
             features.check_tokens(model, len(table))
-        if jax.process_index() == 0:
-            splits.write_splits(f"{workdir}/splits/splits.csv", table, plan.folds, plan.groups)
+        written = f"{workdir}/splits/splits.csv"
+        on_first_process(lambda: splits.write_splits(written, table, plan.folds, plan.groups))
         outcome = probe(config, protocol, model, table, plan, mesh, cache)
     robustness = None
     if config.corruptions:
         chosen = [outcome.tested[number] for number in inspect.foremost(outcome.tested)]
         how = {"batch_size": config.batch_size, "threads": config.data.threads}
         robustness = sweep(table, chosen, outcome, positive=config.positive, seed=config.seed, **how)
-    return report(config, workdir, protocol, model, table, outcome, robustness, command)
+    found: dict[str, Any] = {}
+    on_first_process(
+        lambda: found.update(report(config, workdir, protocol, model, table, outcome, robustness, command))
+    )
+    return found
 
 
 def probe(
@@ -173,8 +176,6 @@ def report(
         "members": [{"fold": t.fold, "seed": t.seed, "fraction": t.fraction, **t.settings} for t in tested],
         "command": command,
     }
-    if jax.process_index():
-        return {}
     best = inspect.foremost(tested)
     examples = classification.errors([(tested[n].rows, tested[n].predictions) for n in best], config.examples)
     looks = [outcome.attention[number] for number in best]

@@ -1,9 +1,12 @@
 """Checkpoints: Orbax holds the state; the data position and the config travel inside the same checkpoint."""
 
+import functools
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 from orbax.checkpoint import v1 as orbax
 
@@ -64,7 +67,11 @@ class _Checkpointer(orbax.training.Checkpointer):
 
     def close(self) -> None:
         super().close()
-        on_first_process(lambda: without_paths(self.directory))
+        clean = functools.partial(without_paths, self.directory)
+        if sys.exc_info()[0] is None:
+            on_first_process(clean)
+        elif jax.process_index() == 0:  # what has failed here may be at work elsewhere: nobody is waited for
+            clean()
 
 
 def save(

@@ -26,19 +26,17 @@ _WATCHED = 4 * _RENEWED
 
 
 @contextlib.contextmanager
-def hold(workdir: str, first: bool = True) -> Iterator[None]:
+def hold(workdir: str) -> Iterator[None]:
     """Holds the working directory of a run, which is created.
 
     A bucket, `gs://` or the like, knows no locks: nothing guards it, and it is for the person to start one run in it.
 
-    Args:
-      workdir: see above.
-      first: whether this is the first process of its job; the others hold nothing.
+    Of a job of several processes the first one holds it.
 
     Raises:
       InputError: another run is at work there.
     """
-    if "://" in workdir or not first:
+    if "://" in workdir:
         yield
         return
     folder = pathlib.Path(workdir)

@@ -5,21 +5,37 @@ plain data parallelism, with `data=1` every parameter is split over all devices 
 """
 
 import ctypes
+import functools
 import importlib.util
+import itertools
+import json
 import os
+import re
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax._src import clusters, distributed  # what several processes say to each other has no public name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from usfmae_jax.errors import InputError
 
 #: Arrays with fewer elements than this are replicated: splitting them costs more messages than it saves memory.
 MIN_SHARDED_SIZE = 2**14
+
+#: Seconds without a sign of life after which a process of a job counts as dead, and ends the others.
+DEAD_AFTER = 30
+_GOODBYE = 10.0  # seconds that a process which failed waits for others to fail of the same
+_AS_LONG_AS_IT_TAKES = 7 * 24 * 3600 * 1000  # milliseconds
+#: What JAX raises of a connection, after a word in capitals for the kind of error.
+_CONNECTION = re.compile(
+    r"[A-Z_]{4,}: .*?((?:Gloo|NCCL|[Hh]eartbeat|[Cc]oordination service|[Cc]onnection (?:reset|closed)).*)"
+)
+_questions, _messages = itertools.count(), itertools.count()  # the former are the same on every process
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
@@ -46,14 +62,29 @@ def initialize_distributed(coordinator: str = "", num_processes: int = 0, proces
     are recognised by their environment and JAX finds the rest by itself. Must run before any other JAX call.
 
     Raises:
-      InputError: a coordinator is given without the other two arguments.
+      InputError: a coordinator is given without the other two arguments, or JAX does not find the other processes.
     """
     if coordinator:
-        if num_processes < 1 or process_id < 0:
-            raise InputError("--coordinator needs --num_processes and --process_id too")
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif _is_multiprocess_job(os.environ):
-        jax.distributed.initialize()
+        if num_processes < 1 or not 0 <= process_id < num_processes:
+            raise InputError("--coordinator needs --num_processes=N and --process_id, a number from 0 to N-1, too")
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=DEAD_AFTER)
+    elif _is_multiprocess_job(os.environ) or _is_tpu_pod():
+        try:
+            jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_AFTER)
+        except ValueError as error:  # a part of what it needs is not there
+            raise InputError(
+                "this is one process of several, says its environment, but JAX does not find the others; add "
+                "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+            ) from error
+    if distributed.global_state.process_id:
+        _say_nothing()
+
+
+def _say_nothing() -> None:
+    """Leaves it to process 0 to show what all do; errors are still said. Before JAX's own libraries begin to print."""
+    sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
 
 
 def _is_multiprocess_job(env: Mapping[str, str]) -> bool:
@@ -62,12 +93,18 @@ def _is_multiprocess_job(env: Mapping[str, str]) -> bool:
         # A Slurm step: srun sets the step's variables, a bare salloc shell does not.
         ("SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1)
         or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
-        # Cloud TPU and GKE name all workers of a slice; a multislice job has one coordinator for them.
+        # GKE names all workers of a TPU slice; a multislice job has one coordinator for them.
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
         or "MEGASCALE_COORDINATOR_ADDRESS" in env
         # A GKE job with GPUs: an indexed Job or JobSet.
         or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env and "JOBSET_NAME" in env)
     )
+
+
+def _is_tpu_pod() -> bool:
+    """Whether this is one of several machines of a TPU, whose environment says nothing: the metadata server does."""
+    cluster = clusters.GceTpuCluster
+    return cluster.is_env_present() and cluster.get_process_count() > 1
 
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
@@ -135,20 +172,100 @@ def global_batch(mesh: Mesh, local: Any) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), local)
 
 
-def on_first_process(action: Callable[[], None]) -> None:
-    """Has process 0 write what all share; if it refuses to, all processes stop, and none waits for another.
+def on_first_process(action: Callable[[], Any]) -> None:
+    """Has process 0 do what is done once; the others wait for it, and if it fails none of them goes on.
+
+    They wait for a word and not for a sum, for which some backends have a time limit.
 
     Raises:
-      InputError: the action did, on process 0.
+      InputError: the action failed on process 0, which raises what it did.
     """
-    refusal: InputError | None = None
+    client = distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        action()
+        return
+    name = f"usfmae_jax/first/{next(_questions)}"
     if jax.process_index() == 0:
+        outcome = "failed"
         try:
             action()
-        except InputError as error:
-            refusal = error
-    if multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None)):
-        raise refusal or InputError("process 0 of this job refuses to start; see what it says")
+            outcome = "done"
+        finally:
+            client.key_value_set(name, outcome)
+    elif client.blocking_key_value_get(name, _AS_LONG_AS_IT_TAKES) == "failed":
+        raise InputError("process 0 of this job has stopped; see what it says")
+
+
+def damage_of_all(damaged: np.ndarray, run: str = "") -> np.ndarray:
+    """Damaged records of a batch, and on process 0 what the others have found up to now: it alone counts and says it.
+
+    Args:
+      damaged: int64 `[..., 2]`, (source, record) or -1, of this process's part of the batch.
+      run: tells the runs of a job apart.
+
+    Returns:
+      int64 `[n, 2]`; of other processes than the first, none.
+    """
+    own = damaged.reshape(-1, 2)
+    own = own[own[:, 0] >= 0]
+    client = distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        return own
+    place = f"usfmae_jax/damage/{run}/"
+    if jax.process_index():
+        if len(own):
+            client.key_value_set(f"{place}{jax.process_index()}-{next(_messages)}", json.dumps(own.tolist()))
+        return own[:0]
+    told = [json.loads(text) for _, text in client.key_value_dir_get(place)]
+    return np.concatenate([own, *(np.asarray(pairs, np.int64) for pairs in told)])
+
+
+def rows_of_all(rows: np.ndarray, place: str) -> np.ndarray:
+    """Rows of this process's part of a batch to those of the whole batch, on every process.
+
+    Args:
+      rows: int64 `[n, ...]`.
+      place: names what is asked for; all processes ask, once.
+    """
+    client = distributed.global_state.client
+    if client is None or jax.process_count() == 1:
+        return rows
+    client.key_value_set(f"usfmae_jax/{place}/{jax.process_index()}", json.dumps(rows.tolist()))
+    asked = [f"usfmae_jax/{place}/{number}" for number in range(jax.process_count())]
+    return np.concatenate([np.asarray(json.loads(client.blocking_key_value_get(name, 60_000))) for name in asked])
+
+
+def lost_another(error: BaseException | None) -> str:
+    """What to say when an error is that another process of the job is gone; "" when it is not."""
+    while error:
+        found = _CONNECTION.search(str(error))
+        if isinstance(error, RuntimeError | ValueError) and found:
+            return (
+                "another process of this job has ended or cannot be reached; what it said is the reason, unless the "
+                f"system ended it ({found[1].strip()[:200]}). The same command goes on from what was saved last"
+            )
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def leave(code: int, at_once: bool = False) -> None:
+    """Ends a process that failed in a job of several; returns where there is only one.
+
+    An ordinary exit would wait for the others for minutes, while they wait for this one. They end when it is gone.
+
+    Args:
+      code: the exit code.
+      at_once: whether another one is known to be gone; if not, all may have failed of the same, and each says so.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    if not at_once:
+        together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        together.start()
+        together.join(_GOODBYE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def one_device() -> Mesh:

@@ -21,6 +21,7 @@ from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from usfmae_jax.data.records import Shards
+from usfmae_jax.training.mesh import rows_of_all
 
 #: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
 PEAK_FLOPS = {
@@ -71,7 +72,8 @@ def naming_records(dataset: Any, sources: Sequence[Shards], workdir: str) -> Ite
     try:
         yield
     except DivergedError as error:
-        places = [sources[source].locate(record) for source, record in dataset[error.step - 1]["record"].tolist()]
+        rows = rows_of_all(dataset[error.step - 1]["record"], f"diverged/{os.path.basename(workdir)}/{error.step}")
+        places = [sources[source].locate(record) for source, record in rows.tolist()]
         found = [f"{os.path.basename(path)},{number}" for path, number in places]
         if jax.process_index() == 0:
             epath.Path(workdir, "diverged.csv").write_text("\n".join(["shard,record", *found]) + "\n")
@@ -315,7 +317,7 @@ class Preemption:
 
     def __enter__(self) -> "Preemption":
         # With several processes JAX's own service notices SIGTERM and has all of them stop after the same step.
-        numbers = [] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
+        numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
         for number in numbers:
             self._previous[number] = signal.signal(number, self._notice)
         return self
@@ -327,6 +329,8 @@ class Preemption:
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._noticed = True
         signal.signal(number, self._previous[number])  # a second signal does what it always did
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
         """Whether to save and stop after this step; every process of a job gets the same answer."""
