@@ -228,7 +228,11 @@ def pixel_hash(pixels: np.ndarray) -> str:
 
 @dataclasses.dataclass
 class Shards:
-    """All records of some shard files, in file order: `shards[i]` is the bytes of record i."""
+    """All records of some shard files, in file order: `shards[i]` is the bytes of record i.
+
+    A TFRecord file cannot claim to be longer than it is. ArrayRecord files are compressed, and their library tells no
+    size before it has read: 128 KB of a stranger's can be a record of 1 GB, which costs three times that.
+    """
 
     paths: list[str]
 
