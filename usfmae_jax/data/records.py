@@ -25,12 +25,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 from etils import epath
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from usfmae_jax.data.array_record import ArrayRecordShard
 from usfmae_jax.data.tfrecord import TFRecordShard
 from usfmae_jax.errors import DamagedRecord, InputError
 
@@ -228,11 +228,7 @@ def pixel_hash(pixels: np.ndarray) -> str:
 
 @dataclasses.dataclass
 class Shards:
-    """All records of some shard files, in file order: `shards[i]` is the bytes of record i.
-
-    A TFRecord file cannot claim to be longer than it is. ArrayRecord files are compressed, and their library tells no
-    size before it has read: 128 KB of a stranger's can be a record of 1 GB, which costs three times that.
-    """
+    """All records of some shard files, in file order: `shards[i]` is the bytes of record i."""
 
     paths: list[str]
 
@@ -295,8 +291,7 @@ def _open_shard(path: str) -> Any:
     try:
         if ".tfrecord" in os.path.basename(path):
             return TFRecordShard(path)
-        # One record at a time is asked for: read-ahead would fetch what nobody wants.
-        return grain.sources.ArrayRecordDataSource([path])
+        return ArrayRecordShard(path)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(
             f"shard {path} cannot be opened: {str(error).splitlines()[0]}; rebuild or remove it"
