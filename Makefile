@@ -38,7 +38,7 @@ install: $(VENV)/.prep  ## create .venv with what runs need, DICOM and video rea
 install-dev: $(VENV)/.dev  ## ... and with what the tests need
 
 # PyTorch stays outside the locks: which build of a version pip finds, for the CPU or for CUDA, depends on the machine.
-install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, for their comparisons
+install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, MONAI, for their comparisons
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-deps torchvision  # its operators are not needed
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-interop.lock
