@@ -5,11 +5,13 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 FLOORS := .venv-floors
+TOOLS := .venv-tools
 DEMO := data/demo
 # The tests of a file share what it makes once, so they stay in one process; files begin in the order of conftest.py.
 PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults lint format clean
+.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults lint format lock audit \
+	licences clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -27,16 +29,19 @@ $(VENV)/.prep: requirements.txt requirements-prep.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -r requirements-prep.txt
 	@touch $@ $(VENV)/.core
 
-$(VENV)/.dev: requirements.txt requirements-prep.txt requirements-beam.txt requirements-dev.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+# Who runs takes the ranges of the requirement files; who develops, and CI, exactly what the lock names.
+$(VENV)/.dev: requirements.lock | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	@touch $@ $(VENV)/.core $(VENV)/.prep
 
 install: $(VENV)/.prep  ## create .venv with what runs need, DICOM and video readers included
 install-dev: $(VENV)/.dev  ## ... and with what the tests need
 
-install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, for their comparisons
-	$(BIN)/python -m pip install --quiet torch==2.13.0 "transformers>=4.48,<6" "onnx>=1.17,<2" "onnxruntime>=1.20,<2"
-	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.21,<2" torchvision "monai>=1.5,<2"  # no operators needed
+# PyTorch stays outside the locks: which build of a version pip finds, for the CPU or for CUDA, depends on the machine.
+install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, MONAI, for their comparisons
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-deps torchvision  # its operators are not needed
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-interop.lock
 
 demo-data: $(VENV)/.core  ## simulate labelled ultrasound frames into data/demo (once)
 	$(BIN)/python -m data_prep.build --dataset=phantom --output=$(DEMO)
@@ -72,5 +77,23 @@ format: $(VENV)/.dev  ## put the code into house style
 	$(BIN)/ruff check --fix --output-format=concise .
 	$(BIN)/ruff format .
 
+$(TOOLS)/bin/uv: | $(BIN)/python
+	$(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet "uv>=0.9,<1" "pip-audit>=2.9,<3"
+
+LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(TOOLS)/bin/uv pip compile --quiet --upgrade --universal \
+	--python-version=3.11 --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links
+
+lock: $(TOOLS)/bin/uv  ## renew requirements*.lock: the newest versions that the ranges admit, for Python 3.11 and 3.12
+	$(LOCK) requirements-dev.txt --output-file=requirements.lock
+	{ sed '/^-r/d; /^torch/d' requirements-interop.txt; echo "monai>=1.5,<2"; } | $(LOCK) - --constraints=requirements.lock \
+		--overrides=<(echo "torch; python_version < '3'") --no-emit-package=torchvision --output-file=requirements-interop.lock
+
+audit: $(TOOLS)/bin/uv  ## look the locked versions up among known vulnerabilities (needs the network)
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock -r requirements-interop.lock
+
+licences: $(VENV)/.dev  ## write docs/licences.md; after make install-interop, whose packages are listed too
+	$(BIN)/python -m tests.licences > docs/licences.md
+
 clean:  ## remove the virtual environment and caches; keeps data/ and runs/
-	rm -rf $(VENV) $(FLOORS) .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(FLOORS) $(TOOLS) .cache .pytest_cache .ruff_cache .mypy_cache

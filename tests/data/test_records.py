@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pathlib
 import pickle
+import resource
 import struct
 import types
 import zlib
@@ -186,6 +187,30 @@ def test_a_damaged_array_record_is_a_damaged_record(tmp_path):
     with pytest.raises(DamagedRecord):
         records.decode_record(shards[1])
     assert records.decode_record(shards[3])["source"] == "3.png"
+
+
+def test_more_shards_than_files_may_be_open_raise_the_limit_or_are_a_sentence(tmp_path, monkeypatch):
+    write_shards(tmp_path, 4)
+    set_to = []
+    monkeypatch.setattr(records.resource, "getrlimit", lambda which: (100, 1000))
+    monkeypatch.setattr(records.resource, "setrlimit", lambda which, limits: set_to.append(limits))
+    records.open_shards(str(tmp_path))
+    assert set_to == [(2 + 256, 1000)]
+    monkeypatch.setattr(records.resource, "getrlimit", lambda which: (100, 200))
+    with pytest.raises(InputError, match="2 shards cannot be open at once where a process may open 200 files"):
+        records.open_shards(str(tmp_path))
+
+
+def test_a_record_is_not_called_damaged_where_no_more_files_can_be_opened(tmp_path):
+    write_shards(tmp_path, 40, pieces=20)
+    shards = records.open_shards(str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 3, hard))
+        with pytest.raises(InputError, match="20 shards cannot be open at once"):
+            [shards[number] for number in range(40)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_split_is_chosen_by_name_and_folders_are_searched(tmp_path):

@@ -9,6 +9,7 @@ import bisect
 import collections
 import concurrent.futures
 import dataclasses
+import errno
 import glob
 import hashlib
 import io
@@ -17,18 +18,19 @@ import json
 import math
 import os
 import re
+import resource
 import struct
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 from etils import epath
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
+from usfmae_jax.data.array_record import ArrayRecordShard
 from usfmae_jax.data.tfrecord import TFRecordShard
 from usfmae_jax.errors import DamagedRecord, InputError
 
@@ -231,6 +233,7 @@ class Shards:
     paths: list[str]
 
     def __post_init__(self) -> None:
+        _allow_files(sum(".tfrecord" not in os.path.basename(path) for path in self.paths))
         # Opening reads a footer or an index each: worth doing side by side when the files are remote.
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             self._files = list(pool.map(_open_shard, self.paths))
@@ -249,6 +252,8 @@ class Shards:
         try:
             return self._files[shard][index - start]
         except (RuntimeError, OSError, IndexError, ValueError) as error:
+            if os.strerror(errno.EMFILE) in str(error):  # no fault of the record's
+                raise _too_many_files(len(self.paths)) from error
             raise DamagedRecord(f"record cannot be read: {error}") from error
 
     def contents(self) -> list[tuple[str, int]]:
@@ -264,12 +269,29 @@ class Shards:
         return shard, self._ends[shard - 1] if shard else 0
 
 
+def _allow_files(count: int) -> None:
+    """Makes room for `count` open files: an ArrayRecord shard that was read from stays open."""
+    count += 256  # for what else a process has open
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (soft, hard) and hard < count:
+        raise _too_many_files(count - 256)
+    if soft != resource.RLIM_INFINITY and soft < count:  # often 1,024
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
+def _too_many_files(count: int) -> InputError:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return InputError(
+        f"{count} shards cannot be open at once where a process may open {hard} files (ulimit -Hn); "
+        "raise the limit or write fewer, larger shards"
+    )
+
+
 def _open_shard(path: str) -> Any:
     try:
         if ".tfrecord" in os.path.basename(path):
             return TFRecordShard(path)
-        # One record at a time is asked for: read-ahead would fetch what nobody wants.
-        return grain.sources.ArrayRecordDataSource([path])
+        return ArrayRecordShard(path)
     except (RuntimeError, OSError, ValueError) as error:
         raise InputError(
             f"shard {path} cannot be opened: {str(error).splitlines()[0]}; rebuild or remove it"
