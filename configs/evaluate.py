@@ -20,6 +20,7 @@ Protocols (`config.protocol`)
   knn        weighted vote of the nearest neighbours; their number is chosen on validation frames
   linear     MAE's linear probe: BatchNorm and a linear layer, LARS or AdamW
   attentive  one learned query attends to the frozen patch tokens
+  segmentation  of shards with masks: a linear layer from the frozen patch tokens to the classes of their pixels
   finetuned  the classifier of a fine-tuning run as it is
   auto       finetuned where the checkpoint has a classifier, else logistic
 """
@@ -32,7 +33,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of folds
     config.seeds = (0,)  # of label fractions and initial weights; several are averaged
-    # A workdir, a checkpoint in it, an encoder/ or classifier/ directory, or "pixels": the floor to beat.
+    # A workdir, a checkpoint in it, an encoder/ or classifier/ directory; or the floor to beat: "pixels", "random".
     config.checkpoint = ""
     config.step = 0  # of a pretraining workdir's checkpoints; 0 = its encoder/, or else the newest
     config.protocol = "auto"

@@ -27,16 +27,14 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Runs the evaluation and prints its table; returns the exit code."""
     import jax  # after the flags are known to be right
 
-    from usfmae_jax.evaluation.results import table
     from usfmae_jax.probing.loop import evaluate
 
     cli.start(flags)
     if jax.process_count() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it, for loops that save
     with cli.alone_in(workdir):
-        results = evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
+        evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
     if jax.process_index() == 0:
-        print(table(results))
         print(f"{workdir}/report.html", file=sys.stderr)
     return DONE
 

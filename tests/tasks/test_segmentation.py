@@ -11,6 +11,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import nnx
 
+from configs import evaluate as evaluation
 from configs import segment as configs
 from tests.helpers import record
 from usfmae_jax.data import annotations, augment, records
@@ -22,6 +23,8 @@ from usfmae_jax.evaluation.segmentation import MaskPredictions
 from usfmae_jax.finetuning import build
 from usfmae_jax.finetuning.loop import finetune
 from usfmae_jax.interop.model import flatten, open_model
+from usfmae_jax.probing import patches
+from usfmae_jax.probing.loop import evaluate
 from usfmae_jax.tasks import segmentation
 from usfmae_jax.training.monitor import Preemption
 
@@ -265,3 +268,51 @@ def test_one_class_is_the_foreground_whatever_its_number(tmp_path):
     classes = annotations.classes(table, found)
     assert (classes.names, classes.codes[255]) == (("foreground",), 1)
     assert annotations.classes(table, found, ("lesion",)).names == ("lesion",)
+
+
+def probed(path, workdir, checkpoint, **fields):
+    config = evaluation.get_config("folder")
+    config.data.path = path
+    config.update(protocol="segmentation", checkpoint=checkpoint, bootstrap=20, cache=f"{workdir}/cache", batch_size=8)
+    config.split.update(folds=2, duplicates=False)
+    config.update(fields)
+    return evaluate(config, str(workdir / "run"))
+
+
+@pytest.mark.parametrize("checkpoint", ["pixels", "random"])
+def test_frozen_patches_are_probed(masked, tmp_path, checkpoint):
+    results = probed(masked, tmp_path, checkpoint)
+    assert results["metrics"]["dice"]["value"] > 0.4  # grey levels alone tell the disc from what surrounds it
+    assert results["counts"]["frames"] == 24
+    for member in results["context"]["members"]:
+        assert member["penalty"] in patches.PENALTIES
+    assert "Linear segmentation probe" in (tmp_path / "run" / "report.html").read_text()
+    assert (tmp_path / "run" / "predictions.csv").exists()
+
+
+def test_the_patch_probe_finds_what_is_linear_and_is_bitwise_the_same_again(rng):
+    tokens = rng.normal(size=(20, 6, 4)).astype(np.float16)
+    targets = np.eye(2, dtype=np.float16)[(tokens[..., 1] > 0.3).astype(int)]
+    train, validation = np.arange(12), np.arange(12, 16)
+    probe = patches.fit(100 + 5 * tokens, targets, train, validation)
+    said = probe.predict(100 + 5 * tokens[16:], (2, 3))["probabilities"]
+    assert said.shape == (4, 2, 3, 2)
+    assert (said.argmax(axis=-1).ravel() == targets[16:].argmax(axis=-1).ravel()).mean() > 0.9
+    again = patches.fit(100 + 5 * tokens, targets, train, validation)
+    assert (again.kernel == probe.kernel).all()
+    assert patches.fit(tokens, targets, train, np.zeros(0, int), (0.1,)).settings == {"penalty": 0.1}
+
+
+def test_shares_of_patches_add_up_to_what_is_drawn(masked):
+    table, task = segmentation.of_table(read_table(masked), (), "drop", 1)
+    found = patches.shares(table, task, (6, 8), 1).astype(np.float64)
+    assert found.shape == (24, 48, 3)
+    np.testing.assert_allclose(found.sum(axis=2), 1, atol=2e-3)
+    assert found[4, :, 1].sum() * 64 == pytest.approx((drawn(4)[1] == 1).sum(), rel=0.01)
+
+
+def test_a_probe_of_pixels_refuses_what_is_for_whole_frames(masked, tmp_path):
+    with pytest.raises(InputError, match=r"config\.positive is for classes of whole frames"):
+        probed(masked, tmp_path, "pixels", positive="disc")
+    with pytest.raises(InputError, match=r"random:large2 must name one of the sizes tiny"):
+        probed(masked, tmp_path, "random:large2")

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from usfmae_jax import __version__
-from usfmae_jax.data import annotations, splits
+from usfmae_jax.data import splits
 from usfmae_jax.data.duplicates import cached_near_duplicates
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
@@ -272,13 +272,8 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
         raise InputError(f"config.unmasked={config.unmasked!r} must be one of {', '.join(segmentation.UNMASKED)}")
     if config.dice < 0:
         raise InputError(f"config.dice={config.dice:g} must not be negative")
-    found = annotations.survey(table, config.data.threads)
-    classes = annotations.classes(table, found, checks.names(config.classes))
-    rows = segmentation.select(table, found, config.unmasked)
-    numbers = [np.flatnonzero(classes.codes == c + 1) for c in range(len(classes.names))]
-    present = np.stack([found.pixels[rows][:, one].sum(axis=1) > 0 for one in numbers], axis=1)
     how = {"head": model.head, "decoder_width": model.decoder_width, "dice": config.dice}
-    return table.take(rows), segmentation.Segmentation(classes, present, **how)
+    return segmentation.of_table(table, checks.names(config.classes), config.unmasked, config.data.threads, **how)
 
 
 #: What makes a task of a config and the table of all frames, with those frames that it learns from.

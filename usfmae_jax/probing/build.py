@@ -5,17 +5,20 @@ from typing import Any
 
 import jax
 import ml_collections
+from flax import nnx
 
 from usfmae_jax.data import provenance, splits
 from usfmae_jax.data.duplicates import cached_near_duplicates
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import positive_class
-from usfmae_jax.interop.model import Model, members, open_model
-from usfmae_jax.tasks import classification
+from usfmae_jax.interop.model import Model, members, open_model, preprocessing
+from usfmae_jax.interop.model import build as build_model
+from usfmae_jax.models.vit import SIZES
+from usfmae_jax.tasks import classification, segmentation
 from usfmae_jax.training import checks, probes
 
-PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "finetuned")
+PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "segmentation", "finetuned")
 #: Smallest values of config fields.
 LEAST = {
     "bootstrap": 1,
@@ -68,7 +71,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not config.checkpoint:
         raise InputError(
             "config.checkpoint is missing: the workdir of a run, one of its checkpoints, an encoder or classifier "
-            "directory, or 'pixels' for the raw pixels that an encoder has to beat"
+            "directory; or 'pixels' or 'random', the raw pixels and the untrained encoder that it has to beat"
         )
 
 
@@ -87,7 +90,7 @@ def protocol(config: ml_collections.ConfigDict) -> str:
     """The protocol that 'auto' stands for: a classifier is tested as it is, an encoder by logistic regression."""
     if config.protocol != "auto":
         return config.protocol
-    if config.checkpoint == "pixels":
+    if config.checkpoint.partition(":")[0] in ("pixels", "random"):
         return "logistic"
     if members(config.checkpoint):
         return "finetuned"
@@ -95,20 +98,48 @@ def protocol(config: ml_collections.ConfigDict) -> str:
 
 
 def encoder(config: ml_collections.ConfigDict) -> Model | None:
-    """The model whose encoder is probed; None for raw pixels.
+    """The model whose encoder is probed, a trained one or, by the name `random:SIZE`, none; None for raw pixels.
 
     Raises:
       InputError: it cannot be read, or is no vision transformer.
     """
     if config.checkpoint == "pixels":
         return None
+    if config.checkpoint.partition(":")[0] == "random":
+        return untrained(config.checkpoint.partition(":")[2] or "tiny", config.seed)
     model = open_model(config.checkpoint, config.step or None)
     model.encoder()
     return model
 
 
-def labelled(config: ml_collections.ConfigDict) -> Table:
-    """The labelled frames.
+def untrained(size: str, seed: int) -> Model:
+    """An encoder with random weights, of grey frames: what training has to beat."""
+    if size not in SIZES:
+        raise InputError(f"config.checkpoint=random:{size} must name one of the sizes {', '.join(SIZES)}")
+    shape = {**SIZES[size], "image_size": list(SIZES[size]["image_size"])}
+    description = {"model": "vit", "encoder": shape}
+    params = nnx.to_pure_dict(nnx.state(build_model(description)(nnx.Rngs(seed)), nnx.Param))
+    mean, std = ((0.25,) * shape["channels"], (0.2,) * shape["channels"])
+    pixels = preprocessing(shape["image_size"], 1, mean, std)
+    return Model({"encoder": jax.device_get(params)}, description, pixels, [])
+
+
+def masked(config: ml_collections.ConfigDict) -> tuple[Table, segmentation.Segmentation]:
+    """The frames with masks, and the task that they are.
+
+    Raises:
+      InputError: there are none, or they cannot be used.
+    """
+    if config.positive:
+        raise InputError("config.positive is for classes of whole frames")
+    if config.corruptions:
+        raise InputError("config.corruptions is for classes of whole frames")
+    table = checks.read_frames(config.data.path, config.data.split)
+    return segmentation.of_table(table, checks.names(config.classes), "drop", config.data.threads)
+
+
+def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.Classification]:
+    """The labelled frames, and the task that their classes are.
 
     Raises:
       InputError: there are none, or they cannot be used.
@@ -119,7 +150,7 @@ def labelled(config: ml_collections.ConfigDict) -> Table:
         positive_class(table.label_names, config.positive)
     except InputError as error:
         raise InputError(f"config.{error}") from error
-    return table
+    return table, classification.Classification(table.label_names, positive=config.positive)
 
 
 def refuse_labels_seen(model: Model | None, table: Table) -> None:
@@ -133,30 +164,29 @@ def refuse_labels_seen(model: Model | None, table: Table) -> None:
 
 
 def split(
-    config: ml_collections.ConfigDict, table: Table, pairs: Any = None
+    config: ml_collections.ConfigDict, table: Table, strata: splits.Strata, pairs: Any = None
 ) -> tuple[list[splits.Fold], Any, list[dict[str, Any]], str]:
     """The folds of the data; see `splits.plan`."""
     how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
-    return splits.plan(table, classification.strata(table), **how, seed=config.seed, pairs=pairs)
+    return splits.plan(table, strata, **how, seed=config.seed, pairs=pairs)
 
 
 def asked_for(config: ml_collections.ConfigDict, table: Table) -> tuple[list[splits.Fold], str] | None:
     """The folds that the person names for a classifier that is tested as it is, and a phrase; None if they do not."""
     if not config.split.path and config.split.kind == "auto":
         return None
-    folds, _, _, note = split(config, table)
+    folds, _, _, note = split(config, table, classification.strata(table))
     return folds, note
 
 
-def plan(config: ml_collections.ConfigDict, table: Table, protocol: str, cache: str) -> Plan:
+def plan(config: ml_collections.ConfigDict, table: Table, strata: splits.Strata, protocol: str, cache: str) -> Plan:
     """Folds of the data and the members to fit; equal ones are made once."""
     pairs = None
     if config.split.duplicates:
         kept = f"{cache}/duplicates-{table.fingerprint}.csv"
         pairs = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
-    folds, groups, excluded, note = split(config, table, pairs)
+    folds, groups, excluded, note = split(config, table, strata, pairs)
     folds, only = splits.only(folds, checks.names(config.split.only))
-    strata = classification.strata(table)
     chosen = []
     for fraction in sorted(set(config.fractions)):
         # Without chance in what is learnt from, or in how, all seeds would be the same.

@@ -20,6 +20,7 @@ from usfmae_jax.data.table import Table
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Model
+from usfmae_jax.models.patches import patchify
 from usfmae_jax.training.forward import apply_batches, encoder_function
 from usfmae_jax.training.mesh import replicated
 
@@ -29,13 +30,21 @@ Extractor = Callable[[Iterator[np.ndarray], int, str], np.ndarray]
 FORMAT = 3
 #: Side of the images whose pixels are the features of the floor that any encoder has to beat.
 PIXELS = 32
+#: ... and patches of such images, with the side of each, where pixels are to be told apart.
+PIXELS_GRID, PIXELS_PATCH = 12, 8
 #: Patch tokens are kept whole in memory: of more than this, bytes, another pooling is asked for.
 MOST_TOKENS = 16 * 2**30
 
 
-def image_format(weights: Model | None) -> tuple[tuple[int, int], int]:
+def image_format(weights: Model | None, pool: str = "mean") -> tuple[tuple[int, int], int]:
     """(height, width) and channels of the images that weights take; None stands for raw pixels."""
-    return weights.image_format if weights else ((PIXELS, PIXELS), 1)
+    side = PIXELS if pool != "patches" else PIXELS_GRID * PIXELS_PATCH
+    return weights.image_format if weights else ((side, side), 1)
+
+
+def grid(weights: Model | None) -> tuple[int, int]:
+    """Patches down and across of such images."""
+    return weights.grid() if weights else (PIXELS_GRID, PIXELS_GRID)
 
 
 def extractor(weights: Model | None, pool: str, *, mesh: Mesh, batch_size: int, dtype: Any = jnp.float32) -> Extractor:
@@ -51,6 +60,10 @@ def extractor(weights: Model | None, pool: str, *, mesh: Mesh, batch_size: int, 
     Returns:
       `(batches, number of images, name for the bar) -> features`: float32 `[N, D]`; of patches float16 `[N, T, D]`.
     """
+    if weights is None and pool == "patches":
+        return lambda batches, total, name: np.concatenate(
+            [np.asarray(patchify(jnp.asarray(batch) / 255, PIXELS_PATCH), np.float16) for batch in batches]
+        )
     if weights is None:
         return lambda batches, total, name: np.concatenate(
             [batch.reshape(len(batch), -1).astype(np.float32) / 255 for batch in batches]
@@ -87,7 +100,7 @@ def extract(
       cache: folder; "" keeps nothing. What is there is believed if nobody else can have written it.
       reused: called if they were computed before.
     """
-    (height, width), channels = image_format(weights)
+    (height, width), channels = image_format(weights, pool)
     name = f"{frames.fingerprint}-{pool}-{height}x{width}x{channels}-{jnp.dtype(dtype).name}"
     path = pathlib.Path(cache, f"features-{weights.fingerprint if weights else 'pixels'}-{name}.npz")
     found = _read(path, len(frames)) if cache else None
@@ -109,7 +122,7 @@ def extract(
 def check_tokens(weights: Model | None, frames: int) -> None:
     """Raises InputError if the patch tokens of so many frames are too many to be kept."""
     if weights is None:
-        raise InputError("raw pixels have no patch tokens; probe them with --config.protocol=logistic")
+        return
     (height, width), _ = image_format(weights)
     architecture = weights.encoder().description["encoder"]
     size = 2 * frames * (height // architecture["patch_size"]) * (width // architecture["patch_size"])

@@ -164,7 +164,7 @@ def test(
         tested=tested,
         split=note,
         mapped=(*mapped, space),
-        attention={number: rollout(judges[panels[number][0]].model, pool) for number in best},
+        looks={number: rollout(judges[panels[number][0]].model, pool) for number in best},
         predict=predict,
         image_format=(size, channels),
         warnings=warnings,

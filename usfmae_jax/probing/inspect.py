@@ -13,7 +13,7 @@ from usfmae_jax.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from usfmae_jax.data.table import Table
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.evaluation.classification import summarise
-from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate, identify
+from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions, concatenate, identify
 from usfmae_jax.training.inspect import Attention
 
 #: Metrics whose curve over severities is kept.
@@ -41,8 +41,8 @@ class Tested:
     seed: int
     fraction: float
     rows: np.ndarray
-    predictions: ClassPredictions
-    validation: ClassPredictions | None = None
+    predictions: Predictions
+    validation: Predictions | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -54,9 +54,9 @@ class Outcome:
       tested: one entry for each member.
       split: where the folds come from, a few words.
       mapped: rows int `[M]` and features `[M, D]` for the map, and what these are, a few words.
-      attention: of the models behind the foremost members, by their number; None where there is none.
-      predict: asks the foremost members again, about other images of their rows.
+      looks: what is shown beside an example, of the foremost members, by their number; None where there is nothing.
       image_format: (height, width) and channels of the models' input.
+      predict: asks the foremost members again, about other images of their rows; None where that is not done.
       excluded: near-duplicates taken out of training parts; None where that is not known.
       warnings: sentences.
       features: `sha256` of frozen ones, and whether they were `computed` now or before; empty where there are none.
@@ -65,9 +65,9 @@ class Outcome:
     tested: list[Tested]
     split: str
     mapped: tuple[np.ndarray, np.ndarray, str]
-    attention: dict[int, Attention | None]
-    predict: Predict
+    looks: dict[int, Attention | None]
     image_format: tuple[tuple[int, int], int]
+    predict: Predict | None = None
     excluded: list[dict[str, Any]] | None = None
     warnings: tuple[str, ...] = ()
     features: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -91,27 +91,28 @@ def sweep(
       for each corruption, for each of `CURVES`, its values at severity 0 (clean), 1, ..., 5.
     """
     rows = np.concatenate([member.rows for member in tested])
-    size, channels = outcome.image_format
+    said = [member.predictions for member in tested if isinstance(member.predictions, ClassPredictions)]
+    (size, channels), predict = outcome.image_format, outcome.predict
+    assert predict
 
     def clean() -> Iterator[np.ndarray]:
         return decode(table, rows, size=size, channels=channels, batch_size=batch_size, threads=threads)
 
     def score(probabilities: Sequence[np.ndarray]) -> dict[str, float | None]:
         parts = [
-            dataclasses.replace(member.predictions, probabilities=found)
-            for member, found in zip(tested, probabilities, strict=True)
+            dataclasses.replace(member, probabilities=found) for member, found in zip(said, probabilities, strict=True)
         ]
         metrics = summarise(concatenate(parts), positive, resamples=0)["metrics"]
         return {name: metrics[name]["value"] for name in CURVES}
 
     kept = list(clean()) if len(rows) * size[0] * size[1] * channels <= KEPT else None
-    undamaged = score([member.predictions.probabilities for member in tested])
+    undamaged = score([member.probabilities for member in said])
     curves = {corruption: {name: [value] for name, value in undamaged.items()} for corruption in CORRUPTIONS}
     with tqdm(total=len(CORRUPTIONS) * len(SEVERITIES), desc="corruptions", unit="pass", leave=False) as bar:
         for name in CORRUPTIONS:
             for severity in SEVERITIES:
                 images = corrupted(kept or clean(), rows, name, severity, seed, threads)
-                for metric, value in score(outcome.predict(images, len(rows), name)).items():
+                for metric, value in score(predict(images, len(rows), name)).items():
                     curves[name][metric].append(value)
                 bar.update()
     return curves

@@ -12,13 +12,13 @@ from tqdm import tqdm
 
 from usfmae_jax.data import provenance, splits
 from usfmae_jax.data.table import Table
-from usfmae_jax.evaluation.predictions import concatenate
+from usfmae_jax.evaluation.predictions import concatenate, identify
 from usfmae_jax.interop.model import Model
-from usfmae_jax.probing import build, features, finetuned
+from usfmae_jax.probing import build, features, finetuned, patches
 from usfmae_jax.probing.build import Plan
 from usfmae_jax.probing.inspect import Outcome, Tested, parted, record, sweep
-from usfmae_jax.reporting import classification as reporting
-from usfmae_jax.tasks import classification
+from usfmae_jax.tasks import Task
+from usfmae_jax.tasks.segmentation import Segmentation, classes_of
 from usfmae_jax.training import checks, inspect, probes
 from usfmae_jax.training.forward import fitting_batch
 from usfmae_jax.training.mesh import make_mesh, on_first_process
@@ -28,6 +28,7 @@ HEADS = {
     "knn": "Nearest neighbours",
     "linear": "Linear probe",
     "attentive": "Attentive probe",
+    "segmentation": "Linear segmentation probe",
 }
 
 
@@ -50,26 +51,30 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     config = config.copy_and_resolve_references()
     config.batch_size = fitting_batch(config.batch_size, mesh, "config.batch_size")
     protocol = build.protocol(config)
+    task: Task
     if protocol == "finetuned":
         build.check_finetuned(config)
         judges = finetuned.open_judges(config.checkpoint)
         model: Model | None = judges[0].model
-        table = build.labelled(config)
+        table, task = build.labelled(config)
         workdir = checks.make_workdir(workdir)
         how = {"batch_size": config.batch_size, "threads": config.data.threads, "dtype": jnp.dtype(config.dtype)}
         outcome = finetuned.test(judges, table, mesh, lambda: build.asked_for(config, table), **how)
     else:
         model = build.encoder(config)
-        table = build.labelled(config)
+        table, task = build.masked(config) if protocol == "segmentation" else build.labelled(config)
         build.refuse_labels_seen(model, table)
+        if protocol in ("attentive", "segmentation"):
+            features.check_tokens(model, len(table))
         workdir = checks.make_workdir(workdir)
         cache = config.cache or features.default_cache()
-        plan = build.plan(config, table, protocol, cache)
-        if protocol == "attentive":
-            features.check_tokens(model, len(table))
+        plan = build.plan(config, table, task.strata(table), protocol, cache)
         written = f"{workdir}/splits/splits.csv"
         on_first_process(lambda: splits.write_splits(written, table, plan.folds, plan.groups))
-        outcome = probe(config, protocol, model, table, plan, mesh, cache)
+        if isinstance(task, Segmentation):
+            outcome = probe_patches(config, model, table, task, plan, mesh, cache)
+        else:
+            outcome = probe(config, protocol, model, table, plan, mesh, cache)
     robustness = None
     if config.corruptions:
         chosen = [outcome.tested[number] for number in inspect.foremost(outcome.tested)]
@@ -77,7 +82,7 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         robustness = sweep(table, chosen, outcome, positive=config.positive, seed=config.seed, **how)
     found: dict[str, Any] = {}
     on_first_process(
-        lambda: found.update(report(config, workdir, protocol, model, table, outcome, robustness, command))
+        lambda: found.update(report(config, workdir, protocol, model, table, task, outcome, robustness, command))
     )
     return found
 
@@ -133,9 +138,57 @@ def probe(
         tested=tested,
         split=plan.note + ("; fitted again on training and validation frames together" if refit else ""),
         mapped=(np.arange(len(table)), pooled, "frozen features"),
-        attention=dict.fromkeys(best, attention),
+        looks=dict.fromkeys(best, attention),
         predict=predict,
         image_format=features.image_format(model),
+        excluded=plan.excluded,
+        features={"sha256": features.digest(found), "computed": "before" if reused else "now"},
+    )
+
+
+def probe_patches(
+    config: ml_collections.ConfigDict,
+    model: Model | None,
+    table: Table,
+    task: Segmentation,
+    plan: Plan,
+    mesh: Mesh,
+    cache: str,
+) -> Outcome:
+    """Patch tokens once, then one linear layer for each member, measured in the frames' own sizes."""
+    how: dict[str, Any] = {"pool": "patches", "batch_size": config.batch_size, "dtype": jnp.dtype(config.dtype)}
+    extractor, grid = features.extractor(model, mesh=mesh, **how), features.grid(model)
+    reused: list[bool] = []
+    how |= {"threads": config.data.threads, "cache": cache, "reused": lambda: reused.append(True)}
+    found = features.extract(extractor, model, table, **how)
+    targets = patches.shares(table, task, grid, config.data.threads)
+    tested, fitted = [], []
+    refit = config.refit and tuple(config.fractions) == (1.0,)  # shares of the labels stay those shares
+    for fraction, seed, fold in tqdm(plan.members, "segmentation", unit="fit", delay=2, leave=False):
+        head = patches.fit(found, targets, fold.train, fold.validation)
+        settings, rows = head.settings, fold.train
+        if refit:
+            rows = np.concatenate([fold.train, fold.validation])
+            head = patches.fit(found, targets, rows, np.zeros(0, int), (settings["penalty"],))
+        kept = task.measure(table, fold.test, head.predict(found[fold.test], grid))
+        said = task.record(identify(table, fold.test, fold.name, seed, fraction), table, fold.test, kept)
+        settings |= {"training_frames": len(rows), "refit": refit}
+        tested.append(Tested(fold.name, seed, fraction, fold.test, said, settings=settings))
+        fitted.append(head)
+
+    def outlines(head: patches.PatchProbe) -> Any:
+        def look(images: np.ndarray) -> np.ndarray:
+            said = head.predict(extractor(iter([images]), len(images), ""), grid)["probabilities"]
+            return np.stack([classes_of(one, images.shape[1:3]) for one in said])
+
+        return look
+
+    return Outcome(
+        tested=tested,
+        split=plan.note + ("; fitted again on training and validation frames together" if refit else ""),
+        mapped=(np.arange(len(table)), found.astype(np.float32).mean(axis=1), "frozen features"),
+        looks={number: outlines(fitted[number]) for number in inspect.foremost(tested)},
+        image_format=features.image_format(model, "patches"),
         excluded=plan.excluded,
         features={"sha256": features.digest(found), "computed": "before" if reused else "now"},
     )
@@ -147,11 +200,12 @@ def report(
     protocol: str,
     model: Model | None,
     table: Table,
+    task: Task,
     outcome: Outcome,
     robustness: dict[str, Any] | None,
     command: str,
 ) -> dict[str, Any]:
-    """Writes what was found."""
+    """Writes what was found, and prints it."""
     settings, tested = build.settings(config), outcome.tested
     lineage = model.lineage if model else []
     datasets = sorted(set(table.dataset.tolist()))
@@ -177,28 +231,31 @@ def report(
         "command": command,
     }
     best = inspect.foremost(tested)
-    examples = classification.errors([(tested[n].rows, tested[n].predictions) for n in best], config.examples)
-    looks = [outcome.attention[number] for number in best]
-    rows, mapped, space = outcome.mapped
+    examples = task.examples(table, [(tested[n].rows, tested[n].predictions) for n in best], config.examples)
+    looks = [outcome.looks[number] for number in best]
+    (rows, mapped, space), strata = outcome.mapped, task.strata(table)
     validation = [one.validation for one in tested if one.validation is not None]
     epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return reporting.finish(
+    found = task.finish(
         workdir,
         concatenate([one.predictions for one in tested]),
+        concatenate(validation) if len(validation) == len(tested) else None,
         about={
             "title": title(protocol, model, datasets),
             "protocol": protocol,
             "datasets": datasets,
             "split": outcome.split,
         },
-        positive=config.positive,
         context=context,
-        validation=concatenate(validation) if len(validation) == len(tested) else None,
-        embedding=inspect.feature_map(table, rows, table.label_name[rows], mapped, space, config.seed),
+        embedding=inspect.feature_map(
+            table, rows, np.asarray(strata.names)[strata.code[rows]], mapped, space, config.seed
+        ),
         examples=inspect.shown(table, examples, looks, outcome.image_format),
-        robustness=robustness,
         resamples=config.bootstrap,
+        **({"robustness": robustness} if robustness else {}),
     )
+    print(task.table(found), flush=True)
+    return found
 
 
 def title(protocol: str, model: Model | None, datasets: list[str]) -> str:
@@ -209,4 +266,4 @@ def title(protocol: str, model: Model | None, datasets: list[str]) -> str:
     if protocol == "finetuned":
         kind = "ResNet-50" if model.description["model"] == "resnet50" else "ViT"
         return f"Fine-tuned {kind} on {on}"
-    return f"{HEADS[protocol]} on a frozen encoder, {on}"
+    return f"{HEADS[protocol]} on {'a frozen' if model.lineage else 'an untrained'} encoder, {on}"

@@ -166,11 +166,11 @@ def _by_patient(predictions: MaskPredictions) -> Markup:
 def _areas(predictions: MaskPredictions) -> list[Markup]:
     """Predicted areas against drawn ones, in mm2 where all pixels have a known size."""
     known = np.isfinite(predictions.pixel_area).all()
-    factor = predictions.pixel_area[:, None] / 100 if known else 1.0
+    factor = predictions.pixel_area[:, None] / 100 if known else 1e-3
     drawn, predicted = predictions.drawn * factor, predictions.predicted * factor
     if not (drawn > 0).any():
         return []
-    unit, most = "cm²" if known else "pixels", float(np.percentile(np.maximum(drawn, predicted), 99.5))
+    unit, most = "cm²" if known else "thousand pixels", float(np.percentile(np.maximum(drawn, predicted), 99.5))
     groups = [
         charts.Dots(
             name, drawn[there, c], predicted[there, c], says=_bias(drawn[there, c], predicted[there, c]), colour=c

@@ -28,6 +28,8 @@ from usfmae_jax.tasks import Arrays, Task
 UNMASKED = ("drop", "background", "refuse")
 #: Patients who have a class, from which on every part of a split gets some of them.
 FEWEST = 10
+#: Examples of each of the best, the middling and the worst.
+SHOWN = 3
 
 
 def select(table: Table, found: annotations.Found, unmasked: str) -> np.ndarray:
@@ -163,7 +165,7 @@ class Segmentation(Task):
     def examples(
         self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
     ) -> list[dict[str, Any]]:
-        """The best, the middling and the worst frames by Dice, a third of `count` each, with the mask as drawn."""
+        """The worst, the middling and the best frames by Dice, with the mask as drawn."""
         dice, place = [], []
         for member, (rows, predictions) in enumerate(tested):
             assert isinstance(predictions, MaskPredictions)
@@ -171,7 +173,7 @@ class Segmentation(Task):
             place += [(member, int(row)) for row in rows]
         every = np.concatenate(dice)
         order = [i for i in np.argsort(every, kind="stable").tolist() if np.isfinite(every[i])]
-        third = min(count // 3, len(order) // 3) or min(len(order), 1)
+        third = min(count // 3, len(order) // 3, SHOWN) or min(len(order), count, 1)
         middle = (len(order) - third) // 2
         parts = {"worst": order[:third], "middle": order[middle : middle + third], "best": order[-third:][::-1]}
         found = []
@@ -195,6 +197,27 @@ class Segmentation(Task):
     def table(self, results: Mapping[str, Any]) -> str:
         """The results for a terminal."""
         return tables.overview(results, NAMES, "dice")
+
+
+def of_table(table: Table, names: Sequence[str], unmasked: str, threads: int, **how: Any) -> tuple[Table, Segmentation]:
+    """The frames of a table that are learnt from and tested, and the task that their masks are.
+
+    Args:
+      table: all frames.
+      names: of the classes, see `annotations.classes`.
+      unmasked: see `select`.
+      threads: that decode.
+      **how: the other fields of `Segmentation`.
+
+    Raises:
+      InputError: the masks cannot be used.
+    """
+    found = annotations.survey(table, threads)
+    classes = annotations.classes(table, found, names)
+    rows = select(table, found, unmasked)
+    numbers = [np.flatnonzero(classes.codes == c + 1) for c in range(len(classes.names))]
+    present = np.stack([found.pixels[rows][:, one].sum(axis=1) > 0 for one in numbers], axis=1)
+    return table.take(rows), Segmentation(classes, present, **how)
 
 
 def pixel_loss(logits: jax.Array, classes: jax.Array, dice: float) -> jax.Array:
