@@ -56,11 +56,11 @@ def line(job: str, data: str, folder: pathlib.Path) -> tuple[list[str], tuple[st
         flags = ("--patients=60", "--frames=2", "--image_size=64", "--workers=1", f"--output={folder}")
         return [sys.executable, "-m", "data_prep.build", "--dataset=phantom", *flags], ("**/*.array_record-*",)
     if job == "pretrain":
-        return command(data, folder, train__steps=30), _WEIGHTS
+        return command(data, folder, train__steps=18), _WEIGHTS
     split = ("split.kind=group", "split.folds=2", "split.duplicates=false")
     if job == "finetune":
         model = [f"model.{field}" for field in _MODEL]
-        how = ("train.steps=16", "train.batch_size=16", "stop.every=2.0", "evaluate.bootstrap=20", "parallel=1")
+        how = ("train.steps=10", "train.batch_size=16", "stop.every=2.0", "evaluate.bootstrap=20", "parallel=1")
         return _door("finetune", "configs/finetune.py:folder", data, folder, *split, *model, *how), _WEIGHTS
     how = ("checkpoint=pixels", "bootstrap=20", f"cache={folder / 'cache'}")
     return _door("evaluate", "configs/evaluate.py:folder", data, folder, *split, *how), _WEIGHTS
