@@ -178,7 +178,8 @@ def check_resumable(
         if old.get(name) != new.get(name) and not any(name == f or name.startswith(f + ".") for f in resumable)
     ]
     if differences:
+        data = any(difference.startswith(("data_fingerprint", "data_content")) for difference in differences)
         raise InputError(
             f"the checkpoint in {workdir} was made with another config: {'; '.join(differences)}. "
-            "Use the old values to resume, or another --workdir to start anew."
+            f"Use the old values{' and the shards as they were' * data} to resume, or another --workdir to start anew."
         )
