@@ -19,7 +19,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from usfmae_jax.errors import DONE, FAILED, PREEMPTED, InputError, answer, visible_output
+from usfmae_jax.errors import DONE, FAILED, PREEMPTED, InputError, answer, leave, visible_output
 
 
 @visible_output()
@@ -47,11 +47,7 @@ def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDi
         from usfmae_jax.training import mesh
 
         mesh.leave(code, at_once=lost)
-    if code == FAILED:  # what hangs may be a thread, which Python would wait for
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    leave(code)
 
 
 def _one_of_several() -> bool:

@@ -2,10 +2,11 @@
 
 import contextlib
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 #: Exit codes: done, failed, bad input or config, stopped by preemption after a saved checkpoint.
 DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
@@ -54,6 +55,15 @@ def answer(action: Callable[[], int]) -> int:
             raise
     print(f"error: {said}", file=sys.stderr)
     return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; after a fault at once: what hangs may be a thread, which Python would wait for."""
+    if code == FAILED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 #: What systems say of a disk that is full or gone; libraries that write hand it on inside of longer texts.
