@@ -62,7 +62,9 @@ def predictions(folder):
         rows = list(csv.DictReader(file))
     said = [name for name in rows[0] if name.startswith("p_") or name.startswith("probability")]
     assert said, rows[0]
-    return [row["frame"] + row["video"] for row in rows], np.array([[float(row[name]) for name in said] for row in rows])
+    return [row["frame"] + row["video"] for row in rows], np.array(
+        [[float(row[name]) for name in said] for row in rows]
+    )
 
 
 @pytest.mark.slow

@@ -156,6 +156,17 @@ def writes(folder: pathlib.Path) -> set[pathlib.Path]:
     return {*folder.glob("checkpoints/*orbax-checkpoint-tmp*"), *folder.glob("*/*/checkpoints/*orbax-checkpoint-tmp*")}
 
 
+def _until(folder: pathlib.Path, count: int) -> Callable[[], bool]:
+    """Tells whether so many checkpoints have begun to be written."""
+    seen: set[pathlib.Path] = set()
+
+    def begun() -> bool:
+        seen.update(writes(folder))
+        return len(seen) >= count
+
+    return begun
+
+
 def compiles(log: pathlib.Path) -> bool:
     """Whether a job is compiling its training step, or was when it was killed."""
     said = log.read_text(errors="replace")
@@ -183,8 +194,7 @@ def try_fault(job: str, fault: str, times: int, data: str, draw: random.Random, 
             words, _ = line(job, data, folder)
             process = Process(words, log, None if kind == COMPILE else cache)
             if kind == CHECKPOINT:  # one of the first few, a bit after it began
-                seen: set[pathlib.Path] = set()
-                code = process.wait(600, lambda s=seen, f=folder, n=draw.randint(1, 4): s.update(writes(f)) or len(s) >= n)
+                code = process.wait(600, _until(folder, draw.randint(1, 4)))
                 code = process.wait(draw.uniform(0, 0.01)) if code is None else code
             elif kind == COMPILE:
                 code = process.wait(600, lambda: compiles(log))
@@ -222,9 +232,6 @@ def try_job(job: str, faults: Iterable[str], times: int, seed: int, data: str) -
 
 def _import_all() -> None:
     """What all jobs import, once."""
-    import data_prep.build
-    import data_prep.work
-    import data_prep.write.dataset
     import usfmae_jax.finetuning.loop
     import usfmae_jax.pretraining.loop
     import usfmae_jax.probing.loop  # noqa: F401

@@ -80,7 +80,9 @@ def test_pretraining_is_not_continued_on_other_shards(copied, monkeypatch, chang
     CHANGES[change](paths)
     with pytest.raises(InputError) as error:
         pretrain(config, str(folder / "run"))
-    expected = "are missing, first number 1; build it again" if "missing" in change else "and the shards as they were to"
+    expected = (
+        "are missing, first number 1; build it again" if "missing" in change else "and the shards as they were to"
+    )
     assert expected in str(error.value)
     config.data.path = f"{folder}/data/*0-of*"  # chosen by a person: whether others are missing is not asked
     with pytest.raises(InputError, match="data_fingerprint is"):

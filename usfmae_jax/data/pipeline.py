@@ -196,9 +196,7 @@ class _Pair(grain.transforms.Map):
         return self.source, int(element)
 
 
-def iterate(
-    dataset: grain.MapDataset, start: int, workers: int, threads: int = 2
-) -> Generator[Batch, None, None]:
+def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> Generator[Batch, None, None]:
     """Batches from number `start` on, prepared ahead; to be closed, which ends the workers.
 
     Args:
