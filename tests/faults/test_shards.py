@@ -118,7 +118,7 @@ def test_fine_tuning_is_not_continued_on_other_shards_and_no_features_of_others_
     CHANGES[change](paths)
     if change == "one is missing":
         config.data.path = str(paths[0])
-    with pytest.raises(InputError, match="data_fingerprint is .* and the shards as they were to resume"):
+    with pytest.raises(InputError, match=r"data_fingerprint is .* and the shards as they were to resume"):
         results.start(finetuning.prepare(config, f"{tmp_path}/run"))
     features.extract(run, None, read_table(config.data.path), **how)
     assert used == [1]

@@ -89,6 +89,7 @@ def test_a_workdir_on_a_read_only_file_system_is_refused_by_every_door(disk, sha
     assert said(capfd).startswith("error: Read-only file system")
 
 
+@pytest.mark.slow
 def test_a_workdir_that_becomes_read_only_ends_the_run_which_goes_on_later(
     disk, config, monkeypatch, capfd, undisturbed
 ):

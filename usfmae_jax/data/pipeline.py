@@ -196,7 +196,7 @@ class _Pair(grain.transforms.Map):
         return self.source, int(element)
 
 
-def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> Generator[Batch, None, None]:
+def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> Generator[Any, None, None]:
     """Batches from number `start` on, prepared ahead; to be closed, which ends the workers.
 
     Args:
@@ -221,10 +221,11 @@ def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 
     threading.Thread(target=_answer, args=(batches, asked), daemon=True).start()
     try:
         while True:
-            asked.put(future := concurrent.futures.Future())
+            future: concurrent.futures.Future[Batch] = concurrent.futures.Future()
+            asked.put(future)
             batch = [_within_patience(future)]
-            del future
-            yield batch.pop()  # kept by nobody here: a worker's shared memory goes back with it
+            del future  # with what it holds: a worker's shared memory goes back with the last who has the batch
+            yield batch.pop()
     except FaultError:
         _kill_workers()  # they do not end when they are asked to
         raise
