@@ -61,7 +61,7 @@ def answer(action: Callable[[], int]) -> int:
 def leave(code: int) -> NoReturn:
     """Ends the process; after a fault at once: what hangs may be a thread, which Python would wait for."""
     if code == FAILED:
-        multiprocessing.util._exit_function()  # semaphores would be left, and a warning of them
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else semaphores are left, and a warning
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
