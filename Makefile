@@ -55,7 +55,7 @@ test: $(VENV)/.dev  ## run the tests but those marked slow, two files at a time
 test-all: $(VENV)/.dev  ## run all tests
 	$(BIN)/python -m pytest $(PARALLEL)
 
-faults: $(VENV)/.dev  ## kill and stop every long job at random moments, an hour or two; prints what came of it
+faults: $(VENV)/.dev  ## kill and stop every long job at random moments, half an hour or more; prints what came of it
 	$(BIN)/python -m tests.faults
 
 # Of PyTorch the floor is tried by hand: its builds for the CPU come from an index of their own.

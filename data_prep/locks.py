@@ -37,5 +37,6 @@ def hold(folder: pathlib.Path, taken: str, name: str = _NAME, wait: float = 0) -
         yield
     finally:
         if lock.is_locked:
-            (folder / name).unlink(missing_ok=True)  # before it is released, so that it is never another's
+            with contextlib.suppress(OSError):  # gone, or read-only by now
+                (folder / name).unlink()  # before it is released, so that it is never another's
         lock.release()

@@ -19,7 +19,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from usfmae_jax.errors import DONE, PREEMPTED, InputError, answer, visible_output
+from usfmae_jax.errors import DONE, FAILED, PREEMPTED, InputError, answer, leave, visible_output
 
 
 @visible_output()
@@ -47,7 +47,7 @@ def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDi
         from usfmae_jax.training import mesh
 
         mesh.leave(code, at_once=lost)
-    sys.exit(code)
+    leave(code)
 
 
 def _one_of_several() -> bool:
@@ -84,7 +84,7 @@ def train(loop: Callable[[], bool], kept: str) -> int:
             "Try a lower --config.optimizer.learning_rate or --config.optimizer.clip_norm=1.0 in another --workdir.",
             file=sys.stderr,
         )
-        return 1
+        return FAILED
 
 
 def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from usfmae_jax.errors import DONE, DamagedRecord, InputError, answer, visible_output
+from usfmae_jax.errors import DONE, DamagedRecord, InputError, answer, leave, visible_output
 
 #: Picture files that a folder may hold.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -252,4 +252,4 @@ def _write(output: str, features: np.ndarray, columns: dict[str, list[Any]], not
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,13 +2,15 @@
 
 import contextlib
 import errno
+import multiprocessing.util
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
-#: Exit codes: done, bad input or config, stopped by preemption after a saved checkpoint.
-DONE, BAD_INPUT, PREEMPTED = 0, 2, 75
+#: Exit codes: done, failed, bad input or config, stopped by preemption after a saved checkpoint.
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 
 
 class InputError(ValueError):
@@ -16,6 +18,14 @@ class InputError(ValueError):
 
     The message is one sentence that says what is wrong and what to type instead. Doors print it without a
     traceback and exit with status 2.
+    """
+
+
+class FaultError(RuntimeError):
+    """What a run stands on failed under it: a process that loads data, or the working directory.
+
+    The message is one sentence that says what happened and how to go on. Doors print it without a traceback and exit
+    with status 1.
     """
 
 
@@ -30,18 +40,32 @@ def answer(action: Callable[[], int]) -> int:
       action: returns the exit code.
 
     Returns:
-      the exit code; `BAD_INPUT` after an `InputError`, and when the disk is full or gone.
+      the exit code; `BAD_INPUT` after an `InputError`, and when the disk is full or gone; `FAILED` after a
+      `FaultError`.
     """
+    code = BAD_INPUT
     try:
         return action()
     except InputError as error:
         said = str(error)
+    except FaultError as error:
+        said, code = str(error), FAILED
     except Exception as error:
         said = storage_fault(error)
         if not said:
             raise
     print(f"error: {said}", file=sys.stderr)
-    return BAD_INPUT
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; after a fault at once: what hangs may be a thread, which Python would wait for."""
+    if code == FAILED:
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else semaphores are left, and a warning
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 #: What systems say of a disk that is full or gone; libraries that write hand it on inside of longer texts.

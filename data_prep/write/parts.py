@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -72,6 +73,8 @@ class Index:
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of the source files
     unmasked: list[Rejected] = dataclasses.field(default_factory=list)  # files whose mask cannot be used
     mask_colours: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    number: int = 0  # of the part
+    sha256: str = ""  # of its file
 
 
 @dataclasses.dataclass
@@ -146,7 +149,7 @@ def write_part(
       digest: SHA-256 of a source; calls what it is given, as a sign of life.
       salt: of private sources: what the index says of them nobody reads without it.
     """
-    index, unusable = Index(), 0
+    index, unusable, whole = Index(number=part.number), 0, hashlib.sha256()
     data_path, index_path = _paths(folder, part.number)
     with data_path.open("wb") as file:
         for number, source in enumerate(part.sources):
@@ -167,6 +170,7 @@ def write_part(
                         continue
                     data = encode_record(result.record)
                     file.write(data)
+                    whole.update(data)
                     index.rows.append(_row(result, len(data)))
                     index.cleaned.update({kind: int(pixels) for kind, pixels in result.cleaned.items()})
                     index.originals |= {name: (kind, original) for name, kind, original in result.originals}
@@ -180,6 +184,7 @@ def write_part(
                 _add_source(index, name, last)
         file.flush()
         os.fsync(file.fileno())
+    index.sha256 = whole.hexdigest()
     _write_index(index_path, index, salt)
     return len(part.sources) - unusable
 
@@ -235,7 +240,7 @@ def _write_index(path: pathlib.Path, index: Index, salt: bytes) -> None:
         "rejected": [dataclasses.astuple(one) for one in index.rejected],
         "unmasked": [dataclasses.astuple(one) for one in index.unmasked],
     }
-    text = json.dumps(content)
+    text = json.dumps(content | {"checksum": _checksum(content)})
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".index-", delete=False) as file:
         file.write(identity.seal(salt, text) if salt else text.encode())
         file.flush()
@@ -244,20 +249,29 @@ def _write_index(path: pathlib.Path, index: Index, salt: bytes) -> None:
 
 
 def read_index(folder: str | os.PathLike[str], number: int, salt: bytes = b"") -> Index:
-    """The index of a finished part, which was written with this salt."""
+    """The index of a finished part, which was written with this salt; raises ValueError if it is damaged."""
     data = _paths(folder, number)[1].read_bytes()
     content = json.loads(identity.unseal(salt, data) if salt else data)
+    checksum = content.pop("checksum", None)  # parts of earlier versions have none, and less in them
+    if checksum is not None and checksum != _checksum(content):
+        raise ValueError("its checksum is wrong")
     counters = {name: collections.Counter(content[name]) for name in ("dropped", "cleaned", "removed", "warnings")}
     return Index(
         rows=[Row(*row) for row in content["rows"]],
         rejected=[Rejected(*one) for one in content["rejected"]],
-        unmasked=[Rejected(*one) for one in content.get("unmasked", ())],  # parts of earlier versions have none
+        unmasked=[Rejected(*one) for one in content.get("unmasked", ())],
         mask_colours=collections.Counter(content.get("mask_colours", {})),
         technical={name: collections.Counter(values) for name, values in content["technical"].items()},
         digests=content["digests"],
         originals={name: (kind, original) for name, (kind, original) in content["originals"].items()},
+        number=content.get("number", number),
+        sha256=content.get("sha256", ""),
         **counters,
     )
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def read_records(
@@ -289,7 +303,10 @@ def finished(parts: Sequence[Part], folder: str | os.PathLike[str], salt: bytes 
     for part in parts:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             index = read_index(folder, part.number, salt)
-            if _paths(folder, part.number)[0].stat().st_size == sum(row.size for row in index.rows):
+            with _paths(folder, part.number)[0].open("rb") as file:
+                size, whole = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            same = index.number == part.number and index.sha256 in ("", whole)
+            if same and size == sum(row.size for row in index.rows):
                 found[part.number] = index
     return found
 

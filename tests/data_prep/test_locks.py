@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from data_prep import locks
+from data_prep import build, locks
 from usfmae_jax.errors import InputError
 
 
@@ -54,3 +54,20 @@ def test_where_nothing_can_be_locked_work_goes_on(tmp_path, monkeypatch):
     with locks.hold(tmp_path, "taken"), locks.hold(tmp_path, "taken"):
         (tmp_path / "work").touch()
     assert (tmp_path / "work").exists()
+
+
+def test_a_second_build_of_the_same_dataset_is_refused_and_what_a_crash_left_is_not_in_the_way(tmp_path, capsys):
+    words = [
+        "--dataset=phantom",
+        "--patients=4",
+        "--frames=1",
+        "--image_size=32",
+        "--workers=1",
+        f"--output={tmp_path}",
+    ]
+    (tmp_path / "phantom").mkdir()
+    with locks.hold(tmp_path / "phantom", "taken"):
+        assert build.main(words) == 2
+    assert "error: another build is writing to" in capsys.readouterr().err
+    (tmp_path / "phantom" / ".lock").touch()
+    assert build.main(words) == 0

@@ -216,7 +216,15 @@ def _halve(step):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+def _turn_a_bit(step):
+    file = max((step / "state" / "ocdbt.process_0" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
 DAMAGE = {
+    "a bit of a parameter": (_turn_a_bit, "its checksum is wrong"),
     "no metadata": (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "its metadata is missing or damaged"),
     "empty metadata": (lambda step: (step / "_CHECKPOINT_METADATA").write_text(""), "its metadata is missing or"),
     "half of the metadata": (lambda step: (step / "_CHECKPOINT_METADATA").write_text('{"item'), "its metadata is"),
@@ -235,7 +243,7 @@ def twice_saved(shards, tmp_path_factory):
     return workdir, config
 
 
-QUICK = ("no metadata", "half of the data")
+QUICK = ("no metadata", "half of the data", "a bit of a parameter")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE if name not in QUICK]
 
 
@@ -250,6 +258,8 @@ def test_a_damaged_checkpoint_is_named_in_one_sentence_with_the_remedy(twice_sav
     assert f"checkpoint 4 in {workdir}/checkpoints cannot be loaded: {reason}" in text
     assert "remove that checkpoint to resume from the one before, or add --config.checkpoint.fallback=true" in text
     assert len(text.replace(str(tmp_path), "")) < 400
+    if name == "a bit of a parameter":
+        return
     shutil.rmtree(workdir / "encoder")
     with pytest.raises(InputError, match=r"checkpoint 4 in .* cannot be read") as error:
         open_model(str(workdir))
@@ -272,3 +282,11 @@ def test_a_run_goes_on_before_a_damaged_checkpoint_if_asked_to(twice_saved, tmp_
     _halve(copy / "checkpoints" / "2")
     with pytest.raises(InputError, match=r"checkpoint 2 in .* there is no earlier one; remove it to start anew"):
         pretrain(config, str(copy))
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "3", '{"loss": "x"}', '{"other": 1}'])
+def test_a_damaged_loss_costs_a_checkpoint_its_rank_only(twice_saved, tmp_path, damaged, capfd):
+    copy = shutil.copytree(twice_saved[0], tmp_path / "run")
+    (copy / "checkpoints" / "2" / "metrics" / "metrics").write_text(damaged)
+    assert pretrain(twice_saved[1], str(copy))
+    assert "already finished" in capfd.readouterr().err

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
 from usfmae_jax.data import table as labelled
 from usfmae_jax.interop.model import Model, open_model, preprocessing, save_model
 from usfmae_jax.models.vit import ViT
 from usfmae_jax.probing import features
-from usfmae_jax.training.forward import apply_batches
-from usfmae_jax.training.mesh import make_mesh
+from usfmae_jax.training.forward import apply_batches, encoder_function
+from usfmae_jax.training.mesh import make_mesh, one_device
 
 ARCHITECTURE = {
     "image_size": (32, 32),
@@ -47,6 +48,19 @@ def test_every_image_gets_its_own_result_and_padding_leaves_no_trace():
         total=21,
     )
     np.testing.assert_array_equal(found["sum"], 2 * np.arange(21))
+
+
+def test_no_image_is_dropped_or_doubled_on_any_number_of_devices(weights, rng):
+    function, params = encoder_function(weights)
+    images = rng.integers(0, 255, (17, 32, 32, 1), np.uint8)
+    alone = apply_batches(one_device(), function, params, batches(images, 1), batch_size=1, total=17)
+    for devices in (1, 3, 8):
+        axes = (AxisType.Auto, AxisType.Auto)
+        mesh = jax.make_mesh((devices, 1), ("data", "fsdp"), axis_types=axes, devices=jax.devices()[:devices])
+        for count in (1, 7, 17):
+            some = batches(images[:count], 2 * devices)
+            found = apply_batches(mesh, function, params, some, batch_size=2 * devices, total=count)
+            np.testing.assert_allclose(found, alone[:count], atol=1e-6)
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls", "patches"])

@@ -127,13 +127,33 @@ def test_buckets_and_folders_that_cannot_be_written_are_not_held(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def door_words(door, shards, workdir):
+    words = command(shards, workdir)
+    if door == "main":
+        return words
+    config = {"finetune": "configs/finetune.py", "evaluate": "configs/evaluate.py"}[door]
+    return [words[0], "-m", f"usfmae_jax.{door}", f"--config={config}", f"--workdir={workdir}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", ["main", "finetune", "evaluate"])
+def test_no_door_is_held_up_by_what_a_crash_left(tmp_path, door):
+    process, _ = start(tmp_path)
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert (tmp_path / lock.NAME).exists()
+    words = door_words(door, "/nonexistent", tmp_path)
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert "another run" not in done.stderr
+    assert done.returncode == 2  # there are no shards: that far it came
+
+
 @pytest.mark.parametrize("door", ["main", "finetune", "evaluate"])
 def test_every_door_refuses_a_workdir_that_is_held(tmp_path, shards, door):
-    words = command(shards, tmp_path)
-    if door != "main":
-        config = {"finetune": "configs/finetune.py", "evaluate": "configs/evaluate.py"}[door]
-        words = [words[0], "-m", f"usfmae_jax.{door}", f"--config={config}", f"--workdir={tmp_path}"]
     with lock.hold(str(tmp_path)):
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            door_words(door, shards, tmp_path), env=environment(), capture_output=True, text=True, timeout=120
+        )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: another run is at work in --workdir=")

@@ -76,6 +76,31 @@ def test_rates_leave_out_pauses_and_count_waiting(tmp_path, monkeypatch):
     assert "mfu" not in line  # a CPU's peak is not known
 
 
+def test_a_clock_that_is_set_back_stops_no_bar_and_event_files_stay_in_order(tmp_path, monkeypatch):
+    wall = [2e9]
+
+    def earlier():
+        wall[0] -= 3600
+        return wall[0]
+
+    monkeypatch.setattr(monitors.time, "time", earlier)
+    monkeypatch.setattr(monitors.time, "time_ns", lambda: int(earlier() * 1e9))
+    monkeypatch.setattr("tqdm.std.time", earlier)
+    names: list[str] = []
+    for first_step in (0, 1, 2):
+        with _monitor(tmp_path, first_step=first_step) as report:
+            report._bar.mininterval = 0.0
+            for step in (first_step + 1, first_step + 2):
+                report.update(step, _metrics())
+            report.flush()
+            assert 0 <= report._bar.format_dict["elapsed"] < 60
+            assert report._bar.last_print_n > first_step
+        names += [path.name for path in (tmp_path / "tensorboard").iterdir() if path.name not in names]
+    assert len(names) == 3
+    assert names == sorted(names)
+    assert all(line["images_per_second"] > 0 for line in _lines(tmp_path))
+
+
 def test_mfu_is_achieved_over_peak(tmp_path, monkeypatch):
     monkeypatch.setattr(monitors, "peak_flops", lambda device: 1e6)
     clock = [0.0]

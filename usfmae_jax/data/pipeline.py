@@ -8,7 +8,10 @@ each batch.
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
@@ -17,10 +20,12 @@ import numpy as np
 
 from usfmae_jax.data import augment
 from usfmae_jax.data.records import Record, Shards, decode_image, decode_record, open_shards
-from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.errors import DamagedRecord, FaultError, InputError
 
 #: How many records may be tried for one place in a batch before the data counts as unreadable.
 MAX_TRIES = 8
+#: Seconds in which the next batch, or the next images, have to be there: longer than any storage takes that works.
+PATIENCE = 600.0
 _PIECE = 16  # items that a thread loads at a time
 
 Batch = dict[str, np.ndarray]
@@ -191,7 +196,7 @@ class _Pair(grain.transforms.Map):
         return self.source, int(element)
 
 
-def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> grain.DatasetIterator[Batch]:
+def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> Generator[Any, None, None]:
     """Batches from number `start` on, prepared ahead; to be closed, which ends the workers.
 
     Args:
@@ -199,14 +204,70 @@ def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 
       start: first batch, 0 for a new run.
       workers: processes; 0 decodes in `threads` threads of this process, best when cores are few.
       threads: see above.
+
+    Raises:
+      FaultError: a worker was killed, or no batch came within `PATIENCE`: a worker or the storage hangs.
     """
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(2 * threads, 2))
     if workers:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    batches = dataset[start:].to_iter_dataset(options)
+    prepared = dataset[start:].to_iter_dataset(options)
     if workers:
-        batches = batches.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=2))
-    return iter(batches)
+        prepared = prepared.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    batches = iter(prepared)
+    # Of a worker that was stopped, or killed within a message, grain waits for the rest for ever. So a thread waits for
+    # grain, which can be left behind.
+    asked: queue.SimpleQueue[concurrent.futures.Future[Batch] | None] = queue.SimpleQueue()
+    threading.Thread(target=_answer, args=(batches, asked), daemon=True).start()
+    try:
+        while True:
+            future: concurrent.futures.Future[Batch] = concurrent.futures.Future()
+            asked.put(future)
+            batch = [_within_patience(future)]
+            del future  # with what it holds: a worker's shared memory goes back with the last who has the batch
+            yield batch.pop()
+    except FaultError:
+        _kill_workers()  # they do not end when they are asked to
+        raise
+    finally:
+        asked.put(None)
+        batches.close()
+
+
+def _answer(batches: Iterator[Batch], asked: "queue.SimpleQueue[concurrent.futures.Future[Batch] | None]") -> None:
+    while future := asked.get():
+        try:
+            future.set_result(next(batches))
+        except BaseException as error:
+            future.set_exception(error)
+        del future
+
+
+def _within_patience(future: "concurrent.futures.Future[Loaded]") -> Loaded:
+    """What comes out of a future; raises FaultError if nothing does, or if a worker was killed."""
+    how_to = "the same command goes on from the last checkpoint"
+    try:
+        return future.result(PATIENCE)
+    except concurrent.futures.TimeoutError as error:
+        if future.done():  # it was raised by what was waited for
+            raise
+        raise FaultError(
+            f"no images came for {PATIENCE:g} s: what loads them, or the storage that they are on, hangs; {how_to}"
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Worker process was terminated"):
+            raise
+        code = str(error).partition("exit code ")[2].partition(".")[0]
+        raise FaultError(
+            f"a process that loads images was killed (status {code}), often for want of memory, of which fewer "
+            f"--config.data.workers need less; {how_to}"
+        ) from error
+
+
+def _kill_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.name.startswith("grain-"):
+            process.kill()
 
 
 class DamageReport:
@@ -249,19 +310,22 @@ def decode_ahead(
     """`load(item)` of every item, in order, from threads that work ahead; to be closed, which ends them.
 
     Args:
-      load: what a thread does. What it raises is raised here, and nothing comes after it.
+      load: what a thread does. What it raises is raised here, and nothing comes after it; FaultError, if it hangs.
       items: what to load.
       threads: how many; what comes out does not depend on them.
       ahead: items that may wait for being taken, about.
     """
     waiting: collections.deque[concurrent.futures.Future[list[Loaded]]] = collections.deque()
-    pool = concurrent.futures.ThreadPoolExecutor(max(threads, 1))
+    pool, hangs = concurrent.futures.ThreadPoolExecutor(max(threads, 1)), False
     try:
         for start in range(0, len(items), _PIECE):
             waiting.append(pool.submit(lambda piece: list(map(load, piece)), items[start : start + _PIECE]))
             if len(waiting) > max(ahead // _PIECE, threads):
-                yield from waiting.popleft().result()
+                yield from _within_patience(waiting.popleft())
         while waiting:
-            yield from waiting.popleft().result()
+            yield from _within_patience(waiting.popleft())
+    except FaultError:
+        hangs = True
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=not hangs, cancel_futures=True)

@@ -18,7 +18,7 @@ from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from usfmae_jax.errors import BAD_INPUT, DONE, PREEMPTED, InputError
+from usfmae_jax.errors import BAD_INPUT, DONE, PREEMPTED, FaultError, InputError
 from usfmae_jax.finetuning.members import Member
 from usfmae_jax.training.mesh import keep_memory
 from usfmae_jax.training.monitor import DivergedError, Preemption
@@ -80,8 +80,8 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
       processes: from `how_many`; 1 = this one.
 
     Raises:
-      InputError, DivergedError: a process met it; the others have saved and stopped.
-      RuntimeError: a process ended in another way.
+      InputError, DivergedError, FaultError: a process met it; the others have saved and stopped.
+      FaultError: a process ended in another way.
     """
     if processes == 1 or not unfinished:
         return not unfinished or action(unfinished, 0)
@@ -115,7 +115,7 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
         return not asked
     told_to = (DONE, PREEMPTED, -signal.SIGTERM)
     codes = [worker.exitcode for worker in workers if worker.exitcode not in told_to] or [-signal.SIGTERM]
-    raise RuntimeError(
+    raise FaultError(
         f"a process that trained members ended with status {codes[0]}; what it said is above, unless the system ended "
         "it for want of memory. The same command continues the run, with --config.parallel=1 one member after another"
     )
@@ -130,9 +130,11 @@ def _work(action: Action, members: Sequence[Member], line: int, threads: int, lo
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         code = DONE if action(members, line) else PREEMPTED
-    except (InputError, DivergedError) as error:
+    except (InputError, DivergedError, FaultError) as error:
         failures.put(error)
         code = BAD_INPUT
+    if code == BAD_INPUT:  # what hangs may be a thread, which Python would wait for
+        os._exit(code)
     raise SystemExit(code)
 
 

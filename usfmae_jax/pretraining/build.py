@@ -157,7 +157,8 @@ def settings(config: ml_collections.ConfigDict, sources: list[Shards]) -> dict[s
     Of absolute paths only the last part is kept: they tell who ran where, and the fingerprint tells the data better.
     """
     public = checks.public_settings(config.to_json_best_effort(), ("init", "data.path", "probe.data.path"))
-    return public | {"data_fingerprint": [s.fingerprint() for s in sources]}
+    told = {"data_fingerprint": [s.fingerprint() for s in sources], "data_content": [s.content() for s in sources]}
+    return public | told
 
 
 def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int:

@@ -50,7 +50,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     def accept(stored: dict[str, Any]) -> None:
-        checkpoints.check_resumable({"objective": "mae"} | stored, settings, workdir, build.RESUMABLE)
+        earlier = {"objective": "mae", "data_content": settings["data_content"]}  # versions that did not say
+        checkpoints.check_resumable(earlier | stored, settings, workdir, build.RESUMABLE)
 
     abstract = functools.partial(abstract_state, objective.make, optimizer, mesh)
     found = checkpoints.resume(saver, abstract, accept, fallback=config.checkpoint.fallback)

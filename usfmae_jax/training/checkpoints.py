@@ -1,19 +1,23 @@
 """Checkpoints: Orbax holds the state; the data position and the config travel inside the same checkpoint."""
 
 import functools
+import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 from orbax.checkpoint import v1 as orbax
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import quiet, reason, without_paths
 from usfmae_jax.training.checks import flat
-from usfmae_jax.training.mesh import on_first_process
+from usfmae_jax.training.mesh import on_first_process, replicated
 from usfmae_jax.training.state import State
 
 #: Config fields that a resumed run of any loop may change: they alter where and how fast it computes, not what.
@@ -47,6 +51,7 @@ def open_checkpoints(
     # What fails while a checkpoint is written in the background is logged by every thread that meets it, in pages, and
     # raised at the next save or at the end.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    on_first_process(lambda: _mend_ranks(epath.Path(directory)))
     keep = orbax.training.preservation_policies
     policies: list[Any] = [keep.LatestN(max(keep_latest, 1))]
     if keep_every:
@@ -60,6 +65,15 @@ def open_checkpoints(
         preservation_policy=keep.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
     )
+
+
+def _mend_ranks(directory: epath.Path) -> None:
+    """A loss that cannot be read any more costs its checkpoint the rank; Orbax would not open the others either."""
+    for path in directory.glob("*/metrics/metrics"):
+        try:
+            math.isfinite(json.loads(path.read_text())["loss"])
+        except (ValueError, LookupError, TypeError):
+            path.write_text('{"loss": Infinity}')
 
 
 class _Checkpointer(orbax.training.Checkpointer):
@@ -89,7 +103,32 @@ def save(
     """
     if checkpoints.latest is not None and checkpoints.latest.step == step:
         return  # saved already, by schedule, before the run was told to stop
+    metadata = metadata | {"checksums": _checksums(state)}
     checkpoints.save_async(step, state, metrics={"loss": loss}, custom_metadata=metadata)
+
+
+def _checksums(state: State) -> list[int]:
+    """A number for each array, which changes with every bit of it and not with how it is divided among devices.
+
+    Orbax has checksums of its indices alone: a bit that a disk turns in a parameter would go unnoticed.
+    """
+    leaves = jax.tree.leaves(state)
+    return jax.device_get(_checksum(leaves[0].sharding.mesh)(leaves)).tolist()
+
+
+@functools.lru_cache(4)
+def _checksum(mesh: Mesh) -> Callable[[Any], jax.Array]:
+    def one(leaf: jax.Array) -> jax.Array:
+        size = leaf.dtype.itemsize
+        bits = leaf if leaf.dtype == bool else jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * size}"))
+        place, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+        for axis in reversed(range(leaf.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        # An odd factor: no bit of a value is lost, and values that change places are told.
+        return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+
+    return jax.jit(lambda leaves: jnp.stack([one(leaf) for leaf in leaves]), out_shardings=replicated(mesh))
 
 
 def resume(
@@ -125,6 +164,9 @@ def resume(
             accept(stored["config"])
             with quiet():
                 state = checkpoints.load(step, wanted)
+            known = stored.get("checksums")  # earlier versions wrote none
+            if known is not None and known != _checksums(state):
+                raise ValueError("its checksum is wrong")
         except InputError:
             raise
         except Exception as error:  # whatever its bytes happen to spell
@@ -178,7 +220,8 @@ def check_resumable(
         if old.get(name) != new.get(name) and not any(name == f or name.startswith(f + ".") for f in resumable)
     ]
     if differences:
+        data = any(difference.startswith(("data_fingerprint", "data_content")) for difference in differences)
         raise InputError(
             f"the checkpoint in {workdir} was made with another config: {'; '.join(differences)}. "
-            "Use the old values to resume, or another --workdir to start anew."
+            f"Use the old values{' and the shards as they were' * data} to resume, or another --workdir to start anew."
         )

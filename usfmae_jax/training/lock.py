@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import FaultError, InputError
 
 NAME = ".lock"  # hidden: no part of what a run leaves
 _RENEWED = 3.0  # seconds
@@ -35,6 +35,7 @@ def hold(workdir: str) -> Iterator[None]:
 
     Raises:
       InputError: another run is at work there.
+      FaultError: the directory vanished meanwhile, or another took its place.
     """
     if "://" in workdir:
         yield
@@ -53,13 +54,21 @@ def hold(workdir: str) -> Iterator[None]:
         stack.callback(_remove_empty, made)
         stack.callback(os.close, descriptor)
         _take(descriptor, folder / NAME, workdir)
-        stack.callback((folder / NAME).unlink, missing_ok=True)  # before it is closed, so that it is never another's
+        stack.callback(_remove, folder / NAME)  # before it is closed, so that it is never another's
         stop = threading.Event()
         renewing = threading.Thread(target=_renew, args=(descriptor, stop), daemon=True)
         renewing.start()
         stack.callback(renewing.join)
         stack.callback(stop.set)
-        yield
+        entered = folder.stat()
+        try:
+            yield
+        except Exception as error:
+            if _vanished(folder, entered):  # whatever it is that failed for it
+                raise FaultError(_gone(workdir)) from error
+            raise
+        if _vanished(folder, entered):
+            raise FaultError(_gone(workdir))
 
 
 def _open(path: pathlib.Path, workdir: str) -> int:
@@ -133,6 +142,22 @@ def _ended(process: int) -> bool:
     return process == os.getpid()  # a run before in the same process
 
 
+def _vanished(folder: pathlib.Path, entered: os.stat_result) -> bool:
+    """Whether a folder is no longer the one that was entered: removed, unmounted, or another in its place."""
+    note = json.loads(_read(folder / NAME) or "{}")  # asked first: not every file system numbers folders for good
+    if (note.get("machine"), note.get("process")) == (_machine(), os.getpid()):
+        return False
+    try:
+        return not os.path.samestat(folder.stat(), entered)
+    except OSError:
+        return True
+
+
+def _remove(path: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):  # gone, or read-only by now
+        path.unlink()
+
+
 def _remove_empty(folders: list[pathlib.Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
@@ -141,3 +166,10 @@ def _remove_empty(folders: list[pathlib.Path]) -> None:
 
 def _taken(workdir: str) -> str:
     return f"another run is at work in --workdir={workdir}; wait for it, or choose another --workdir"
+
+
+def _gone(workdir: str) -> str:
+    return (
+        f"--workdir={workdir} vanished while the run was at work, or another folder took its place; bring it back, and "
+        "the same command goes on from what was saved last"
+    )

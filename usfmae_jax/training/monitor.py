@@ -141,6 +141,9 @@ class Monitor:
             mininterval=0.2 if interactive else 30,
             disable=not self._main,
         )
+        # Its own clock is that of the wall: set back, the bar would stand still until that time has come again.
+        self._bar._time = time.monotonic
+        self._bar.start_t = self._bar.last_print_t = time.monotonic()
         self._losses: list[float] = []
         self._restart_window()
 
@@ -265,7 +268,10 @@ class _Events:
 
     def __init__(self, folder: epath.Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{time.time_ns() // 1000}.usfmae_jax"))
+        # TensorBoard reads in the order of names, which has to be that of the starts though the clock may be set back.
+        stamps = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+        stamp = max([time.time_ns() // 1000, *(int(one) + 1 for one in stamps if one.isdecimal())])
+        self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{stamp}.usfmae_jax"))
         self._flushed = time.monotonic()
         self._write(event_pb2.Event(file_version="brain.Event:2"))
         # What a killed run wrote beyond its last checkpoint is not shown.

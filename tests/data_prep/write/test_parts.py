@@ -146,6 +146,6 @@ def test_an_index_of_an_earlier_version_is_read(tmp_path):
     _, index, _, _ = write([1], tmp_path)
     path = tmp_path / "000007.json"
     content = json.loads(path.read_text())
-    del content["unmasked"], content["mask_colours"]
+    del content["unmasked"], content["mask_colours"], content["number"], content["sha256"], content["checksum"]
     path.write_text(json.dumps(content))
-    assert parts.read_index(tmp_path, 7) == index
+    assert parts.read_index(tmp_path, 7) == dataclasses.replace(index, sha256="")
