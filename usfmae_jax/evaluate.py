@@ -1,6 +1,7 @@
 """Test an encoder under a probe, or a fine-tuned classifier, on labelled frames; or compare two such runs.
 
     python -m usfmae_jax.evaluate --config=configs/evaluate.py:busbra --config.checkpoint=runs/pretrain-tiny
+    python -m usfmae_jax.evaluate --config=configs/suite.py --config.suite.checkpoints=A,B --config.data.path=DIR,DIR
     python -m usfmae_jax.evaluate compare A B [--positive=CLASS] [--output=FILE.json]
 
 `compare` takes the workdirs of two runs of evaluate or finetune on the same frames (or their predictions.csv), and
@@ -27,13 +28,14 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Runs the evaluation and prints its table; returns the exit code."""
     import jax  # after the flags are known to be right
 
-    from usfmae_jax.probing.loop import evaluate
+    from usfmae_jax.probing import loop, suite
 
     cli.start(flags)
     if jax.process_count() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it, for loops that save
     with cli.alone_in(workdir):
-        evaluate(config, workdir, cli.command("usfmae_jax.evaluate"))
+        run = suite.run if config.protocol == "suite" else loop.evaluate
+        run(config, workdir, cli.command("usfmae_jax.evaluate"))
     if jax.process_index() == 0:
         print(f"{workdir}/report.html", file=sys.stderr)
     return DONE

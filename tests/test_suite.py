@@ -1,0 +1,85 @@
+"""A suite: every encoder on every dataset, one table with paired differences, resumed where it was."""
+
+import json
+
+import pytest
+
+from configs import suite as configs
+from tests.helpers import write_shards
+from tests.tasks.test_segmentation import write
+from usfmae_jax.errors import InputError
+from usfmae_jax.probing import suite
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Frames with labels, and frames with labels and masks."""
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "labelled").mkdir()
+    write_shards(folder / "labelled", count=32)
+    return str(folder / "labelled"), write(folder / "masked", dataset="other")
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    config = configs.get_config()
+    config.data.path = ",".join(data)
+    config.suite.checkpoints = ("random", "pixels")
+    config.split.update(folds=2, duplicates=False)
+    config.update(bootstrap=30, batch_size=8, cache=str(tmp_path / "cache"))
+    return config
+
+
+def test_every_encoder_is_tested_on_everything_and_nothing_twice(config, tmp_path, monkeypatch, capsys):
+    found = suite.run(config, str(tmp_path / "run"), "the command")
+    assert [(row["dataset"], row["kind"]) for row in found["rows"]] == [
+        ("made", "classes"), ("other", "classes"), ("other", "masks")
+    ]  # fmt: skip
+    for row in found["rows"]:
+        lead = row["lead"]
+        values = [row["metrics"][column][lead]["value"] for column in ("random", "pixels")]
+        assert row["differences"]["pixels"]["difference"] == pytest.approx(values[0] - values[1])
+    means = found["means"]["classes"]["random"]
+    assert means == pytest.approx(sum(r["metrics"]["random"][r["lead"]]["value"] for r in found["rows"][:2]) / 2)
+    said = capsys.readouterr().out
+    assert "| other (Dice) " in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(word in page for word in ("random is better than pixels in", "Outlines", "the command"))
+    assert json.loads((tmp_path / "run" / "suite.json").read_text())["columns"] == ["random", "pixels"]
+    assert (tmp_path / "run" / "other-masks" / "pixels" / "report.html").exists()
+    monkeypatch.setattr(suite, "evaluate", lambda *_: pytest.fail("was there already"))
+    again = suite.run(config, str(tmp_path / "run"), "the command")
+    assert again["rows"] == found["rows"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"checkpoints": ()}, r"config\.suite\.checkpoints is missing"),
+        ({"checkpoints": ("random", "random")}, "names an encoder twice"),
+        ({"checkpoints": ("random:none",)}, "random:none must name one of the sizes"),
+        ({"checkpoints": ("nothing/there",)}, "is no folder"),
+        ({"labels": "", "masks": ""}, "there is nothing to test"),
+        ({"labels": ""}, "has neither labels of two classes nor masks"),
+    ],
+)
+def test_mistakes_are_one_sentence(config, tmp_path, fields, says):
+    config.suite.update(fields)
+    with pytest.raises(InputError, match=says):
+        suite.run(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_on_which_a_test_is_not_possible_is_named(config, tmp_path, data, monkeypatch):
+    real = suite.evaluate
+
+    def evaluate(single, folder, command):
+        if single.protocol == "segmentation":
+            raise InputError("no such masks")
+        return real(single, folder, command)
+
+    monkeypatch.setattr(suite, "evaluate", evaluate)
+    config.data.path = data[1]
+    found = suite.run(config, str(tmp_path / "run"))
+    assert found["left_out"] == [{"dataset": "other", "kind": "masks", "why": "no such masks"}]
+    assert "no such masks" in (tmp_path / "run" / "report.html").read_text()

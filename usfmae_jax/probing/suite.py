@@ -1,0 +1,183 @@
+"""One frozen encoder beside others on all labelled and masked shards it is given: one table, one page.
+
+Every cell is a run of `probing.loop.evaluate` in a folder of its own, so that each has its report, and a suite that was
+interrupted goes on where it was.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from usfmae_jax.data.table import Table, read_row
+from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation import comparison
+from usfmae_jax.evaluation import results as classes
+from usfmae_jax.probing import build
+from usfmae_jax.probing.loop import evaluate
+from usfmae_jax.reporting import suite as reporting
+from usfmae_jax.training import checks
+from usfmae_jax.training.mesh import on_first_process
+
+#: What is tested of shards, and the field of `config.suite` with its protocol; "" there leaves it out.
+KINDS = {"classes": "labels", "masks": "masks"}
+
+
+def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> dict[str, Any]:
+    """Tests every encoder on every dataset, and writes suite.json, suite.md and report.html.
+
+    Args:
+      config: see `configs/suite.py`.
+      workdir: receives a folder DATASET-KIND/ENCODER for each test, beside these files.
+      command: how to repeat it, for the page.
+
+    Returns:
+      what suite.json holds; of a job of several processes the first one alone, the others {}.
+
+    Raises:
+      InputError: an encoder or a dataset cannot be used at all; raised before anything is computed. A test that is not
+        possible on a dataset is left out and named.
+    """
+    columns = _columns(checks.names(config.suite.checkpoints))
+    datasets = _datasets(config)
+    for checkpoint in columns.values():
+        single = _one(config, checkpoint=checkpoint, protocol="auto")
+        build.check(single)
+        build.encoder(single)
+    workdir = checks.make_workdir(workdir)
+    rows, left_out = [], []
+    for name, (path, kinds) in datasets.items():
+        for kind, protocol in kinds.items():
+            try:
+                row = {
+                    column: _test(config, f"{workdir}/{name}-{kind}/{column}", path, protocol, checkpoint)
+                    for column, checkpoint in columns.items()
+                }
+            except InputError as error:
+                left_out.append({"dataset": name, "kind": kind, "why": str(error)})
+                continue
+            if jax.process_index() == 0:
+                rows.append(_row(name, kind, protocol, row, f"{workdir}/{name}-{kind}", config.bootstrap))
+    if not rows and left_out:
+        raise InputError(f"nothing could be tested: {left_out[0]['dataset']}: {left_out[0]['why']}")
+    found = {
+        "format": 1,
+        "columns": list(columns),
+        "rows": rows,
+        "means": _means(rows, list(columns)),
+        "left_out": left_out,
+        "command": command,
+    }
+    on_first_process(lambda: reporting.write(workdir, found))
+    if jax.process_index():
+        return {}
+    print(reporting.text(found), flush=True)
+    return found
+
+
+def _columns(checkpoints: Sequence[str]) -> dict[str, str]:
+    """Short names of the encoders, the last part of their paths that tells them apart."""
+    if not checkpoints:
+        raise InputError("config.suite.checkpoints is missing: name one or more encoders, with commas between them")
+    if len(set(checkpoints)) < len(checkpoints):
+        raise InputError("config.suite.checkpoints names an encoder twice")
+    for depth in range(1, 10):
+        names = ["-".join(one.rstrip("/").split("/")[-depth:]) for one in checkpoints]
+        if len(set(names)) == len(names):
+            return {_safe(name): one for name, one in zip(names, checkpoints, strict=True)}
+    raise InputError("config.suite.checkpoints names an encoder twice")
+
+
+def _safe(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "encoder"
+
+
+def _datasets(config: ml_collections.ConfigDict) -> dict[str, tuple[str, dict[str, str]]]:
+    """By name the path of each dataset and what can be tested on it, with its protocol."""
+    found: dict[str, tuple[str, dict[str, str]]] = {}
+    asked = {kind: config.suite[field] for kind, field in KINDS.items() if config.suite[field]}
+    if not asked:
+        raise InputError("config.suite.labels and config.suite.masks are both empty: there is nothing to test")
+    for path in [one.strip() for one in config.data.path.split(",")]:
+        table = checks.read_frames(path, config.data.split)
+        name = _safe(" and ".join(sorted(set(table.dataset.tolist()))))
+        there = {"classes": len(np.unique(table.label[table.label >= 0])) > 1, "masks": _has_masks(table)}
+        kinds = {kind: protocol for kind, protocol in asked.items() if there[kind]}
+        if not kinds:
+            raise InputError(f"config.data.path={path!r} has neither labels of two classes nor masks")
+        if name in found:
+            raise InputError(f"config.data.path names {name} twice, {found[name][0]!r} and {path!r}")
+        found[name] = (path, kinds)
+    return found
+
+
+def _has_masks(table: Table) -> bool:
+    return any(read_row(table, row)["mask"] for row in range(len(table)))
+
+
+def _one(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
+    """The config of a single evaluation."""
+    single = ml_collections.ConfigDict(config.to_dict())
+    del single.suite
+    single.update(fields)
+    return single
+
+
+def _test(config: ml_collections.ConfigDict, folder: str, path: str, protocol: str, checkpoint: str) -> dict[str, Any]:
+    """The results of one encoder on one dataset, those that are there already if they are of the same settings."""
+    single = _one(config, checkpoint=checkpoint, protocol=protocol)
+    single.data.path = path
+    if protocol == "segmentation":
+        single.update(positive="", corruptions=False, classes=())
+    root = epath.Path(folder)
+    try:
+        stored = json.loads((root / "results.json").read_text())
+        if stored["context"]["config"] == build.settings(single):
+            return stored
+    except (OSError, ValueError, KeyError):
+        pass
+    return evaluate(single, folder, "")
+
+
+def _row(
+    dataset: str, kind: str, protocol: str, results: dict[str, dict[str, Any]], folder: str, resamples: int
+) -> dict[str, Any]:
+    """One line of the table, with differences to the first encoder under the same resampled patients."""
+    first, *others = results
+    metrics = {column: one["metrics"] for column, one in results.items()}
+    lead = "dice" if kind == "masks" else classes.lead(results[first])
+    runs = {column: comparison.read(os.path.join(folder, column)) for column in results}
+    positive = results[first]["task"].get("positive", "")
+    differences = {
+        column: comparison.compare(runs[first], runs[column], positive, resamples)["metrics"][lead] for column in others
+    }
+    counts = {unit: results[first]["counts"][unit] for unit in ("frames", "patients")}
+    return {
+        "dataset": dataset,
+        "kind": kind,
+        "protocol": protocol,
+        "classes": results[first]["task"]["classes"],
+        "lead": lead,
+        **counts,
+        "metrics": metrics,
+        "differences": differences,
+        "warnings": sorted({one for run in results.values() for one in run["context"]["warnings"]}),
+    }
+
+
+def _means(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """Mean of the leading metric over the datasets of each kind, datasets alike; None where one is not defined."""
+    found: dict[str, dict[str, float | None]] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind]
+        found[kind] = {}
+        for column in columns:
+            values = [row["metrics"][column][row["lead"]]["value"] for row in mine]
+            found[kind][column] = None if None in values else float(np.mean(values))
+    return found
