@@ -68,6 +68,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         test=0.2,  # share of the patients, for kind single
         only=(),  # names of folds to run; () = all
         duplicates=True,  # look for the same picture under two patients, and keep it on one side
+        no_copies="",  # a CSV file: lines of a run's duplicates.csv that a person found to be other pictures
     )
     config.fractions = (1.0,)  # shares of the training patients to learn from: one member each
     config.augment = dict(

@@ -14,7 +14,7 @@ Variants
   :busbra  BUS-BRA, the lesion, its official 5 folds
   :hc18    HC18, the fetal head
   :camus   CAMUS, ventricle, myocardium and atrium
-  :mmotu   MMOTU-2D, the lesion, of eight classes by colour, its official train and test parts
+  :mmotu   MMOTU-2D, eight classes of ovaries and what is in them, its official train and test parts
   :folder_linear :busbra_linear   one linear layer on the frozen encoder, the probe: minutes on a CPU
 """
 
@@ -28,6 +28,9 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config = finetune.get_config("folder")
     config.task = "segmentation"
     config.classes = ()  # names of the classes in order, the background not among them; () = what the shards say
+    config.mask_classes = (
+        "masks"  # what tells classes apart; or "label": a mask outlines one thing, of the frame's class
+    )
     config.unmasked = "drop"  # a frame without a mask: drop, background (nothing is to be found on it), refuse
     config.dice = 1.0  # weight of the soft Dice loss beside the cross entropy; 0 = off
     config.model.head = "decoder"  # convolutions up from four levels of the encoder; or "linear"
@@ -64,8 +67,9 @@ def camus(config: ml_collections.ConfigDict) -> None:
 
 
 def mmotu(config: ml_collections.ConfigDict) -> None:
-    """MMOTU-2D (Zhao et al. 2022): 1,469 lesions in eight colours."""
+    """MMOTU-2D (Zhao et al. 2022): 1,469 outlines of eight classes, one class a frame."""
     config.data.path = "data/mmotu_2d"
+    config.mask_classes = "label"
 
 
 def _linear(config: ml_collections.ConfigDict) -> None:

@@ -10,6 +10,7 @@ from tests.data.tables import write_records
 from tests.data_prep.trees import real_folder
 from usfmae_jax.data import duplicates, records
 from usfmae_jax.data.table import read_table
+from usfmae_jax.errors import InputError
 
 
 def picture(seed: int) -> np.ndarray:
@@ -61,6 +62,25 @@ def test_copies_of_other_patients_are_found_and_others_are_not(frames):
     pairs = duplicates.near_duplicates(frames)
     assert names(frames, pairs) == FOUND
     assert (pairs[:, 0] < pairs[:, 1]).all()
+
+
+def test_a_person_can_rule_pairs_out(frames, tmp_path):
+    pairs = duplicates.cached_near_duplicates(frames, tmp_path / "duplicates.csv")
+    lines = (tmp_path / "duplicates.csv").read_text().splitlines()
+    kept = [lines[0], *(line for line in lines if "two" in line), "mine,plains,plain"]  # in either order
+    (tmp_path / "no.csv").write_text("\n".join(kept))
+    left = duplicates.rule_out(frames, pairs, str(tmp_path / "no.csv"))
+    assert names(frames, left) == FOUND - {("brighter", "two"), ("plain", "plains")}
+    assert duplicates.rule_out(frames, pairs, "") is pairs
+    for text, says in (
+        ("frame,other\none,nobody\n", "names 'nobody', which is no frame of the data"),
+        ("a,b\n1,2\n", "needs the columns frame and other"),
+    ):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(InputError, match=says):
+            duplicates.rule_out(frames, pairs, str(tmp_path / "bad.csv"))
+    with pytest.raises(InputError, match="cannot be read"):
+        duplicates.rule_out(frames, pairs, str(tmp_path / "absent.csv"))
 
 
 def test_a_cache_is_read_for_the_same_rows_only(frames, tmp_path, monkeypatch):

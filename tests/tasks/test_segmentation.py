@@ -262,6 +262,25 @@ def test_names_come_from_the_config_or_the_manifest(tmp_path):
         annotations.classes(table, found)
 
 
+def test_a_mask_of_one_thing_takes_the_class_of_its_frame(tmp_path):
+    path = write(tmp_path / "one", numbers=(255, 255))
+    config = small(path)
+    config.mask_classes = "label"
+    config.classes = ("benign", "malignant")
+    run = build.prepare(config, str(tmp_path / "run"))
+    assert run.task.outputs == ("benign", "malignant")
+    for row in (0, 2):
+        stored = records.decode_record(run.table.shards[row])
+        assert set(np.unique(run.task.mask(stored)).tolist()) == {0, 1 + stored["label"]}
+        assert run.task.present[row].tolist() == [stored["label"] == 0, stored["label"] == 1]
+    config.data.path = write(tmp_path / "two")
+    with pytest.raises(InputError, match="is for masks of one thing, and these tell class 1, class 2 apart"):
+        build.prepare(config, str(tmp_path / "run2"))
+    config.mask_classes = "frame"
+    with pytest.raises(InputError, match=r"config\.mask_classes='frame' must be 'masks' or 'label'"):
+        build.prepare(config, str(tmp_path / "run3"))
+
+
 def test_one_class_is_the_foreground_whatever_its_number(tmp_path):
     table = read_table(write(tmp_path, numbers=(255, 255)))
     found = annotations.survey(table)

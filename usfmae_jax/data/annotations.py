@@ -23,10 +23,12 @@ class Classes:
     Attributes:
       names: of those beside the background, in order.
       codes: uint8 `[256]`, class of each number that masks hold, 0 being the background, `_OTHER` none.
+      by_label: whether a mask outlines one thing, whose class is the label of the frame.
     """
 
     names: tuple[str, ...]
     codes: np.ndarray
+    by_label: bool = False
 
     def read(self, record: Record) -> np.ndarray:
         """Class of each pixel of a record that has a mask: uint8 `[H, W]`, as large as its image.
@@ -42,7 +44,11 @@ class Classes:
             raise DamagedRecord(
                 f"its mask has the number {mask[classes == _OTHER].max()}, which is none of the classes"
             )
-        return classes
+        if not self.by_label:
+            return classes
+        if not 0 <= record["label"] < len(self.names):
+            raise DamagedRecord("it has a mask and no label")
+        return np.where(classes > 0, np.uint8(record["label"] + 1), np.uint8(0))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,6 +149,25 @@ def classes(table: Table, found: Found, expected: Sequence[str] = ()) -> Classes
     codes[0] = 0
     codes[numbers] = np.arange(1, len(numbers) + 1)
     return Classes(names, codes)
+
+
+def of_labels(table: Table, found: Found, names: Sequence[str]) -> Classes:
+    """The classes of frames as those of what their masks outline.
+
+    Args:
+      table: labelled frames.
+      found: what their masks hold.
+      names: of the labels, in order.
+
+    Raises:
+      InputError: masks tell several things apart already, or there are none.
+    """
+    outlined = classes(table, found)
+    if len(outlined.names) > 1:
+        raise InputError(
+            f"config.mask_classes=label is for masks of one thing, and these tell {', '.join(outlined.names)} apart"
+        )
+    return dataclasses.replace(outlined, names=tuple(names), by_label=True)
 
 
 def _named(table: Table) -> dict[int, str]:

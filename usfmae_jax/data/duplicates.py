@@ -4,6 +4,7 @@ Which pictures are the same is for `fingerprints` to say; here are the two passe
 """
 
 import concurrent.futures
+import csv
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.data.records import decode_image
 from usfmae_jax.data.split_files import write_csv
 from usfmae_jax.data.table import Table, read_row
-from usfmae_jax.errors import DamagedRecord
+from usfmae_jax.errors import DamagedRecord, InputError
 
 _COLUMNS = ("data", "frame", "other")
 _BLOCK = 8192  # candidate pairs at a time, so that the views of at most twice as many pictures are kept
@@ -81,6 +82,37 @@ def _equal_pixels(frames: Table, patient: np.ndarray) -> np.ndarray:
     _, codes = np.unique(frames.sha256[known], return_inverse=True)
     i, j = fingerprints.equal_pairs(codes, patient[known])
     return known[np.column_stack([i, j])]
+
+
+def rule_out(frames: Table, pairs: np.ndarray, path: str) -> np.ndarray:
+    """The pairs but for those that a person has looked at and found to be no copies.
+
+    Args:
+      frames: the table.
+      pairs: int `[P, 2]` of its rows.
+      path: CSV file with the columns frame and other, as `duplicates.csv` of a run has them; "" rules nothing out.
+
+    Raises:
+      InputError: there is no such file, or it names a frame that is none of these.
+    """
+    if not path:
+        return pairs
+    try:
+        with pathlib.Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = list(cells.read_dicts(file))
+        named = [(row["frame"], row["other"]) for row in rows]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"config.split.no_copies={path} cannot be read: {error}") from error
+    except KeyError as error:
+        raise InputError(
+            f"config.split.no_copies={path} needs the columns frame and other: take lines of a run's duplicates.csv"
+        ) from error
+    place = {name: row for row, name in enumerate(frames.frame_key.tolist())}
+    unknown = [name for pair in named for name in pair if name not in place]
+    if unknown:
+        raise InputError(f"config.split.no_copies={path} names {unknown[0]!r}, which is no frame of the data")
+    looked_at = {frozenset((place[one], place[other])) for one, other in named}
+    return pairs[[frozenset(pair) not in looked_at for pair in pairs.tolist()]].reshape(-1, 2)
 
 
 def cached_near_duplicates(frames: Table, path: pathlib.Path | str, keep: bool = True) -> np.ndarray:

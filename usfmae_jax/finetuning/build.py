@@ -15,7 +15,7 @@ from flax import nnx
 
 from usfmae_jax import __version__
 from usfmae_jax.data import splits
-from usfmae_jax.data.duplicates import cached_near_duplicates
+from usfmae_jax.data.duplicates import cached_near_duplicates, rule_out
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.data.table import Table
@@ -42,7 +42,8 @@ RESUMABLE = (
     "seeds",
     "fractions",
     "split.only",
-    "split.path",  # what it says is compared
+    "split.path",  # what they say is compared
+    "split.no_copies",
     "positive",
 )
 
@@ -148,7 +149,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     pairs = np.zeros((0, 2), np.int64)
     if config.split.duplicates:
         kept = f"{checks.make_workdir(workdir)}/duplicates.csv"
-        pairs = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
+        found = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
+        pairs = rule_out(table, found, config.split.no_copies)
     strata = task.strata(table)
     how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
     folds, groups, excluded, note = splits.plan(table, strata, **how, seed=config.seed, pairs=pairs)
@@ -161,7 +163,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         lambda fold, fraction, seed: splits.take_fraction(strata, fold, groups, fraction, config.seed + seed),
         functools.partial(count_steps, **lengths, every=config.stop.every),
     )
-    settings = checks.public_settings(_json(config), ("init", "data.path", "split.path")) | {
+    settings = checks.public_settings(_json(config), ("init", "data.path", "split.path", "split.no_copies")) | {
         "data_fingerprint": table.fingerprint,
         "init_fingerprint": init.fingerprint if init else "",
     }
@@ -272,7 +274,10 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
         raise InputError(f"config.unmasked={config.unmasked!r} must be one of {', '.join(segmentation.UNMASKED)}")
     if config.dice < 0:
         raise InputError(f"config.dice={config.dice:g} must not be negative")
+    if config.mask_classes not in ("masks", "label"):
+        raise InputError(f"config.mask_classes={config.mask_classes!r} must be 'masks' or 'label'")
     how = {"head": model.head, "decoder_width": model.decoder_width, "dice": config.dice}
+    how["by_label"] = config.mask_classes == "label"
     return segmentation.of_table(table, checks.names(config.classes), config.unmasked, config.data.threads, **how)
 
 

@@ -8,7 +8,7 @@ import ml_collections
 from flax import nnx
 
 from usfmae_jax.data import provenance, splits
-from usfmae_jax.data.duplicates import cached_near_duplicates
+from usfmae_jax.data.duplicates import cached_near_duplicates, rule_out
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import positive_class
@@ -184,7 +184,8 @@ def plan(config: ml_collections.ConfigDict, table: Table, strata: splits.Strata,
     pairs = None
     if config.split.duplicates:
         kept = f"{cache}/duplicates-{table.fingerprint}.csv"
-        pairs = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
+        found = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
+        pairs = rule_out(table, found, config.split.no_copies)
     folds, groups, excluded, note = split(config, table, strata, pairs)
     folds, only = splits.only(folds, checks.names(config.split.only))
     chosen = []
@@ -201,4 +202,4 @@ def plan(config: ml_collections.ConfigDict, table: Table, strata: splits.Strata,
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The config as JSON, without what tells who ran where."""
     text = config.copy_and_resolve_references().to_json_best_effort()
-    return checks.public_settings(text, ("checkpoint", "data.path", "split.path", "cache"))
+    return checks.public_settings(text, ("checkpoint", "data.path", "split.path", "split.no_copies", "cache"))

@@ -23,7 +23,7 @@ from usfmae_jax.evaluation import tables
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.evaluation.segmentation import LOSSES, NAMES, MaskPredictions
 from usfmae_jax.reporting import segmentation as reporting
-from usfmae_jax.tasks import Arrays, Task
+from usfmae_jax.tasks import Arrays, Task, classification
 
 UNMASKED = ("drop", "background", "refuse")
 #: Patients who have a class, from which on every part of a split gets some of them.
@@ -199,24 +199,35 @@ class Segmentation(Task):
         return tables.overview(results, NAMES, "dice")
 
 
-def of_table(table: Table, names: Sequence[str], unmasked: str, threads: int, **how: Any) -> tuple[Table, Segmentation]:
+def of_table(
+    table: Table, names: Sequence[str], unmasked: str, threads: int, by_label: bool = False, **how: Any
+) -> tuple[Table, Segmentation]:
     """The frames of a table that are learnt from and tested, and the task that their masks are.
 
     Args:
       table: all frames.
-      names: of the classes, see `annotations.classes`.
+      names: of the classes, see `annotations.classes`; by label see `classification.class_names`.
       unmasked: see `select`.
       threads: that decode.
+      by_label: whether what a mask outlines has the class of its frame.
       **how: the other fields of `Segmentation`.
 
     Raises:
       InputError: the masks cannot be used.
     """
+    if by_label:
+        table = classification.select(table, names)
     found = annotations.survey(table, threads)
-    classes = annotations.classes(table, found, names)
+    classes = (
+        annotations.of_labels(table, found, table.label_names) if by_label else annotations.classes(table, found, names)
+    )
     rows = select(table, found, unmasked)
-    numbers = [np.flatnonzero(classes.codes == c + 1) for c in range(len(classes.names))]
-    present = np.stack([found.pixels[rows][:, one].sum(axis=1) > 0 for one in numbers], axis=1)
+    pixels = found.pixels[rows]
+    if by_label:
+        present = np.eye(len(classes.names), dtype=bool)[table.label[rows]] & (pixels[:, 1:].sum(axis=1) > 0)[:, None]
+    else:
+        numbers = [np.flatnonzero(classes.codes == c + 1) for c in range(len(classes.names))]
+        present = np.stack([pixels[:, one].sum(axis=1) > 0 for one in numbers], axis=1)
     return table.take(rows), Segmentation(classes, present, **how)
 
 
