@@ -50,8 +50,11 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         scan=False,  # True compiles one block and loops over it: quicker to compile, slower on a CPU
         remat=False,  # recompute activations
     )
-    config.mode = "full"  # what is trained: full, frozen (the head only), last_k (the last blocks and the head)
+    # What is trained: full, frozen (the head only), last_k (the last blocks and the head), lora (what is added to the
+    # attention's matrices, of a low rank, and the head).
+    config.mode = "full"
     config.last_k = 4  # blocks for mode last_k; of a ResNet: stages
+    config.lora_rank = 8  # for mode lora
     config.data = dict(
         path="",  # labelled shards: a folder, a glob; several separated by commas
         split="",  # only this TFDS split; "" = all
@@ -83,6 +86,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         gamma=(0.8, 1.25),  # grey map
         randaugment_magnitude=0.0,  # 0 = off
         randaugment_ops=2,
+        trivialaugment=False,  # one of the same operations of any strength, instead
     )
     config.regularization = dict(
         mixup=0.0,  # a of Beta(a, a); 0 = off
@@ -113,7 +117,8 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     # every: evaluations; a finished member keeps its classifier/; fallback: resume before a damaged checkpoint
     config.checkpoint = dict(every=5, keep_finished=False, fallback=False)
     config.log = dict(every=20)
-    config.evaluate = dict(batch_size=0, bootstrap=1000)  # images per call; 0 = what suits the devices
+    # batch_size: images per call, 0 = what suits the devices; flip: the mean of what is said of a frame and its mirror.
+    config.evaluate = dict(batch_size=0, bootstrap=1000, flip=False)
     VARIANTS[variant](config)
     return config
 

@@ -163,3 +163,17 @@ def test_the_strongest_values_are_those_of_the_recipe():
     assert np.asarray(augment.OPERATIONS["solarize_add"](grey, 1.0, 1.0)).max() == 210
     assert np.asarray(augment.OPERATIONS["solarize"](grey, 1.0, 1.0)).max() == 155
     assert np.asarray(augment.OPERATIONS["posterize"](grey, 0.5, 1.0)).max() == 64  # two bits
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_trivialaugment_applies_one_operation_or_none(channels):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (24, 32, channels), np.uint8)
+    made = [augment.trivialaugment(image, np.random.default_rng(seed)) for seed in range(60)]
+    again = [augment.trivialaugment(image, np.random.default_rng(seed)) for seed in range(60)]
+    assert all(one.shape == image.shape and one.dtype == np.uint8 for one in made)
+    assert all((one == other).all() for one, other in zip(made, again, strict=True))
+    assert 0 < sum(np.array_equal(one, image) for one in made) < 30
+    how = augment.Augmentation(trivialaugment=True)
+    same = augment.adjust(image, np.random.default_rng(7), how)
+    assert (same == augment.trivialaugment(image, np.random.default_rng(7))).all()

@@ -4,18 +4,22 @@ import copy
 import csv
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from configs import finetune as configs
 from tests.helpers import write_shards
 from tests.pretraining.runs import metrics
+from usfmae_jax.data.table import images as table_images
+from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.finetuning import loop as supervised
 from usfmae_jax.finetuning.loop import better, finetune
 from usfmae_jax.interop.model import Model, flatten, open_model, save_model
 from usfmae_jax.tasks.classification import Classification
+from usfmae_jax.training.forward import head_function
 from usfmae_jax.training.monitor import DivergedError, Preemption
 
 Trainer = supervised.Trainer
@@ -27,7 +31,8 @@ def compiled():
     known = {}
 
     def compile_once(config, run):
-        parts = {name: run.settings[name] for name in ("model", "mode", "last_k", "optimizer", "regularization")}
+        names = ("model", "mode", "last_k", "optimizer", "regularization", "evaluate")
+        parts = {name: run.settings[name] for name in names}
         key = json.dumps([run.description, run.preprocessing, parts, config.train.batch_size])
         known[key] = known.get(key) or Trainer(config, run)
         trainer = copy.copy(known[key])
@@ -356,3 +361,63 @@ def test_an_encoder_of_another_shape_is_refused_with_both_values(config, tmp_pat
     with pytest.raises(InputError) as error:
         finetune(config, str(tmp_path / "run"))
     assert message in str(error.value)
+
+
+def test_low_rank_additions_are_trained_and_become_part_of_the_weights(config, tmp_path, undisturbed):
+    encoder = str(undisturbed / "members" / "fold-2")
+    config.update(mode="lora", lora_rank=2, init=encoder)
+    config.split.only = ("1",)
+    config.optimizer.learning_rate = 0.2
+    assert finetune(config, str(tmp_path))
+    model = open_model(str(tmp_path / "members" / "fold-1"))
+    before = flatten(open_model(encoder).params)
+    after = flatten(model.params)
+    assert not [name for name in after if "lora" in name]
+    moved = {name for name in before if not np.array_equal(before[name], after[name]) and "head" not in name}
+    assert moved == {f"encoder.blocks.stack.attn.{part}.kernel" for part in ("qkv", "proj")}
+    change = after["encoder.blocks.stack.attn.qkv.kernel"] - before["encoder.blocks.stack.attn.qkv.kernel"]
+    assert [np.linalg.matrix_rank(one, tol=1e-4 * np.abs(one).max()) for one in change] == [2, 2]
+    # What was written is what the merged weights say.
+    said = predictions.read(tmp_path, predictions.ClassPredictions)
+    table = read_table(config.data.path)
+    keys = list(zip(table.video, table.frame, strict=True))
+    rows = [keys.index(key) for key in zip(said.video, said.frame, strict=True)]
+    images = np.concatenate(list(table_images(table, rows, size=(32, 32), channels=1, batch_size=48)))
+    function, variables = head_function(model)
+    again = jax.nn.softmax(function(variables, images)["logits"])
+    np.testing.assert_allclose(again, said.probabilities, atol=1e-5)
+
+
+def test_the_mean_of_a_frame_and_its_mirror_is_tested(config, tmp_path):
+    config.split.only = ("1",)
+    found = {}
+    for flip in (False, True):
+        config.evaluate.flip = flip
+        assert finetune(config, str(tmp_path / str(flip)))
+        found[flip] = predictions.read(tmp_path / str(flip), predictions.ClassPredictions)
+    model = open_model(str(tmp_path / "True" / "members" / "fold-1"))
+    assert flatten(model.params).keys() == flatten(open_model(str(tmp_path / "False/members/fold-1")).params).keys()
+    assert not np.array_equal(found[True].probabilities, found[False].probabilities)
+    table = read_table(config.data.path)
+    keys = list(zip(table.video, table.frame, strict=True))
+    rows = [keys.index(key) for key in zip(found[True].video, found[True].frame, strict=True)]
+    images = np.concatenate(list(table_images(table, rows, size=(32, 32), channels=1, batch_size=48)))
+    function, variables = head_function(model)
+    both = [jax.nn.softmax(function(variables, one)["logits"]) for one in (images, images[:, :, ::-1])]
+    np.testing.assert_allclose(found[True].probabilities, (both[0] + both[1]) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"mode": "lora", "lora_rank": 0}, r"config\.lora_rank=0 must lie between 1 and the width of the model, 32"),
+        ({"mode": "lora", "lora_rank": 33}, r"config\.lora_rank=33 must lie between 1"),
+        ({"mode": "lora", "model": {"arch": "resnet50"}}, "is for the attention of a ViT, which a resnet50 has not"),
+    ],
+)
+def test_low_ranks_that_cannot_be_are_refused(config, tmp_path, fields, says):
+    config.update(fields)
+    if "model" in fields:
+        config.model.update(width=8, depth=1, patch_size=0, num_heads=0)
+    with pytest.raises(InputError, match=says):
+        finetune(config, str(tmp_path))

@@ -199,7 +199,7 @@ def test_a_frame_is_measured_in_its_own_size(masked):
     [
         (lambda c: c.model.update(head="queries"), r"config\.model\.head='queries' must be 'linear' or 'decoder'"),
         (lambda c: c.regularization.update(mixup=0.8), r"config\.regularization\.mixup=0\.8 is for classes of whole"),
-        (lambda c: c.augment.update(randaugment_magnitude=9.0), "RandAugment moves pixels away from their mask"),
+        (lambda c: c.augment.update(randaugment_magnitude=9.0), "they move pixels away from their mask"),
         (lambda c: c.update(classes=("disc",)), "names 1 classes, and the masks hold the numbers 1, 2"),
         (lambda c: c.update(classes=("disc", "disc")), "names must differ"),
         (lambda c: c.update(unmasked="ignore"), r"config\.unmasked='ignore' must be one of drop, background, refuse"),

@@ -33,6 +33,7 @@ class Augmentation:
       gamma: exponent of the grey map, drawn log-uniformly; off at (1, 1).
       randaugment_magnitude: strength of `randaugment`, 0 to 10; 0 = off.
       randaugment_ops: how many of its operations each view gets.
+      trivialaugment: whether each view gets one of these operations, of any strength (Müller & Hutter 2021).
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -46,6 +47,7 @@ class Augmentation:
     gamma: tuple[float, float] = (1.0, 1.0)
     randaugment_magnitude: float = 0.0
     randaugment_ops: int = 2
+    trivialaugment: bool = False
 
 
 def random_crop(
@@ -126,6 +128,8 @@ def adjust(image: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np
     """
     if how.randaugment_magnitude > 0:
         image = randaugment(image, rng, how.randaugment_magnitude, how.randaugment_ops)
+    if how.trivialaugment:
+        image = trivialaugment(image, rng)
     brightness = rng.uniform(*how.brightness) if any(how.brightness) else 0.0
     contrast, gamma = (
         math.exp(rng.uniform(math.log(span[0]), math.log(span[1]))) if tuple(span) != (1, 1) else 1.0
@@ -223,3 +227,21 @@ def randaugment(image: np.ndarray, rng: np.random.Generator, magnitude: float = 
         if applied:
             picture = OPERATIONS[name](picture, strength, sign)
     return np.asarray(picture).reshape(image.shape)
+
+
+def trivialaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Applies one operation, or none, all alike, of a strength drawn uniformly (Müller & Hutter 2021).
+
+    Args:
+      image: uint8 `[H, W, C]`, C = 1 or 3.
+      rng: where the randomness comes from.
+
+    Returns:
+      uint8 `[H, W, C]`.
+    """
+    chosen = int(rng.integers(len(OPERATIONS) + 1))
+    sign, strength = 1.0 if rng.random() < 0.5 else -1.0, float(rng.random())
+    if chosen == len(OPERATIONS):
+        return image
+    picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    return np.asarray(list(OPERATIONS.values())[chosen](picture, strength, sign)).reshape(image.shape)

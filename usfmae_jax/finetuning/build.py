@@ -195,8 +195,10 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
 
 def check_resumable(run: Run, stored: dict[str, Any]) -> None:
     """Raises InputError if a run that was stored with those settings was another one; see `checkpoints`."""
-    # Version 0.1 had no other task, and did not name it.
-    checkpoints.check_resumable({"task": "classification"} | stored, run.settings, run.workdir, RESUMABLE)
+    # Version 0.1 had no other task, and neither of these ways.
+    absent: dict[str, Any] = {"task": "classification", "lora_rank": run.settings["lora_rank"]}
+    stored = absent | stored | {"augment": {"trivialaugment": False} | stored.get("augment", {})}
+    checkpoints.check_resumable(stored, run.settings, run.workdir, RESUMABLE)
 
 
 def _json(config: ml_collections.ConfigDict) -> str:
@@ -262,9 +264,10 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
             )
     if regular.class_weights != "none" or config.positive:
         raise InputError("config.regularization.class_weights and config.positive are for classes of whole frames")
-    if config.augment.randaugment_magnitude:
+    if config.augment.randaugment_magnitude or config.augment.trivialaugment:
         raise InputError(
-            "config.augment.randaugment_magnitude must be 0: RandAugment moves pixels away from their mask"
+            "config.augment.randaugment_magnitude must be 0 and trivialaugment false: they move pixels away from their "
+            "mask"
         )
     if model.head not in ("linear", "decoder"):
         raise InputError(f"config.model.head={model.head!r} must be 'linear' or 'decoder'")
@@ -435,14 +438,22 @@ def trained_part(config: ml_collections.ConfigDict, description: dict[str, Any])
       InputError: no such mode, or not so many blocks.
     """
     mode, last = config.mode, config.last_k
-    if mode not in ("full", "frozen", "last_k"):
-        raise InputError(f"config.mode={mode!r} must be 'full', 'frozen' (the head only) or 'last_k'")
+    if mode not in ("full", "frozen", "last_k", "lora"):
+        raise InputError(f"config.mode={mode!r} must be 'full', 'frozen' (the head only), 'last_k' or 'lora'")
     vit = description["model"] == "vit"
     depth = description["encoder"]["depth"] if vit else STAGES
     if mode == "full":
         return 0, (), 0
     if description["model"] == "unet":
         raise InputError(f"config.mode={mode}: a U-Net is trained whole; leave it at 'full'")
+    if mode == "lora":
+        if not vit:
+            raise InputError(f"config.mode=lora is for the attention of a ViT, which a {description['model']} has not")
+        rank, width = config.lora_rank, description["encoder"]["width"]
+        if not 1 <= rank <= width:
+            raise InputError(f"config.lora_rank={rank} must lie between 1 and the width of the model, {width}")
+        added = "encoder.blocks.stack.attn."
+        return 0, ("head.", "head_norm.", added + "qkv_lora.", added + "proj_lora."), 0
     if mode == "frozen":
         return depth, ("head.", "head_norm."), 0
     if not 1 <= last <= depth:
@@ -461,6 +472,7 @@ def model_maker(
     """What builds the model, computing as the config says."""
     model = config.model
     how = {"attention": model.attention or None, "scan": model.scan, "remat": model.remat}
+    how |= {"lora": config.lora_rank} if config.mode == "lora" else {}
     return build(
         description,
         dtype=jnp.dtype(model.dtype),
@@ -512,7 +524,8 @@ def check_weights(make_model: Callable[[nnx.Rngs], nnx.Module], loaded: dict[str
         unknown = new.keys() - old.keys()
         if unknown:
             raise InputError(f"config.init={source} has the parameter {min(unknown)}, which this model has not")
-        absent = {name for name in old.keys() - new.keys() if not name.startswith(("head.", "head_norm."))}
+        own_ones = ("head.", "head_norm."), ("_lora.down", "_lora.up")
+        absent = {n for n in old.keys() - new.keys() if not (n.startswith(own_ones[0]) or n.endswith(own_ones[1]))}
         if absent:
             raise InputError(f"config.init={source} lacks the parameter {min(absent)} of this model")
         for name, leaf in new.items():
@@ -530,7 +543,7 @@ def make_optimizer(
     The rate in the config is per 256 images.
     """
     optimizer = config.optimizer
-    vit_layers = description["model"] == "vit" and config.mode != "frozen"
+    vit_layers = description["model"] == "vit" and config.mode not in ("frozen", "lora")
     rate = functools.partial(
         optimizers.warmup_cosine,
         learning_rate=optimizer.learning_rate * config.train.batch_size / 256,
@@ -577,5 +590,6 @@ def title(config: ml_collections.ConfigDict, description: dict[str, Any], datase
     on = " and ".join(datasets)
     if not config.init:
         return f"{model} trained from scratch on {on}"
-    how = {"full": "", "frozen": ", head only", "last_k": f", last {config.last_k} blocks"}[config.mode]
-    return f"Fine-tuned {model} on {on}{how}"
+    how = {"full": "", "frozen": ", head only", "last_k": f", last {config.last_k} blocks"}
+    how["lora"] = f", LoRA of rank {config.lora_rank}"
+    return f"Fine-tuned {model} on {on}{how[config.mode]}"

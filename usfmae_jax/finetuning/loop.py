@@ -22,6 +22,7 @@ from usfmae_jax.finetuning import build, results, side_by_side
 from usfmae_jax.finetuning.build import Run
 from usfmae_jax.finetuning.members import Member
 from usfmae_jax.interop.model import Model, model_graph, save_model
+from usfmae_jax.models.layers import without_lora
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.forward import apply_batches, fitting_batch
@@ -120,7 +121,11 @@ class Trainer:
 
         def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
             model = nnx.merge(graph, *variables.values())
-            return run.task.predict(model, normalize_images(images, mean, std))
+            said = run.task.predict(model, normalize_images(images, mean, std))
+            if not config.evaluate.flip:
+                return said
+            mirrored = run.task.mirror(run.task.predict(model, normalize_images(images[:, :, ::-1], mean, std)))
+            return jax.tree.map(_mean, said, mirrored)
 
         def part(params: Any) -> Any:
             return pick(params, trained)
@@ -258,7 +263,7 @@ class Trainer:
         directory = epath.Path(run.folder(member))
         params, stats = (jax.device_get(best.get(name, {})) for name in ("params", "stats"))
         lineage = [*run.lineage[:-1], run.lineage[-1] | {"member": member.name, "step": step}]
-        model = Model(params, run.description, run.preprocessing, lineage, stats)
+        model = Model(without_lora(params), run.description, run.preprocessing, lineage, stats)
         save_model(str(directory / model.kind), model)
         for name, rows, predicted in (("validation", fold.validation, validation), ("predictions", fold.test, tested)):
             self.record(member, rows, predicted).write(directory / f"{name}.csv")
@@ -334,6 +339,12 @@ class Trainer:
                 yield kept[places[start : start + batch_size]]
 
         return slices
+
+
+def _mean(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Of two predictions; of whole numbers rounded."""
+    mean = (one.astype(jnp.float32) + other.astype(jnp.float32)) / 2
+    return jnp.round(mean).astype(one.dtype) if jnp.issubdtype(one.dtype, jnp.integer) else mean.astype(one.dtype)
 
 
 def better(score: dict[str, float], best: dict[str, float], metric: str, tie: str, losses: frozenset[str]) -> bool:

@@ -156,7 +156,7 @@ def build(
       drop_path: highest rate of stochastic depth of a classifier; a ResNet has none.
       freeze: number of first blocks of a classifier (of a ResNet: stages, of which there are four) that are not
         trained.
-      **computation: `attention`, `scan` and `remat` of `ViT`; a ResNet has none of them.
+      **computation: `attention`, `scan`, `remat` and `lora` of `ViT`; other networks have none of them.
     """
     outputs = len(description.get("classes", description.get("outputs", ())))
     if description["model"] == "unet":

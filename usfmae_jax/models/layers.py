@@ -92,28 +92,66 @@ def _attend_backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax
 attend.defvjp(_attend, _attend_backward)
 
 
+class LowRank(nnx.Module):
+    """What LoRA (Hu et al. 2022) adds to a matrix: `x @ down @ up`, of a low rank, nothing in the beginning."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, *, dtype: Any, rngs: nnx.Rngs):
+        self.down = nnx.Param(nnx.initializers.normal(1 / rank)(rngs.params(), (inputs, rank)))
+        self.up = nnx.Param(jnp.zeros((rank, outputs)))
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., I] -> [..., O]`."""
+        return x @ self.down[...].astype(self.dtype) @ self.up[...].astype(self.dtype)
+
+
+def without_lora(params: Any) -> Any:
+    """Parameters in which every low-rank addition has become part of its matrix; what has none is as it was."""
+    if not isinstance(params, dict):
+        return params
+    merged = {name: without_lora(one) for name, one in params.items() if not name.endswith("_lora")}
+    for name in params:
+        if name.endswith("_lora"):
+            one = merged[name.removesuffix("_lora")]
+            added = params[name]["down"] @ params[name]["up"]  # stacked blocks: [depth, I, R] @ [depth, R, O]
+            merged[name.removesuffix("_lora")] = one | {"kernel": one["kernel"] + added}
+    return merged
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention (Vaswani et al. 2017), `[B, N, D] -> [B, N, D]`.
 
-    Query, key and value come from one matrix; the softmax is float32 whatever the compute dtype.
+    Query, key and value come from one matrix; the softmax is float32 whatever the compute dtype. With `lora` both
+    matrices have a low-rank addition of that rank, see `LowRank`.
     """
 
     def __init__(
-        self, width: int, num_heads: int, *, dtype: Any, implementation: AttentionImplementation, rngs: nnx.Rngs
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        dtype: Any,
+        implementation: AttentionImplementation,
+        lora: int = 0,
+        rngs: nnx.Rngs,
     ):
         self.num_heads = num_heads
         self.implementation = implementation
         self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.qkv_lora = LowRank(width, 3 * width, lora, dtype=dtype, rngs=rngs) if lora else None
+        self.proj_lora = LowRank(width, width, lora, dtype=dtype, rngs=rngs) if lora else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Every token attends to every token."""
         q, k, v = self._heads(x)
         if self.implementation is None and jax.default_backend() == "cpu":
             attended = attend(*(part.swapaxes(1, 2) for part in (q, k, v))).swapaxes(1, 2)
-            return self.proj(attended.reshape(x.shape))
-        attended = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)  # [B, N, H, D/H]
-        return self.proj(attended.reshape(x.shape))
+        else:
+            attended = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)  # [B, N, H, D/H]
+        attended = attended.reshape(x.shape)
+        projected = self.proj(attended)
+        return projected if self.proj_lora is None else projected + self.proj_lora(attended)
 
     def weights(self, x: jax.Array) -> jax.Array:
         """How much each token (row) attends to each token (column): float32 `[B, H, N, N]`, rows sum to 1."""
@@ -124,4 +162,5 @@ class Attention(nnx.Module):
     def _heads(self, x: jax.Array) -> jax.Array:
         """Query, key and value, `[3, B, N, H, D/H]`."""
         b, n, d = x.shape
-        return jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads), 2, 0)
+        qkv = self.qkv(x) if self.qkv_lora is None else self.qkv(x) + self.qkv_lora(x)
+        return jnp.moveaxis(qkv.reshape(b, n, 3, self.num_heads, d // self.num_heads), 2, 0)

@@ -53,11 +53,12 @@ class Block(nnx.Module):
         norm_eps: float = NORM_EPS,
         dtype: Any,
         attention: AttentionImplementation,
+        lora: int = 0,
         rngs: nnx.Rngs,
     ):
         hidden = int(width * mlp_ratio)
         self.norm1 = layer_norm(width, norm_eps, rngs=rngs)
-        self.attn = Attention(width, num_heads, dtype=dtype, implementation=attention, rngs=rngs)
+        self.attn = Attention(width, num_heads, dtype=dtype, implementation=attention, lora=lora, rngs=rngs)
         self.norm2 = layer_norm(width, norm_eps, rngs=rngs)
         self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
@@ -182,6 +183,7 @@ class ViT(nnx.Module):
       dtype: compute dtype; parameters stay float32.
       attention: implementation for `jax.nn.dot_product_attention`: 'xla', 'cudnn', or None for its own choice.
       scan, remat: see `Blocks`.
+      lora: rank of what is added to the matrices of the attention, see `layers.LowRank`; 0 = nothing.
     """
 
     def __init__(
@@ -200,6 +202,7 @@ class ViT(nnx.Module):
         attention: AttentionImplementation = None,
         scan: bool = True,
         remat: bool = False,
+        lora: int = 0,
         rngs: nnx.Rngs,
     ):
         check_patches(image_size, patch_size)
@@ -207,7 +210,8 @@ class ViT(nnx.Module):
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
 
         def make(rngs: nnx.Rngs) -> Block:
-            return Block(width, num_heads, mlp_ratio, norm_eps=norm_eps, dtype=dtype, attention=attention, rngs=rngs)
+            how: dict[str, Any] = {"norm_eps": norm_eps, "dtype": dtype, "attention": attention, "lora": lora}
+            return Block(width, num_heads, mlp_ratio, **how, rngs=rngs)
 
         self.patch_embed = Linear(patch_size * patch_size * channels, width, dtype=dtype, rngs=rngs)
         self.cls_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))

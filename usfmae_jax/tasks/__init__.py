@@ -78,6 +78,10 @@ class Task(Protocol):
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
         """Normalised images `[B, H, W, C]` to arrays `[B, ...]` by name."""
 
+    def mirror(self, predicted: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What `predict` says of mirrored images, as it is of the images; the same but for maps."""
+        return predicted
+
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """What is kept of predictions `[n, ...]` of some rows, where they are too large to be kept themselves."""
         return predicted

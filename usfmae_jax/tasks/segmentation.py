@@ -125,6 +125,10 @@ class Segmentation(Task):
         shares = jax.nn.softmax(model(images))
         return {"probabilities": jnp.round(255 * shares).astype(jnp.uint8)}
 
+    def mirror(self, predicted: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Maps turned back."""
+        return {name: maps[:, :, ::-1] for name, maps in predicted.items()}
+
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """`evaluation.segmentation.MEASURES`, float `[n, C]`, in the frames' own sizes, and `pixel_area`, `[n]`."""
 
