@@ -4,7 +4,7 @@ A new one is a file here that has what `Task` names, an entry in `finetuning.bui
 `configs/finetune.py`; table, splits, members, loop, resuming and report take it as they take classification.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -85,6 +85,10 @@ class Task(Protocol):
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """What is kept of predictions `[n, ...]` of some rows, where they are too large to be kept themselves."""
         return predicted
+
+    def outlines(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Iterator[np.ndarray]:
+        """Of predictions `[n, ...]` of some rows the masks, classes uint8 `[H, W]`; none where there are no masks."""
+        return iter(())
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """Metrics of what `measure` kept of some rows, by name, those that are defined there; to choose by."""

@@ -187,8 +187,8 @@ class Classification(Task):
         return cross_entropy(model(batch["image"], rng=rng, train=True), batch["target"], batch["weight"])
 
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-        """`probabilities` float32 `[B, C]`."""
-        return {"probabilities": jax.nn.softmax(model(images))}
+        """See `probabilities`."""
+        return probabilities(model, images)
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """See `evaluation.classification.metrics`."""
@@ -218,6 +218,11 @@ class Classification(Task):
     def table(self, results: Mapping[str, Any]) -> str:
         """See `evaluation.results.table`."""
         return scoring.table(results)
+
+
+def probabilities(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+    """`probabilities` float32 `[B, C]`."""
+    return {"probabilities": jax.nn.softmax(model(images))}
 
 
 def errors(tested: Sequence[tuple[np.ndarray, Predictions]], count: int) -> list[dict[str, Any]]:

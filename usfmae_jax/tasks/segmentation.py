@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -121,9 +121,8 @@ class Segmentation(Task):
         return pixel_loss(logits, batch["mask"], self.dice).sum(), jnp.float32(len(logits))
 
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-        """`probabilities` of background and classes, in 255ths: uint8 `[B, H, W, 1 + C]`."""
-        shares = jax.nn.softmax(model(images))
-        return {"probabilities": jnp.round(255 * shares).astype(jnp.uint8)}
+        """See `probabilities`."""
+        return probabilities(model, images)
 
     def mirror(self, predicted: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Maps turned back."""
@@ -148,6 +147,14 @@ class Segmentation(Task):
         with contextlib.closing(decode_ahead(one, range(len(rows)), 2, 64)) as found:
             frames = list(found)
         return {name: np.stack([frame[name] for frame in frames]) for name in (*scoring.MEASURES, "pixel_area")}
+
+    def outlines(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Iterator[np.ndarray]:
+        """The class of each pixel of the frames, in their own sizes."""
+        for place, row in enumerate(rows.tolist()):
+            record = read_row(table, row)
+            size = record["height"], record["width"]
+            size = size if min(size) else decode_image(record["image"]).shape[:2]
+            yield classes_of(predicted["probabilities"][place], size)
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """See `evaluation.segmentation.score`."""
@@ -235,6 +242,11 @@ def of_table(
     return table.take(rows), Segmentation(classes, present, **how)
 
 
+def probabilities(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+    """`probabilities` of background and classes, in 255ths: uint8 `[B, H, W, 1 + C]`."""
+    return {"probabilities": jnp.round(255 * jax.nn.softmax(model(images))).astype(jnp.uint8)}
+
+
 def pixel_loss(logits: jax.Array, classes: jax.Array, dice: float) -> jax.Array:
     """Cross entropy, the mean over pixels, plus `dice` times one minus the soft Dice, the mean over classes.
 
@@ -261,7 +273,7 @@ def classes_of(probabilities: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The most probable class of each pixel of a frame in its own size.
 
     Args:
-      probabilities: uint8 `[h, w, K]`, as the model sees the frame.
+      probabilities: uint8 `[h, w, K]`, as the model sees the frame; or float, the mean over several models.
       size: (height, width) of the frame.
 
     Returns:

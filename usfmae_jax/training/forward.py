@@ -1,6 +1,7 @@
 """Forward passes over many images: padded to one shape, spread over the mesh, decoded ahead."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Model, build, model_graph
 from usfmae_jax.models.patches import normalize_images
-from usfmae_jax.training.mesh import global_batch, replicated
+from usfmae_jax.training.mesh import batch_sharding, global_batch, replicated
 
 #: A pass that lasts longer than this shows a progress bar, seconds.
 PATIENCE = 2.0
@@ -42,6 +43,45 @@ def fitting_batch(asked: int, mesh: Mesh, field: str) -> int:
     if asked < 0 or asked % mesh.size:
         raise InputError(f"{field}={asked} must be a multiple of the {mesh.size} devices, or 0 for what suits them")
     return asked
+
+
+def fitted(
+    function: Forward, variables: Any, shape: tuple[int, ...], mesh: Mesh, asked: int, field: str
+) -> tuple[Forward, int]:
+    """The compiled program of a function for as many images per call as suit the devices and fit into their memory.
+
+    Args:
+      function: `(variables, images uint8 [B, *shape])`.
+      variables: on the mesh.
+      shape: of an image.
+      mesh: batches are spread over it.
+      asked: by the person; 0 = what fits.
+      field: see `fitting_batch`.
+
+    Returns:
+      the program, for images from `global_batch` and variables that lie as these do; and B.
+
+    Raises:
+      InputError: see `fitting_batch`.
+    """
+    size = fitting_batch(asked, mesh, field)
+    compiled = jax.jit(function, out_shardings=replicated(mesh))
+    while True:
+        images = jax.ShapeDtypeStruct((size, *shape), np.uint8, sharding=batch_sharding(mesh))
+        program = compiled.lower(variables, images).compile()
+        memory = program.memory_analysis()
+        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes if memory else 0
+        if asked or size == mesh.size or needed < _free(mesh):
+            return program, size
+        size = max(size // 2 // mesh.size, 1) * mesh.size
+
+
+def _free(mesh: Mesh) -> float:
+    """Bytes of each device that a program may take."""
+    said = mesh.local_devices[0].memory_stats() or {}
+    if "bytes_limit" in said:
+        return 0.9 * (said["bytes_limit"] - said.get("bytes_in_use", 0))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / mesh.size  # the CPU's is others' too
 
 
 def apply_batches(

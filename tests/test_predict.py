@@ -1,0 +1,271 @@
+"""Any file to a table, masks and outlines; members together; what was finished stays."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.helpers import frame, write_shards
+from usfmae_jax import predict
+from usfmae_jax.data import cells
+from usfmae_jax.data.records import decode_image, decode_record, open_shards
+from usfmae_jax.interop.model import Model, build, preprocessing, save_model
+from usfmae_jax.prediction.kinds import segmented
+from usfmae_jax.tasks.segmentation import classes_of
+
+ENCODER = {"image_size": [16, 16], "patch_size": 8, "channels": 1, "width": 16, "depth": 1, "num_heads": 2}
+CLASSIFIER = {"model": "vit", "encoder": ENCODER, "pool": "mean", "classes": ["benign", "malignant"]}
+SEGMENTER = {
+    "model": "vit",
+    "encoder": ENCODER,
+    "task": "segmentation",
+    "outputs": ["lesion", "cyst"],
+    "head": {"kind": "linear"},
+}
+
+
+def save(directory, description, seed=0, **more):
+    """A model of random weights, whose head says something."""
+    network = build(description)(nnx.Rngs(seed))
+    network.head.kernel[...] = 3 * np.random.default_rng(seed).standard_normal(network.head.kernel.shape)
+    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+    model = Model(params, description | more, preprocessing((16, 16), 1, [0.25], [0.2]), [])
+    save_model(str(directory), model)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("classifier"), CLASSIFIER)
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("segmenter"), SEGMENTER)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two pictures, a volume of five slices, and one that is damaged."""
+    root = tmp_path_factory.mktemp("files")
+    (root / "sub").mkdir()
+    cv2.imwrite(str(root / "sub" / "=one.png"), frame(0, 0))
+    cv2.imwrite(str(root / "two.bmp"), frame(1, 1, (30, 50)))
+    np.save(root / "volume.npy", np.stack([frame(n, n % 2, (33, 47)) for n in range(5)]))
+    (root / "damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (root / "notes.txt").write_text("nothing")
+    return root
+
+
+def table(path):
+    with open(path, encoding="utf-8", newline="") as lines:
+        return list(cells.read_dicts(lines))
+
+
+def run(checkpoint, data, output, *more):
+    return predict.main([f"--checkpoint={checkpoint}", f"--data={data}", f"--output={output}", "--workers=1", *more])
+
+
+def test_files_of_any_kind_are_classified_and_what_cannot_be_read_is_named(classifier, files, tmp_path, capsys):
+    assert run(classifier, files, tmp_path / "out", "--batch_size=8") == 0
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert [(row["file"], row["frame"]) for row in rows] == [
+        ("sub/=one.png", "0"),
+        ("two.bmp", "0"),
+        *(("volume.npy", str(number)) for number in range(5)),
+    ]
+    for row in rows:
+        said = {name: float(row[f"p_{name}"]) for name in CLASSIFIER["classes"]}
+        assert sum(said.values()) == pytest.approx(1, abs=1e-5)
+        assert row["predicted"] == max(said, key=said.get)
+        assert "uncertainty" not in row
+    (skipped,) = table(tmp_path / "out" / "skipped.csv")
+    assert skipped["file"] == "damaged.png"
+    shown = capsys.readouterr().err
+    assert "1 other or hidden files and folders are passed over" in shown
+    assert "1 file or frame is left out" in shown
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert str(tmp_path).encode() not in everything
+    assert str(files).encode() not in everything
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "finished.jsonl",
+        "prediction.json",
+        "predictions.csv",
+        "skipped.csv",
+    ]
+
+
+def test_masks_have_the_size_of_their_frames_and_areas_count_them(segmenter, files, tmp_path):
+    assert run(segmenter, files, tmp_path / "out") == 0
+    rows = table(tmp_path / "out" / "predictions.csv")
+    sizes = {"sub/=one.png": (40, 48), "two.bmp": (30, 50), "volume.npy": (33, 47)}
+    for row in rows:
+        mask = cv2.imread(str(tmp_path / "out" / row["mask"]), cv2.IMREAD_UNCHANGED)
+        assert mask.shape == sizes[row["file"]]
+        assert mask.dtype == np.uint8
+        counts = np.bincount(mask.ravel(), minlength=3)
+        assert [int(row[f"area_pixels:{name}"]) for name in SEGMENTER["outputs"]] == counts[1:].tolist()
+        assert row["area_cm2:lesion"] == ""
+    assert [row["mask"] for row in rows][:3] == [
+        "masks/sub/=one.png.png",
+        "masks/two.bmp.png",
+        "masks/volume.npy/000000.png",
+    ]
+    assert (tmp_path / "out" / "overlays" / "two.bmp.png").exists()
+    if (film := tmp_path / "out" / "overlays" / "volume.npy.mp4").exists():
+        import av
+
+        with av.open(str(film)) as container:
+            pictures = [one.to_ndarray(format="rgb24") for one in container.decode(video=0)]
+        assert [one.shape for one in pictures] == [(34, 48, 3)] * 5
+    else:
+        assert len(list((tmp_path / "out" / "overlays" / "volume.npy").iterdir())) == 5
+    assert not list((tmp_path / "out").rglob("*incomplete*"))
+
+
+def test_a_dicom_clip_gives_areas_in_cm2_and_no_word_of_its_header(segmenter, tmp_path):
+    pytest.importorskip("pydicom", reason="pydicom is optional")
+    from tests.data_prep.readers import dicoms
+
+    clip = np.stack([frame(number, 1) for number in range(3)])
+    regions = [dicoms.region((0, 0, 47, 39), delta=0.01)]
+    who = {"PatientName": "ZEBEDEE^Z", "PatientID": "ZQ4711", "InstitutionName": "ZQHOUSE", "StudyDate": "19991231"}
+    (tmp_path / "in").mkdir()
+    dicoms.write(tmp_path / "in", clip, frames=3, SequenceOfUltrasoundRegions=regions, **who)
+    assert run(segmenter, tmp_path / "in", tmp_path / "out", "--max_frames=2") == 0
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert [(row["file"], row["frame"]) for row in rows] == [("image", "0"), ("image", "2")]
+    for row in rows:
+        for name in SEGMENTER["outputs"]:
+            assert float(row[f"area_cm2:{name}"]) == pytest.approx(int(row[f"area_pixels:{name}"]) * 1e-4, abs=1e-5)
+    assert any(float(row[f"area_cm2:{name}"]) for row in rows for name in SEGMENTER["outputs"])
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
+    for word in ("ZEBEDEE", "ZQ4711", "ZQHOUSE", "19991231", "1.2.3.4"):
+        assert word.encode() not in everything
+
+
+def test_areas_are_in_cm2_where_the_size_of_a_pixel_is_known_and_members_disagree_inside():
+    shares = np.zeros((2, 4, 4, 3), np.uint8)
+    shares[..., 0] = 255
+    shares[0, :2, :2] = 0, 255, 0
+    shares[1, :2, :2] = 51, 204, 0
+    cells, mask = segmented(["lesion", "cyst"], {"probabilities": shares}, (8, 8), (0.5, 2.0))
+    assert mask.tolist() == classes_of(shares.mean(axis=0, dtype=np.float32), (8, 8)).tolist()
+    assert cells["area_pixels:lesion"] == (mask == 1).sum()
+    assert cells["area_cm2:lesion"] == pytest.approx((mask == 1).sum() / 100)
+    assert cells["area_cm2:cyst"] == 0
+    assert cells["uncertainty"] == pytest.approx(0.1, abs=1e-6)  # 1 and 0.8
+    cells, _ = segmented(["lesion", "cyst"], {"probabilities": shares * 0}, (8, 8), (0.0, 0.0))
+    assert (cells["uncertainty"], cells["area_cm2:lesion"]) == ("", "")
+
+
+def test_the_members_of_a_run_are_averaged_and_their_spread_is_told(tmp_path, files):
+    for seed in range(2):
+        save(tmp_path / "run" / "members" / f"m{seed}" / "classifier", CLASSIFIER, seed)
+    for name, checkpoint in {"both": "run", "0": "run/members/m0", "1": "run/members/m1"}.items():
+        assert run(tmp_path / checkpoint, files / "two.bmp", tmp_path / name) == 0
+    ((both,), (one,), (two,)) = (table(tmp_path / name / "predictions.csv") for name in ("both", "0", "1"))
+    p = np.array([[float(row[f"p_{name}"]) for name in CLASSIFIER["classes"]] for row in (one, two)])
+    assert [float(both[f"p_{name}"]) for name in CLASSIFIER["classes"]] == pytest.approx(p.mean(axis=0), abs=2e-6)
+    chosen = CLASSIFIER["classes"].index(both["predicted"])
+    assert float(both["uncertainty"]) == pytest.approx(p[:, chosen].std(), abs=2e-6)
+    assert p[:, chosen].std() > 1e-3
+    assert both["file"] == "two.bmp"
+
+
+def test_a_second_start_takes_what_is_new_or_changed_and_what_was_cut_off(classifier, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        cv2.imwrite(str(tmp_path / "in" / f"{number}.png"), frame(number, 0))
+    assert run(classifier, tmp_path / "in", tmp_path / "out") == 0
+    before = (tmp_path / "out" / "predictions.csv").read_text()
+    finished = tmp_path / "out" / "finished.jsonl"
+    finished.write_bytes(finished.read_bytes()[:-20])  # killed while it wrote
+    (tmp_path / "out" / "predictions.csv").unlink()
+    capsys.readouterr()
+    assert run(classifier, tmp_path / "in", tmp_path / "out") == 0
+    assert "3 of 4 files were finished before" in capsys.readouterr().err
+    assert (tmp_path / "out" / "predictions.csv").read_text() == before
+    cv2.imwrite(str(tmp_path / "in" / "0.png"), frame(9, 1, (50, 50)))
+    cv2.imwrite(str(tmp_path / "in" / "4.png"), frame(4, 1))
+    assert run(classifier, tmp_path / "in", tmp_path / "out") == 0
+    assert "3 of 5 files were finished before" in capsys.readouterr().err
+    after = table(tmp_path / "out" / "predictions.csv")
+    assert [row["file"] for row in after] == [f"{number}.png" for number in range(5)]
+    assert before.splitlines()[2:] == (tmp_path / "out" / "predictions.csv").read_text().splitlines()[2:5]
+    monkeypatch.setattr(predict, "_answer", None)  # nothing is left to do
+    assert run(classifier, tmp_path / "in", tmp_path / "out") == 0
+
+
+def test_shards_are_predicted_record_by_record(segmenter, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_shards(tmp_path / "in", count=70, damaged=(3,), pieces=1)
+    assert run(segmenter, tmp_path / "in", tmp_path / "out", "--overlays=off") == 0
+    rows = table(tmp_path / "out" / "predictions.csv")
+    assert [row["file"] for row in rows] == [f"{number}.png" for number in range(70) if number != 3]
+    assert len({row["mask"] for row in rows}) == 69
+    mask = cv2.imread(str(tmp_path / "out" / rows[5]["mask"]), cv2.IMREAD_UNCHANGED)
+    shards = open_shards(str(tmp_path / "in"))
+    assert mask.shape == decode_image(decode_record(shards[6])["image"]).shape[:2]
+    assert [row["file"] for row in table(tmp_path / "out" / "skipped.csv")] == ["3.png"]
+    assert not (tmp_path / "out" / "overlays").exists()
+
+
+def test_a_folder_of_something_else_or_of_another_model_is_refused(classifier, segmenter, files, tmp_path, capsys):
+    (tmp_path / "masks").mkdir()
+    assert run(classifier, files / "two.bmp", tmp_path) == 2
+    assert "holds something else (masks)" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "masks")
+    assert run(classifier, files / "two.bmp", tmp_path / "out") == 0
+    (tmp_path / "out" / "notes.txt").touch()
+    assert run(classifier, files / "two.bmp", tmp_path / "out") == 2
+    assert "holds something else (notes.txt)" in capsys.readouterr().err
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert run(segmenter, files / "two.bmp", tmp_path / "out") == 2
+    assert "holds predictions of another checkpoint; name a new folder" in capsys.readouterr().err
+    assert run(classifier, files / "two.bmp", tmp_path / "out", "--stride=2") == 2
+    assert "holds predictions with --stride=1" in capsys.readouterr().err
+
+
+def test_models_that_predict_nothing_known_are_refused(files, tmp_path, capsys):
+    network = build({"model": "vit", "encoder": ENCODER})(nnx.Rngs(0))
+    params = {"encoder": nnx.to_pure_dict(nnx.state(network, nnx.Param))}
+    description = {"model": "vit", "encoder": ENCODER}
+    save_model(str(tmp_path / "e"), Model(params, description, preprocessing((16, 16), 1, [0.25], [0.2]), []))
+    assert run(tmp_path / "e", files / "two.bmp", tmp_path / "out") == 2
+    assert "holds an encoder without a head" in capsys.readouterr().err
+    save(tmp_path / "r", {"model": "vit", "encoder": ENCODER, "pool": "mean", "outputs": ["mm"]}, task="astrology")
+    assert run(tmp_path / "r", files / "two.bmp", tmp_path / "out") == 2
+    assert "is a model for 'astrology'; predicted are classification, segmentation" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": "nowhere"}, "no shards match 'nowhere'"),
+        ({"data": "EMPTY"}, "holds no file that can be read"),
+        ({"checkpoint": "nowhere"}, "is no folder"),
+        ({"batch_size": "3"}, "--batch_size=3 must be a multiple of the 8 devices"),
+        ({"stride": "0"}, "--stride and --workers must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(classifier, files, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    flags = {"checkpoint": classifier, "data": str(files / "two.bmp"), "output": str(tmp_path / "out")} | arguments
+    flags = {name: str(tmp_path / "empty") if value == "EMPTY" else value for name, value in flags.items()}
+    assert predict.main([f"--{name}={value}" for name, value in flags.items()]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_that_can_be_read_is_an_error_that_leaves_the_reasons(classifier, files, tmp_path, capsys):
+    assert run(classifier, files / "damaged.png", tmp_path / "out") == 2
+    assert "none of the files can be read" in capsys.readouterr().err
+    assert table(tmp_path / "out" / "skipped.csv")[0]["file"] == "damaged.png"
+    assert json.loads((tmp_path / "out" / "prediction.json").read_text())["kind"] == "classification"

@@ -1,0 +1,1 @@
+"""Using what was learnt: files in, numbers, masks and pictures out."""

@@ -1,0 +1,106 @@
+"""What a prediction is, for each kind of model: one entry of `KINDS`.
+
+A new kind is two functions here, one for the devices and one for the host, and its entry under what its models have as
+`task` in their description.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from usfmae_jax.errors import InputError
+from usfmae_jax.interop.model import Model
+from usfmae_jax.tasks import classification, segmentation
+
+
+class Answer(NamedTuple):
+    """What is said of one frame.
+
+    Attributes:
+      cells: of its row in predictions.csv, by column; every answer of a kind has the same columns.
+      mask: class of each pixel in the frame's own size, uint8 `[H, W]`, 0 = background; None = there is none.
+    """
+
+    cells: dict[str, Any]
+    mask: np.ndarray | None = None
+
+
+class Kind(NamedTuple):
+    """A kind of model.
+
+    Attributes:
+      apply: `(network, normalised images [B, H, W, C])` to arrays `[B, ...]` by name, of one member.
+      answer: `(names of the outputs, arrays [M, ...] of the M members for one frame, (height, width) of the frame,
+        (height, width) of its pixels in mm or (0, 0))` to what is said of it.
+    """
+
+    apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
+    answer: Callable[[Sequence[str], Mapping[str, np.ndarray], tuple[int, int], tuple[float, float]], Answer]
+
+
+def classified(
+    names: Sequence[str], said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
+) -> Answer:
+    """`predicted`, a probability `p_CLASS` for each class, and `uncertainty`, the deviation between members."""
+    members = said["probabilities"].astype(np.float64)
+    mean = members.mean(axis=0)
+    first = int(mean.argmax())
+    cells: dict[str, Any] = {"predicted": names[first]}
+    cells |= {f"p_{name}": round(float(p), 6) for name, p in zip(names, mean, strict=True)}
+    return Answer(cells | _uncertain(members, members[:, first].std()))
+
+
+def segmented(
+    names: Sequence[str], said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
+) -> Answer:
+    """`area_pixels:CLASS` and `area_cm2:CLASS`, and `uncertainty`, the mean deviation of the pixels inside outlines."""
+    members = said["probabilities"]
+    mean = members[0] if len(members) == 1 else members.mean(axis=0, dtype=np.float32)
+    mask = segmentation.classes_of(mean, size)
+    pixels = np.bincount(mask.ravel(), minlength=1 + len(names))[1:].tolist()
+    cm2 = spacing[0] * spacing[1] / 100 if min(spacing) > 0 else 0.0
+    cells: dict[str, Any] = {f"area_pixels:{name}": count for name, count in zip(names, pixels, strict=True)}
+    cells |= {
+        f"area_cm2:{name}": round(count * cm2, 5) if cm2 else "" for name, count in zip(names, pixels, strict=True)
+    }
+    first = mean.argmax(axis=-1)
+    inside = first > 0
+    shares = np.take_along_axis(members[:, inside], first[inside][None, :, None], axis=-1) / 255
+    return Answer(cells | _uncertain(members, shares.std(axis=0).mean() if inside.any() else None), mask)
+
+
+def _uncertain(members: np.ndarray, spread: float | None) -> dict[str, Any]:
+    """The column of a run of several members; empty where there is nothing to be uncertain of."""
+    return {"uncertainty": "" if spread is None else round(float(spread), 6)} if len(members) > 1 else {}
+
+
+#: By `task` of the description of a model.
+KINDS: dict[str, Kind] = {
+    "classification": Kind(classification.probabilities, classified),
+    "segmentation": Kind(segmentation.probabilities, segmented),
+}
+
+
+def kind_of(model: Model, path: str) -> tuple[str, Kind]:
+    """What a model predicts: the name of its kind, and the kind.
+
+    Raises:
+      InputError: it has no head, or one of a kind that is not known here.
+    """
+    if model.kind not in ("classifier", "model"):
+        raise InputError(
+            f"--checkpoint={path} holds an encoder without a head: python -m usfmae_jax.finetune teaches it to predict"
+            ", python -m usfmae_jax.embed writes its features"
+        )
+    name = model.description.get("task") or ("classification" if model.kind == "classifier" else "")
+    if name not in KINDS:
+        what = repr(name[:40]) if name else "a task that it does not name"
+        raise InputError(f"--checkpoint={path} is a model for {what}; predicted are {', '.join(KINDS)}")
+    return name, KINDS[name]
+
+
+def outputs(model: Model) -> tuple[str, ...]:
+    """Names of what it puts out: its classes, those of pixels without the background."""
+    return tuple(model.description.get("classes") or model.description.get("outputs", ()))

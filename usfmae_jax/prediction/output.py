@@ -1,0 +1,247 @@
+"""The folder of predictions: what is finished stays, whatever happens after it.
+
+prediction.json   which model, and how files were read
+finished.jsonl    one line for each finished file: its rows, and what was wrong with it
+masks/ overlays/  of each file, below its own name; a clip has a folder of masks, and a film
+predictions.csv   at the end, one row for each frame
+skipped.csv       at the end, files and frames that could not be read, and why
+"""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from usfmae_jax.data import cells
+from usfmae_jax.errors import InputError
+from usfmae_jax.reporting.masks import put, safe_path, write_png
+from usfmae_jax.reporting.segmentation import outlined
+
+ABOUT, FINISHED = "prediction.json", "finished.jsonl"
+#: What a folder of predictions may hold.
+WRITTEN = (ABOUT, FINISHED, "masks", "overlays", "predictions.csv", "skipped.csv", ".lock", ".reading")
+_RATE = 25  # frames of a film a second
+
+
+@dataclasses.dataclass
+class Source:
+    """A file, or a piece of a shard, that is finished as a whole.
+
+    Attributes:
+      name: that it is known by.
+      stamp: changes when it does.
+      rows: of predictions.csv, so far.
+      problems: (file, reason).
+      film: whether the frames belong together.
+    """
+
+    name: str
+    stamp: str = ""
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    film: bool = False
+
+
+class Folder:
+    """Where predictions go.
+
+    Args:
+      path: of the folder; created.
+      about: what made the predictions, JSON; with `weights`.
+      overlays: whether outlines are drawn over the frames.
+
+    Raises:
+      InputError: it holds something else, or predictions that were made otherwise.
+    """
+
+    def __init__(self, path: str, about: Mapping[str, Any], overlays: bool):
+        self._root, self._overlays = pathlib.Path(path), overlays
+        self._films: dict[str, Film] = {}
+        self.warnings: set[str] = set()
+        check(path, about)
+        self._root.mkdir(parents=True, exist_ok=True)
+        partial = self._root / (ABOUT + ".incomplete")
+        partial.write_text(json.dumps(about, indent=2) + "\n")
+        os.replace(partial, self._root / ABOUT)
+        self.finished = _read_finished(self._root / FINISHED)
+
+    def is_finished(self, name: str, stamp: str) -> bool:
+        """Whether a source was predicted before, as it is now."""
+        return name in self.finished and self.finished[name].stamp == stamp
+
+    def add(self, source: Source, file: str, number: int, said: Mapping[str, Any]) -> None:
+        """Adds the row of a frame, without mask."""
+        source.rows.append({"file": file, "frame": number, **said})
+
+    def add_mask(
+        self, source: Source, where: str, number: int, mask: np.ndarray, picture: np.ndarray
+    ) -> dict[str, str]:
+        """Writes the mask of a frame, and its outlines over the frame.
+
+        Args:
+          source: of the frame.
+          where: name of its file, or of what else it is called after.
+          number: of the frame.
+          mask: class of each pixel, uint8 `[H, W]`.
+          picture: the frame, RGB `[H, W, 3]`.
+
+        Returns:
+          the cell that names the mask.
+        """
+        where = safe_path(where)
+        masks, overlays = self._root / "masks", self._root / "overlays"
+        if not source.film:
+            write_png(masks / f"{where}.png", mask)
+            if self._overlays:
+                write_png(overlays / f"{where}.png", outlined(picture, mask, None))
+            return {"mask": f"masks/{where}.png"}
+        first, name = not source.rows, f"{number:06d}.png"
+        if first:
+            shutil.rmtree(masks / f"{where}.incomplete", ignore_errors=True)
+        write_png(masks / f"{where}.incomplete" / name, mask)
+        if self._overlays:
+            if first:
+                overlays.joinpath(where).parent.mkdir(parents=True, exist_ok=True)
+                self._films[where] = Film(overlays / where, picture.shape[:2])
+            self._films[where].add(outlined(picture, mask, None))
+        return {"mask": f"masks/{where}/{name}"}
+
+    def finish(self, source: Source) -> None:
+        """What was written of a source gets its name, and counts as finished; nothing if it has no rows."""
+        if film := self._films.pop(safe_path(source.name), None):
+            film.close()
+            self.warnings |= film.warnings
+        if source.film and source.rows and "mask" in source.rows[0]:
+            place = self._root / "masks" / safe_path(source.name)
+            put(place.with_name(place.name + ".incomplete"), place)
+        if source.rows:
+            with open(self._root / FINISHED, "a", encoding="utf-8") as file:
+                file.write(json.dumps(dataclasses.asdict(source)) + "\n")
+        self.finished[source.name] = source
+
+    def write(self, order: Iterable[str], rejected: Sequence[tuple[str, str]]) -> tuple[int, int]:
+        """Writes predictions.csv and skipped.csv.
+
+        Args:
+          order: of the sources.
+          rejected: (file, reason) of files that were not even opened.
+
+        Returns:
+          frames that are predicted, and files or frames that are skipped.
+        """
+        sources = [self.finished[name] for name in order if name in self.finished]
+        rows = [row for source in sources for row in source.rows]
+        skipped = [*rejected, *(tuple(problem) for source in sources for problem in source.problems)]
+        if rows:
+            self._table("predictions.csv", list(rows[0]), ([*row.values()] for row in rows))
+        self._table("skipped.csv", ["file", "reason"], sorted(skipped))
+        return len(rows), len(skipped)
+
+    def _table(self, name: str, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
+        text = io.StringIO(newline="")
+        cells.write(text, header, rows)
+        partial = self._root / (name + ".incomplete")
+        partial.write_bytes(text.getvalue().encode())
+        os.replace(partial, self._root / name)
+
+
+def check(path: str, about: Mapping[str, Any]) -> None:
+    """Raises InputError unless a folder is free for these predictions, or holds some that were made in the same way."""
+    root = pathlib.Path(path)
+    if root.exists() and not root.is_dir():
+        raise InputError(f"--output={path} is a file; name a new folder")
+    there = {name.removesuffix(".incomplete") for name in os.listdir(root)} if root.is_dir() else set()
+    others = sorted(there - set(WRITTEN))
+    if not others and there - {".lock"}:
+        try:
+            before = json.loads((root / ABOUT).read_text(encoding="utf-8"))
+            if before["weights"] != about["weights"]:
+                raise InputError(f"--output={path} holds predictions of another checkpoint; name a new folder")
+            for name, value in about["read"].items():
+                if before["read"][name] != value:
+                    raise InputError(
+                        f"--output={path} holds predictions with --{name}={before['read'][name]}; say the same, or "
+                        "name a new folder"
+                    )
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError):
+            others = sorted(there)
+    if others:
+        raise InputError(f"--output={path} holds something else ({', '.join(others[:3])}); name a new folder")
+
+
+def _read_finished(path: pathlib.Path) -> dict[str, Source]:
+    """What is finished, by name; a line that was not written to its end is taken away."""
+    if not path.exists():
+        return {}
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        data = data[: data.rfind(b"\n") + 1]
+        with open(path, "r+b") as file:
+            file.truncate(len(data))
+    try:
+        sources = [Source(**json.loads(line)) for line in data.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged; remove it, and everything is predicted again") from error
+    return {source.name: source for source in sources}
+
+
+class Film:
+    """Pictures as an MP4, which appears when it is closed; as PNG files in a folder where PyAV is not installed.
+
+    Args:
+      place: path without its suffix.
+      size: (height, width) of all pictures, filled up to even numbers.
+    """
+
+    def __init__(self, place: pathlib.Path, size: tuple[int, int]):
+        self._place, self._size, self._count = place, size, 0
+        self.warnings: set[str] = set()
+        self._partial = place.with_name(place.name + ".mp4.incomplete")
+        try:
+            import av
+        except ImportError:
+            self.warnings.add(
+                "films need av (pip install -r requirements-prep.txt); overlays of clips are PNG files now"
+            )
+            self._partial, self._container = place.with_name(place.name + ".incomplete"), None
+            shutil.rmtree(self._partial, ignore_errors=True)
+            return
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        self._container = av.open(str(self._partial), "w", format="mp4")
+        self._stream: Any = self._container.add_stream(codec, rate=_RATE)
+        self._stream.height, self._stream.width = (side + side % 2 for side in size)
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
+
+    def add(self, picture: np.ndarray) -> None:
+        """Adds a picture, RGB `[H, W, 3]`; one of another size is cut or filled up to that of the first."""
+        if self._container is None:
+            write_png(self._partial / f"{self._count:06d}.png", picture)
+            self._count += 1
+            return
+        import av
+
+        (height, width), (most, across) = self._size, picture.shape[:2]
+        picture = picture[:height, :width]
+        down, right = self._stream.height - min(height, most), self._stream.width - min(width, across)
+        whole = np.pad(picture, ((0, down), (0, right), (0, 0)))
+        for packet in self._stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(whole), format="rgb24")):
+            self._container.mux(packet)
+
+    def close(self) -> None:
+        """Ends the film and gives it its name."""
+        suffix = ""
+        if self._container is not None:
+            for packet in self._stream.encode():
+                self._container.mux(packet)
+            self._container.close()
+            suffix = ".mp4"
+        put(self._partial, self._place.with_name(self._place.name + suffix))
