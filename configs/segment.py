@@ -32,6 +32,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         "masks"  # what tells classes apart; or "label": a mask outlines one thing, of the frame's class
     )
     config.unmasked = "drop"  # a frame without a mask: drop, background (nothing is to be found on it), refuse
+    config.save_masks = False  # predicted masks of the test frames, as PNG and COCO JSON, below masks/ in the workdir
     config.dice = 1.0  # weight of the soft Dice loss beside the cross entropy; 0 = off
     config.model.head = "decoder"  # convolutions up from four levels of the encoder; or "linear"
     config.model.decoder_width = 128  # channels of the decoder at the patch grid

@@ -2,19 +2,25 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from flax import nnx
 
-from tests.helpers import frame, write_shards
+from tests.helpers import frame, record, write_shards
 from usfmae_jax import predict
-from usfmae_jax.data import cells
-from usfmae_jax.data.records import decode_image, decode_record, open_shards
-from usfmae_jax.interop.model import Model, build, preprocessing, save_model
+from usfmae_jax.data import annotations, cells
+from usfmae_jax.data.records import decode_image, decode_record, encode_record, open_shards
+from usfmae_jax.data.table import images as decode
+from usfmae_jax.data.table import read_table
+from usfmae_jax.finetuning import results
+from usfmae_jax.interop.model import Model, build, open_model, preprocessing, save_model
 from usfmae_jax.prediction.kinds import segmented
-from usfmae_jax.tasks.segmentation import classes_of
+from usfmae_jax.reporting.masks import safe_path
+from usfmae_jax.tasks.segmentation import Segmentation, classes_of
 
 ENCODER = {"image_size": [16, 16], "patch_size": 8, "channels": 1, "width": 16, "depth": 1, "num_heads": 2}
 CLASSIFIER = {"model": "vit", "encoder": ENCODER, "pool": "mean", "classes": ["benign", "malignant"]}
@@ -60,7 +66,7 @@ def files(tmp_path_factory):
     return root
 
 
-def table(path):
+def rows_of(path):
     with open(path, encoding="utf-8", newline="") as lines:
         return list(cells.read_dicts(lines))
 
@@ -71,7 +77,7 @@ def run(checkpoint, data, output, *more):
 
 def test_files_of_any_kind_are_classified_and_what_cannot_be_read_is_named(classifier, files, tmp_path, capsys):
     assert run(classifier, files, tmp_path / "out", "--batch_size=8") == 0
-    rows = table(tmp_path / "out" / "predictions.csv")
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
     assert [(row["file"], row["frame"]) for row in rows] == [
         ("sub/=one.png", "0"),
         ("two.bmp", "0"),
@@ -82,7 +88,7 @@ def test_files_of_any_kind_are_classified_and_what_cannot_be_read_is_named(class
         assert sum(said.values()) == pytest.approx(1, abs=1e-5)
         assert row["predicted"] == max(said, key=said.get)
         assert "uncertainty" not in row
-    (skipped,) = table(tmp_path / "out" / "skipped.csv")
+    (skipped,) = rows_of(tmp_path / "out" / "skipped.csv")
     assert skipped["file"] == "damaged.png"
     shown = capsys.readouterr().err
     assert "1 other or hidden files and folders are passed over" in shown
@@ -100,7 +106,7 @@ def test_files_of_any_kind_are_classified_and_what_cannot_be_read_is_named(class
 
 def test_masks_have_the_size_of_their_frames_and_areas_count_them(segmenter, files, tmp_path):
     assert run(segmenter, files, tmp_path / "out") == 0
-    rows = table(tmp_path / "out" / "predictions.csv")
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
     sizes = {"sub/=one.png": (40, 48), "two.bmp": (30, 50), "volume.npy": (33, 47)}
     for row in rows:
         mask = cv2.imread(str(tmp_path / "out" / row["mask"]), cv2.IMREAD_UNCHANGED)
@@ -136,7 +142,7 @@ def test_a_dicom_clip_gives_areas_in_cm2_and_no_word_of_its_header(segmenter, tm
     (tmp_path / "in").mkdir()
     dicoms.write(tmp_path / "in", clip, frames=3, SequenceOfUltrasoundRegions=regions, **who)
     assert run(segmenter, tmp_path / "in", tmp_path / "out", "--max_frames=2") == 0
-    rows = table(tmp_path / "out" / "predictions.csv")
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
     assert [(row["file"], row["frame"]) for row in rows] == [("image", "0"), ("image", "2")]
     for row in rows:
         for name in SEGMENTER["outputs"]:
@@ -167,7 +173,7 @@ def test_the_members_of_a_run_are_averaged_and_their_spread_is_told(tmp_path, fi
         save(tmp_path / "run" / "members" / f"m{seed}" / "classifier", CLASSIFIER, seed)
     for name, checkpoint in {"both": "run", "0": "run/members/m0", "1": "run/members/m1"}.items():
         assert run(tmp_path / checkpoint, files / "two.bmp", tmp_path / name) == 0
-    ((both,), (one,), (two,)) = (table(tmp_path / name / "predictions.csv") for name in ("both", "0", "1"))
+    ((both,), (one,), (two,)) = (rows_of(tmp_path / name / "predictions.csv") for name in ("both", "0", "1"))
     p = np.array([[float(row[f"p_{name}"]) for name in CLASSIFIER["classes"]] for row in (one, two)])
     assert [float(both[f"p_{name}"]) for name in CLASSIFIER["classes"]] == pytest.approx(p.mean(axis=0), abs=2e-6)
     chosen = CLASSIFIER["classes"].index(both["predicted"])
@@ -193,7 +199,7 @@ def test_a_second_start_takes_what_is_new_or_changed_and_what_was_cut_off(classi
     cv2.imwrite(str(tmp_path / "in" / "4.png"), frame(4, 1))
     assert run(classifier, tmp_path / "in", tmp_path / "out") == 0
     assert "3 of 5 files were finished before" in capsys.readouterr().err
-    after = table(tmp_path / "out" / "predictions.csv")
+    after = rows_of(tmp_path / "out" / "predictions.csv")
     assert [row["file"] for row in after] == [f"{number}.png" for number in range(5)]
     assert before.splitlines()[2:] == (tmp_path / "out" / "predictions.csv").read_text().splitlines()[2:5]
     monkeypatch.setattr(predict, "_answer", None)  # nothing is left to do
@@ -204,14 +210,61 @@ def test_shards_are_predicted_record_by_record(segmenter, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     write_shards(tmp_path / "in", count=70, damaged=(3,), pieces=1)
     assert run(segmenter, tmp_path / "in", tmp_path / "out", "--overlays=off") == 0
-    rows = table(tmp_path / "out" / "predictions.csv")
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
     assert [row["file"] for row in rows] == [f"{number}.png" for number in range(70) if number != 3]
     assert len({row["mask"] for row in rows}) == 69
     mask = cv2.imread(str(tmp_path / "out" / rows[5]["mask"]), cv2.IMREAD_UNCHANGED)
     shards = open_shards(str(tmp_path / "in"))
     assert mask.shape == decode_image(decode_record(shards[6])["image"]).shape[:2]
-    assert [row["file"] for row in table(tmp_path / "out" / "skipped.csv")] == ["3.png"]
+    assert [row["file"] for row in rows_of(tmp_path / "out" / "skipped.csv")] == ["3.png"]
     assert not (tmp_path / "out" / "overlays").exists()
+
+
+def test_masks_of_a_fine_tuning_run_are_those_that_are_predicted_and_coco_reads_them(segmenter, tmp_path):
+    from pycocotools.coco import COCO
+
+    drawn = [np.zeros((40, 48), np.uint8) for _ in range(6)]
+    for number, mask in enumerate(drawn):
+        cv2.circle(mask, (10 + 3 * number, 20), 6, 1 + number % 2, -1)
+    (tmp_path / "in").mkdir()
+    writer = ArrayRecordWriter(str(tmp_path / "in" / "made-train.array_record-00000-of-00001"), "group_size:1")
+    for number, mask in enumerate(drawn):
+        fields = {"mask": cv2.imencode(".png", mask)[1].tobytes(), "frame": f"../{number}"}
+        writer.write(encode_record(record(number, **fields)))
+    writer.close()
+    model, table = open_model(segmenter), read_table(str(tmp_path / "in"))
+    found = annotations.survey(table)
+    task = Segmentation(annotations.classes(table, found, SEGMENTER["outputs"]), found.pixels[:, 1:3] > 0)
+    masks = results.Masks(SimpleNamespace(task=task, table=table, workdir=tmp_path / "run"), SimpleNamespace(name="m"))
+    images = next(decode(table, np.arange(6), size=(16, 16), channels=1, batch_size=6))
+    for rows in (np.arange(4), np.arange(4, 6)):
+        masks.add(rows, results.predict(SimpleNamespace(task=task), model, images[rows]))
+    masks.write()
+    assert run(segmenter, tmp_path / "in", tmp_path / "out") == 0
+    predicted = [row["mask"] for row in rows_of(tmp_path / "out" / "predictions.csv")]
+    coco = COCO(str(tmp_path / "run" / "masks" / "m" / "coco.json"))
+    assert [one["name"] for one in coco.loadCats(coco.getCatIds())] == SEGMENTER["outputs"]
+    for number, name in enumerate(predicted):
+        image = coco.loadImgs(number + 1)[0]
+        png = cv2.imread(str(tmp_path / "run" / "masks" / "m" / image["file_name"]), cv2.IMREAD_UNCHANGED)
+        np.testing.assert_array_equal(png, cv2.imread(str(tmp_path / "out" / name), cv2.IMREAD_UNCHANGED))
+        assert (image["height"], image["width"]) == png.shape == (40, 48)
+        again = np.zeros_like(png)
+        for one in coco.loadAnns(coco.getAnnIds(imgIds=number + 1)):
+            area = coco.annToMask(one)
+            left, top, across, down = one["bbox"]
+            assert area.sum() == one["area"] == area[top : top + down, left : left + across].sum()
+            again[area > 0] = one["category_id"]
+        np.testing.assert_array_equal(again, png)
+
+
+@pytest.mark.parametrize("name", ["a/b.png", "..", "../up", "a\\b", "", "-x", "nul\0", "x" * 300, "\u202egnp.exe", "."])
+def test_any_name_is_a_path_below_its_folder(tmp_path, name):
+    path = safe_path(name)
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / f"{path}.png.incomplete").touch()
+    assert tmp_path in (tmp_path / path).resolve().parents
+    assert safe_path(name + "/") != safe_path(name + "y")
 
 
 def test_a_folder_of_something_else_or_of_another_model_is_refused(classifier, segmenter, files, tmp_path, capsys):
@@ -267,5 +320,5 @@ def test_bad_input_is_one_sentence_and_status_2(classifier, files, tmp_path, cap
 def test_nothing_that_can_be_read_is_an_error_that_leaves_the_reasons(classifier, files, tmp_path, capsys):
     assert run(classifier, files / "damaged.png", tmp_path / "out") == 2
     assert "none of the files can be read" in capsys.readouterr().err
-    assert table(tmp_path / "out" / "skipped.csv")[0]["file"] == "damaged.png"
+    assert rows_of(tmp_path / "out" / "skipped.csv")[0]["file"] == "damaged.png"
     assert json.loads((tmp_path / "out" / "prediction.json").read_text())["kind"] == "classification"

@@ -45,6 +45,7 @@ RESUMABLE = (
     "split.path",  # what they say is compared
     "split.no_copies",
     "positive",
+    "save_masks",
 )
 
 #: Lowest and highest values of fields.

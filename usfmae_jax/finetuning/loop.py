@@ -257,7 +257,8 @@ class Trainer:
         run, config, fold = self.run, self.config, member.fold
         best = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(best)  # other processes' parts come here
         validation = self.predict(member, best, fold.validation) if validation is None else validation
-        tested = self.predict(member, best, fold.test)
+        masks = results.Masks(run, member) if config.get("save_masks") and jax.process_index() == 0 else None
+        tested = self.predict(member, best, fold.test, masks)
         if jax.process_index():
             return
         directory = epath.Path(run.folder(member))
@@ -265,6 +266,8 @@ class Trainer:
         lineage = [*run.lineage[:-1], run.lineage[-1] | {"member": member.name, "step": step}]
         model = Model(without_lora(params), run.description, run.preprocessing, lineage, stats)
         save_model(str(directory / model.kind), model)
+        if masks:
+            masks.write()
         for name, rows, predicted in (("validation", fold.validation, validation), ("predictions", fold.test, tested)):
             self.record(member, rows, predicted).write(directory / f"{name}.csv")
         if not config.checkpoint.keep_finished:
@@ -275,14 +278,25 @@ class Trainer:
         ids = identify(self.run.table, rows, member.fold.name, member.seed, member.fraction)
         return self.run.task.record(ids, self.run.table, rows, predicted)
 
-    def predict(self, member: Member, variables: State, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """What the task keeps of its predictions of some rows of the table, arrays `[N, ...]` by name."""
+    def predict(
+        self, member: Member, variables: State, rows: np.ndarray, masks: results.Masks | None = None
+    ) -> dict[str, np.ndarray]:
+        """What the task keeps of its predictions of some rows of the table, arrays `[N, ...]` by name.
+
+        Args:
+          member: whose they are.
+          variables: parameters and statistics.
+          rows: of the table.
+          masks: receives the masks, if there is one.
+        """
         how = {"batch_size": self.config.evaluate.batch_size, "desc": member.name}
         found = []
         for start in range(0, len(rows), PIECE):  # what is not kept fits into memory
             piece = rows[start : start + PIECE]
             images = self._whole_images(piece)
             predicted = apply_batches(self.mesh, self._predict, variables, images, total=len(piece), **how)
+            if masks:
+                masks.add(piece, predicted)
             found.append(self.run.task.measure(self.run.table, piece, predicted))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 

@@ -15,6 +15,7 @@ from usfmae_jax.evaluation import predictions
 from usfmae_jax.finetuning.build import Run, check_resumable
 from usfmae_jax.finetuning.members import Member, write_splits
 from usfmae_jax.interop.model import Model, open_model, write_lineage
+from usfmae_jax.reporting.masks import Coco, safe_path, write_png
 from usfmae_jax.training import inspect
 from usfmae_jax.training.forward import apply_batches, features_of, model_function
 from usfmae_jax.training.mesh import on_first_process, one_device
@@ -128,6 +129,31 @@ def finish(run: Run, command: str, resamples: int, batch_size: int) -> None:
     )
     print(task.table(found), flush=True)
     say(f"report: {run.workdir}/report.html")
+
+
+class Masks:
+    """Predicted masks of a member's test frames: `WORKDIR/masks/MEMBER/FRAME.png`, and `coco.json` beside them.
+
+    Args:
+      run: of the member.
+      member: whose they are.
+    """
+
+    def __init__(self, run: Run, member: Member):
+        self._run, self._folder = run, epath.Path(run.workdir) / "masks" / member.name
+        self._coco = Coco(run.task.outputs)
+
+    def add(self, rows: np.ndarray, predicted: dict[str, np.ndarray]) -> None:
+        """Writes the masks of some rows of the table, of which `predicted` is what the task's `predict` says."""
+        table = self._run.table
+        for row, mask in zip(rows.tolist(), self._run.task.outlines(table, rows, predicted), strict=False):
+            name = safe_path(str(table.frame_key[row])) + ".png"
+            write_png(self._folder / name, mask)
+            self._coco.add(name, mask)
+
+    def write(self) -> None:
+        """Writes the COCO JSON, when all are added."""
+        self._coco.write(self._folder / "coco.json")
 
 
 def predict(run: Run, model: Model, images: np.ndarray) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
@@ -119,7 +120,7 @@ class Folder:
             self.warnings |= film.warnings
         if source.film and source.rows and "mask" in source.rows[0]:
             place = self._root / "masks" / safe_path(source.name)
-            put(place.with_name(place.name + ".incomplete"), place)
+            put(epath.Path(place.with_name(place.name + ".incomplete")), epath.Path(place))
         if source.rows:
             with open(self._root / FINISHED, "a", encoding="utf-8") as file:
                 file.write(json.dumps(dataclasses.asdict(source)) + "\n")
@@ -216,10 +217,11 @@ class Film:
             return
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         self._container = av.open(str(self._partial), "w", format="mp4")
-        self._stream: Any = self._container.add_stream(codec, rate=_RATE)
-        self._stream.height, self._stream.width = (side + side % 2 for side in size)
-        self._stream.pix_fmt = "yuv420p"
-        self._stream.options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
+        stream: Any = self._container.add_stream(codec, rate=_RATE)
+        stream.height, stream.width = (side + side % 2 for side in size)
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "20", "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
+        self._stream = stream
 
     def add(self, picture: np.ndarray) -> None:
         """Adds a picture, RGB `[H, W, 3]`; one of another size is cut or filled up to that of the first."""
@@ -244,4 +246,4 @@ class Film:
                 self._container.mux(packet)
             self._container.close()
             suffix = ".mp4"
-        put(self._partial, self._place.with_name(self._place.name + suffix))
+        put(epath.Path(self._partial), epath.Path(self._place.with_name(self._place.name + suffix)))

@@ -3,14 +3,13 @@
 import hashlib
 import json
 import os
-import pathlib
 import re
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
+from etils import epath
 
 _LONGEST = 120  # letters of a name, so that there is room for what comes behind it
 
@@ -23,7 +22,7 @@ def safe_path(name: str) -> str:
 def _safe(part: str) -> str:
     plain = re.sub(r"[^\w .+=@#,()-]", "_", part)[:_LONGEST].strip(" ")
     plain = "_" + plain[1:] if plain.startswith((".", "-")) else plain
-    if plain == part:
+    if plain and plain == part:
         return part
     return f"{plain}-{hashlib.sha256(part.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
@@ -31,20 +30,23 @@ def _safe(part: str) -> str:
 def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
     """Writes uint8 `[H, W]` (the class of each pixel) or RGB `[H, W, 3]`; the file appears whole or not at all."""
     pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
-    place = pathlib.Path(path)
+    _write(epath.Path(path), cv2.imencode(".png", pixels)[1].tobytes())
+
+
+def _write(place: epath.Path, data: bytes) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(place.name + ".incomplete")
-    partial.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    partial = place.parent / (place.name + ".incomplete")
+    partial.write_bytes(data)
     put(partial, place)
 
 
-def put(partial: pathlib.Path, place: pathlib.Path) -> None:
+def put(partial: epath.Path, place: epath.Path) -> None:
     """Renames a finished file or folder to its name, in place of whatever is there."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
+    if place.is_dir():
+        place.rmtree()
     elif partial.is_dir():
         place.unlink(missing_ok=True)
-    os.replace(partial, place)
+    partial.replace(place)
 
 
 class Coco:
@@ -91,9 +93,5 @@ class Coco:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON; the file appears whole or not at all."""
-        place = pathlib.Path(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
         said = {"images": self._images, "annotations": self._annotations, "categories": self._categories}
-        partial = place.with_name(place.name + ".incomplete")
-        partial.write_text(json.dumps(said) + "\n")
-        put(partial, place)
+        _write(epath.Path(path), (json.dumps(said) + "\n").encode())
