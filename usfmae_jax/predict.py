@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="workdir of a fine-tuning run, one member, or a classifier/")
-    add("--data", required=True, nargs="+", metavar="PATH", help="files, folders or shards")
+    add("--data", required=True, nargs="+", action="extend", metavar="PATH", help="files, folders or shards")
     add("--output", required=True, metavar="DIR", help="a new folder, or the one of an earlier start")
     add("--overlays", default="on", choices=["on", "off"], help="outlines over the frames; default: %(default)s")
     add("--stride", type=int, default=1, metavar="N", help="every N-th frame of a clip or slice of a volume")
