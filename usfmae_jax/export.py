@@ -8,7 +8,8 @@ python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --format=hf --output
   timm         loads into timm.create_model, strictly
   hf           loads with ViTModel.from_pretrained and, decoder included, ViTMAEForPreTraining.from_pretrained
   mae          the names of the original MAE code, decoder included; a .pth too where PyTorch is installed
-  onnx         uint8 images in, class token, mean patch feature and patch grid out; of a classifier probabilities
+  onnx         uint8 images in, class token, mean patch feature and patch grid out; of a classifier probabilities, of a
+               segmenter the class and the probabilities of each pixel
   stablehlo    the same, for jax.export.deserialize and other compilers
 
 Beside the weights: preprocessing, lineage, a model card, and export.json with the largest difference between the model
@@ -82,13 +83,17 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
     if step is not None and not in_training:
         raise InputError(f"--step={step}: {checkpoint} is not the workdir of a run, so it has no steps to choose from")
     model = open_model(checkpoint, step, whole=True)
-    if model.description["model"] != "vit":
-        raise InputError(f"{checkpoint} holds a {model.description['model']}; only vision transformers can be exported")
+    network = model.description["model"]
+    if network not in ("vit", "unet") or (network == "unet" and form not in ("safetensors", "onnx", "stablehlo")):
+        others = ", and a U-Net to safetensors, onnx and stablehlo" if network == "unet" else ""
+        raise InputError(f"{checkpoint} holds a {network}; only vision transformers can be exported{others}")
     if model.kind == "model" and form in ("timm", "hf", "mae"):
         raise InputError(
             f"{checkpoint} has a head for another task than classification, which {form} has no place for; use "
             "--format=safetensors, onnx or stablehlo"
         )
+    if model.kind == "model" and "pool" not in model.description and not model.segments and form != "safetensors":
+        raise InputError(f"{checkpoint} has a head that {form} has no place for yet; use --format=safetensors")
     said = "encoder" if model.kind in ("encoder", "mae") else model.kind
     if in_training and model.lineage:
         said += f" after step {model.lineage[-1]['step']}"
@@ -109,13 +114,13 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
             writing.add_pth(output)
         result = verify.compare_outputs(form, model, output, images, ours)
     described = {
-        "architecture": model.description["encoder"],
+        "architecture": model.description["encoder" if network == "vit" else "unet"],
         "decoder": model.description.get("decoder"),
         "pool": model.description.get("pool", ""),
         "classes": model.description.get("classes", []),
     }
     if model.kind == "model":
-        described["outputs"] = model.description["outputs"]
+        described |= {name: model.description[name] for name in ("outputs", "head") if name in model.description}
     about = {"format": form, "code": f"usfmae_jax {__version__}", "model": described, **result}
     parity = {name: about.get(name) for name in ("format", "code", "largest_difference", "runtime", "not_compared")}
     writing.write_preprocessing(model, output)
@@ -134,7 +139,7 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
 def _too_far(model: "Model", form: str, output: str, about: dict[str, Any]) -> str:
     from usfmae_jax.models.layers import NORM_EPS
 
-    eps = model.description["encoder"].get("norm_eps", NORM_EPS)
+    eps = model.description.get("encoder", {}).get("norm_eps", NORM_EPS)
     what = "please report it with the versions of your packages"
     if form in ("timm", "mae") and eps != NORM_EPS:  # they have no setting for it
         what = (

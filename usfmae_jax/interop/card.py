@@ -64,10 +64,11 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
       directory: of the export.
       export: what is in `export.json`.
     """
-    description, has_head = model.description, "pool" in model.description
+    description, has_head = model.description, model.kind in ("classifier", "model")
     outputs = "class_token, mean_patch, patch_grid"
     if has_head:
         outputs = "probabilities" if model.kind == "classifier" else "outputs"
+        outputs = "classes [B, H, W] and probabilities [B, H, W, 1 + C] of the pixels" if model.segments else outputs
     height, width = model.preprocessing["image_size"]
     known = {licence for _, licence in licences(model.lineage)}
     restricted = non_commercial(model.lineage)
@@ -86,7 +87,9 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         hub_licence="cc-by-nc-4.0" if by_nc else "unknown",
         licence="; ".join(sorted(known)) if all(known) and not by_nc else "",
         datasets=sorted({d["dataset"] for stage in model.lineage for d in stage.get("data", ()) if d.get("dataset")}),
-        about=description["encoder"],
+        about=description.get("encoder") or description["unet"],
+        network=description["model"],
+        segments=model.segments,
         pool=description.get("pool"),
         classes=description.get("classes", []),
         named_outputs=description.get("outputs", []),

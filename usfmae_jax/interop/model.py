@@ -77,6 +77,11 @@ class Model:
             return "model" if "outputs" in self.description else "classifier"
         return "mae" if "decoder" in self.description else "encoder"
 
+    @property
+    def segments(self) -> bool:
+        """Whether it tells what class each pixel of an image is of, see `Segmenter` and `UNet`."""
+        return self.kind == "model" and self.description.get("task") == "segmentation"
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of names, shapes and values, of the description and of the preprocessing, 12 hex digits."""

@@ -13,6 +13,7 @@ import numpy as np
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import files
 from usfmae_jax.interop.model import Model, flatten
+from usfmae_jax.models.decoders import level_blocks
 from usfmae_jax.models.layers import NORM_EPS
 
 #: Old enough for runtimes of 2022, new enough for LayerNormalization.
@@ -24,6 +25,7 @@ def write_onnx(model: Model, directory: str) -> None:
 
     Input: `images`, uint8 `[batch, H, W, C]`, any batch size. Outputs: `class_token` `[batch, D]`, `mean_patch`
     `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier `probabilities` `[batch, classes]`; of a
+    segmenter `classes`, uint8 `[batch, H, W]`, and `probabilities` `[batch, H, W, 1 + C]`, the background first; of a
     model with another head `outputs` `[batch, outputs]`, as they are.
 
     Raises:
@@ -33,16 +35,19 @@ def write_onnx(model: Model, directory: str) -> None:
         import onnx
     except ImportError as error:
         raise InputError("--format=onnx needs the package onnx: pip install 'usfmae_jax[interop]'") from error
-    graph = _Graph(model.description["encoder"].get("norm_eps", NORM_EPS))
-    last = _tokens(graph, model)
-    outputs = _features(graph, model, last) if model.kind == "encoder" else _head(graph, model, last)
+    graph = _Graph(model.description.get("encoder", {}).get("norm_eps", NORM_EPS))
+    pixels = _pixels(graph, model)
+    outputs = _outputs(graph, model, pixels)
     size, kind = model.preprocessing["image_size"], onnx.TensorProto
     images = onnx.helper.make_tensor_value_info("images", kind.UINT8, ["batch", *size, model.preprocessing["channels"]])
-    results = [onnx.helper.make_tensor_value_info(n, kind.FLOAT, ["batch", *shape]) for n, shape in outputs.items()]
+    results = [
+        onnx.helper.make_tensor_value_info(n, kind.UINT8 if n == "classes" else kind.FLOAT, ["batch", *shape])
+        for n, shape in outputs.items()
+    ]
     weights = _weights(graph, os.path.join(directory, "model.onnx.data"))
     nodes = [onnx.helper.make_node(op, i, o, name=o[0], **attributes) for op, i, o, attributes in graph.nodes]
     proto = onnx.helper.make_model(
-        onnx.helper.make_graph(nodes, "vit", [images], results, weights),
+        onnx.helper.make_graph(nodes, model.description["model"], [images], results, weights),
         opset_imports=[onnx.helper.make_opsetid("", OPSET)],
         ir_version=8,
         producer_name="usfmae_jax",
@@ -81,21 +86,60 @@ class _Graph:
         product = self.add("MatMul", [x, self.weight(name + ".kernel", kernel)], name + ".product")
         return self.add("Add", [product, self.weight(name + ".bias", bias)], name)
 
-    def norm(self, x: str, scale: np.ndarray, bias: np.ndarray, name: str) -> str:
-        """LayerNorm over the last axis."""
+    def norm(self, x: str, scale: np.ndarray, bias: np.ndarray, name: str, eps: float = 0.0) -> str:
+        """LayerNorm over the last axis; with the encoder's addition to the variance unless another is given."""
         inputs = [x, self.weight(name + ".scale", scale), self.weight(name + ".bias", bias)]
-        return self.add("LayerNormalization", inputs, name, axis=-1, epsilon=self.norm_eps)
+        return self.add("LayerNormalization", inputs, name, axis=-1, epsilon=eps or self.norm_eps)
+
+    def spatial(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
+        """A node that wants channels second, for maps `[batch, h, w, channels]`."""
+        first = self.add("Transpose", inputs[:1], f"{name}.in", perm=[0, 3, 1, 2])
+        done = self.add(op, [first, *inputs[1:]], f"{name}.out", **attributes)
+        return self.add("Transpose", [done], name, perm=[0, 2, 3, 1])
+
+    def conv(self, x: str, kernel: np.ndarray, bias: np.ndarray, name: str, stride: int = 1) -> str:
+        """A convolution with JAX's "SAME" padding, of sides that the stride divides; kernel `[side, side, I, O]`."""
+        side = kernel.shape[0]
+        before, total = max(side - stride, 0) // 2, max(side - stride, 0)
+        pads = [before, before, total - before, total - before]
+        weights = [self.weight(f"{name}.kernel", kernel.transpose(3, 2, 0, 1)), self.weight(f"{name}.bias", bias)]
+        return self.spatial("Conv", [x, *weights], name, kernel_shape=[side] * 2, strides=[stride] * 2, pads=pads)
+
+    def enlarged(self, x: str, times: tuple[int, int], name: str, linear: bool = False) -> str:
+        """Maps so many times as high and wide: every pixel as a rectangle, or linear between centres of pixels."""
+        if times == (1, 1):
+            return x
+        scales = self.weight(f"{name}.scales", np.array([1, 1, *times], np.float32))
+        how: dict[str, Any] = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric"}
+        how |= {"nearest_mode": "floor"}
+        if linear:
+            how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+        return self.spatial("Resize", [x, "", scales], name, **how)
 
 
-def _tokens(graph: _Graph, model: Model) -> str:
-    """Tokens before the final norm, `[batch, 1 + N, D]`."""
-    p, about, (rows, columns) = flatten(model.params), model.description["encoder"], model.grid()
-    patch, channels, width = about["patch_size"], about["channels"], about["width"]
+def _outputs(graph: _Graph, model: Model, pixels: str) -> dict[str, list[int]]:
+    """What the model is for, from normalised images: names and shapes behind the batch."""
+    if model.description["model"] == "unet":
+        return _masks(graph, model, _unet(graph, model, pixels))
+    last = _tokens(graph, model, pixels)
+    if model.kind == "encoder":
+        return _features(graph, model, last)
+    return _masks(graph, model, _segmenter(graph, model, last, pixels)) if model.segments else _head(graph, model, last)
+
+
+def _pixels(graph: _Graph, model: Model) -> str:
+    """Normalised images, `[batch, H, W, channels]`."""
     mean, std = (np.asarray(model.preprocessing[name], np.float32) for name in ("mean", "std"))
     x = graph.add("Cast", ["images"], "pixels", to=1)
     x = graph.add("Div", [x, graph.weight("white", np.array(255, np.float32))], "intensity")
     x = graph.add("Sub", [x, graph.weight("mean", mean)], "centred")  # a grey channel becomes as many as mean has
-    x = graph.add("Div", [x, graph.weight("std", std)], "normalised")
+    return graph.add("Div", [x, graph.weight("std", std)], "normalised")
+
+
+def _tokens(graph: _Graph, model: Model, x: str) -> str:
+    """Tokens before the final norm, `[batch, 1 + N, D]`; those behind each block are called `blockI`."""
+    p, about, (rows, columns) = flatten(model.params), model.description["encoder"], model.grid()
+    patch, channels, width = about["patch_size"], about["channels"], about["width"]
     x = graph.reshape(x, [-1, rows, patch, columns, patch, channels], "split")
     x = graph.add("Transpose", [x], "patches", perm=[0, 1, 3, 2, 4, 5])
     x = graph.reshape(x, [-1, rows * columns, patch * patch * channels], "patches.flat")
@@ -163,7 +207,7 @@ def _head(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
     if model.description["pool"] == "mean":
         patches = graph.add("Slice", [tokens, "second", "end", "axis"], "patch_tokens")
         x = graph.add("ReduceMean", [patches], "mean_patch", axes=[1], keepdims=0)
-        x = graph.norm(x, p["head_norm.scale"], p["head_norm.bias"], "head_norm")
+        x = graph.norm(x, p["head_norm.scale"], p["head_norm.bias"], "head_norm", NORM_EPS)
     else:
         x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
         x = graph.reshape(graph.add("Slice", [x, "first", "second", "axis"], "class_token"), [-1, width], "pooled")
@@ -172,6 +216,78 @@ def _head(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
         return {"outputs": [len(model.description["outputs"])]}
     graph.add("Softmax", [graph.linear(x, p["head.kernel"], p["head.bias"], "logits")], "probabilities", axis=-1)
     return {"probabilities": [len(model.description["classes"])]}
+
+
+def _masks(graph: _Graph, model: Model, logits: str) -> dict[str, list[int]]:
+    """Class and probabilities of each pixel, from maps of logits whose sides divide those of the images."""
+    shares = graph.add("Softmax", [logits], "probabilities", axis=-1)
+    first = graph.add("ArgMax", [shares], "classes.wide", axis=-1, keepdims=0)
+    graph.add("Cast", [first], "classes", to=2)  # uint8
+    size = list(model.preprocessing["image_size"])
+    return {"classes": size, "probabilities": [*size, 1 + len(model.description["outputs"])]}
+
+
+def _segmenter(graph: _Graph, model: Model, last: str, images: str) -> str:
+    """Logits of all pixels of a `Segmenter`, `[batch, H, W, K]`."""
+    p, (rows, columns), about = flatten(model.params), model.grid(), model.description["encoder"]
+    graph.shapes["end"] = [1 + rows * columns]
+
+    def patches(tokens: str, name: str) -> str:
+        return graph.add("Slice", [tokens, "second", "end", "axis"], name)
+
+    patch, depth = about["patch_size"], about["depth"]
+    if model.description["head"]["kind"] == "linear":
+        x = graph.norm(patches(last, "patch_tokens"), p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
+        x = graph.linear(x, p["head.kernel"], p["head.bias"], "head")
+        x = graph.reshape(x, [-1, rows, columns, p["head.bias"].shape[0]], "head.grid")
+        return graph.enlarged(x, (patch, patch), "logits", linear=True)
+    doublings = max(d for d in range(4) if patch % 2**d == 0)
+    stride, beside = patch >> doublings, dict[int, str]()
+
+    def join(at: int, x: str) -> None:
+        beside[at] = graph.add("Add", [beside[at], x], f"{x}.joined") if at in beside else x
+
+    for i, block in enumerate(reversed(level_blocks(depth))):
+        at, name = min(i, doublings), f"head.level{i}"
+        x = patches(f"block{block}", f"{name}.tokens")
+        x = graph.norm(x, p[f"head.norms.{i}.scale"], p[f"head.norms.{i}.bias"], f"{name}.norm", NORM_EPS)
+        x = graph.linear(x, p[f"head.project.{i}.kernel"], p[f"head.project.{i}.bias"], f"{name}.projected")
+        x = graph.reshape(x, [-1, rows, columns, p[f"head.project.{i}.bias"].shape[0]], f"{name}.grid")
+        join(at, graph.enlarged(x, (2**at, 2**at), f"{name}.enlarged"))
+    join(doublings, graph.conv(images, p["head.image.kernel"], p["head.image.bias"], "head.image", stride))
+    x = beside[0]
+    for i in range(doublings + 1):
+        x = graph.enlarged(x, (2, 2), f"head.stage{i}.enlarged") if i else x
+        x = _stage(graph, p, f"head.stages.{i}", x, beside.get(i, "") if i else "")
+    x = graph.conv(x, p["head.out.kernel"], p["head.out.bias"], "head.out")
+    return graph.enlarged(x, (stride, stride), "logits", linear=True)
+
+
+def _unet(graph: _Graph, model: Model, x: str) -> str:
+    """Logits of all pixels of a `UNet`, `[batch, H, W, K]`."""
+    p, depth, levels = flatten(model.params), model.description["unet"]["depth"], list[str]()
+    for i in range(depth + 1):
+        if i:
+            x = graph.spatial("MaxPool", [x], f"down{i}.pooled", kernel_shape=[2, 2], strides=[2, 2])
+        x = _stage(graph, p, f"down.{i}", x, "")
+        levels.append(x)
+    x = levels.pop()
+    for i in range(depth):
+        across = graph.conv(levels.pop(), p[f"across.{i}.kernel"], p[f"across.{i}.bias"], f"across.{i}")
+        x = _stage(graph, p, f"up.{i}", graph.enlarged(x, (2, 2), f"up.{i}.enlarged"), across)
+    return graph.conv(x, p["head.kernel"], p["head.bias"], "logits")
+
+
+def _stage(graph: _Graph, p: dict[str, np.ndarray], name: str, x: str, beside: str) -> str:
+    """A `Stage` of a decoder or U-Net; `beside` joins after the first convolution, "" = nothing."""
+    if f"{name}.first.kernel" in p:
+        x = graph.conv(x, p[f"{name}.first.kernel"], p[f"{name}.first.bias"], f"{name}.first")
+    x = graph.add("Add", [x, beside], f"{name}.joined") if beside else x
+    x = graph.norm(x, p[f"{name}.norm1.scale"], p[f"{name}.norm1.bias"], f"{name}.norm1", NORM_EPS)
+    x = _gelu(graph, x, f"{name}.gelu1")
+    x = graph.conv(x, p[f"{name}.second.kernel"], p[f"{name}.second.bias"], f"{name}.second")
+    x = graph.norm(x, p[f"{name}.norm2.scale"], p[f"{name}.norm2.bias"], f"{name}.norm2", NORM_EPS)
+    return _gelu(graph, x, f"{name}.gelu2")
 
 
 def _weights(graph: _Graph, data_path: str) -> list[Any]:

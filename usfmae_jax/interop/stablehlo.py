@@ -26,9 +26,11 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
     """What a model is for, as a function of uint8 images `[B, H, W, C]` and its parameters.
 
     It gives float32 `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`; of a
-    classifier `probabilities` `[B, classes]`; of a model with another head `outputs` `[B, outputs]`, as they are.
+    classifier `probabilities` `[B, classes]`; of a segmenter `classes` of the pixels, uint8 `[B, H, W]`, and
+    `probabilities` of background and classes `[B, H, W, 1 + C]`; of a model with another head `outputs`
+    `[B, outputs]`, as they are.
     """
-    static, grid = model_graph(build(model.description)), model.grid()
+    static = model_graph(build(model.description))
     mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
 
     def apply(images: jax.Array, params: Any) -> dict[str, jax.Array]:
@@ -36,6 +38,9 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
         x = normalize_images(images, mean, std)
         if model.kind == "classifier":
             return {"probabilities": jax.nn.softmax(network(x))}
+        if model.segments:
+            shares = jax.nn.softmax(network(x))
+            return {"classes": shares.argmax(axis=-1).astype(jnp.uint8), "probabilities": shares}
         if model.kind == "model":
             return {"outputs": network(x)}
         tokens = network(x)
@@ -43,7 +48,7 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
         return {
             "class_token": tokens[:, 0],
             "mean_patch": patches.mean(axis=1),
-            "patch_grid": patches.reshape(-1, *grid, tokens.shape[-1]),
+            "patch_grid": patches.reshape(-1, *model.grid(), tokens.shape[-1]),
         }
 
     return apply

@@ -157,13 +157,28 @@ def _measured(differences: dict[str, float], limits: dict[str, float], runtime: 
 
 
 def largest_difference(ours: Outputs, theirs: Outputs) -> dict[str, float]:
-    """For every output the largest absolute difference; infinite where shapes differ or something is not a number."""
+    """For every output the largest absolute difference; infinite where shapes differ or something is not a number.
+
+    Of `classes`, by how much what they name is less probable than what is most probable: two may be equally so.
+    """
     differences = {}
     for name, value in theirs.items():
+        if name == "classes":
+            differences[name] = _less_probable(ours, value)
+            continue
         same = name in ours and ours[name].shape == value.shape
         difference = _farthest(np.atleast_1d(ours[name]), np.atleast_1d(value)) if same else np.inf
         differences[name] = difference if np.isfinite(difference) else np.inf
     return differences
+
+
+def _less_probable(ours: Outputs, classes: np.ndarray) -> float:
+    shares = ours["probabilities"]
+    if classes.shape != shares.shape[:-1] or classes.max() >= shares.shape[-1]:
+        return np.inf
+    said = np.take_along_axis(shares, classes[..., None].astype(np.int64), axis=-1)[..., 0]
+    difference = float((shares.max(axis=-1) - said).max())
+    return difference if np.isfinite(difference) else np.inf
 
 
 def _farthest(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -158,11 +158,12 @@ def _write(model: Model, directory: str, tensors: Tensors) -> None:
 def write_preprocessing(model: Model, directory: str) -> None:
     """Writes how pixels become input: `preprocessing.json`, ours, and Hugging Face's `preprocessor_config.json`."""
     about = model.preprocessing
+    network = model.description.get("encoder") or model.description["unet"]
     write_json(directory, "preprocessing.json", about)
     height, width = about["image_size"]
     config = {
         "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": model.description["encoder"]["channels"] == 3,  # a grey image is repeated
+        "do_convert_rgb": network["channels"] == 3,  # a grey image is repeated
         "do_resize": True,
         "size": {"height": height, "width": width},
         "resample": 4,  # box: the average of areas, as ours
