@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -20,7 +21,10 @@ from usfmae_jax.finetuning import results
 from usfmae_jax.interop.model import Model, build, open_model, preprocessing, save_model
 from usfmae_jax.prediction.kinds import segmented
 from usfmae_jax.reporting.masks import safe_path
+from usfmae_jax.tasks.classification import probabilities
 from usfmae_jax.tasks.segmentation import Segmentation, classes_of
+from usfmae_jax.training import forward
+from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
 
 ENCODER = {"image_size": [16, 16], "patch_size": 8, "channels": 1, "width": 16, "depth": 1, "num_heads": 2}
 CLASSIFIER = {"model": "vit", "encoder": ENCODER, "pool": "mean", "classes": ["benign", "malignant"]}
@@ -180,6 +184,19 @@ def test_the_members_of_a_run_are_averaged_and_their_spread_is_told(tmp_path, fi
     assert float(both["uncertainty"]) == pytest.approx(p[:, chosen].std(), abs=2e-6)
     assert p[:, chosen].std() > 1e-3
     assert both["file"] == "two.bmp"
+
+
+def test_batches_become_smaller_until_they_fit_into_memory(classifier, monkeypatch):
+    monkeypatch.setattr(forward, "_free", lambda mesh: 0)
+    function, variables = forward.model_function(open_model(classifier), probabilities)
+    mesh = make_mesh()
+    variables = jax.device_put(variables, replicated(mesh))
+    for asked, fitting in ((0, mesh.size), (2 * mesh.size, 2 * mesh.size)):
+        program, size = forward.fitted(function, variables, (16, 16, 1), mesh, asked, "--batch_size")
+        assert size == fitting
+        images = np.random.default_rng(0).integers(0, 256, (size, 16, 16, 1), np.uint8)
+        said = program(variables, global_batch(mesh, images))["probabilities"]
+        np.testing.assert_allclose(said, function(variables, images)["probabilities"], atol=1e-5)
 
 
 def test_a_second_start_takes_what_is_new_or_changed_and_what_was_cut_off(classifier, tmp_path, monkeypatch, capsys):

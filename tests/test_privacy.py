@@ -15,7 +15,7 @@ from configs import finetune as finetune_config
 from data_prep import build
 from tests.helpers import frame, tiny_config
 from tests.interop import made
-from usfmae_jax import cli, convert, embed, export
+from usfmae_jax import cli, convert, embed, export, predict
 from usfmae_jax.finetuning.loop import finetune
 from usfmae_jax.pretraining.loop import pretrain
 from usfmae_jax.probing.loop import evaluate
@@ -90,6 +90,8 @@ def artefacts(home):
     out["embed"] = home / "embedded"
     out["embed"].mkdir()
     assert embed.main([f"--checkpoint={out['pretrain']}", f"--data={shards}", f"--output={out['embed']}/x.npz"]) == 0
+    out["predict"] = home / "predicted"
+    assert predict.main([f"--checkpoint={out['finetune']}", f"--data={shards}", f"--output={out['predict']}"]) == 0
     out["convert"] = home / "converted"
     made.write(home / "weights.safetensors", made.tensors())
     assert convert.main([f"--input={home / 'weights.safetensors'}", f"--output={out['convert']}", *made.HEADS]) == 0
@@ -118,7 +120,7 @@ def _assert_silent(folder, home):
                 assert secret not in os.path.relpath(path, home), path
 
 
-@pytest.mark.parametrize("door", ["build", "pretrain", "finetune", "evaluate", "cache", "embed", "convert"])
+@pytest.mark.parametrize("door", ["build", "pretrain", "finetune", "evaluate", "cache", "embed", "predict", "convert"])
 def test_no_artefact_of_a_door_tells_who_where_or_whose(artefacts, home, door):
     _assert_silent(artefacts[door], home)
 

@@ -221,8 +221,8 @@ def _shards(data: Sequence[str]) -> _Found | None:
                 path, place = shards.locate(record)
                 try:
                     frames.append(read(record, os.path.basename(path), place))
-                except DamagedRecord as error:
-                    source.problems.append((f"{os.path.basename(path)}#{place}", str(error)))
+                except DamagedRecord:  # whose words may name a path of this machine
+                    source.problems.append((f"{os.path.basename(path)}#{place}", "the record cannot be read"))
             yield source, frames
 
     names = [name(piece) for piece in pieces]
