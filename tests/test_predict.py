@@ -175,6 +175,7 @@ def test_areas_are_in_cm2_where_the_size_of_a_pixel_is_known_and_members_disagre
 def test_the_members_of_a_run_are_averaged_and_their_spread_is_told(tmp_path, files):
     for seed in range(2):
         save(tmp_path / "run" / "members" / f"m{seed}" / "classifier", CLASSIFIER, seed)
+    save(tmp_path / "run" / "members" / "m0-fraction-2.5" / "classifier", CLASSIFIER, 2)  # taught on less: left out
     for name, checkpoint in {"both": "run", "0": "run/members/m0", "1": "run/members/m1"}.items():
         assert run(tmp_path / checkpoint, files / "two.bmp", tmp_path / name) == 0
     ((both,), (one,), (two,)) = (rows_of(tmp_path / name / "predictions.csv") for name in ("both", "0", "1"))
@@ -184,6 +185,7 @@ def test_the_members_of_a_run_are_averaged_and_their_spread_is_told(tmp_path, fi
     assert float(both["uncertainty"]) == pytest.approx(p[:, chosen].std(), abs=2e-6)
     assert p[:, chosen].std() > 1e-3
     assert both["file"] == "two.bmp"
+    assert [predict._fraction(name) for name in ("a/m", "m-fraction-10", "m-fraction-1e-05")] == [100, 10, 1e-5]
 
 
 def test_batches_become_smaller_until_they_fit_into_memory(classifier, monkeypatch):

@@ -12,6 +12,7 @@ keep their names; what is burnt into a frame stays in its overlay. Exit codes: 0
 import argparse
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -134,18 +135,28 @@ def predict(
 
 
 def open_members(checkpoint: str) -> "list[Model]":
-    """The models that are averaged: all trained members of a run, or the one that a path names.
+    """The models that are averaged: the trained members of a run, or the one that a path names.
+
+    Of a run of several label fractions they are those of the largest: the others were taught on less.
 
     Raises:
       InputError: there are none, or they are not of one kind.
     """
     from usfmae_jax.interop.model import members, open_model
 
-    models = [open_model(path) for path in members(checkpoint) or [checkpoint]]
+    found = members(checkpoint)
+    most = max(map(_fraction, found), default=0.0)
+    models = [open_model(path) for path in found if _fraction(path) == most] or [open_model(checkpoint)]
     for model in models[1:]:
         if (model.description, model.preprocessing) != (models[0].description, models[0].preprocessing):
             raise InputError(f"the members of --checkpoint={checkpoint} are different models; choose one of them")
     return models
+
+
+def _fraction(folder: str) -> float:
+    """The label fraction of a member in percent, by its name; see `finetuning.members.plan_members`."""
+    name = re.search(r"-fraction-(\d[\d.e-]*)$", folder)
+    return float(name[1]) if name else 100.0
 
 
 class _Frame(NamedTuple):
