@@ -157,6 +157,18 @@ def test_a_dicom_clip_gives_areas_in_cm2_and_no_word_of_its_header(segmenter, tm
         assert word.encode() not in everything
 
 
+def test_the_mean_of_a_frame_and_its_mirror_is_that_of_the_mirror(segmenter, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name, turn in (("one", 1), ("two", -1)):
+        cv2.imwrite(str(tmp_path / "in" / f"{name}.png"), np.ascontiguousarray(frame(0, 0, (32, 48))[:, ::turn]))
+    for flip in ("on", "off"):
+        assert run(segmenter, tmp_path / "in", tmp_path / flip, f"--flip={flip}") == 0
+    one, two = (cv2.imread(str(tmp_path / "on" / "masks" / f"{name}.png.png"), 0) for name in ("one", "two"))
+    np.testing.assert_array_equal(one, two[:, ::-1])
+    alone, mirrored = (cv2.imread(str(tmp_path / "off" / "masks" / f"{name}.png.png"), 0) for name in ("one", "two"))
+    assert (alone != mirrored[:, ::-1]).any()
+
+
 def test_areas_are_in_cm2_where_the_size_of_a_pixel_is_known_and_members_disagree_inside():
     shares = np.zeros((2, 4, 4, 3), np.uint8)
     shares[..., 0] = 255

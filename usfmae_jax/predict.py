@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", required=True, nargs="+", action="extend", metavar="PATH", help="files, folders or shards")
     add("--output", required=True, metavar="DIR", help="a new folder, or the one of an earlier start")
     add("--overlays", default="on", choices=["on", "off"], help="outlines over the frames; default: %(default)s")
+    add("--flip", default="off", choices=["on", "off"], help="the mean of a frame and its mirror; default: %(default)s")
     add("--stride", type=int, default=1, metavar="N", help="every N-th frame of a clip or slice of a volume")
     add("--max_frames", type=int, default=0, metavar="N", help="at most N of a file, evenly spread; default: all")
     add("--batch_size", type=int, default=0, metavar="N", help="images per call; default: what fits into memory")
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.data,
             args.output,
             overlays=args.overlays == "on",
+            flip=args.flip == "on",
             stride=args.stride,
             max_frames=args.max_frames,
             batch_size=args.batch_size,
@@ -69,6 +71,7 @@ def predict(
     output: str,
     *,
     overlays: bool = True,
+    flip: bool = False,
     stride: int = 1,
     max_frames: int = 0,
     batch_size: int = 0,
@@ -81,6 +84,7 @@ def predict(
       data: files and folders for the readers of `data_prep`, or shards.
       output: folder; finished files of an earlier start stay.
       overlays: write the outlines of a segmenter over the frames.
+      flip: the mean of what is said of a frame and of its mirror, as `config.evaluate.flip` of a run has it.
       stride: every n-th frame of a clip.
       max_frames: of a file; 0 = all.
       batch_size: images per call; the devices must divide it; 0 = what fits into memory.
@@ -107,12 +111,12 @@ def predict(
         "kind": name,
         "checkpoint": public_paths(checkpoint),
         "weights": [model.fingerprint for model in models],
-        "read": {"stride": stride, "max_frames": max_frames},
+        "read": {"flip": "on" if flip else "off", "stride": stride, "max_frames": max_frames},
         "code": f"usfmae_jax {__version__}",
     }
     writing.check(output, about)
     found = _shards(data) or _files(data, output, workers, stride, max_frames)
-    run = _Ensemble(models, kind, make_mesh(), batch_size)
+    run = _Ensemble(models, kind, make_mesh(), batch_size, flip)
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(lock.hold(output))
@@ -275,19 +279,25 @@ def _files(data: Sequence[str], output: str, workers: int, stride: int, max_fram
 class _Ensemble:
     """Members that are asked together."""
 
-    def __init__(self, models: "list[Model]", kind: "Kind", mesh: Any, batch_size: int):
+    def __init__(self, models: "list[Model]", kind: "Kind", mesh: Any, batch_size: int, flip: bool):
         import jax
 
         from usfmae_jax.prediction.kinds import outputs
-        from usfmae_jax.training.forward import fitted, model_function
+        from usfmae_jax.training.forward import fitted, mean_of_two, model_function
         from usfmae_jax.training.mesh import replicated
 
         self.kind, self.names, self.image_format, self._mesh = kind, outputs(models[0]), models[0].image_format, mesh
         functions = [model_function(model, kind.apply) for model in models]
         self._variables = [jax.device_put(variables, replicated(mesh)) for _, variables in functions]
         size, channels = self.image_format
+        plain = functions[0][0]  # the same one for all members
+
+        def both(variables: Any, images: Any) -> Any:
+            mirrored = kind.mirror(plain(variables, images[:, :, ::-1]))
+            return jax.tree.map(mean_of_two, plain(variables, images), mirrored)
+
         self._program, self.batch_size = fitted(
-            functions[0][0], self._variables[0], (*size, channels), mesh, batch_size, "--batch_size"
+            both if flip else plain, self._variables[0], (*size, channels), mesh, batch_size, "--batch_size"
         )
 
     def ask(self, images: "list[np.ndarray]") -> list[Any]:

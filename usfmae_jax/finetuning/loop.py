@@ -25,7 +25,7 @@ from usfmae_jax.interop.model import Model, model_graph, save_model
 from usfmae_jax.models.layers import without_lora
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.training import checkpoints, checks
-from usfmae_jax.training.forward import apply_batches, fitting_batch
+from usfmae_jax.training.forward import apply_batches, fitting_batch, mean_of_two
 from usfmae_jax.training.mesh import (
     batch_sharding,
     damage_of_all,
@@ -125,7 +125,7 @@ class Trainer:
             if not config.evaluate.flip:
                 return said
             mirrored = run.task.mirror(run.task.predict(model, normalize_images(images[:, :, ::-1], mean, std)))
-            return jax.tree.map(_mean, said, mirrored)
+            return jax.tree.map(mean_of_two, said, mirrored)
 
         def part(params: Any) -> Any:
             return pick(params, trained)
@@ -353,12 +353,6 @@ class Trainer:
                 yield kept[places[start : start + batch_size]]
 
         return slices
-
-
-def _mean(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Of two predictions; of whole numbers rounded."""
-    mean = (one.astype(jnp.float32) + other.astype(jnp.float32)) / 2
-    return jnp.round(mean).astype(one.dtype) if jnp.issubdtype(one.dtype, jnp.integer) else mean.astype(one.dtype)
 
 
 def better(score: dict[str, float], best: dict[str, float], metric: str, tie: str, losses: frozenset[str]) -> bool:

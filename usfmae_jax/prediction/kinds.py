@@ -34,10 +34,12 @@ class Kind(NamedTuple):
       apply: `(network, normalised images [B, H, W, C])` to arrays `[B, ...]` by name, of one member.
       answer: `(names of the outputs, arrays [M, ...] of the M members for one frame, (height, width) of the frame,
         (height, width) of its pixels in mm or (0, 0))` to what is said of it.
+      mirror: what `apply` says of mirrored images, to what it would say of the images.
     """
 
     apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
     answer: Callable[[Sequence[str], Mapping[str, np.ndarray], tuple[int, int], tuple[float, float]], Answer]
+    mirror: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda said: said
 
 
 def classified(
@@ -79,7 +81,7 @@ def _uncertain(members: np.ndarray, spread: float | None) -> dict[str, Any]:
 #: By `task` of the description of a model.
 KINDS: dict[str, Kind] = {
     "classification": Kind(classification.probabilities, classified),
-    "segmentation": Kind(segmentation.probabilities, segmented),
+    "segmentation": Kind(segmentation.probabilities, segmented, segmentation.mirror),
 }
 
 

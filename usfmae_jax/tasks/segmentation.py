@@ -125,8 +125,8 @@ class Segmentation(Task):
         return probabilities(model, images)
 
     def mirror(self, predicted: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Maps turned back."""
-        return {name: maps[:, :, ::-1] for name, maps in predicted.items()}
+        """See `mirror`."""
+        return mirror(predicted)
 
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """`evaluation.segmentation.MEASURES`, float `[n, C]`, in the frames' own sizes, and `pixel_area`, `[n]`."""
@@ -245,6 +245,11 @@ def of_table(
 def probabilities(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
     """`probabilities` of background and classes, in 255ths: uint8 `[B, H, W, 1 + C]`."""
     return {"probabilities": jnp.round(255 * jax.nn.softmax(model(images))).astype(jnp.uint8)}
+
+
+def mirror(predicted: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Maps `[B, H, W, ...]` of mirrored images turned back."""
+    return {name: maps[:, :, ::-1] for name, maps in predicted.items()}
 
 
 def pixel_loss(logits: jax.Array, classes: jax.Array, dice: float) -> jax.Array:

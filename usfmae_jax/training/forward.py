@@ -212,6 +212,12 @@ def _function(graph: Any, mean: tuple[float, ...], std: tuple[float, ...], apply
     return run
 
 
+def mean_of_two(one: jax.Array, other: jax.Array) -> jax.Array:
+    """Of two predictions, such as of an image and its mirror; of whole numbers rounded."""
+    mean = (one.astype(jnp.float32) + other.astype(jnp.float32)) / 2
+    return jnp.round(mean).astype(one.dtype) if jnp.issubdtype(one.dtype, jnp.integer) else mean.astype(one.dtype)
+
+
 def features_of(network: Any, images: jax.Array) -> jax.Array:
     """What the head of a network sees, float32 `[B, D]`; for `model_function`."""
     return network.features(images)
