@@ -217,7 +217,7 @@ def test_a_damaged_directory_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "architecture.json").write_text(json.dumps(about | {"format": 2}))
     with pytest.raises(InputError, match="another classifier format than 1; update"):
         open_model(str(tmp_path))
-    (tmp_path / "architecture.json").write_text(json.dumps(about | {"model": "unet"}))
+    (tmp_path / "architecture.json").write_text(json.dumps(about | {"model": "perceiver"}))
     with pytest.raises(InputError, match="holds no classifier but other weights, such as an encoder's"):
         open_model(str(tmp_path))
     (tmp_path / "architecture.json").write_text(json.dumps(about))
