@@ -233,7 +233,8 @@ def simulate(patient: int, how: Storage, seed: int, frames: int, first_test: int
     for one in phantom.simulate_patient(patient, seed=seed, image_size=how.image_size, frames=frames):
         ids = {"patient": one.patient, "video": one.video, "frame": one.frame, "source": f"{one.patient}/{one.frame}"}
         pixels = one.image[:, :, None]
-        record = make_record(pixels, one.mask, how, label=one.label, sha256=pixel_hash(pixels), **ids)
+        sha256, spacing = pixel_hash(pixels), UNKNOWN_SPACING
+        record = make_record(pixels, one.mask, how, label=one.label, spacing=spacing, sha256=sha256, **ids)
         yield Stored(record, split, channels=1)
 
 
@@ -243,7 +244,7 @@ def make_record(
     how: Storage,
     *,
     label: int,
-    spacing: tuple[float, float] = UNKNOWN_SPACING,
+    spacing: tuple[float, float],
     **ids: str,
 ) -> Record:
     """A frame as it is stored.

@@ -232,8 +232,8 @@ def _nrrd(file: IO[bytes], path: str) -> stacks.Stack:
     name = fields.get("datafile", "")
     start, skip = 0 if name else file.tell(), int(fields.get("byteskip", 0))
     dtype = _dtype(fields["type"], ">" if fields.get("endian", "little").lower() == "big" else "<")
-    how = {"start": start, "packing": _NRRD_PACKINGS[packing], "skip": skip, "spacing": spacing}
-    return _stack(path, name, sizes, dtype, channels, **how)
+    packing = _NRRD_PACKINGS[packing]
+    return _stack(path, name, sizes, dtype, channels, start=start, packing=packing, skip=skip, spacing=spacing)
 
 
 def _nrrd_spacing(fields: dict[str, str]) -> list[float]:

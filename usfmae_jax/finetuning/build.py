@@ -313,8 +313,8 @@ def label(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]
         if len(there := np.unique(one[np.isfinite(one)])) < 2:
             said = f"{there[0]:g} for all frames" if len(there) else "empty"
             raise InputError(f"config.targets: the column {name!r} is {said}: leave it out with config.target")
-    how = {"pool": pool, "fingerprint": found.fingerprint, "notes": found.notes}
-    return table, multilabel.MultiLabel(found.names, found.values, **how)
+    about: dict[str, Any] = {"fingerprint": found.fingerprint, "notes": found.notes}
+    return table, multilabel.MultiLabel(found.names, found.values, pool, **about)
 
 
 def _read_targets(config: ml_collections.ConfigDict, table: Table, labels: bool = False) -> Targets:

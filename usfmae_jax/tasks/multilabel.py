@@ -109,7 +109,7 @@ class MultiLabel(Task):
         self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
     ) -> list[dict[str, Any]]:
         """The errors, those first of which the model was most sure."""
-        found = []
+        found: list[dict[str, Any]] = []
         for member, (rows, predictions) in enumerate(tested):
             assert isinstance(predictions, LabelPredictions)
             said, truth = predictions.probabilities, predictions.truth
