@@ -169,7 +169,7 @@ def extents(table: Table) -> np.ndarray:
     if len(unknown):
         raise InputError(
             f"config.of_frame=true needs the size of the pixels, which {len(unknown)} of {len(table)} frames do not "
-            f"have, first {table.frame_key[unknown[0]]!r}; build the shards again, with the column spacing in "
+            f"have, first {str(table.frame_key[unknown[0]])!r}; build the shards again, with the column spacing in "
             "--labels where files do not say it"
         )
     return found
