@@ -1,5 +1,6 @@
 """The size of a pixel: what headers and tables say, through cropping and shrinking, into the shards."""
 
+import csv
 import json
 import struct
 
@@ -11,6 +12,9 @@ from data_prep.work import stretched
 from tests.data_prep.builds import picture, read, refused, run, write, write_csv
 from tests.data_prep.readers import dicoms, samples
 from tests.data_prep.trees import real_folder
+from usfmae_jax.data.table import read_table
+from usfmae_jax.data.targets import read_targets
+from usfmae_jax.errors import InputError
 
 PIXELS = picture(0)
 
@@ -109,6 +113,34 @@ def test_a_size_in_a_table_that_is_none_is_refused(tmp_path, capsys, cell):
     assert f"the spacing {cell!r} of 'a.png' is not the size of a pixel in mm" in said
 
 
+def test_the_table_of_a_build_is_joined_to_its_shards_and_that_of_a_private_one_by_its_pseudonyms(
+    tmp_path, monkeypatch
+):
+    salt = tmp_path / "salt"
+    salt.write_bytes(bytes(range(32)))
+    salt.chmod(0o600)
+    monkeypatch.setenv("USFMAE_SALT", str(salt))
+    for number in range(3):
+        write(tmp_path / "in" / "a" / f"{number}.png", picture(number))
+    rows = ["file", "label", "thickness [mm]"], *([f"a/{n}.png", "x", 1.5 * n] for n in range(3))
+    table = str(write_csv(tmp_path / "l.csv", *rows))
+    flags = f"--labels={table}", "--thin=off", "--whole_frames"
+    assert run(*flags, source=tmp_path / "in", output=tmp_path / "out") == 0
+    frames = read_table(str(tmp_path / "out"))
+    assert read_targets(table, frames, ["thickness"]).values[:, 0].tolist() == [0, 1.5, 3]
+    linkage = tmp_path / "who.csv"
+    private = *flags, "--private", f"--linkage={linkage}"
+    assert run(*private, source=tmp_path / "in", output=tmp_path / "private") == 0
+    frames = read_table(str(tmp_path / "private"))
+    with pytest.raises(InputError, match="whose frames have pseudonyms"):
+        read_targets(table, frames, ["thickness"])
+    known = {row["original"]: row["pseudonym"] for row in csv.DictReader(linkage.open()) if row["kind"] == "frame"}
+    rows = ["frame", "thickness [mm]"], *([known[f"a/{n}.png"], 1.5 * n] for n in range(3))
+    found = read_targets(str(write_csv(tmp_path / "m.csv", *rows)), frames, ["thickness"])
+    assert sorted(found.values[:, 0].tolist()) == [0, 1.5, 3]
+    assert found.notes == ()
+
+
 def test_a_private_build_keeps_four_digits(tmp_path, monkeypatch):
     salt = tmp_path / "salt"
     salt.write_bytes(bytes(range(32)))
@@ -131,6 +163,11 @@ def test_hc18_has_it_from_its_table(tmp_path):
     down, across = one["spacing"]
     assert down * one["height"] == pytest.approx(0.0691358041432 * 540)
     assert across * one["width"] == pytest.approx(0.0691358041432 * 800)
+    table = real_folder("HC18") / "training" / "training_set_pixel_size_and_HC.csv"
+    said = read_targets(str(table), read_table(str(tmp_path)), ["head circumference"])
+    assert (said.units, int(np.isfinite(said.values).sum())) == (("mm",), 60)
+    assert said.notes == ("939 of 999 rows of training_set_pixel_size_and_HC.csv name no frame of the data, first "
+                          "'050_2HC.png'",)  # fmt: skip
     manifest = json.loads(next(tmp_path.glob("*/1.0.0/manifest.json")).read_text())
     assert not [one for one in manifest["warnings"] if "have no spacing" in one]
 
