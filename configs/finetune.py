@@ -193,7 +193,7 @@ def gist514_mae(config: ml_collections.ConfigDict) -> None:
 def _table(config: ml_collections.ConfigDict, task: str) -> None:
     config.task = task
     config.targets = ""  # CSV files, several separated by commas; frame, source or file is the column that joins them
-    config.target = ()  # names of the columns to learn
+    config.target = ""  # names of the columns to learn, with commas between them; "" = all that can be
     config.regularization.smoothing = 0.0
 
 
@@ -216,7 +216,7 @@ def hc18(config: ml_collections.ConfigDict) -> None:
     folder_regression(config)
     config.data.update(path="data/hc", split="train")
     config.targets = "raw/hc/training_set_pixel_size_and_HC.csv"
-    config.target = ("head circumference",)
+    config.target = "head circumference"
     config.of_frame = True
 
 

@@ -160,8 +160,8 @@ def test_it_is_fine_tuned_scored_reported_and_exported(config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"target": ("number",)}, "'2' is neither 0 nor 1"),
-        ({"target": ("disc", "heart")}, r"config\.target='heart' is no column of t\.csv"),
+        ({"target": "number"}, "'2' is neither 0 nor 1"),
+        ({"target": "disc,heart"}, r"config\.target='heart' is no column of t\.csv"),
         ({"stop.metric": "mae"}, r"config\.stop\.metric='mae' must be one of auroc"),
         ({"regularization.mixup": 0.8}, r"config\.regularization\.mixup=0\.8 is for classes of whole frames"),
     ],

@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from configs.finetune import get_config
 from tests.data.tables import made, table, write_records
+from usfmae_jax import cli
 from usfmae_jax.data.table import read_table, whole_image
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import regression as scoring
@@ -180,7 +181,7 @@ def config(shards, tmp_path):
         rows = [[f"{i}.png", "" if i < 4 else VALUE[i], "a"] for i in range(48)]
         csv.writer(file).writerows([["source", "size [mm]", "note"], *rows, ["gone.png", 1, ""]])
     config = get_config("folder_regression")
-    config.data.path, config.targets, config.target = shards, str(tmp_path / "t.csv"), ("size",)
+    config.data.path, config.targets, config.target = shards, str(tmp_path / "t.csv"), "size"
     config.model.update(image_size=(32, 32), patch_size=8, width=32, depth=1, num_heads=2, drop_path=0.0)
     config.split.update(kind="single", duplicates=False)
     config.train.update(batch_size=16, steps=8)
@@ -233,9 +234,9 @@ def splits(workdir):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"target": ()}, None),  # the only column of numbers
-        ({"target": ("size", "note")}, r"t\.csv, line 2, column 'note': 'a' is no number"),
-        ({"target": ("weight",)}, r"config\.target='weight' is no column of t\.csv; there are 'size', 'note'"),
+        ({"target": ""}, None),  # the only column of numbers
+        ({"target": "size, note"}, r"t\.csv, line 2, column 'note': 'a' is no number"),
+        ({"target": "weight"}, r"config\.target='weight' is no column of t\.csv; there are 'size', 'note'"),
         ({"targets": ""}, r"config\.targets names no table"),
         ({"loss": "l1"}, r"config\.loss='l1' must be one of smooth_l1, mse"),
         ({"stop.metric": "r2"}, r"config\.stop\.metric='r2' must be one of mae, rmse"),
@@ -253,6 +254,11 @@ def test_what_does_not_fit_is_one_sentence(config, tmp_path, change, says):
             build.prepare(config, str(tmp_path / "run"))
     else:
         assert build.prepare(config, str(tmp_path / "run")).task.outputs == ("size",)
+
+
+def test_names_with_blanks_are_typed_as_they_are():
+    flags = cli.parse(["finetune", "--config=configs/finetune.py:hc18", "--config.target=ejection fraction"], "", "")
+    assert flags.config.target == "ejection fraction"
 
 
 def test_a_task_without_its_fields_says_which_variant_has_them(shards, tmp_path):

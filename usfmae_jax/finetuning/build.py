@@ -324,7 +324,7 @@ def _read_targets(config: ml_collections.ConfigDict, table: Table, labels: bool 
             f"config.task={config.task} needs the table of --config.targets, which --config=configs/finetune.py:"
             f"{variant} has a field for"
         )
-    return read_targets(config.targets, table, checks.names(config.target), labels=labels)
+    return read_targets(config.targets, table, checks.names([config.target]), labels=labels)
 
 
 def _with_targets(table: Table, found: Targets) -> tuple[Table, Targets]:
