@@ -1,8 +1,10 @@
-"""Fine-tune a classifier on labelled shards and test it on patients that it has not seen.
+"""Fine-tune a model on labelled shards and test it on patients that it has not seen.
 
     python -m usfmae_jax.finetune --config=configs/finetune.py:busbra --config.init=runs/pretrain-tiny
     python -m usfmae_jax.finetune --config=configs/finetune.py:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=configs/finetune.py:busbra --config.model.arch=resnet50
+    python -m usfmae_jax.finetune --config=configs/finetune.py:folder_regression --config.data.path=data/mine \
+        --config.targets=table.csv --config.target="ejection fraction"
 
 One command trains every member: each fold, seed and label fraction, and of a small model on a CPU as many at a time as
 there are cores. It ends with results.json, results.md, predictions.csv and report.html in the workdir; splits/ holds
@@ -12,11 +14,19 @@ continues what was interrupted; more seeds, fractions or folds may be added to a
 Without --config.init the same model starts from random weights: the baseline to beat. Settings are meant for 500 to
 2,000 images and a small model on a CPU; they were tuned on no dataset.
 
+`config.task` is what is learnt: "classification", which of some classes the shards' labels name; "regression", a number
+of each frame; "multilabel", which of several labels, any number; "segmentation", see configs/segment.py. The numbers of
+the second and the labels of the third are columns of a CSV file, `config.targets`, whose column frame, source or file
+names the frames, and are called "name" or "name [unit]"; labels are 0, 1 or empty.
+
 Variants
   :folder  any labelled shards (data_prep.build --labels); 5 folds by patient unless the shards bring a split
   :busbra  BUS-BRA, benign or malignant, its official 5 folds; 1,875 images
   :mmotu   MMOTU-2D, eight ovarian classes, its official train and test parts; 1,469 images
   :gist514 GIST514-DB, leiomyoma or GIST, its official 5 folds; 514 images
+  :folder_regression  a number from a table, any shards
+  :folder_multilabel  several labels of 0 and 1 from a table, any shards
+  :hc18    HC18, head circumference in mm from its table; 999 images
   :folder_mae :busbra_mae :mmotu_mae :gist514_mae   the same with the fine-tuning recipe of MAE for ViT-B
 """
 
@@ -180,4 +190,35 @@ def gist514_mae(config: ml_collections.ConfigDict) -> None:
     _mae(config)
 
 
-VARIANTS = {f.__name__: f for f in (folder, busbra, mmotu, gist514, folder_mae, busbra_mae, mmotu_mae, gist514_mae)}
+def _table(config: ml_collections.ConfigDict, task: str) -> None:
+    config.task = task
+    config.targets = ""  # CSV files, several separated by commas; frame, source or file is the column that joins them
+    config.target = ""  # names of the columns to learn, with commas between them; "" = all that can be
+    config.regularization.smoothing = 0.0
+
+
+def folder_multilabel(config: ml_collections.ConfigDict) -> None:
+    """Any shards with a table of labels; without `config.target` all of its columns of 0 and 1."""
+    _table(config, "multilabel")
+
+
+def folder_regression(config: ml_collections.ConfigDict) -> None:
+    """Any shards with a table of numbers. Nothing is cropped or stretched: a number may be of a size."""
+    _table(config, "regression")
+    config.loss = "smooth_l1"  # or "mse"
+    config.of_frame = False  # True: a length in mm; learnt as a share of the frame's side, for which pixels have a size
+    config.augment.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    config.stop.metric = "mae"
+
+
+def hc18(config: ml_collections.ConfigDict) -> None:
+    """HC18 (van den Heuvel et al. 2018): only its training part has a table of circumferences."""
+    folder_regression(config)
+    config.data.update(path="data/hc", split="train")
+    config.targets = "raw/hc/training_set_pixel_size_and_HC.csv"
+    config.target = "head circumference"
+    config.of_frame = True
+
+
+_PLAIN = (folder, busbra, mmotu, gist514, folder_regression, folder_multilabel, hc18)
+VARIANTS = {f.__name__: f for f in (*_PLAIN, folder_mae, busbra_mae, mmotu_mae, gist514_mae)}

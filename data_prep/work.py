@@ -16,7 +16,7 @@ from data_prep import identity, masks, phantom
 from data_prep.clean.inpainting import clean_frame
 from data_prep.clean.sector import Sector, find_sector
 from data_prep.find.files import Item, known_patient, printable
-from data_prep.readers import DEFAULTS, Frame, Options, UnreadableError, read_frames
+from data_prep.readers import DEFAULTS, UNKNOWN_SPACING, Frame, Options, UnreadableError, read_frames
 from data_prep.readers.clips import look_ahead
 from usfmae_jax.data import fingerprints
 from usfmae_jax.data.records import Record, pixel_hash, to_uint8
@@ -138,9 +138,14 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
                 continue
             last, video = thumbnail, frame.video
         ids, known, originals = _ids(item, frame, how)
+        spacing, shown = item.spacing if any(item.spacing) else frame.spacing, pixels.shape
         pixels = shrink(pixels, how.image_size, cv2.INTER_AREA)
+        spacing = stretched(spacing, shown, pixels.shape)
+        if how.salt:  # all digits could tell one examination from all others
+            spacing = float(f"{spacing[0]:.4g}"), float(f"{spacing[1]:.4g}")
+        sha256 = pixel_hash(frame.pixels)
         yield Stored(
-            record=make_record(pixels, mask, how, label=item.label, sha256=pixel_hash(frame.pixels), **ids),
+            record=make_record(pixels, mask, how, label=item.label, spacing=spacing, sha256=sha256, **ids),
             split=item.split,
             channels=pixels.shape[2],
             patient_known=known,
@@ -228,11 +233,20 @@ def simulate(patient: int, how: Storage, seed: int, frames: int, first_test: int
     for one in phantom.simulate_patient(patient, seed=seed, image_size=how.image_size, frames=frames):
         ids = {"patient": one.patient, "video": one.video, "frame": one.frame, "source": f"{one.patient}/{one.frame}"}
         pixels = one.image[:, :, None]
-        record = make_record(pixels, one.mask, how, label=one.label, sha256=pixel_hash(pixels), **ids)
+        sha256, spacing = pixel_hash(pixels), UNKNOWN_SPACING
+        record = make_record(pixels, one.mask, how, label=one.label, spacing=spacing, sha256=sha256, **ids)
         yield Stored(record, split, channels=1)
 
 
-def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, label: int, **ids: str) -> Record:
+def make_record(
+    pixels: np.ndarray,
+    mask: np.ndarray | None,
+    how: Storage,
+    *,
+    label: int,
+    spacing: tuple[float, float],
+    **ids: str,
+) -> Record:
     """A frame as it is stored.
 
     Args:
@@ -240,6 +254,7 @@ def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, la
       mask: uint8 `[H, W]` or RGB `[H, W, 3]` of their own size, or None.
       how: size and encoding.
       label: class number, -1 for none.
+      spacing: mm between `pixels`, down and across; 0 = not known.
       **ids: `patient`, `video`, `frame`, `source`, and `sha256` of the pixels as read.
     """
     image = shrink(pixels, how.image_size, cv2.INTER_AREA)
@@ -253,6 +268,7 @@ def make_record(pixels: np.ndarray, mask: np.ndarray | None, how: Storage, *, la
         "anatomy": how.anatomy,
         "label": label,
         "mask": b"" if mask is None else encode(mask, "png"),
+        "spacing": stretched(spacing, pixels.shape, image.shape),
         **ids,
     }
 
@@ -265,6 +281,12 @@ def shrink(pixels: np.ndarray, image_size: int, interpolation: int) -> np.ndarra
         return pixels
     size = round(width * image_size / short), round(height * image_size / short)
     return cv2.resize(pixels, size, interpolation=interpolation).reshape(size[1], size[0], *pixels.shape[2:])
+
+
+def stretched(spacing: tuple[float, float], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[float, float]:
+    """Mm from pixel to pixel, down and across, when pixels `before` `[H, W, ...]` were resized to `after`."""
+    down, across = spacing
+    return down * before[0] / after[0], across * before[1] / after[1]
 
 
 def encode(pixels: np.ndarray, encoding: str, quality: int = 95) -> bytes:

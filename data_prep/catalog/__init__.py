@@ -29,6 +29,7 @@ A file describes one dataset; `load_file` takes one of your own. Only `name`, `t
         key, match       a row belongs to a file if `key`, filled from the row, is `match`, filled from the path; the
                          suffix of a file and leading zeros of a number do not count
         label, patient, video, split    templates over the columns
+        spacing          likewise: mm from pixel to pixel, one number, or two for down and across
       [[layout.folds]]   an official table of folds, written as splits/NAME.csv beside the shards
         name, file, key, match, fold    as above; `fold` is the number of the fold
         part, parts      template for train, val or test, and what other values mean; `pattern` is searched in the

@@ -54,6 +54,7 @@ class Table:
     patient: str = ""
     video: str = ""
     split: str = ""
+    spacing: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from data_prep.find.files import (
     printable,
     scan_folder,
     searching,
+    spacing_of,
 )
 from usfmae_jax.errors import InputError
 
@@ -302,6 +303,7 @@ def _items(
             patient=known_patient(value.get("patient", "")),
             video=value.get("video", ""),
             frame=value.get("frame", ""),
+            spacing=_spacing(path, value.get("spacing", "")),
         )
         for path, value in values.items()
     ]
@@ -309,6 +311,15 @@ def _items(
     if odd:
         warnings.append(f"labels that are none of {', '.join(names)} are left out: {', '.join(map(repr, odd[:5]))}")
     return _unique_frames(found, warnings)
+
+
+def _spacing(path: str, value: str) -> tuple[float, float]:
+    try:
+        return spacing_of(value)
+    except ValueError as error:
+        raise InputError(
+            f"a table says that the pixels of {printable(path)!r} are {value!r} mm large, which is no number; mend it"
+        ) from error
 
 
 def _masks(

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -44,6 +45,7 @@ class Item:
     patient: str = ""  # empty = unknown: the video is then all that is known to belong together
     video: str = ""  # empty = its own
     frame: str = ""  # empty = the path
+    spacing: tuple[float, float] = (0.0, 0.0)  # mm from pixel to pixel, down and across; 0 = as the file says
 
     @property
     def source(self) -> str:
@@ -109,6 +111,18 @@ def stated(cell: str) -> str:
     """A cell of a table without blanks around it; empty if it says that there is no value."""
     cell = cell.strip()
     return "" if cell.casefold() in _NO_VALUE else cell
+
+
+def spacing_of(cell: str) -> tuple[float, float]:
+    """Mm from pixel to pixel, down and across, from a cell with one number for both or with two; empty is not known.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    numbers = [float(word) for word in cell.replace(",", " ").split()]
+    if len(numbers) not in (0, 1, 2) or not all(0 < one < math.inf for one in numbers):
+        raise ValueError(cell)
+    return (numbers[0], numbers[-1]) if numbers else (0.0, 0.0)
 
 
 def known_patient(name: str) -> str:

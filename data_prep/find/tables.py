@@ -35,11 +35,12 @@ from data_prep.find.files import (
     one_line,
     printable,
     searching,
+    spacing_of,
     stated,
 )
 from usfmae_jax.errors import InputError
 
-COLUMNS = ("file", "label", "patient", "video", "split", "mask")  # of a table of one's own
+COLUMNS = ("file", "label", "patient", "video", "split", "mask", "spacing")  # of a table of one's own
 MAX_BYTES = 64 << 20
 _MAX_CELL = 100_000  # letters; in a cell of more, a quotation mark was left open and the rest of the file is in it
 _EXCEL = ".xlsx", ".xlsm"
@@ -230,6 +231,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
             label=numbers.get(row["label"], -1),
             patient=known_patient(row["patient"]),
             video=row["video"],
+            spacing=_spacing(labels, row),
         )
         for column, reason in wrong.items():
             reason = reason if column == "file" else f"mask: {reason}"
@@ -260,6 +262,16 @@ def _label_rows(labels: str) -> list[Row]:
         raise InputError(f"--labels={labels} has no column 'file', only {list(rows[0])}; it may have {list(COLUMNS)}")
     rows = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
     return [row | {"label": one_line(row["label"])} for row in rows]
+
+
+def _spacing(labels: str, row: Row) -> tuple[float, float]:
+    try:
+        return spacing_of(row["spacing"])
+    except ValueError as error:
+        raise InputError(
+            f"--labels={labels}: the spacing {row['spacing']!r} of {printable(row['file'])!r} is not the size of a "
+            "pixel in mm: one number, or two for down and across"
+        ) from error
 
 
 def _relative(root: pathlib.Path, labels: str, path: str) -> str:
@@ -303,7 +315,7 @@ def apply(
     used: set[str] = set()
     given: dict[str, set[str]] = collections.defaultdict(set)
     for table in layout:
-        fields = [field for field in ("patient", "video", "split", "label") if getattr(table, field)]
+        fields = [field for field in ("patient", "video", "split", "label", "spacing") if getattr(table, field)]
         said = Known()
         for path, rows in _read_all(root, table.file, table.columns, files, warnings):
             used.add(path)
@@ -319,7 +331,7 @@ def apply(
             given[field].update(path for path, key in keys.items() if field in said.values.get(key, {}))
         warnings += _doubts(table.file, said, set(keys.values()))
     for field, found in given.items():
-        missing = [path for path in known if path not in found and not values[path][field]]
+        missing = [path for path in known if path not in found and not values[path].get(field)]
         if missing:
             looked = ", ".join(glob for table in layout if getattr(table, field) for glob in table.file)
             warnings.append(f"{len(missing):,} files have no {field} in {looked}, first {printable(missing[0])!r}")

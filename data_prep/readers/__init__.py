@@ -4,7 +4,7 @@ import importlib
 import os
 from collections.abc import Iterator
 
-from data_prep.readers.base import Frame, Options, UnreadableError, open_file
+from data_prep.readers.base import UNKNOWN_SPACING, Frame, Options, UnreadableError, known_spacing, open_file
 from data_prep.readers.images import read_mask
 from data_prep.readers.kinds import ARRAYS, DICOM, HEAD_BYTES, IMAGES, VIDEOS, VOLUMES, kind_of
 from usfmae_jax.errors import InputError
@@ -22,12 +22,14 @@ __all__ = [
     "DICOM",
     "IMAGES",
     "SUFFIXES",
+    "UNKNOWN_SPACING",
     "VIDEOS",
     "VOLUMES",
     "Frame",
     "Options",
     "UnreadableError",
     "kind_of",
+    "known_spacing",
     "read_frames",
     "read_mask",
 ]

@@ -1,6 +1,7 @@
 """What every reader gives and takes."""
 
 import dataclasses
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -11,6 +12,16 @@ import numpy as np
 
 class UnreadableError(Exception):
     """Why a file gives no usable frames, in a few words that name no path and no person."""
+
+
+UNKNOWN_SPACING = (0.0, 0.0)
+_SPACINGS = 1e-3, 10.0  # mm: what lies beyond is another unit, or was never set
+
+
+def known_spacing(down: float, across: float) -> tuple[float, float]:
+    """Mm from pixel to pixel, down and across, where both can be; else `UNKNOWN_SPACING`."""
+    sound = all(math.isfinite(one) and _SPACINGS[0] <= one <= _SPACINGS[1] for one in (down, across))
+    return (float(down), float(across)) if sound else UNKNOWN_SPACING
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -63,6 +74,7 @@ class Frame:
       removed: kinds of information in the file that were not taken over, and how many; the same in every frame.
       warnings: what a person should know about the file although its frames were taken, in fixed phrases that quote
         nothing of it; on the first frame is enough.
+      spacing: mm from pixel to pixel, down and across; 0 = not known, see `known_spacing`.
     """
 
     pixels: np.ndarray
@@ -73,6 +85,7 @@ class Frame:
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     removed: Mapping[str, int] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    spacing: tuple[float, float] = UNKNOWN_SPACING
 
 
 class Layout(NamedTuple):

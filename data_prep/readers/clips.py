@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import cv2
 import numpy as np
 
-from data_prep.readers.base import Frame, Options, UnreadableError
+from data_prep.readers.base import UNKNOWN_SPACING, Frame, Options, UnreadableError
 
 MAX_PIXELS = 50_000_000  # of one frame
 
@@ -52,7 +52,10 @@ def check_size(width: int, height: int) -> None:
 
 
 def as_frames(
-    pictures: Iterable[tuple[int, np.ndarray]], boxes: Boxes = (), warnings: Sequence[str] = ()
+    pictures: Iterable[tuple[int, np.ndarray]],
+    boxes: Boxes = (),
+    warnings: Sequence[str] = (),
+    spacing: tuple[float, float] = UNKNOWN_SPACING,
 ) -> Iterator[Frame]:
     """Makes the pictures of one clip or volume frames: all of them grey, or all colour.
 
@@ -64,6 +67,7 @@ def as_frames(
         by one if they are `[H, W]`, which all are then.
       boxes: regions that are asked for colour, as in `Frame`; whole pictures if there are none.
       warnings: see `Frame`; may grow until the first picture is there.
+      spacing: see `Frame`.
     """
 
     def enough(first: list[tuple[int, np.ndarray]]) -> bool:
@@ -83,7 +87,7 @@ def as_frames(
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         elif colour and not is_colour:
             pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
-        yield Frame(pixels.reshape(*pixels.shape[:2], -1), number, warnings=tuple(warnings))
+        yield Frame(pixels.reshape(*pixels.shape[:2], -1), number, warnings=tuple(warnings), spacing=spacing)
 
 
 def look_ahead(items: Iterator[_Item], enough: Callable[[list[_Item]], bool]) -> tuple[list[_Item], Iterator[_Item]]:

@@ -15,6 +15,9 @@ all boxes, they are blanked by whoever cleans frames. Files that declare M-mode,
 are refused. Regions that reach out of the picture were declared for another size, before it was cropped or shrunk: none
 is used then.
 
+Size of a pixel: that of the regions, where all of them have the same in cm, else `PixelSpacing`; not known where
+regions were declared for another size.
+
 Only ultrasound is read: modality US or IVUS, or OT (secondary captures: paper, frame grabbers); a file without a
 modality must say ultrasound or secondary capture as its class. Video inside DICOM (MPEG, HEVC) is not supported.
 
@@ -39,7 +42,7 @@ from pydicom.datadict import dictionary_VR, keyword_for_tag
 from pydicom.filereader import read_dataset
 
 from data_prep.readers import dicom_pixels
-from data_prep.readers.base import Frame, Options, UnreadableError, open_file
+from data_prep.readers.base import UNKNOWN_SPACING, Frame, Options, UnreadableError, known_spacing, open_file
 from data_prep.readers.clips import Boxes, as_frames, chosen, silence
 from data_prep.readers.kinds import HEAD_BYTES, VRS, kind_of
 
@@ -107,11 +110,12 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
             found = _boxes(header, clip.pixels["rows"], clip.pixels["columns"])
             patient, video = _identifiers(header)
             technical = _facts(header, clip, with_size=bool(found))
+            spacing = _spacing(header, trusted=bool(found) or not _images(header))
             removed = _count_removed(meta, header, _read_rest(file, clip, header))
         pictures = _decode(file, clip, chosen(clip.count, options))
         # A coloured logo or button beside the regions says nothing about the colour of a clip.
         for frame in as_frames(pictures, found):
-            yield Frame(frame.pixels, frame.number, found, patient, video, technical, removed, clip.warnings)
+            yield Frame(frame.pixels, frame.number, found, patient, video, technical, removed, clip.warnings, spacing)
     if clip.damage:
         raise UnreadableError(clip.damage)
 
@@ -240,6 +244,23 @@ def _facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, s
         }
         found[f"PhysicalDelta{axis}"] = ", ".join(sorted(sizes))
     return {name: value for name, value in found.items() if value}
+
+
+def _spacing(header: Any, trusted: bool) -> tuple[float, float]:
+    """As in `Frame`; `trusted`: whether the regions, if any, were declared for this picture."""
+    if not trusted:
+        return UNKNOWN_SPACING
+    try:
+        sizes = {
+            known_spacing(*(10 * abs(float(region.get(f"PhysicalDelta{axis}") or 0)) for axis in "YX"))
+            for region in _images(header)
+            if all(region.get(f"PhysicalUnits{axis}Direction") == _CM for axis in "YX")
+        }
+        if len(sizes) == 1:
+            return sizes.pop()
+        return known_spacing(*map(float, header.get("PixelSpacing") or (0, 0))) if not sizes else UNKNOWN_SPACING
+    except Exception:  # a size that cannot be read costs no frame
+        return UNKNOWN_SPACING
 
 
 def _identifiers(header: Any) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from data_prep.readers.base import Frame, Layout, Options, UnreadableError, open_file
+from data_prep.readers.base import Frame, Layout, Options, UnreadableError, known_spacing, open_file
 from data_prep.readers.clips import as_frames, check_size, chosen
 
 MIN_SIDE = 16  # pixels of a picture
@@ -65,6 +65,7 @@ class Stack:
         takes them as they are, "transposed" with rows for columns.
       warnings: see `Frame`.
       cut: why there is less than the header declares, raised after the last frame; "" if there is not.
+      spacing: mm from number to number along (Z, Y, X); 0 = not known.
     """
 
     shape: tuple[int, int, int]
@@ -75,6 +76,7 @@ class Stack:
     elsewhere: str = ""
     warnings: tuple[str, ...] = ()
     cut: str = ""
+    spacing: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 def read(stack: Stack, options: Options) -> Iterator[Frame]:
@@ -101,8 +103,10 @@ def read(stack: Stack, options: Options) -> Iterator[Frame]:
     told = options.axis is None and axis != 0
     warnings = (*stack.warnings, ELSEWHERE) if told else stack.warnings
     transposed = told and stack.elsewhere == "transposed"
+    down, across = (length for other, length in enumerate(stack.spacing) if other != axis)
+    spacing = known_spacing(*((across, down) if transposed else (down, across)))
     empty = True
-    for frame in as_frames(_shown(stack, options, axis, transposed), warnings=warnings):
+    for frame in as_frames(_shown(stack, options, axis, transposed), warnings=warnings, spacing=spacing):
         yield frame
         empty = False
     if stack.cut:

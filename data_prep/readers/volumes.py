@@ -10,6 +10,9 @@ depends on the library that wrote it.
 Headers are read here, because libraries follow one to any file that it names; because of a file that is cut off they
 give nothing, or zeros; and pynrrd unpacks the whole volume before it gives its first slice.
 
+Size of a pixel: as the header has it, in mm unless NIfTI or NRRD name another unit. 1 x 1 is what programs write that
+do not know it, and no pixel of a scanner is that large: it counts as not known.
+
 Intensity: see `stacks.read`. A scale factor in the header changes nothing, since the window is relative.
 """
 
@@ -17,11 +20,12 @@ import dataclasses
 import functools
 import gzip
 import itertools
+import math
 import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, cast
 
 import numpy as np
@@ -35,6 +39,7 @@ _MAX_LINE = 1 << 16
 _MAX_HEADER = 64 << 20  # tracked sequences have ten lines or more for each frame
 
 _NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
+_NIFTI_UNITS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # mm: not said, m, mm, micrometres
 _NIFTI_COLOURS = {128: 3, 2304: 4}  # RGB and RGBA of 8 bits
 # As MetaImage and NRRD spell them, without underscores and spaces: METUSHORT, unsigned short int, uint16_t.
 _INTEGERS = re.compile("(?:met)?(unsigned|signed|u)?(?:(char|short|int|longlong|long)(?:int)?|int(8|16|32|64)t?)")
@@ -93,6 +98,7 @@ def _stack(
     start: int,
     packing: str,
     skip: int = 0,
+    spacing: Sequence[float] = (),
 ) -> stacks.Stack:
     """The volume that a header describes.
 
@@ -105,6 +111,7 @@ def _stack(
       start: where the numbers or what they are packed in begin in their file; -1 if they are at its end.
       packing: "raw", "gzip", "zlib" or "bzip2".
       skip: bytes to be left out after unpacking; -1 likewise.
+      spacing: mm along the axes of `sizes`; () = not known.
     """
     frames, height, width, series = _shape(sizes)
     if channels not in (1, 3, 4):
@@ -125,7 +132,10 @@ def _stack(
             stored, warnings = size, [LONGER]  # of other volumes, perhaps
     opened = functools.partial(stacks.unpacked, data_path, start, packing, skip)
     stack = stacks.in_file(Layout(frames, height, width, channels), opened, stored, dtype, series=series)
-    return dataclasses.replace(stack, warnings=(*stack.warnings, *warnings))
+    x, y, z = (*spacing, 0.0, 0.0, 0.0)[:3]
+    if x == y == 1:
+        x = y = z = 0.0
+    return dataclasses.replace(stack, warnings=(*stack.warnings, *warnings), spacing=(z, y, x))
 
 
 def _shape(sizes: tuple[int, ...]) -> tuple[int, int, int, bool]:
@@ -156,9 +166,11 @@ def _nifti(head: bytes, path: str, packing: str) -> stacks.Stack:
     if size == 540 and head[4:8] == b"n+2\0":
         kind, dims = struct.unpack_from(order + "h", head, 12)[0], struct.unpack_from(order + "8q", head, 16)
         start, slope = struct.unpack_from(order + "qd", head, 168)
+        sides, (unit,) = struct.unpack_from(order + "8d", head, 104), struct.unpack_from(order + "i", head, 500)
     elif size == 348 and head[344:348] == b"n+1\0":
         dims, kind = struct.unpack_from(order + "8h", head, 40), struct.unpack_from(order + "h", head, 70)[0]
         start, slope = struct.unpack_from(order + "ff", head, 108)
+        sides, unit = struct.unpack_from(order + "8f", head, 76), head[123]
     else:
         raise UnreadableError("NIfTI header without its data (a pair of files?), expected .nii or .nii.gz")
     if kind not in _NIFTI_TYPES and kind not in _NIFTI_COLOURS:
@@ -169,7 +181,10 @@ def _nifti(head: bytes, path: str, packing: str) -> stacks.Stack:
         raise UnreadableError("header is damaged or cut off")
     dtype, channels = np.dtype(order + _NIFTI_TYPES.get(kind, "u1")), _NIFTI_COLOURS.get(kind, 1)
     skip = max(int(start), size)
-    return _stack(path, "", dims[1 : 1 + dims[0]], dtype, channels, start=0, packing=packing, skip=skip)
+    spacing = [abs(side) * _NIFTI_UNITS.get(unit & 7, 0.0) for side in sides[1 : 1 + dims[0]]]
+    return _stack(
+        path, "", dims[1 : 1 + dims[0]], dtype, channels, start=0, packing=packing, skip=skip, spacing=spacing
+    )
 
 
 def _meta_image(file: IO[bytes], path: str) -> stacks.Stack:
@@ -190,6 +205,7 @@ def _meta_image(file: IO[bytes], path: str) -> stacks.Stack:
         int(fields.get("ElementNumberOfChannels", 1)),
         start=int(fields.get("HeaderSize", 0)) if name else file.tell(),
         packing="zlib" if fields.get("CompressedData", "False").lower() in ("true", "1") else "raw",
+        spacing=_lengths(fields.get("ElementSpacing", fields.get("ElementSize", "")).split()),
     )
 
 
@@ -206,16 +222,39 @@ def _nrrd(file: IO[bytes], path: str) -> stacks.Stack:
     if int(fields.get("lineskip", 0)):
         raise UnreadableError("NRRD with lines to be skipped, which is not supported")
     sizes = _numbers(fields["sizes"], int(fields["dimension"]))
+    spacing = _nrrd_spacing(fields)
     channels = 1
     first = fields.get("kinds", "domain").lower().split(maxsplit=1)[0]
     if first in _NRRD_COLOURS and sizes[0] in (1, 3, 4):
-        channels, sizes = sizes[0], sizes[1:]
+        channels, sizes, spacing = sizes[0], sizes[1:], spacing[1:]
     elif first not in _NRRD_SPACE:
         raise UnreadableError("NRRD whose first axis is neither space nor colour, which is not supported")
     name = fields.get("datafile", "")
     start, skip = 0 if name else file.tell(), int(fields.get("byteskip", 0))
     dtype = _dtype(fields["type"], ">" if fields.get("endian", "little").lower() == "big" else "<")
-    return _stack(path, name, sizes, dtype, channels, start=start, packing=_NRRD_PACKINGS[packing], skip=skip)
+    packing = _NRRD_PACKINGS[packing]
+    return _stack(path, name, sizes, dtype, channels, start=start, packing=packing, skip=skip, spacing=spacing)
+
+
+def _nrrd_spacing(fields: dict[str, str]) -> list[float]:
+    """Mm along the axes, from their directions in space or else as such; [] in another unit."""
+    units = re.findall(r'"([^"]*)"', fields.get("spaceunits", "")) or ["mm"]
+    if any(unit not in ("mm", "millimeter", "millimeters", "") for unit in units):
+        return []
+    if directions := re.findall(r"none|\([^)]*\)", fields.get("spacedirections", "")):
+        return [math.hypot(*_lengths(one.strip("()").split(","))) for one in directions]
+    return _lengths(fields.get("spacings", "").split())
+
+
+def _lengths(words: Sequence[str]) -> list[float]:
+    """Numbers, 0 for what is none: a size that cannot be read costs no frame."""
+    found = []
+    for word in words:
+        try:
+            found.append(abs(float(word)))
+        except ValueError:
+            found.append(0.0)
+    return found
 
 
 def _dtype(name: str, order: str) -> np.dtype:

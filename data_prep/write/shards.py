@@ -162,6 +162,9 @@ def _features(label_names: Sequence[str], channels: int) -> tfds.features.Featur
             "label": tfds.features.ClassLabel(doc="-1 = none", **names),
             # Bytes, because TensorFlow Datasets has no image that may be absent.
             "mask": tfds.features.Tensor(shape=(), dtype=np.object_, doc="PNG as large as the image, or empty"),
+            "spacing": tfds.features.Tensor(
+                shape=(2,), dtype=np.float32, doc="mm from pixel to pixel, down and across; 0 = not known"
+            ),
             "source": tfds.features.Text(doc="path inside the dataset"),
             "sha256": tfds.features.Text(doc="of the pixels as decoded from the source"),
         }

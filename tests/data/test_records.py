@@ -23,6 +23,20 @@ def test_a_record_survives_encoding():
     assert records.decode_record(records.encode_record(original)) == original
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ((0.25, 0.5), (0.25, 0.5)),
+        ((0.25,), (0, 0)),
+        ((0.25, float("nan")), (0, 0)),
+        ((0.25, -1.0), (0, 0)),
+        ((), (0, 0)),
+    ],
+)
+def test_a_size_of_a_pixel_that_cannot_be_is_not_known(written, expected):
+    assert records.decode_record(records.encode_record(record(0, spacing=written)))["spacing"] == expected
+
+
 @pytest.mark.parametrize("change", [{"extra": 1}, {"image": None}])
 def test_a_record_has_exactly_its_fields(change):
     broken = {k: v for k, v in (record(0) | change).items() if v is not None}

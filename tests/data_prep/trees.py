@@ -416,10 +416,14 @@ TREES = {
                 "split": "train",
                 "mask": "training_set/141_2HC_Annotation.png",
             },
-            "training_set/141_HC.png": {"patient": "training/141"},
-            "test_set/141_HC.png": {"patient": "test/141", "split": "test", "mask": ""},
+            "training_set/141_HC.png": {"patient": "training/141", "spacing": (0.25, 0.25)},
+            "test_set/141_HC.png": {"patient": "test/141", "split": "test", "mask": "", "spacing": (0.5, 0.5)},
         },
-        ["training_set_pixel_size_and_HC.csv"],
+        tables={
+            "training_set_pixel_size_and_HC.csv": "filename,pixel size(mm),head circumference (mm)\n"
+            "141_HC.png,0.25,200\n141_2HC.png,0.3,201\n",
+            "test_set_pixel_size.csv": "filename,pixel size(mm)\n141_HC.png,0.5\n",
+        },
     ),
     "jnu_ifm": Tree(
         {
@@ -745,6 +749,7 @@ TREES = {
             },
             "training/image/010_HC.png": {"split": "train"},
         },
+        warnings=["2 files have no spacing in"],
     ),
     "kidney_us elsewhere": Tree(
         {"images/1_IM-0001-0059_anon.png": {"patient": "IM-0001-0059"}},

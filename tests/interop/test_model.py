@@ -39,6 +39,7 @@ ENCODER = {
 BARE = {"model": "vit", "encoder": ENCODER}
 MASKED = BARE | {"decoder": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2}}
 VIT = BARE | {"pool": "cls", "classes": ["benign", "malignant"]}
+SCALE = {"mean": [1.0], "deviation": [2.0], "unit": ["mm"], "of_frame": [False]}
 OTHER_TASK = BARE | {"pool": "mean", "outputs": ["cm"]}
 RESNET = {
     "model": "resnet50",
@@ -281,6 +282,20 @@ def _changed(folder, file, change):
         ("architecture", {"classes": ["a"]}, "and architecture.json says"),
         ("architecture", {"pool": "mean"}, "lacks head_norm"),
         ("architecture", {"pool": "max"}, "pool is 'max'"),
+        ("architecture", {"scale": SCALE}, "has a scale, which is for regression"),
+        ("architecture", {"task": "regression", "scale": SCALE}, "lacks outputs"),
+        ("architecture", {"task": "regression", "outputs": ["a"]}, "lacks scale"),
+        (
+            "architecture",
+            {"task": "regression", "outputs": ["a"], "scale": 2},
+            "scale of architecture.json is no object",
+        ),
+        ("architecture", {"task": "regression", "outputs": ["a", "b"], "scale": SCALE}, "are not one for each of"),
+        (
+            "architecture",
+            {"task": "regression", "outputs": ["a"], "scale": SCALE | {"deviation": [0.0]}},
+            r"deviation is '\[0.0\]'",
+        ),
         ("preprocessing", {"image_size": [9600, 9600]}, "image_size is"),
         ("preprocessing", {"image_size": [32, 33]}, "none for patches of 8"),
         ("preprocessing", {"std": [0.0]}, "std is"),

@@ -49,6 +49,7 @@ FIELDS: Record = {
     "frame": "",
     "label": -1,  # -1 = none
     "mask": b"",  # PNG, one channel, as large as `image`; or empty
+    "spacing": (0.0, 0.0),  # mm from pixel to pixel of `image`, down and across; 0 = not known
     "source": "",  # path inside the dataset, never absolute
     "sha256": "",  # `pixel_hash` of the frame as it was decoded from its source
 }
@@ -74,6 +75,8 @@ def encode_record(record: Record) -> bytes:
         feature = example.features.feature[name]
         if isinstance(FIELDS[name], int):
             feature.int64_list.value.append(int(value))
+        elif isinstance(FIELDS[name], tuple):
+            feature.float_list.value.extend(value)
         else:
             feature.bytes_list.value.append(value.encode() if isinstance(value, str) else value)
     return example.SerializeToString(deterministic=True)
@@ -102,6 +105,10 @@ def decode_record(data: bytes) -> Record:
         if isinstance(default, int):
             values = features[name].int64_list.value
             record[name] = int(values[0]) if values else default
+        elif isinstance(default, tuple):
+            numbers = tuple(map(float, features[name].float_list.value))
+            sound = len(numbers) == len(default) and all(0 < number < math.inf for number in numbers)
+            record[name] = numbers if sound else default
         else:
             values = features[name].bytes_list.value
             value = values[0] if values else b""

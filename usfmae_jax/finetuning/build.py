@@ -19,6 +19,7 @@ from usfmae_jax.data.duplicates import cached_near_duplicates, rule_out
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.data.table import Table
+from usfmae_jax.data.targets import Targets, read_targets
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import NAMES, defined, positive_class
 from usfmae_jax.finetuning.members import Member, count_steps, plan_members
@@ -29,7 +30,7 @@ from usfmae_jax.models.decoders import decoder_flops, unet_flops
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.models.resnet import STAGES, resnet_flops
 from usfmae_jax.models.vit import SIZES, vit_flops
-from usfmae_jax.tasks import Task, classification, segmentation
+from usfmae_jax.tasks import Task, classification, multilabel, regression, segmentation
 from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.inspect import cautions
 
@@ -44,6 +45,7 @@ RESUMABLE = (
     "split.only",
     "split.path",  # what they say is compared
     "split.no_copies",
+    "targets",
     "positive",
     "save_masks",
 )
@@ -164,10 +166,12 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         lambda fold, fraction, seed: splits.take_fraction(strata, fold, groups, fraction, config.seed + seed),
         functools.partial(count_steps, **lengths, every=config.stop.every),
     )
-    settings = checks.public_settings(_json(config), ("init", "data.path", "split.path", "split.no_copies")) | {
+    paths = ("init", "data.path", "split.path", "split.no_copies", *(["targets"] if "targets" in config else []))
+    settings = checks.public_settings(_json(config), paths) | {
         "data_fingerprint": table.fingerprint,
         "init_fingerprint": init.fingerprint if init else "",
     }
+    settings |= {"targets_fingerprint": task.fingerprint} if task.fingerprint else {}
     before = init.lineage if init else []
     stage = {"job": "finetune", "code": f"usfmae_jax {__version__}", "config": settings}
     seen = [
@@ -190,7 +194,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         title=title(config, description, sorted(set(table.dataset.tolist()))),
         settings=settings,
         lineage=[*before, stage | {"data": describe_data([table.shards])}],
-        warnings=seen + cautions(table),
+        warnings=[*seen, *cautions(table), *task.notes],
     )
 
 
@@ -230,11 +234,9 @@ def classify(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Ta
     Raises:
       InputError: there are none, or a field does not fit their classes.
     """
-    stop, regular, pool = config.stop, config.regularization, config.model.pool
+    stop, regular, pool = config.stop, config.regularization, _pool(config)
     if stop.metric not in NAMES:
         raise InputError(f"config.stop.metric={stop.metric!r} must be one of {', '.join(NAMES)}")
-    if pool not in ("mean", "cls"):
-        raise InputError(f"config.model.pool={pool!r} must be 'mean' (of the patch tokens) or 'cls'")
     table = classification.select(table, checks.names(config.classes))
     classes = table.label_names
     try:
@@ -257,14 +259,8 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
     Raises:
       InputError: there are none, or a field does not fit their classes.
     """
-    regular, model = config.regularization, config.model
-    for name in ("smoothing", "mixup", "cutmix", "erasing"):
-        if regular[name]:
-            raise InputError(
-                f"config.regularization.{name}={regular[name]:g} is for classes of whole frames: set it to 0"
-            )
-    if regular.class_weights != "none" or config.positive:
-        raise InputError("config.regularization.class_weights and config.positive are for classes of whole frames")
+    model = config.model
+    _refuse_class_fields(config)
     if config.augment.randaugment_magnitude or config.augment.trivialaugment:
         raise InputError(
             "config.augment.randaugment_magnitude must be 0 and trivialaugment false: they move pixels away from their "
@@ -285,10 +281,88 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
     return segmentation.of_table(table, checks.names(config.classes), config.unmasked, config.data.threads, **how)
 
 
+def regress(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
+    """Regression of a column of a table, of the frames that have a value.
+
+    Raises:
+      InputError: the table cannot be used, see `data.targets`, or a field does not fit.
+    """
+    _refuse_class_fields(config)
+    pool, found = _pool(config), _read_targets(config, table)
+    if config.loss not in regression.KINDS:
+        raise InputError(f"config.loss={config.loss!r} must be one of {', '.join(regression.KINDS)}")
+    if len(found.names) != 1:
+        raise InputError(f"config.target must name one of the columns {', '.join(map(repr, found.names))}")
+    table, found = _with_targets(table, found)
+    ((name,), (unit,)) = found.names, found.units
+    extent = regression.extents(table) if config.of_frame else np.ones(len(table))
+    how = {"pool": pool, "kind": config.loss, "fingerprint": found.fingerprint, "notes": found.notes}
+    return table, regression.Regression(name, unit, found.values[:, 0], extent, **how)
+
+
+def label(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
+    """Several labels from the columns of a table, of the frames that have one of them.
+
+    Raises:
+      InputError: the table cannot be used, see `data.targets`, or a field does not fit.
+    """
+    _refuse_class_fields(config)
+    pool, found = _pool(config), _read_targets(config, table, labels=True)
+    table, found = _with_targets(table, found)
+    for name, one in zip(found.names, found.values.T, strict=True):
+        if len(there := np.unique(one[np.isfinite(one)])) < 2:
+            said = f"{there[0]:g} for all frames" if len(there) else "empty"
+            raise InputError(f"config.targets: the column {name!r} is {said}: leave it out with config.target")
+    about: dict[str, Any] = {"fingerprint": found.fingerprint, "notes": found.notes}
+    return table, multilabel.MultiLabel(found.names, found.values, pool, **about)
+
+
+def _read_targets(config: ml_collections.ConfigDict, table: Table, labels: bool = False) -> Targets:
+    if "targets" not in config:
+        variant = "folder_multilabel" if labels else "folder_regression"
+        raise InputError(
+            f"config.task={config.task} needs the table of --config.targets, which --config=configs/finetune.py:"
+            f"{variant} has a field for"
+        )
+    return read_targets(config.targets, table, checks.names([config.target]), labels=labels)
+
+
+def _with_targets(table: Table, found: Targets) -> tuple[Table, Targets]:
+    """The rows that have a target, and a note on how many have none."""
+    rows, what = np.flatnonzero(np.isfinite(found.values).any(axis=1)), ", ".join(found.names)
+    if not len(rows):
+        raise InputError(f"config.targets: no frame of the data has a value of {what}")
+    missing = len(table) - len(rows)
+    note = [f"{missing} of {len(table)} frames have no value of {what} in config.targets and are left out"]
+    found = dataclasses.replace(found.take(rows), notes=(*found.notes, *(note if missing else [])))
+    return table.take(rows), found
+
+
+def _pool(config: ml_collections.ConfigDict) -> str:
+    pool = config.model.pool
+    if pool not in ("mean", "cls"):
+        raise InputError(f"config.model.pool={pool!r} must be 'mean' (of the patch tokens) or 'cls'")
+    return pool
+
+
+def _refuse_class_fields(config: ml_collections.ConfigDict) -> None:
+    """Raises InputError if a field is set that only the classes of whole frames have a use for."""
+    regular = config.regularization
+    for name in ("smoothing", "mixup", "cutmix", "erasing"):
+        if regular[name]:
+            raise InputError(
+                f"config.regularization.{name}={regular[name]:g} is for classes of whole frames: set it to 0"
+            )
+    if regular.class_weights != "none" or config.positive:
+        raise InputError("config.regularization.class_weights and config.positive are for classes of whole frames")
+
+
 #: What makes a task of a config and the table of all frames, with those frames that it learns from.
 TASKS: dict[str, Callable[[ml_collections.ConfigDict, Table], tuple[Table, Task]]] = {
     "classification": classify,
     "segmentation": segment,
+    "regression": regress,
+    "multilabel": label,
 }
 
 
@@ -330,7 +404,7 @@ def describe_backbone(
     """
     model = config.model
     checks.check_computation(model.dtype, model.attention)
-    archs = ("", *SIZES, *({"classification": ("resnet50",), "segmentation": ("unet",)}.get(config.task, ())))
+    archs = ("", *SIZES, "unet" if config.task == "segmentation" else "resnet50")
     if model.arch not in archs:
         raise InputError(f"config.model.arch={model.arch!r} must be one of {', '.join(archs[1:])}")
     if not 0 <= model.drop_path < 1:

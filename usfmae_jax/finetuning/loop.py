@@ -261,10 +261,11 @@ class Trainer:
         tested = self.predict(member, best, fold.test, masks)
         if jax.process_index():
             return
-        directory = epath.Path(run.folder(member))
+        directory, task = epath.Path(run.folder(member)), run.task.fitted(run.table, fold.train)
         params, stats = (jax.device_get(best.get(name, {})) for name in ("params", "stats"))
         lineage = [*run.lineage[:-1], run.lineage[-1] | {"member": member.name, "step": step}]
-        model = Model(without_lora(params), run.description, run.preprocessing, lineage, stats)
+        described = task.describe(run.description)
+        model = Model(without_lora(params), described, run.preprocessing, lineage, stats)
         save_model(str(directory / model.kind), model)
         if masks:
             masks.write()
@@ -290,21 +291,22 @@ class Trainer:
           masks: receives the masks, if there is one.
         """
         how = {"batch_size": self.config.evaluate.batch_size, "desc": member.name}
-        found = []
+        task, found = self.run.task.fitted(self.run.table, member.fold.train), []
         for start in range(0, len(rows), PIECE):  # what is not kept fits into memory
             piece = rows[start : start + PIECE]
             images = self._whole_images(piece)
             predicted = apply_batches(self.mesh, self._predict, variables, images, total=len(piece), **how)
             if masks:
                 masks.add(piece, predicted)
-            found.append(self.run.task.measure(self.run.table, piece, predicted))
+            found.append(task.measure(self.run.table, piece, predicted))
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def batches(self, member: Member) -> Any:
         """This process's endless batches of a member; see `data.pipeline.training_batches`."""
         config, run, rows = self.config, self.run, member.fold.train
         (size, channels), balanced = run.image_format, config.regularization.balanced_sampling
-        source = Rows(run.table.shards, run.table.index[rows], run.task.targets(run.table, rows))
+        targets = run.task.fitted(run.table, rows).targets(run.table, rows)
+        source = Rows(run.table.shards, run.table.index[rows], targets)
         return pipeline.training_batches(
             LoadView((source,), size, channels, augment.Augmentation(**config.augment), run.task.mask),
             batch_size=config.train.batch_size,

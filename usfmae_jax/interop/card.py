@@ -67,8 +67,12 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
     description, has_head = model.description, model.kind in ("classifier", "model")
     outputs = "class_token, mean_patch, patch_grid"
     if has_head:
-        outputs = "probabilities" if model.kind == "classifier" else "outputs"
+        chances = model.kind == "classifier" or description.get("task") == "multilabel"
+        outputs = "probabilities" if chances else "outputs"
         outputs = "classes [B, H, W] and probabilities [B, H, W, 1 + C] of the pixels" if model.segments else outputs
+    named_outputs, units = description.get("outputs", []), description.get("scale", {}).get("unit", [])
+    if units:
+        named_outputs = [f"{name} ({unit})" if unit else name for name, unit in zip(named_outputs, units, strict=True)]
     height, width = model.preprocessing["image_size"]
     known = {licence for _, licence in licences(model.lineage)}
     restricted = non_commercial(model.lineage)
@@ -92,7 +96,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         segments=model.segments,
         pool=description.get("pool"),
         classes=description.get("classes", []),
-        named_outputs=description.get("outputs", []),
+        named_outputs=named_outputs,
         has_head=has_head,
         height=height,
         width=width,

@@ -58,7 +58,9 @@ class Model:
         (`decoder_width`, `decoder_depth` and `decoder_num_heads`), with a head `pool` and the names of its outputs,
         `classes` (of another task than classification: `outputs`); for pixels instead of `pool` the `head`, its `kind`
         and `width`, see `Segmenter`; `{"model": "resnet50", "resnet": arguments of ResNet, "classes"}`, and
-        `{"model": "unet", "unet": arguments of UNet, "outputs"}`; `task` where it is not classification.
+        `{"model": "unet", "unet": arguments of UNet, "outputs"}`; `task` where it is not classification. Of a
+        regression, `scale` holds of each output `mean` and `deviation`, of which it is a multiple above the mean,
+        `unit`, and `of_frame`: whether that is to be multiplied by the side, in mm, of a square as large as the frame.
       preprocessing: see `preprocessing`.
       lineage: stages, oldest first.
       stats: nested dict of running statistics (ResNet).

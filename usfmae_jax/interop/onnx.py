@@ -24,9 +24,9 @@ def write_onnx(model: Model, directory: str) -> None:
     """Writes `model.onnx`, for a large model with `model.onnx.data` beside it.
 
     Input: `images`, uint8 `[batch, H, W, C]`, any batch size. Outputs: `class_token` `[batch, D]`, `mean_patch`
-    `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier `probabilities` `[batch, classes]`; of a
-    segmenter `classes`, uint8 `[batch, H, W]`, and `probabilities` `[batch, H, W, 1 + C]`, the background first; of a
-    model with another head `outputs` `[batch, outputs]`, as they are.
+    `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier, and of several labels, `probabilities`
+    `[batch, classes]`; of a segmenter `classes`, uint8 `[batch, H, W]`, and `probabilities` `[batch, H, W, 1 + C]`, the
+    background first; of a model with another head `outputs` `[batch, outputs]`, see `stablehlo.inference`.
 
     Raises:
       InputError: the package onnx is missing.
@@ -211,6 +211,14 @@ def _head(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
     else:
         x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
         x = graph.reshape(graph.add("Slice", [x, "first", "second", "axis"], "class_token"), [-1, width], "pooled")
+    if model.description.get("task") == "multilabel":
+        graph.add("Sigmoid", [graph.linear(x, p["head.kernel"], p["head.bias"], "logits")], "probabilities")
+        return {"probabilities": [len(model.description["outputs"])]}
+    if scale := model.description.get("scale"):
+        mean, deviation = (graph.weight(f"scale.{n}", np.array(scale[n])) for n in ("mean", "deviation"))
+        x = graph.linear(x, p["head.kernel"], p["head.bias"], "standardised")
+        graph.add("Add", [graph.add("Mul", [x, deviation], "scaled_outputs"), mean], "outputs")
+        return {"outputs": [len(scale["mean"])]}
     if model.kind == "model":
         graph.linear(x, p["head.kernel"], p["head.bias"], "outputs")
         return {"outputs": [len(model.description["outputs"])]}

@@ -29,6 +29,7 @@ def check_description(about: Any) -> None:
     _fields(about[name], f"{name} of architecture.json", *fields)
     if "head" in about:
         _fields(about["head"], "head of architecture.json", *_PIXELS)
+    _check_scale(about)
     if name != "encoder":
         return
     encoder = about[name]
@@ -38,6 +39,19 @@ def check_description(about: Any) -> None:
         raise InputError(f"architecture.json: images of {sides} in patches of {patch} are none that a model is for")
     if width % encoder["num_heads"] or width % 4:
         raise InputError(f"architecture.json: a width of {width} cannot be split among {encoder['num_heads']} heads")
+
+
+def _check_scale(about: Mapping[str, Any]) -> None:
+    """What gives the outputs of a regression their units: a mean and a deviation of each."""
+    if about.get("task") != "regression":
+        if "scale" in about:
+            raise InputError("architecture.json has a scale, which is for regression")
+        return
+    _fields(about, "architecture.json", {"outputs": _any, "scale": _any}, {}, closed=False)
+    _fields(about["scale"], "scale of architecture.json", *_SCALE)
+    lengths = {len(one) for one in about["scale"].values()}
+    if lengths != {len(about["outputs"])}:
+        raise InputError("scale of architecture.json: mean, deviation and unit are not one for each of outputs")
 
 
 def check_preprocessing(pixels: Any, about: Mapping[str, Any]) -> None:
@@ -136,10 +150,20 @@ _HEAD: dict[str, Check] = {
     "task": _text,
     "classes": _list(_text),
     "outputs": _list(_text),
+    "scale": _any,
 }
 _PIXELS: tuple[dict[str, Check], dict[str, Check]] = (
     {"kind": _one_of("linear", "decoder")},
     {"width": _whole(1, _WIDTH)},
+)
+_SCALE: tuple[dict[str, Check], dict[str, Check]] = (
+    {
+        "mean": _list(_number(-1e15, 1e15)),
+        "deviation": _list(_number(1e-15, 1e15)),
+        "unit": _list(_text),
+        "of_frame": _list(_one_of(True, False)),
+    },
+    {},
 )
 _VIT: tuple[dict[str, Check], dict[str, Check]] = (
     {

@@ -26,9 +26,9 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
     """What a model is for, as a function of uint8 images `[B, H, W, C]` and its parameters.
 
     It gives float32 `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`; of a
-    classifier `probabilities` `[B, classes]`; of a segmenter `classes` of the pixels, uint8 `[B, H, W]`, and
-    `probabilities` of background and classes `[B, H, W, 1 + C]`; of a model with another head `outputs`
-    `[B, outputs]`, as they are.
+    classifier, and of several labels, `probabilities` `[B, classes]`; of a segmenter `classes` of the pixels, uint8
+    `[B, H, W]`, and `probabilities` of background and classes `[B, H, W, 1 + C]`; of a model with another head
+    `outputs` `[B, outputs]`, of a regression in their units (see `Model`), else as they are.
     """
     static = model_graph(build(model.description))
     mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
@@ -41,6 +41,11 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
         if model.segments:
             shares = jax.nn.softmax(network(x))
             return {"classes": shares.argmax(axis=-1).astype(jnp.uint8), "probabilities": shares}
+        if model.description.get("task") == "multilabel":
+            return {"probabilities": jax.nn.sigmoid(network(x))}
+        if scale := model.description.get("scale"):
+            mean_of, deviation = (jnp.asarray(scale[name], jnp.float32) for name in ("mean", "deviation"))
+            return {"outputs": network(x) * deviation + mean_of}
         if model.kind == "model":
             return {"outputs": network(x)}
         tokens = network(x)

@@ -142,6 +142,9 @@ def compare_outputs(form: str, model: Model, directory: str, images: np.ndarray,
         return {"largest_difference": None, "not_compared": str(error)}
     differences = largest_difference(ours, theirs)
     limits = {name: LOSS_LIMIT if name == "loss" else LIMIT for name in differences}
+    if scale := model.description.get("scale"):  # of standardised outputs, and of what float32 holds of their mean
+        resolution = 4 * np.finfo(np.float32).eps * np.abs(scale["mean"])
+        limits["outputs"] = float(np.max(LIMIT * np.asarray(scale["deviation"]) + resolution))
     return _measured(differences, limits, runtime, len(images))
 
 

@@ -121,7 +121,7 @@ def described(
         "Right and wrong": _right_and_wrong(results),
         "Curves and calibration": part("charts", drawn),
         "All numbers": run.numbers(results, measures) + _calibrated(results) + _per_class(results),
-        "Confident errors": _errors(examples),
+        "Confident errors": confident_errors(examples),
         "Folds and seeds": run.folds_and_seeds(results, measures, MAIN),
         "Fewer labels": run.fewer_labels(results, measures, _BY_LABELS),
         "Robustness": part("charts", _corruption_curves(results.get("robustness") or {})),
@@ -410,24 +410,30 @@ def _feature_map(embedding: Mapping[str, Any] | None, classes: Sequence[str]) ->
     return part("led", says, part("charts", figures))
 
 
-def _errors(examples: Sequence[Mapping[str, Any]]) -> Markup:
+def confident_errors(examples: Sequence[Mapping[str, Any]]) -> Markup:
     """Wrong answers with pictures and attention maps."""
     shown = []
     for one in examples[:_ERRORS]:
-        image = np.atleast_3d(np.asarray(one["image"], np.uint8))
-        image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
-        scale = _SIDE / max(image.shape[:2])
-        width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])
-        how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-        pixels = cv2.resize(image, (width, height), interpolation=how)
         sure = one.get("probability")
-        found = {name: one[name] for name in ("label", "predicted")} | {"width": width, "height": height}
-        found |= {"frame": str(one.get("frame") or "without a name"), "image": pages.jpeg(pixels), "map": ""}
+        found = pictured(one) | {name: one[name] for name in ("label", "predicted")}
         found["sure"] = "" if sure is None else f", {f'{sure:.0%}' if sure < 0.995 else 'over 99%'} sure"
-        if one.get("map") is not None:
-            found["map"] = pages.jpeg(_overlay(pixels, np.asarray(one["map"])))
         shown.append(found)
     return part("gallery", shown, _FIRST, template="classification.html")
+
+
+def pictured(example: Mapping[str, Any]) -> dict[str, Any]:
+    """An example's `image` and `map` as addresses of pictures, their `width` and `height`, and its `frame`."""
+    image = np.atleast_3d(np.asarray(example["image"], np.uint8))
+    image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
+    scale = _SIDE / max(image.shape[:2])
+    width, height = (max(1, round(side * scale)) for side in image.shape[1::-1])
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    pixels = cv2.resize(image, (width, height), interpolation=how)
+    found = {"width": width, "height": height, "frame": str(example.get("frame") or "without a name")}
+    found |= {"image": pages.jpeg(pixels), "map": ""}
+    if example.get("map") is not None:
+        found["map"] = pages.jpeg(_overlay(pixels, np.asarray(example["map"])))
+    return found
 
 
 def _overlay(image: np.ndarray, attention: np.ndarray) -> np.ndarray:

@@ -33,6 +33,8 @@ class Task(Protocol):
       predictions: the type of what is written of every frame that is tested.
       mask: from a record to the class of each of its pixels, uint8 `[H, W]`, which go through the same augmentation as
         the image and stand in a batch as `mask`; None = the task has no use for them.
+      fingerprint: changes with what is learnt and is no part of the shards; "" = there is no such thing.
+      notes: sentences on what was found, for the person and the report.
     """
 
     outputs: tuple[str, ...]
@@ -40,6 +42,8 @@ class Task(Protocol):
     tie: str
     predictions: type[Predictions]
     mask: Callable[[Record], np.ndarray] | None = None
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -53,8 +57,12 @@ class Task(Protocol):
         """What the table holds of each output, a few words; "" = nothing to say."""
         return ""
 
+    def fitted(self, table: Table, rows: np.ndarray) -> "Task":
+        """The task of a member, with what is computed from its training rows alone, such as a scale."""
+        return self
+
     def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
-        """The model of this task on a backbone, JSON; see `interop.model.build`."""
+        """The model of this task on a backbone, or on a model of this task, JSON; see `interop.model.build`."""
         return {**backbone, "pool": "mean", "outputs": list(self.outputs)}
 
     def targets(self, table: Table, rows: np.ndarray) -> Arrays:

@@ -1,0 +1,118 @@
+"""How far predicted quantities are from measured ones, averaged by patient, with intervals.
+
+Of the error e = predicted - true, in the unit of the quantity, every patient counting alike and a patient's frames
+sharing that weight:
+
+    mae          mean of |e|
+    rmse         root of the mean of e squared
+    r2           1 - sum of e squared / sum of the squared distances of the truth from its mean: 0 is as good as naming
+                 the mean of all, less is worse
+    pearson      correlation of predicted and true
+    bias         mean of e
+    limits_low, limits_high
+                 bias - and + 1.96 deviations of e, between which 95% of the errors are expected (Bland & Altman 1986);
+                 the deviation is the sample's, with one degree of freedom less than there are patients
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from usfmae_jax.evaluation import intervals
+from usfmae_jax.evaluation.predictions import Predictions
+
+#: All metrics in the order of tables, with what people call them.
+NAMES = {
+    "mae": "Mean absolute error",
+    "rmse": "Root mean squared error",
+    "r2": "R²",
+    "pearson": "Pearson correlation",
+    "bias": "Bias",
+    "limits_low": "Lower limit of agreement",
+    "limits_high": "Upper limit of agreement",
+}
+#: Those of them that choose the best evaluation; of both less is better.
+LOSSES = frozenset({"mae", "rmse"})
+#: Those without a unit.
+BARE = frozenset({"r2", "pearson"})
+_LIMITS = 1.96  # deviations
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantityPredictions(Predictions):
+    """Predictions of a quantity, in its unit.
+
+    Attributes:
+      truth: float `[N]`, as measured.
+      value: float `[N]`, as predicted.
+    """
+
+    truth: np.ndarray
+    value: np.ndarray
+
+    @property
+    def error(self) -> np.ndarray:
+        """Predicted less true, float `[N]`."""
+        return self.value - self.truth
+
+
+def titles(unit: str) -> dict[str, str]:
+    """What people call the metrics, with the unit."""
+    return {name: title if name in BARE or not unit else f"{title} ({unit})" for name, title in NAMES.items()}
+
+
+def score(predictions: QuantityPredictions, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """All metrics under each of R weightings of the frames.
+
+    Args:
+      predictions: N rows of one member.
+      weights: `[R, N]`; frames of one patient have the same.
+
+    Returns:
+      float64 `[R]` by the names in `NAMES`; NaN where not defined.
+    """
+    _, member, frames = np.unique(predictions.patient_key, return_inverse=True, return_counts=True)
+    share = weights / frames[member]
+    total = share.sum(axis=1)
+    truth, value, error = predictions.truth, predictions.value, predictions.error
+    # Around the mean of all and in parts of the range, so that rounding is small whatever the unit.
+    scale = max(np.ptp(truth), np.abs(error).max()) or 1.0
+    truth, value, error = (truth - truth.mean()) / scale, (value - truth.mean()) / scale, error / scale
+    moments = {
+        name: _over(share @ one, total)
+        for name, one in {
+            "abs": np.abs(error), "e": error, "ee": error**2, "t": truth, "tt": truth**2, "v": value, "vv": value**2,
+            "tv": truth * value,
+        }.items()
+    }  # fmt: skip
+    spread = {name: np.maximum(moments[name] - moments[name[0]] * moments[name[1]], 0) for name in ("ee", "tt", "vv")}
+    bias = scale * moments["e"]
+    deviation = scale * np.sqrt(_over(spread["ee"] * total, total - 1))
+    return {
+        "mae": scale * moments["abs"],
+        "rmse": scale * np.sqrt(moments["ee"]),
+        "r2": 1 - _over(moments["ee"], spread["tt"]),
+        "pearson": _over(moments["tv"] - moments["t"] * moments["v"], np.sqrt(spread["tt"] * spread["vv"])),
+        "bias": bias,
+        "limits_low": bias - _LIMITS * deviation,
+        "limits_high": bias + _LIMITS * deviation,
+    }
+
+
+def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """A quotient; NaN where nothing but rounding is below."""
+    return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 1e-12)
+
+
+def summarise(predictions: QuantityPredictions, name: str, unit: str, resamples: int = 1000) -> dict[str, Any]:
+    """What results.json says of a predicted quantity, see `evaluation.results`.
+
+    Args:
+      predictions: of the test parts of all members; one row or more.
+      name: of the quantity.
+      unit: of it; "" = none.
+      resamples: bootstrap replicates; 0 = no intervals.
+    """
+    found = intervals.summarise(predictions, score, [*NAMES], resamples, floor=-np.inf)
+    return found | {"task": {"quantity": name, "unit": unit}}
