@@ -85,13 +85,16 @@ def summarise(
     for c, name in enumerate(main.classes):
         counts = main.select(main.label == c).counts()
         per_class[name] = found["per_class"][name] | {unit: counts[unit] for unit in ("frames", "patients")}
-    return every | {
+    own = {
         "task": {"classes": list(main.classes), "positive": "" if index is None else main.classes[index]},
         "per_class": per_class,
         "confusion": (classification.confusion(main.label, main.probabilities)[0] / len(every["seeds"])).tolist(),
         "reliability": calibration.reliability(main.label, main.probabilities),
         "calibrated": None if validation is None else _calibrated(main, validation, positive, resamples),
     }
+    first, last = ("counts", "fraction", "bootstrap", "metrics"), ("folds", "fractions", "seeds")
+    ordered = ["format", "task", *first, "per_class", "confusion", "reliability", "calibrated", *last]
+    return {name: (every | own)[name] for name in ordered}
 
 
 def _calibrated(
