@@ -19,7 +19,7 @@ from usfmae_jax.data.table import images as decode
 from usfmae_jax.data.table import read_table
 from usfmae_jax.finetuning import results
 from usfmae_jax.interop.model import Model, build, open_model, preprocessing, save_model
-from usfmae_jax.prediction.kinds import segmented
+from usfmae_jax.prediction.kinds import measured, segmented
 from usfmae_jax.reporting.masks import safe_path
 from usfmae_jax.tasks.classification import probabilities
 from usfmae_jax.tasks.segmentation import Segmentation, classes_of
@@ -174,14 +174,49 @@ def test_areas_are_in_cm2_where_the_size_of_a_pixel_is_known_and_members_disagre
     shares[..., 0] = 255
     shares[0, :2, :2] = 0, 255, 0
     shares[1, :2, :2] = 51, 204, 0
-    cells, mask = segmented(["lesion", "cyst"], {"probabilities": shares}, (8, 8), (0.5, 2.0))
+    cells, mask = segmented([SEGMENTER], {"probabilities": shares}, (8, 8), (0.5, 2.0))
     assert mask.tolist() == classes_of(shares.mean(axis=0, dtype=np.float32), (8, 8)).tolist()
     assert cells["area_pixels:lesion"] == (mask == 1).sum()
     assert cells["area_cm2:lesion"] == pytest.approx((mask == 1).sum() / 100)
     assert cells["area_cm2:cyst"] == 0
     assert cells["uncertainty"] == pytest.approx(0.1, abs=1e-6)  # 1 and 0.8
-    cells, _ = segmented(["lesion", "cyst"], {"probabilities": shares * 0}, (8, 8), (0.0, 0.0))
+    cells, _ = segmented([SEGMENTER], {"probabilities": shares * 0}, (8, 8), (0.0, 0.0))
     assert (cells["uncertainty"], cells["area_cm2:lesion"]) == ("", "")
+
+
+def test_a_quantity_is_given_in_its_unit_and_by_each_member_with_its_own_scale():
+    about = {"outputs": ["length"], "scale": {"mean": [10.0], "deviation": [2.0], "unit": ["mm"], "of_frame": [False]}}
+    other = {**about, "scale": {**about["scale"], "mean": [20.0]}}
+    cells, mask = measured([about, other], {"value": np.array([1.0, 0.0])}, (8, 8), (0.0, 0.0))
+    assert (cells, mask) == ({"length [mm]": 16.0, "uncertainty": 4.0}, None)
+    shares = {**about, "scale": {"mean": [0.5], "deviation": [0.1], "unit": ["mm"], "of_frame": [True]}}
+    cells, _ = measured([shares], {"value": np.array([1.0])}, (10, 40), (0.5, 0.5))
+    assert cells == {"length [mm]": pytest.approx(0.6 * 10)}  # of a square as large as 5 x 20 mm
+    assert measured([shares], {"value": np.array([1.0])}, (10, 40), (0.0, 0.0))[0] == {"length [mm]": ""}
+
+
+@pytest.mark.parametrize(
+    ("description", "column"),
+    [
+        ({"task": "multilabel", "outputs": ["cyst", "shadow"]}, "p_shadow"),
+        (
+            {
+                "task": "regression",
+                "outputs": ["length"],
+                "scale": {"mean": [10.0], "deviation": [2.0], "unit": ["mm"], "of_frame": [False]},
+            },
+            "length [mm]",
+        ),
+    ],
+)
+def test_other_tasks_are_predicted_too(files, tmp_path, description, column):
+    about = {"model": "vit", "encoder": ENCODER, "pool": "mean", **description}
+    for seed in range(2):
+        save(tmp_path / "run" / "members" / f"m{seed}" / "model", about, seed)
+    assert run(tmp_path / "run", files / "two.bmp", tmp_path / "out") == 0
+    (row,) = rows_of(tmp_path / "out" / "predictions.csv")
+    assert np.isfinite(float(row[column]))
+    assert float(row["uncertainty"]) > 0
 
 
 def test_the_members_of_a_run_are_averaged_and_their_spread_is_told(tmp_path, files):

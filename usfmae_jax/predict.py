@@ -151,8 +151,9 @@ def open_members(checkpoint: str) -> "list[Model]":
     found = members(checkpoint)
     most = max(map(_fraction, found), default=0.0)
     models = [open_model(path) for path in found if _fraction(path) == most] or [open_model(checkpoint)]
-    for model in models[1:]:
-        if (model.description, model.preprocessing) != (models[0].description, models[0].preprocessing):
+    same = [({**one.description, "scale": None}, one.preprocessing) for one in models]  # each has a scale of its own
+    for one in same[1:]:
+        if one != same[0]:
             raise InputError(f"the members of --checkpoint={checkpoint} are different models; choose one of them")
     return models
 
@@ -282,11 +283,11 @@ class _Ensemble:
     def __init__(self, models: "list[Model]", kind: "Kind", mesh: Any, batch_size: int, flip: bool):
         import jax
 
-        from usfmae_jax.prediction.kinds import outputs
         from usfmae_jax.training.forward import fitted, mean_of_two, model_function
         from usfmae_jax.training.mesh import replicated
 
-        self.kind, self.names, self.image_format, self._mesh = kind, outputs(models[0]), models[0].image_format, mesh
+        self.kind, self.image_format, self._mesh = kind, models[0].image_format, mesh
+        self.descriptions = [model.description for model in models]
         functions = [model_function(model, kind.apply) for model in models]
         self._variables = [jax.device_put(variables, replicated(mesh)) for _, variables in functions]
         size, channels = self.image_format
@@ -386,7 +387,7 @@ def _answer(
     from usfmae_jax.data.records import decode_image
 
     picture = decode_image(image, 3)
-    found = run.kind.answer(run.names, said, picture.shape[:2], frame.spacing)
+    found = run.kind.answer(run.descriptions, said, picture.shape[:2], frame.spacing)
     beside = {}
     if found.mask is not None:
         beside = folder.add_mask(source, frame.where, frame.number, found.mask, picture)

@@ -12,7 +12,10 @@ import numpy as np
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Model
-from usfmae_jax.tasks import classification, segmentation
+from usfmae_jax.tasks import classification, multilabel, regression, segmentation
+
+#: Descriptions of the members of a run, see `interop.model.Model`.
+Members = Sequence[Mapping[str, Any]]
 
 
 class Answer(NamedTuple):
@@ -32,21 +35,21 @@ class Kind(NamedTuple):
 
     Attributes:
       apply: `(network, normalised images [B, H, W, C])` to arrays `[B, ...]` by name, of one member.
-      answer: `(names of the outputs, arrays [M, ...] of the M members for one frame, (height, width) of the frame,
+      answer: `(descriptions of the M members, arrays [M, ...] of theirs for one frame, (height, width) of the frame,
         (height, width) of its pixels in mm or (0, 0))` to what is said of it.
       mirror: what `apply` says of mirrored images, to what it would say of the images.
     """
 
     apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
-    answer: Callable[[Sequence[str], Mapping[str, np.ndarray], tuple[int, int], tuple[float, float]], Answer]
+    answer: Callable[[Members, Mapping[str, np.ndarray], tuple[int, int], tuple[float, float]], Answer]
     mirror: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda said: said
 
 
 def classified(
-    names: Sequence[str], said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
+    models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
     """`predicted`, a probability `p_CLASS` for each class, and `uncertainty`, the deviation between members."""
-    members = said["probabilities"].astype(np.float64)
+    members, names = said["probabilities"].astype(np.float64), outputs(models[0])
     mean = members.mean(axis=0)
     first = int(mean.argmax())
     cells: dict[str, Any] = {"predicted": names[first]}
@@ -55,10 +58,10 @@ def classified(
 
 
 def segmented(
-    names: Sequence[str], said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
+    models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
     """`area_pixels:CLASS` and `area_cm2:CLASS`, and `uncertainty`, the mean deviation of the pixels inside outlines."""
-    members = said["probabilities"]
+    members, names = said["probabilities"], outputs(models[0])
     mean = members[0] if len(members) == 1 else members.mean(axis=0, dtype=np.float32)
     mask = segmentation.classes_of(mean, size)
     pixels = np.bincount(mask.ravel(), minlength=1 + len(names))[1:].tolist()
@@ -73,6 +76,33 @@ def segmented(
     return Answer(cells | _uncertain(members, shares.std(axis=0).mean() if inside.any() else None), mask)
 
 
+def labelled(
+    models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
+) -> Answer:
+    """A probability `p_LABEL` for each of several labels, and `uncertainty`, the largest deviation between members."""
+    members, names = said["probabilities"].astype(np.float64), outputs(models[0])
+    cells: dict[str, Any] = {
+        f"p_{name}": round(float(p), 6) for name, p in zip(names, members.mean(axis=0), strict=True)
+    }
+    return Answer(cells | _uncertain(members, members.std(axis=0).max()))
+
+
+def measured(
+    models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
+) -> Answer:
+    """The quantity in its unit, and `uncertainty`, the deviation between members; empty without a pixel size it needs."""
+    scale = models[0]["scale"]
+    (name,), unit = outputs(models[0]), scale["unit"][0]
+    column = f"{name} [{unit}]" if unit else name
+    mean, deviation = (np.array([one["scale"][key][0] for one in models]) for key in ("mean", "deviation"))
+    values = said["value"].astype(np.float64) * deviation + mean
+    if scale["of_frame"][0]:
+        if not min(spacing) > 0:
+            return Answer({column: ""} | _uncertain(values, None))
+        values *= regression.extent(size, spacing)
+    return Answer({column: float(f"{values.mean():.6g}")} | _uncertain(values, values.std()))
+
+
 def _uncertain(members: np.ndarray, spread: float | None) -> dict[str, Any]:
     """The column of a run of several members; empty where there is nothing to be uncertain of."""
     return {"uncertainty": "" if spread is None else round(float(spread), 6)} if len(members) > 1 else {}
@@ -82,6 +112,8 @@ def _uncertain(members: np.ndarray, spread: float | None) -> dict[str, Any]:
 KINDS: dict[str, Kind] = {
     "classification": Kind(classification.probabilities, classified),
     "segmentation": Kind(segmentation.probabilities, segmented, segmentation.mirror),
+    "regression": Kind(regression.standardised, measured),
+    "multilabel": Kind(multilabel.probabilities, labelled),
 }
 
 
@@ -103,6 +135,6 @@ def kind_of(model: Model, path: str) -> tuple[str, Kind]:
     return name, KINDS[name]
 
 
-def outputs(model: Model) -> tuple[str, ...]:
-    """Names of what it puts out: its classes, those of pixels without the background."""
-    return tuple(model.description.get("classes") or model.description.get("outputs", ()))
+def outputs(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of what a model puts out: its classes, those of pixels without the background."""
+    return tuple(description.get("classes") or description.get("outputs", ()))

@@ -82,8 +82,8 @@ class MultiLabel(Task):
         return (each * batch["known"]).sum(), batch["known"].sum()
 
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-        """`probabilities` float32 `[B, C]`."""
-        return {"probabilities": jax.nn.sigmoid(model(images).astype(jnp.float32))}
+        """See `probabilities`."""
+        return probabilities(model, images)
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """See `evaluation.multilabel.score`.
@@ -135,3 +135,8 @@ class MultiLabel(Task):
     def table(self, results: Mapping[str, Any]) -> str:
         """The results for a terminal."""
         return tables.overview(results, NAMES, "auroc")
+
+
+def probabilities(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+    """`probabilities` of each label, float32 `[B, C]`."""
+    return {"probabilities": jax.nn.sigmoid(model(images).astype(jnp.float32))}

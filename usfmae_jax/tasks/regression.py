@@ -107,13 +107,13 @@ class Regression(Task):
         return each.sum(), jnp.float32(len(each))
 
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-        """`value` float32 `[B]`, standardised."""
-        return {"value": model(images)[:, 0].astype(jnp.float32)}
+        """See `standardised`."""
+        return standardised(model, images)
 
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """`value` float64 `[n]`, in its unit."""
-        standardised = predicted["value"].astype(np.float64)
-        return {"value": (standardised * self.deviation + self.mean) * self.extent[rows]}
+        values = predicted["value"].astype(np.float64)
+        return {"value": (values * self.deviation + self.mean) * self.extent[rows]}
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """See `evaluation.regression.score`."""
@@ -149,6 +149,11 @@ class Regression(Task):
         return tables.overview(results, scoring.titles(self.unit), "mae")
 
 
+def extent(size: tuple[int, int], spacing: Sequence[float]) -> float:
+    """The side of a square as large as a frame of (height, width) pixels, in mm; 0 where their size is not known."""
+    return float(np.sqrt(np.prod(spacing) * size[0] * size[1]))
+
+
 def extents(table: Table) -> np.ndarray:
     """The side of a square as large as each frame, in mm, float64 `[N]`: what lengths in a frame are a share of.
 
@@ -164,7 +169,7 @@ def extents(table: Table) -> np.ndarray:
         except DamagedRecord as error:
             path, number = table.shards.locate(int(table.index[row]))
             raise InputError(f"record number {number} of {path} is damaged: {error}; rebuild the shards") from error
-        found[row] = np.sqrt(np.prod(record["spacing"]) * record["height"] * record["width"])
+        found[row] = extent((record["height"], record["width"]), record["spacing"])
     unknown = np.flatnonzero(found == 0)
     if len(unknown):
         raise InputError(
@@ -173,3 +178,8 @@ def extents(table: Table) -> np.ndarray:
             "--labels where files do not say it"
         )
     return found
+
+
+def standardised(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+    """`value` float32 `[B]`, as a multiple of the deviation above the mean of what was learnt."""
+    return {"value": model(images)[:, 0].astype(jnp.float32)}
