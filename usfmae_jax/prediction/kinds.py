@@ -90,7 +90,7 @@ def labelled(
 def measured(
     models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
-    """The quantity in its unit, and `uncertainty`, the deviation between members; empty if the pixel size is missing."""
+    """The quantity in its unit, and `uncertainty`, the deviation between members; empty without a pixel size."""
     scale = models[0]["scale"]
     (name,), unit = outputs(models[0]), scale["unit"][0]
     column = f"{name} [{unit}]" if unit else name
