@@ -189,6 +189,11 @@ def _add_sources(group: Any) -> None:
     add("--patients", type=_at_least(1), help=f"phantom: default: {PHANTOM['patients']}")
     add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {PHANTOM['frames']}")
     add("--seed", type=_at_least(0), help=f"phantom: default: {PHANTOM['seed']}")
+    add(
+        "--lesions",
+        choices=("one", "several"),
+        help="phantom: several: none to three of three classes a patient, which masks tell apart; default: one",
+    )
 
 
 def _add_reading(group: Any) -> None:
@@ -259,7 +264,7 @@ def _check(args: argparse.Namespace) -> None:
         "phantom": (
             *("input", "labels", "download", "include", "pattern", "optional", "exclude", "private", "mask_colours"),
         ),
-    }.get(args.dataset, tuple(PHANTOM))
+    }.get(args.dataset, (*PHANTOM, "lesions"))
     for flag in foreign:
         if getattr(args, flag) not in (None, "", False):
             raise InputError(f"--{flag} has no meaning for --dataset={args.dataset}; leave it out")

@@ -29,7 +29,7 @@ class Plan:
       found: what it starts from; the items of phantoms are patient numbers.
       make_work: given a folder, makes what turns a part into its records, `parts.write_part`; imports what is heavy.
       arguments: all that decides about the content of the shards, nothing about this machine.
-      mask_colours: of masks as the person has named them: dicts with class, name and colour.
+      mask_colours: what numbers in masks mean: dicts with class, name and the colour, if they were drawn in colours.
       tip: how patients that are not known would be.
       thin: whether near-identical neighbours in a clip are dropped.
       deduplicate: whether frames that are there already are dropped.
@@ -143,17 +143,21 @@ def plan_phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
         raise InputError("--image_size=0 keeps the size of files; give a size to simulate phantoms")
     if args.image_size < 32:
         raise InputError(f"--image_size={args.image_size} is too small to simulate phantoms; give 32 or more")
-    chosen = {
+    chosen: dict[str, Any] = {
         flag: default if getattr(args, flag) is None else getattr(args, flag) for flag, default in PHANTOM.items()
     }
+    several = args.lesions == "several"
+    if several:  # what is usual is not written down, so that datasets from before the choice stay up to date
+        chosen["lesions"] = args.lesions
     name = args.name or "phantom"
     how = _storage(name, args.anatomy, args)
     return Plan(
         entry=entry,
         name=name,
-        found=Collection(list(range(chosen["patients"])), list(CLASSES)),
+        found=Collection(list(range(chosen["patients"])), [] if several else list(CLASSES)),
         make_work=functools.partial(_for_phantoms, how, chosen),
         arguments=_stored(entry, args, args.anatomy) | chosen,
+        mask_colours=[{"class": i, "name": one} for i, one in enumerate(CLASSES) if i] if several else [],
     )
 
 
@@ -176,7 +180,7 @@ def _for_files(root: str, how: dict[str, Any], folder: str) -> Any:
     )
 
 
-def _for_phantoms(how: dict[str, Any], chosen: dict[str, int], folder: str) -> Any:
+def _for_phantoms(how: dict[str, Any], chosen: dict[str, Any], folder: str) -> Any:
     from data_prep import work
     from data_prep.write import parts
 
@@ -186,6 +190,7 @@ def _for_phantoms(how: dict[str, Any], chosen: dict[str, int], folder: str) -> A
         seed=chosen["seed"],
         frames=chosen["frames"],
         first_test=chosen["patients"] - chosen["patients"] // 5,
+        several="lesions" in chosen,
     )
     return functools.partial(parts.write_part, process=process, folder=folder)
 

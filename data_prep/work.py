@@ -227,10 +227,12 @@ def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, 
     return ids, known, tuple(originals)
 
 
-def simulate(patient: int, how: Storage, seed: int, frames: int, first_test: int) -> Iterator[Stored]:
+def simulate(
+    patient: int, how: Storage, seed: int, frames: int, first_test: int, several: bool = False
+) -> Iterator[Stored]:
     """Yields the records of one simulated patient; from number `first_test` on they belong to the test split."""
     split = "test" if patient >= first_test else "train"
-    for one in phantom.simulate_patient(patient, seed=seed, image_size=how.image_size, frames=frames):
+    for one in phantom.simulate_patient(patient, seed=seed, image_size=how.image_size, frames=frames, several=several):
         ids = {"patient": one.patient, "video": one.video, "frame": one.frame, "source": f"{one.patient}/{one.frame}"}
         pixels = one.image[:, :, None]
         sha256, spacing = pixel_hash(pixels), UNKNOWN_SPACING

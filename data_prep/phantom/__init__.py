@@ -24,6 +24,7 @@ no multiple paths, no elevation and no steering. Demos and tests only; nothing c
 
 import dataclasses
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -40,7 +41,7 @@ from data_prep.phantom.scanner import (
     to_scan,
     to_space,
 )
-from data_prep.phantom.tissue import LESIONS, Lesion, draw_layers, draw_lesion, draw_vessels, smooth_noise
+from data_prep.phantom.tissue import LESIONS, SEVERAL, draw_layers, draw_lesion, draw_vessels, smooth_noise
 
 CLASSES = ("none", "cyst", "solid_regular", "solid_irregular")  # index = label
 
@@ -54,9 +55,9 @@ class Phantom:
     """One simulated frame."""
 
     image: np.ndarray  # uint8 [H, W]
-    mask: np.ndarray  # uint8 [H, W], 0 or 255: the lesion, empty for class none
+    mask: np.ndarray  # uint8 [H, W], 0 or 255: the lesion, empty for class none; of several, the class of each pixel
     sector: np.ndarray  # uint8 [H, W], 0 or 255: where the scan geometry images at all
-    label: int  # index into CLASSES
+    label: int  # index into CLASSES; -1 where there may be several lesions
     patient: str
     video: str
     frame: str
@@ -70,17 +71,18 @@ class _Patient:
     probe: Probe
     scan: Scan
     tissue: np.ndarray  # float32 [D', L', 4]: echogenicity (dB), reflections, lesion outline, lesion inside (dB)
+    more: tuple[np.ndarray, ...]  # float32 [D', L', 2]: outline and inside of each lesion after the first
     speckle: np.ndarray  # float32 [D', L', 2]
-    kind: Lesion | None
-    shadow: float  # dB
+    kinds: tuple[str, ...]  # of the lesions
+    shadows: tuple[float, ...]  # dB
     streaks: np.ndarray  # float32 [1, L]: dB lost over the depth, beam by beam
     tilt: float  # dB over the depth that the time-gain compensation leaves
     gain: float  # dB
     dynamic_range: float  # dB
 
 
-def _patient(rng, label, image_size):
-    """Draws a patient: probe, tissue, lesion and presets."""
+def _patient(rng, label, image_size, several):
+    """Draws a patient: probe, tissue, lesions and presets; of `several`, the label is their number."""
     presets = PROBES[("linear", "convex")[rng.integers(2)]]
     probe = presets[rng.integers(len(presets))]
     scan = scan_geometry(probe, image_size)
@@ -90,17 +92,22 @@ def _patient(rng, label, image_size):
     x, z = np.broadcast_arrays(*to_space(probe, v, u))
     tissue, reflections = draw_layers(rng, probe, v, u)
     draw_vessels(rng, probe, x, z, tissue)
-    kind = LESIONS.get(CLASSES[label])
-    outline, inside = np.full_like(tissue, -9), np.zeros_like(tissue)
-    if kind:
-        outline, inside = draw_lesion(rng, kind, probe, x, z, tissue, reflections)
+    names = tuple(LESIONS)
+    kinds = tuple(names[i] for i in rng.integers(len(names), size=label)) if several else (CLASSES[label],)
+    kinds = tuple(name for name in kinds if name in LESIONS)
+    lesions: list[tuple[np.ndarray, np.ndarray]] = []
+    for name in kinds:
+        place: dict[str, Any] = SEVERAL | {"taken": [outline for outline, _ in lesions]} if several else {}
+        lesions.append(draw_lesion(rng, LESIONS[name], probe, x, z, tissue, reflections, **place))
+    first, *more = lesions or [(np.full_like(tissue, -9), np.zeros_like(tissue))]
     return _Patient(
         probe=probe,
         scan=scan,
-        tissue=cv2.merge([tissue, reflections, outline, inside]),
+        tissue=cv2.merge([tissue, reflections, *first]),
+        more=tuple(map(cv2.merge, more)),
         speckle=complex_normal(rng, rows, columns),
-        kind=kind,
-        shadow=rng.uniform(*kind.shadow) if kind else 0.0,
+        kinds=kinds,
+        shadows=tuple(rng.uniform(*LESIONS[name].shadow) for name in kinds),
         streaks=np.maximum(smooth_noise(rng, (1, scan.shape[1]), (1, 14)) - 0.6, 0) * np.float32(rng.uniform(2, 9)),
         tilt=rng.uniform(-12, 1),
         gain=rng.uniform(-4, 4),
@@ -109,7 +116,7 @@ def _patient(rng, label, image_size):
 
 
 def _move(rng, patient):
-    """The tissue as a moved probe sees it -> tissue [D, L, 4] and scatterers [D, L, 2].
+    """The tissue as a moved probe sees it -> tissue [D, L, 4], more lesions [D, L, 2] and scatterers [D, L, 2].
 
     Hand motion: a shift, a rotation and a change of pressure, and speckle that is only partly that of the last frame.
     """
@@ -125,7 +132,10 @@ def _move(rng, patient):
     rows, columns = patient.tissue.shape[:2]
     row = (v + _MARGIN) * np.float32((rows - 1) / (1 + 2 * _MARGIN))
     column = (u + 1 + 2 * _MARGIN) * np.float32((columns - 1) / (2 + 4 * _MARGIN))
-    tissue = cv2.remap(patient.tissue, column, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    tissue, *more = (
+        cv2.remap(one, column, row, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        for one in (patient.tissue, *patient.more)
+    )
 
     # Whole samples only: interpolated noise would lose power.
     middle = samples // 2, beams // 2
@@ -134,7 +144,7 @@ def _move(rng, patient):
     kept = rng.uniform(0.4, 0.9)  # correlation with the speckle of the patient
     scatterers = complex_normal(rng, samples, beams) * np.float32(math.sqrt(1 - kept**2))
     scatterers += np.float32(kept) * patient.speckle[top : top + samples, left : left + beams]
-    return tissue, scatterers
+    return tissue, more, scatterers
 
 
 def _below(weight, loss):
@@ -143,19 +153,21 @@ def _below(weight, loss):
     return total * np.float32(loss / max(total[-1].max(), 1))
 
 
-def _frame(rng, patient):
+def _frame(rng, patient, several):
     """One frame of a patient -> image and mask, uint8 [H, W]."""
-    scan, probe, kind = patient.scan, patient.probe, patient.kind
-    tissue, scatterers = _move(rng, patient)
-    level, reflections, outline, inside = cv2.split(tissue)
+    scan, probe = patient.scan, patient.probe
+    tissue, more, scatterers = _move(rng, patient)
+    level, reflections, *first = cv2.split(tissue)
+    lesions = [first, *map(cv2.split, more)]
     v = np.linspace(0, 1, scan.shape[0], dtype=np.float32)[:, None]
 
     loss = v * patient.streaks
-    if kind:
+    for name, shadow, (outline, inside) in zip(patient.kinds, patient.shadows, lesions, strict=False):
+        kind = LESIONS[name]
         lesion = np.clip(outline / np.float32(kind.edge) + 0.5, 0, 1)
         sides = np.abs(cv2.Sobel(lesion, cv2.CV_32F, 1, 0))
         level += lesion * (inside - level)
-        loss += cv2.blur(_below(lesion, patient.shadow) + _below(sides, kind.rim), (scan.shape[1] // 40 + 1, 1))
+        loss += cv2.blur(_below(lesion, shadow) + _below(sides, kind.rim), (scan.shape[1] // 40 + 1, 1))
     focus = 2 * np.exp(-(((v - probe.focus / probe.depth) / 0.25) ** 2))
     gain = np.exp(_NEPER * (focus + patient.tilt * v - loss))
     amplitude = gain * np.exp(np.float32(_NEPER) * level)
@@ -173,11 +185,15 @@ def _frame(rng, patient):
     brightness = patient.gain + rng.normal(0, 1) + 0.42 * patient.dynamic_range
     display = cv2.convertScaleAbs(np.maximum(decibel + brightness, 0), alpha=255 / patient.dynamic_range)
     image = scan_convert(scan, display)
-    mask = scan_convert(scan, outline)
-    return image & scan.sector, np.where(mask > 0, scan.sector, np.uint8(0))
+    mask = np.zeros_like(image)
+    for name, (outline, _) in zip(patient.kinds, lesions, strict=False):
+        mask[(scan_convert(scan, outline) > 0) & (scan.sector > 0)] = CLASSES.index(name) if several else 255
+    return image & scan.sector, mask
 
 
-def simulate_patient(patient: int, *, seed: int = 0, image_size: int = 256, frames: int = 4) -> list[Phantom]:
+def simulate_patient(
+    patient: int, *, seed: int = 0, image_size: int = 256, frames: int = 4, several: bool = False
+) -> list[Phantom]:
     """The frames of one patient.
 
     They share probe, tissue, lesion and presets and differ by hand motion, speckle and gain. Frame `k` depends on
@@ -188,6 +204,8 @@ def simulate_patient(patient: int, *, seed: int = 0, image_size: int = 256, fram
         seed: of the whole collection.
         image_size: the shorter side of the images in pixels, 32 or more.
         frames: how many.
+        several: each patient has none to three lesions, of any class and apart from each other, every four patients one
+            of each number; masks then hold class numbers, indices into CLASSES.
 
     Returns:
         A list of `Phantom`.
@@ -195,10 +213,11 @@ def simulate_patient(patient: int, *, seed: int = 0, image_size: int = 256, fram
     if patient < 0 or image_size < 32:
         raise ValueError(f"patient is {patient} and image_size {image_size}; they start at 0 and 32.")
     label = int(np.random.default_rng([seed, _LABELS, patient // 4, 0]).permutation(len(CLASSES))[patient % 4])
-    drawn = _patient(np.random.default_rng([seed, _TISSUE, patient, 0]), label, image_size)
+    drawn = _patient(np.random.default_rng([seed, _TISSUE, patient, 0]), label, image_size, several)
     geometry, sector, name = drawn.probe.geometry, drawn.scan.sector, f"p{patient:05d}"
     phantoms = []
     for k in range(frames):
-        image, mask = _frame(np.random.default_rng([seed, _FRAME, patient, k]), drawn)
-        phantoms.append(Phantom(image, mask, sector.copy(), label, name, name, f"{name}_{k:02d}", geometry))
+        image, mask = _frame(np.random.default_rng([seed, _FRAME, patient, k]), drawn, several)
+        known = -1 if several else label
+        phantoms.append(Phantom(image, mask, sector.copy(), known, name, name, f"{name}_{k:02d}", geometry))
     return phantoms

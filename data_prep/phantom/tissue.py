@@ -9,6 +9,7 @@ sonographic signs of [1].
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -100,6 +101,11 @@ LESIONS = {
 }
 
 
+#: Where several lesions of one image lie, see `draw_lesion`.
+SEVERAL = {"sizes": (0.07, 0.11), "down": (0.25, 0.65), "across": 0.75}
+_APART, _TRIES = 0.4, 100  # room around each of them, as a fraction of its size
+
+
 def _blob(rng, x, z, *, size, aspect, outline, ragged=0.0):
     """A closed outline around (0, 0) -> float32, 1 at the centre, 0 on the outline, negative outside."""
     tilt, squeeze = rng.uniform(-0.35, 0.35), math.sqrt(aspect)
@@ -131,14 +137,24 @@ def draw_lesion(
     z: np.ndarray,
     tissue: np.ndarray,
     reflections: np.ndarray,
+    *,
+    sizes: tuple[float, float] = (0.08, 0.15),
+    down: tuple[float, float] = (0.3, 0.52),
+    across: float = 0.4,
+    taken: Sequence[np.ndarray] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a lesion -> its outline (0 on it, positive inside) and its inside (dB), float32 [D, L] each.
 
-    Adds its wall to `reflections`, in place of the interfaces it displaces.
+    Adds its wall to `reflections`, in place of the interfaces it displaces. Its size lies in `sizes` and
+    its middle in `down`, as fractions of the depth, and no further than `across` from the middle of the image. It keeps
+    off the outlines in `taken`, if there is room.
     """
-    at_x, at_z = to_space(probe, rng.uniform(0.3, 0.52), rng.uniform(-0.4, 0.4))
-    size, aspect = probe.depth * rng.uniform(0.08, 0.15), rng.uniform(*kind.aspect)
-    outline = _blob(rng, x - at_x, z - at_z, size=size, aspect=aspect, outline=kind.outline, ragged=kind.ragged)
+    for _ in range(_TRIES):
+        at_x, at_z = to_space(probe, rng.uniform(*down), rng.uniform(-across, across))
+        size, aspect = probe.depth * rng.uniform(*sizes), rng.uniform(*kind.aspect)
+        outline = _blob(rng, x - at_x, z - at_z, size=size, aspect=aspect, outline=kind.outline, ragged=kind.ragged)
+        if not any(((outline > -_APART) & (other > -_APART)).any() for other in taken):
+            break
     outline += np.float32(0.06 * kind.ragged) * smooth_noise(rng, tissue.shape, (40, 40))
     around = tissue[(outline < 0) & (outline > -0.6)].mean()
     inside = around + np.float32(rng.uniform(*kind.level)) + kind.texture * smooth_noise(rng, tissue.shape, (45, 30))

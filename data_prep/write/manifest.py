@@ -195,8 +195,11 @@ def print_summary(
         beside = f"{manifest['masks_beside']:,} files are taken for masks of the images beside them, by their names"
         print(f"\nMasks: {beside}; --masks=off takes them as frames")
     if colours := manifest["mask_colours"]:
-        named = ", ".join(f"{one['class']} {one.get('name', one['colour'])}" for one in colours)
-        print(f"\nMasks in colours became classes: {named}; --mask_colours=NAME=#RRGGBB,... names and orders them")
+        named = ", ".join(f"{one['class']} {one.get('name') or one['colour']}" for one in colours)
+        if "colour" in colours[0]:
+            print(f"\nMasks in colours became classes: {named}; --mask_colours=NAME=#RRGGBB,... names and orders them")
+        else:
+            print(f"\nClasses in masks: {named}")
     for title, key in (("Passed over", "passed_over"), ("Dropped frames", "dropped"), ("Not taken over", "removed")):
         if manifest[key]:
             print(f"\n{title}: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest[key].items()))

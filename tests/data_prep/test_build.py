@@ -152,6 +152,8 @@ def test_a_labels_file_that_does_not_fit_is_refused(tree, tmp_path, capsys, rows
         (["--dataset=phantom", "--input=x"], "--input has no meaning for --dataset=phantom"),
         (["--dataset=folder", "--input=.", "--seed=3"], "--seed has no meaning for --dataset=folder"),
         (["--dataset=phantom", "--image_size=8"], "give 32 or more"),
+        (["--dataset=phantom", "--lesions=many"], "invalid choice: 'many'"),
+        (["--dataset=folder", "--input=.", "--lesions=several"], "--lesions has no meaning for --dataset=folder"),
         (["--dataset=phantom", "--name=a b"], "letters, digits and underscores"),
         (["--dataset=phantom", "--quality=90", "--encoding=png"], "--quality is for --encoding=jpeg"),
         (["--dataset=phantom", "--workers=0"], "0 is not in the range"),
@@ -280,6 +282,19 @@ def test_phantom_patients_are_split_and_depend_on_the_seed_alone(tmp_path):
         4,
         2,
     )
+
+
+def test_phantoms_of_several_lesions_have_masks_of_named_classes(tmp_path):
+    flags = "--patients=5", "--frames=1", "--image_size=48"
+    assert run(*flags, "--lesions=several", output=tmp_path, dataset="phantom") == 0
+    manifest = json.loads((tmp_path / "phantom/1.0.0/manifest.json").read_text())
+    names = {one["class"]: one["name"] for one in manifest["mask_colours"]}
+    assert names == {1: "cyst", 2: "solid_regular", 3: "solid_irregular"}
+    held = {
+        number for one in read(tmp_path / "phantom", "train") for number in np.unique(records.decode_image(one["mask"]))
+    }
+    assert held <= {0, 1, 2, 3}
+    assert run(*flags, output=tmp_path, dataset="phantom") == 2  # another dataset than the one that is there
 
 
 def test_help_and_nothing_to_do_take_no_time(tree, tmp_path):

@@ -254,3 +254,18 @@ def test_the_door_writes_the_contact_sheet_or_says_why_not(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="2"):
         __main__.main([f"--output={tmp_path / 'missing' / 'sheet.png'}"])
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_several_lesions_lie_apart_and_the_mask_tells_their_classes():
+    found = []
+    for patient in range(8):
+        (frame,) = simulate_patient(patient, seed=5, image_size=96, frames=1, several=True)
+        sizes = [
+            np.sort(cv2.connectedComponentsWithStats((frame.mask == number).astype(np.uint8))[2][1:, cv2.CC_STAT_AREA])
+            for number in (1, 2, 3)
+        ]
+        assert set(np.unique(frame.mask)) <= {0, 1, 2, 3}
+        assert frame.label == -1
+        assert not (frame.mask & ~frame.sector).any()
+        found.append(sum(int((areas >= 20).sum()) for areas in sizes))
+    assert sorted(found[:4]) == sorted(found[4:]) == [0, 1, 2, 3]
