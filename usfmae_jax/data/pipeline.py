@@ -66,7 +66,8 @@ class LoadView(grain.transforms.RandomMap):
       size: (height, width) of the view.
       channels: 1 for grey, 3 for colour.
       how: the augmentation.
-      mask: from a record to the class of each of its pixels, uint8 `[H, W]`, to be seen in the same view; None = no.
+      mask: from a record to the class of each of its pixels, uint8 `[H, W]`, to be seen in the same view, or to several
+        such layers, `[H, W, L]`; None = no.
     """
 
     sources: Sequence[Rows]
@@ -79,8 +80,8 @@ class LoadView(grain.transforms.RandomMap):
         """One view, the targets, and where it comes from.
 
         Returns:
-          `image` uint8 `[H, W, C]`; `mask` uint8 `[H, W]`, if it is asked for; the targets; `record` int64 `[2]`:
-          (source, record); `damaged` int64 `[MAX_TRIES, 2]`: those tried before it, or -1.
+          `image` uint8 `[H, W, C]`; `mask` uint8 `[H, W]` or `[H, W, L]`, if asked for; the targets; `record` int64
+          `[2]`: (source, record); `damaged` int64 `[MAX_TRIES, 2]`: those tried before it, or -1.
         """
         cv2.setNumThreads(1)  # the parallelism is over images
         source, place = element
@@ -111,7 +112,9 @@ class LoadView(grain.transforms.RandomMap):
         matrix = augment.random_view(rng, height, width, self.size, self.how)
         masks = {}
         if self.mask:
-            masks["mask"] = augment.warp(self.mask(record)[:, :, None], matrix, self.size, "nearest")[:, :, 0]
+            mask = self.mask(record)
+            layers = mask.reshape(*mask.shape[:2], -1)
+            masks["mask"] = augment.warp(layers, matrix, self.size, "nearest").reshape(*self.size, *mask.shape[2:])
         if pixels is None:
             pixels = decode_image(record["image"], self.channels, augment.reduction(matrix))
             matrix = augment.shrink_view(matrix, height / pixels.shape[0])

@@ -42,7 +42,7 @@ class Predictions:
     fraction: np.ndarray
 
     def __post_init__(self):
-        kinds: dict[str, Any] = dict.fromkeys(_TEXTS, object) | {"seed": int, "fraction": np.float64}
+        kinds = self.kinds()
         for name in self.rows():
             object.__setattr__(self, name, np.asarray(getattr(self, name), kinds.get(name, np.float64)))
             if len(getattr(self, name)) != len(self.dataset):
@@ -55,6 +55,11 @@ class Predictions:
     def rows(cls) -> tuple[str, ...]:
         """Names of the fields that have a row for each prediction."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def kinds(cls) -> dict[str, Any]:
+        """Types of the fields that have a row for each prediction, where they are not float64."""
+        return dict.fromkeys(_TEXTS, object) | {"seed": int, "fraction": np.float64}
 
     @functools.cached_property
     def frame_key(self) -> np.ndarray:
@@ -98,6 +103,11 @@ class Predictions:
         """
         own = {name: np.array([float(value) for value in columns[name]]) for name in cls.rows() if name not in _IDS}
         return cls(**ids, **own)
+
+    @classmethod
+    def beside(cls, path: epath.Path) -> dict[str, Sequence[Any]]:
+        """What `write` has put into a file beside the CSV at `path`, as columns for `from_columns`; raises KeyError."""
+        return {}
 
     def write(self, path: str | epath.Path) -> None:
         """Writes a CSV that `read` gives back exactly; the file appears whole or not at all."""
@@ -204,7 +214,7 @@ def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
         ids = {name: np.array(columns.pop(name), object) for name in _TEXTS}
         ids["seed"] = np.array([int(value) for value in columns.pop("seed")], int)
         ids["fraction"] = np.array([float(value) for value in columns.pop("fraction")], np.float64)
-        return kind.from_columns(ids, columns)
+        return kind.from_columns(ids, columns | kind.beside(file))
     except KeyError as error:
         raise InputError(f"{path} is no predictions.csv of finetune or evaluate: it needs {error.args[0]}") from error
     except InputError as error:

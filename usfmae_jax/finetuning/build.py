@@ -30,7 +30,7 @@ from usfmae_jax.models.decoders import decoder_flops, unet_flops
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.models.resnet import STAGES, resnet_flops
 from usfmae_jax.models.vit import SIZES, vit_flops
-from usfmae_jax.tasks import Task, classification, multilabel, regression, segmentation
+from usfmae_jax.tasks import Task, classification, instances, multilabel, regression, segmentation
 from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.inspect import cautions
 
@@ -260,14 +260,43 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
       InputError: there are none, or a field does not fit their classes.
     """
     model = config.model
+    if model.head not in ("linear", "decoder"):
+        raise InputError(f"config.model.head={model.head!r} must be 'linear' or 'decoder'")
+    return _masked(config, table, head=model.head, decoder_width=model.decoder_width, dice=config.dice)
+
+
+def find_instances(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
+    """Instance segmentation of the frames that have a mask.
+
+    Raises:
+      InputError: there are none, or a field does not fit their classes.
+    """
+    model, names = config.model, ("queries", "query_blocks", "decoder_width")
+    if model.head != "queries":
+        raise InputError(f"config.model.head={model.head!r} must be 'queries', which alone tells instances apart")
+    checks.check_ranges(model.to_dict(), {"queries": (1, 255), "query_blocks": (1, np.inf)}, "model.")
+    checks.check_ranges(config.to_dict(), {"min_pixels": (1, np.inf), "no_object": (1e-3, 1)})
+    frames, masks = _masked(config, table)
+    how = {name: model[name] for name in names} | {name: config[name] for name in ("min_pixels", "no_object", "dice")}
+    most = instances.most_instances(frames, masks.classes, config.min_pixels, config.data.threads)
+    if not most:
+        raise InputError(f"config.min_pixels={config.min_pixels} leaves no instance: all areas in masks are smaller")
+    return frames, instances.Instances(masks, most, **how)
+
+
+def _masked(config: ml_collections.ConfigDict, table: Table, **how: Any) -> tuple[Table, segmentation.Segmentation]:
+    """The frames that pixels are learnt from, and segmentation of them, of which `how` are fields.
+
+    Raises:
+      InputError: there are none, or a field that all tasks of pixels have does not fit.
+    """
+    model = config.model
     _refuse_class_fields(config)
     if config.augment.randaugment_magnitude or config.augment.trivialaugment:
         raise InputError(
             "config.augment.randaugment_magnitude must be 0 and trivialaugment false: they move pixels away from their "
             "mask"
         )
-    if model.head not in ("linear", "decoder"):
-        raise InputError(f"config.model.head={model.head!r} must be 'linear' or 'decoder'")
     if not 8 <= model.decoder_width <= 2048:
         raise InputError(f"config.model.decoder_width={model.decoder_width} must lie between 8 and 2048")
     if config.unmasked not in segmentation.UNMASKED:
@@ -276,8 +305,7 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
         raise InputError(f"config.dice={config.dice:g} must not be negative")
     if config.mask_classes not in ("masks", "label"):
         raise InputError(f"config.mask_classes={config.mask_classes!r} must be 'masks' or 'label'")
-    how = {"head": model.head, "decoder_width": model.decoder_width, "dice": config.dice}
-    how["by_label"] = config.mask_classes == "label"
+    how |= {"by_label": config.mask_classes == "label"}
     return segmentation.of_table(table, checks.names(config.classes), config.unmasked, config.data.threads, **how)
 
 
@@ -361,6 +389,7 @@ def _refuse_class_fields(config: ml_collections.ConfigDict) -> None:
 TASKS: dict[str, Callable[[ml_collections.ConfigDict, Table], tuple[Table, Task]]] = {
     "classification": classify,
     "segmentation": segment,
+    "instances": find_instances,
     "regression": regress,
     "multilabel": label,
 }
@@ -413,7 +442,9 @@ def describe_backbone(
     asked = {"": kind, "resnet50": "resnet50", "unet": "unet"}.get(model.arch, "vit")
     if weights and asked != kind:
         raise InputError(f"config.model.arch={model.arch} but config.init={config.init} holds a {kind}")
-    if kind == "resnet50" and config.task == "segmentation":
+    if kind == "unet" and config.task == "instances":
+        raise InputError(f"config.init={config.init} holds a U-Net, which has no queries for instances; give a ViT")
+    if kind == "resnet50" and config.task in ("segmentation", "instances"):
         raise InputError(f"config.init={config.init} holds a ResNet, which has no head for pixels; give a ViT")
     before = weights.preprocessing if weights else {}
     if asked == "resnet50":
@@ -434,6 +465,10 @@ def describe_backbone(
         if not weights:
             shape["image_size"] = list(size)
         _check_vit(shape, size)
+        if config.task == "instances" and model.query_blocks > shape["depth"]:
+            raise InputError(
+                f"config.model.query_blocks={model.query_blocks} is more than the model's {shape['depth']} blocks"
+            )
         description = {"model": "vit", "encoder": shape}
     channels = shape["channels"]
     if channels not in _PIXELS or config.data.channels not in (1, channels):
@@ -646,6 +681,7 @@ def training_flops(description: dict[str, Any], size: tuple[int, int]) -> float:
     shape = {name: encoder[name] for name in ("width", "depth", "mlp_ratio")}
     head = description.get("head", {})
     decoder = decoder_flops(size, patch, encoder["width"], head["width"]) if head.get("width") else 0.0
+    decoder *= head.get("blocks", 1)  # after each of which the queries are asked
     return 3 * (vit_flops(patches, patch**2 * encoder["channels"], **shape) + decoder)
 
 

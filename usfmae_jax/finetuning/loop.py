@@ -322,7 +322,7 @@ class Trainer:
         (height, width), channels = self.run.image_format
         targets = self.run.task.targets(self.run.table, self.run.members[0].fold.train)
         shapes: dict[str, Any] = {"image": ((height, width, channels), np.uint8)}
-        shapes |= {"mask": ((height, width), np.uint8)} if self.run.task.mask else {}
+        shapes |= {"mask": ((height, width, *self.run.task.mask_layers), np.uint8)} if self.run.task.mask else {}
         shapes |= {name: (value.shape[1:], value.dtype) for name, value in targets.items()}
         return {
             name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=over) for name, (shape, dtype) in shapes.items()

@@ -32,6 +32,7 @@ from usfmae_jax.interop.names import stored_table
 from usfmae_jax.models.decoders import Segmenter, UNet
 from usfmae_jax.models.heads import Classifier
 from usfmae_jax.models.mae import MAE
+from usfmae_jax.models.queries import MaskTransformer
 from usfmae_jax.models.resnet import ResNet
 from usfmae_jax.models.vit import ViT
 
@@ -57,7 +58,8 @@ class Model:
       description: what `build` takes, JSON: `{"model": "vit", "encoder": arguments of ViT}`, of an MAE with `decoder`
         (`decoder_width`, `decoder_depth` and `decoder_num_heads`), with a head `pool` and the names of its outputs,
         `classes` (of another task than classification: `outputs`); for pixels instead of `pool` the `head`, its `kind`
-        and `width`, see `Segmenter`; `{"model": "resnet50", "resnet": arguments of ResNet, "classes"}`, and
+        and `width`, see `Segmenter`, and of the kind "queries" `queries` and `blocks`, see `MaskTransformer`;
+        `{"model": "resnet50", "resnet": arguments of ResNet, "classes"}`, and
         `{"model": "unet", "unet": arguments of UNet, "outputs"}`; `task` where it is not classification. Of a
         regression, `scale` holds of each output `mean` and `deviation`, of which it is a multiple above the mean,
         `unit`, and `of_frame`: whether that is to be multiplied by the side, in mm, of a square as large as the frame.
@@ -155,7 +157,7 @@ def build(
     freeze: int = 0,
     **computation: Any,
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """What makes the network that a description is of: `ViT`, `MAE`, `Classifier`, `Segmenter`, `UNet` or `ResNet`.
+    """What makes the network that a description is of: a class of `usfmae_jax.models`.
 
     Args:
       description: see `Model`.
@@ -173,7 +175,13 @@ def build(
         return lambda rngs: ResNet(num_classes=outputs, freeze=freeze, dtype=dtype, **resnet, rngs=rngs)
     encoder = dict(description["encoder"]) | {"dtype": dtype} | computation
     encoder["image_size"] = tuple(encoder["image_size"])
-    if head := description.get("head"):
+    head = description.get("head")
+    if head and head["kind"] == "queries":
+        shape = {"decoder_width": head["width"], "queries": head["queries"], "blocks": head["blocks"]}
+        return lambda rngs: MaskTransformer(
+            num_classes=1 + outputs, **shape, drop_path=drop_path, freeze=freeze, rngs=rngs, **encoder
+        )
+    if head:
         shape = {"kind": head["kind"], "num_classes": 1 + outputs, "decoder_width": head.get("width", 0)}
         return lambda rngs: Segmenter(**shape, drop_path=drop_path, freeze=freeze, rngs=rngs, **encoder)
     if _has_head(description):

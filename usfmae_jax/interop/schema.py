@@ -33,6 +33,12 @@ def check_description(about: Any) -> None:
     if name != "encoder":
         return
     encoder = about[name]
+    if (head := about.get("head", {})).get("kind") == "queries":
+        for field in ("width", "queries", "blocks"):
+            if field not in head:
+                raise InputError(f"head of architecture.json lacks {field}")
+        if head["blocks"] > encoder["depth"]:
+            raise InputError(f"architecture.json: queries through {head['blocks']} of {encoder['depth']} blocks")
     sides, patch, width = encoder["image_size"], encoder["patch_size"], encoder["width"]
     patches = math.prod(side // patch for side in sides)
     if any(side % patch for side in sides) or not 0 < patches <= _PATCHES or patches * width > _CELLS:
@@ -153,8 +159,8 @@ _HEAD: dict[str, Check] = {
     "scale": _any,
 }
 _PIXELS: tuple[dict[str, Check], dict[str, Check]] = (
-    {"kind": _one_of("linear", "decoder")},
-    {"width": _whole(1, _WIDTH)},
+    {"kind": _one_of("linear", "decoder", "queries")},
+    {"width": _whole(1, _WIDTH), "queries": _whole(1, 1 << 10), "blocks": _whole(1, _DEPTH)},
 )
 _SCALE: tuple[dict[str, Check], dict[str, Check]] = (
     {

@@ -101,7 +101,7 @@ def resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
 class Decoder(nnx.Module):
     """Convolutions from the patch grid of four levels up to the pixels, as UNETR (Hatamizadeh et al. 2022) has them.
 
-    The last level is where it starts; each doubling of the resolution, up to three, halves the channels and takes in
+    The last level is where it starts; each doubling of the resolution halves the channels and takes in
     an earlier level, and the last of them the image itself, since a patch knows its borders to a few pixels only.
 
     Args:
@@ -111,6 +111,7 @@ class Decoder(nnx.Module):
       patch_size: of the encoder.
       channels: of the images.
       levels: how many there are, 1 to 4.
+      doublings: at most; as many as there are halvings of the patch at most, too.
       dtype: compute dtype; the logits are float32.
       rngs: for the initial parameters.
     """
@@ -124,10 +125,11 @@ class Decoder(nnx.Module):
         patch_size: int,
         channels: int,
         levels: int,
+        doublings: int = 3,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
-        doublings = max(d for d in range(4) if patch_size % 2**d == 0)
+        doublings = max(d for d in range(doublings + 1) if patch_size % 2**d == 0)
         widths = [max(channels_out >> i, min(channels_out, 16)) for i in range(doublings + 1)]
         self.stride, self.dtype = patch_size >> doublings, dtype
         self.norms = Chain([layer_norm(width, rngs=rngs) for _ in range(levels)])

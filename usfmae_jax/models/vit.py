@@ -130,18 +130,22 @@ class Blocks(nnx.Module):
         x: jax.Array,
         after: Sequence[int],
         *,
+        first: int = 0,
         rng: jax.Array | None = None,
         drop_path: float = 0.0,
         freeze: int = 0,
+        through: bool = False,
     ) -> list[jax.Array]:
         """What comes out of some blocks, `[B, N, D]` each; those behind the last of them are not run.
 
         Args:
           x: `[B, N, D]`.
           after: numbers of blocks, ascending, from 0.
+          first: number of the block that `x` goes into.
           rng: see `__call__`.
           drop_path: likewise.
           freeze: likewise.
+          through: `x` gets its gradient through frozen blocks too, which themselves get none.
         """
         graph, stacked = nnx.split(self.stack)
         scales = None
@@ -152,8 +156,8 @@ class Blocks(nnx.Module):
             params, scale = block
             return nnx.merge(graph, params)(x, scale), None
 
-        found, start = [], 0
-        for end in sorted({min(freeze, after[-1] + 1), *(one + 1 for one in after)} - {0}):
+        found, start = [], first
+        for end in sorted({max(min(freeze, after[-1] + 1), first), *(one + 1 for one in after)} - {first}):
             frozen = end <= freeze
             part, scale = stacked, None if frozen else scales
             if end - start < self.depth:
@@ -161,8 +165,9 @@ class Blocks(nnx.Module):
             if frozen:
                 # Without tangents going in, JAX derives no backward pass for these blocks and keeps none of their
                 # values.
-                part, x = jax.lax.stop_gradient((part, x))
-            step = jax.checkpoint(apply, prevent_cse=not self.scan) if self.remat and not frozen else apply
+                part, x = jax.lax.stop_gradient(part), x if through else jax.lax.stop_gradient(x)
+            spared = self.remat and (through or not frozen)
+            step = jax.checkpoint(apply, prevent_cse=not self.scan) if spared else apply
             x = jax.lax.scan(step, x, (part, scale), unroll=1 if self.scan else end - start)[0]
             if end - 1 in after:
                 found.append(x)

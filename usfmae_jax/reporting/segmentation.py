@@ -1,6 +1,6 @@
 """What a segmenter's run leaves, and the parts of its page that are about outlines."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -61,7 +61,7 @@ def finish(
     several = len(main.classes) > 1
     sections = {
         "": part("sentences", verdict(results)),
-        "Outlines": gallery(examples, main.classes),
+        "Outlines": gallery(examples, main.classes, _outlined_example),
         "By patient and by size": part("charts", [_by_patient(main), *_areas(main)]),
         "By class": _per_class(results) if several else _missed(results),
     }
@@ -125,8 +125,24 @@ def outlined(picture: np.ndarray, drawn: np.ndarray | None, predicted: np.ndarra
     return shown
 
 
-def gallery(examples: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Markup:
-    """Frames with their outlines, in groups."""
+def gallery(
+    examples: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    draw: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray],
+    measure: str = "Dice",
+    key: str = "dice",
+    says: str = "full as drawn, dotted as predicted",
+) -> Markup:
+    """Frames with their outlines, in groups.
+
+    Args:
+      examples: dicts of `whole` uint8 `[H, W, 3]`, `group`, `frame`, the measure, and what `draw` needs.
+      classes: names.
+      draw: from a picture, uint8 `[h, w, 3]`, and an example to the picture with outlines.
+      measure: what is told of each.
+      key: of an example that holds it.
+      says: what the outlines are.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in examples:
         whole = np.asarray(one["whole"], np.uint8)
@@ -134,11 +150,15 @@ def gallery(examples: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Ma
         width, height = (max(1, round(side * scale)) for side in whole.shape[1::-1])
         picture = cv2.resize(whole, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
         found = {"width": width, "height": height, "image": pages.jpeg(picture)}
-        found |= {"frame": str(one.get("frame") or "without a name"), "dice": f"{one['dice']:.3f}"}
-        found["outlined"] = pages.jpeg(outlined(picture, one["drawn"], one["map"]))
+        found |= {"frame": str(one.get("frame") or "without a name"), "measure": measure, "value": f"{one[key]:.3f}"}
+        found["outlined"] = pages.jpeg(draw(picture, one))
         groups.setdefault(_GROUPS[one["group"]], []).append(found)
     colours = [(name, f"#{bytes(COLOURS[c % len(COLOURS)]).hex()}") for c, name in enumerate(classes)]
-    return part("gallery", [*groups.items()], colours, template="segmentation.html")
+    return part("gallery", [*groups.items()], colours, says, template="segmentation.html")
+
+
+def _outlined_example(picture: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
+    return outlined(picture, example["drawn"], example["map"])
 
 
 def _by_patient(predictions: MaskPredictions) -> Markup:

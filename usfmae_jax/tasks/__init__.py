@@ -32,7 +32,9 @@ class Task(Protocol):
       tie: the metric that decides between evaluations that are equally good; "" = the earlier one is kept.
       predictions: the type of what is written of every frame that is tested.
       mask: from a record to the class of each of its pixels, uint8 `[H, W]`, which go through the same augmentation as
-        the image and stand in a batch as `mask`; None = the task has no use for them.
+        the image and stand in a batch as `mask`; None = the task has no use for them. Several numbers of a pixel are
+        several layers, `[H, W, L]`.
+      mask_layers: (L,) then, else ().
       fingerprint: changes with what is learnt and is no part of the shards; "" = there is no such thing.
       notes: sentences on what was found, for the person and the report.
     """
@@ -44,6 +46,7 @@ class Task(Protocol):
     mask: Callable[[Record], np.ndarray] | None = None
     fingerprint: str = ""
     notes: tuple[str, ...] = ()
+    mask_layers: tuple[int, ...] = ()
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -182,18 +182,12 @@ class Segmentation(Task):
             assert isinstance(predictions, MaskPredictions)
             dice.append(predictions.mean("dice"))
             place += [(member, int(row)) for row in rows]
-        every = np.concatenate(dice)
-        order = [i for i in np.argsort(every, kind="stable").tolist() if np.isfinite(every[i])]
-        third = min(count // 3, len(order) // 3, SHOWN) or min(len(order), count, 1)
-        middle = (len(order) - third) // 2
-        parts = {"worst": order[:third], "middle": order[middle : middle + third], "best": order[-third:][::-1]}
-        found = []
-        for group, chosen in parts.items():
-            for i in chosen:
-                member, row = place[i]
-                record = read_row(table, row)
-                found.append({"member": member, "row": row, "group": group, "dice": float(every[i])})
-                found[-1] |= {"whole": decode_image(record["image"], 3), "drawn": self.mask(record)}
+        every, found = np.concatenate(dice), []
+        for group, i in thirds(every, count):
+            member, row = place[i]
+            record = read_row(table, row)
+            found.append({"member": member, "row": row, "group": group, "dice": float(every[i])})
+            found[-1] |= {"whole": decode_image(record["image"], 3), "drawn": self.mask(record)}
         return found
 
     def look(self, predict: Any, model: Any) -> Any:
@@ -272,6 +266,20 @@ def pixel_loss(logits: jax.Array, classes: jax.Array, dice: float) -> jax.Array:
     both, either = ((one).sum(axis=(1, 2)) for one in (said * truth, said + truth))
     # One pixel more of each, as is usual: a class that is neither drawn nor predicted is right.
     return entropy + dice * (1 - (2 * both + 1) / (either + 1)).mean(axis=-1)
+
+
+def thirds(values: np.ndarray, count: int) -> list[tuple[str, int]]:
+    """Which of some values are the worst, in the middle and the best, a third of `count` each: (group, number).
+
+    Args:
+      values: float `[N]`, NaN where there is none.
+      count: how many at most.
+    """
+    order = [i for i in np.argsort(values, kind="stable").tolist() if np.isfinite(values[i])]
+    third = min(count // 3, len(order) // 3, SHOWN) or min(len(order), count, 1)
+    middle = (len(order) - third) // 2
+    parts = {"worst": order[:third], "middle": order[middle : middle + third], "best": order[-third:][::-1]}
+    return [(group, i) for group, chosen in parts.items() for i in chosen]
 
 
 def classes_of(probabilities: np.ndarray, size: tuple[int, int]) -> np.ndarray:

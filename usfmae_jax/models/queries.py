@@ -1,0 +1,164 @@
+"""Instances by queries: each of a fixed number of learned vectors says what it found, and on which pixels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from usfmae_jax.models.decoders import Decoder
+from usfmae_jax.models.layers import Chain, Linear, gelu, layer_norm
+from usfmae_jax.models.vit import ViT
+
+#: Doublings of the resolution from the patch grid to the masks.
+DOUBLINGS = 2
+
+#: What queries say: `classes` float32 `[B, Q, 1 + C]`, logits, the first of "no object"; `masks` float32
+#: `[B, Q, h, w]`, logits of the pixels.
+Answer = dict[str, jax.Array]
+
+
+class MaskTransformer(nnx.Module):
+    """A plain ViT as a mask classifier: the encoder-only mask transformer (EoMT; Kerssies et al. 2025).
+
+    Learned queries join the tokens before the last blocks and go through them as tokens do. A linear layer gives the
+    class of each; its mask is the product of an MLP of it with the features of the pixels, which a few convolutions
+    make of the patch tokens (and, since a patch knows its borders to a few pixels only, of the image). The published
+    model masks the attention of queries to what they found so far while it learns, and anneals that away; here every
+    query attends to everything from the start. All that is not the encoder's lies below `head`.
+
+    Args:
+      num_classes: C + 1 outputs of a query, "no object" among them.
+      queries: Q, the most instances that can be found on an image.
+      blocks: how many of the encoder's last blocks the queries go through.
+      decoder_width: channels of the pixels' features at the patch grid, half as many after each doubling.
+      drop_path: highest rate of stochastic depth of the encoder while training.
+      freeze: number of first blocks that are not trained, see `ViT`; all of them leaves only the head to train, whose
+        queries then learn through the frozen blocks.
+      rngs: for the initial parameters.
+      **encoder: arguments of `ViT`.
+
+    Raises:
+      ValueError: more blocks are asked for, or are to be frozen, than there are.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        queries: int,
+        blocks: int,
+        decoder_width: int = 128,
+        drop_path: float = 0.0,
+        freeze: int = 0,
+        rngs: nnx.Rngs,
+        **encoder: Any,
+    ):
+        self.encoder = ViT(**encoder, rngs=rngs)
+        depth = self.encoder.blocks.depth
+        if not 0 <= freeze <= depth:
+            raise ValueError(f"cannot freeze {freeze} of {depth} blocks")
+        if not 1 <= blocks <= depth:
+            raise ValueError(f"queries cannot go through {blocks} of {depth} blocks")
+        self.drop_path, self.freeze, self.first = drop_path, freeze, depth - blocks
+        self.head = QueryHead(
+            self.encoder.width,
+            decoder_width,
+            num_classes,
+            queries,
+            patch_size=self.encoder.patch_size,
+            channels=encoder.get("channels", 3),
+            dtype=self.encoder.dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> Answer:
+        """What the queries say in the end.
+
+        Args:
+          images: normalised, `[B, H, W, C]`.
+          rng: key for drop path; needed only while training.
+          train: drop paths.
+        """
+        return self.answers(images, rng, train)[-1]
+
+    def answers(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> list[Answer]:
+        """What the queries say after each of the blocks that they go through; arguments as those of a call."""
+        how: dict[str, Any] = {"rng": rng if train else None, "drop_path": self.drop_path, "freeze": self.freeze}
+        blocks = self.encoder.blocks
+        x = self.encoder.embed(images)
+        if self.first:
+            x = blocks.levels(x, (self.first - 1,), **how)[0]
+        elif self.freeze:
+            x = jax.lax.stop_gradient(x)
+        queries = self.head.queries[...].astype(x.dtype)
+        x = jnp.concatenate([x, jnp.broadcast_to(queries, (len(x), *queries.shape[1:]))], axis=1)
+        found = blocks.levels(x, range(self.first, blocks.depth), first=self.first, through=True, **how)
+        return [self.head(tokens, images) for tokens in found]
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """The mean of the patch tokens of normalised images `[B, H, W, C]`: float32 `[B, width]`."""
+        return self.encoder(images)[:, 1:].mean(axis=1)
+
+
+class QueryHead(nnx.Module):
+    """The queries, and what is made of them and of the patch tokens: class logits and mask logits.
+
+    Args:
+      width: of the tokens.
+      decoder_width: see `MaskTransformer`.
+      num_classes: likewise.
+      queries: likewise.
+      patch_size: of the encoder.
+      channels: of the images.
+      dtype: compute dtype; what comes out is float32.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        decoder_width: int,
+        num_classes: int,
+        queries: int,
+        *,
+        patch_size: int,
+        channels: int,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.queries = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (1, queries, width)))
+        self.norm = layer_norm(width, rngs=rngs)
+        self.classes = Linear(width, num_classes, dtype=jnp.float32, rngs=rngs)
+        embedding = max(decoder_width >> DOUBLINGS, 16)
+        self.mask = Chain([Linear(width, one, dtype=dtype, rngs=rngs) for one in (width, width, embedding)])
+        self.pixels = Decoder(
+            width,
+            decoder_width,
+            embedding,
+            patch_size=patch_size,
+            channels=channels,
+            levels=1,
+            doublings=DOUBLINGS,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.dtype, self.patch_size = dtype, patch_size
+
+    def __call__(self, tokens: jax.Array, images: jax.Array) -> Answer:
+        """What queries say.
+
+        Args:
+          tokens: `[B, 1 + N + Q, width]`: class token, patches, queries.
+          images: normalised, `[B, H, W, C]`.
+        """
+        b, height, width, _ = images.shape
+        count, patch = self.queries.shape[1], self.patch_size
+        queries = self.norm(tokens[:, -count:])
+        mask = queries.astype(self.dtype)
+        for i, layer in enumerate(self.mask):
+            mask = layer(gelu(mask) if i else mask)
+        patches = tokens[:, 1:-count].reshape(b, height // patch, width // patch, -1)
+        pixels = self.pixels([patches], images)
+        masks = jnp.einsum("bqc,bhwc->bqhw", mask.astype(jnp.float32), pixels)
+        return {"classes": self.classes(queries), "masks": masks}

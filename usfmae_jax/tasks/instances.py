@@ -1,0 +1,326 @@
+"""Instance segmentation: each of the connected areas of a class in a frame's mask is one to be found.
+
+A set of queries answers for a frame; the best one-to-one matching of answers with drawn instances says which query
+learns which (DETR, Carion et al. 2020; as Mask2Former, Cheng et al. 2022, weighs it). Queries without an instance learn
+"no object".
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from pycocotools import mask as coding
+
+from usfmae_jax.data.annotations import Classes
+from usfmae_jax.data.pipeline import decode_ahead
+from usfmae_jax.data.records import Record, decode_image
+from usfmae_jax.data.splits import Strata
+from usfmae_jax.data.table import Table, read_row
+from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.evaluation import instances as scoring
+from usfmae_jax.evaluation import tables
+from usfmae_jax.evaluation.instances import LOSSES, NAMES, Instance, InstancePredictions
+from usfmae_jax.evaluation.predictions import Predictions
+from usfmae_jax.models.queries import MaskTransformer
+from usfmae_jax.reporting import instances as reporting
+from usfmae_jax.tasks import Arrays, Task
+from usfmae_jax.tasks.segmentation import Segmentation, thirds
+
+#: Of the terms of the loss and of the cost of a match, as Mask2Former has them.
+CLASS, PIXELS, DICE = 2.0, 5.0, 5.0
+#: Detections of less than this are not kept: below it a query says "no object", and what is left is of no use.
+LEAST = 0.02
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instances(Task):
+    """How instances are taught to be found.
+
+    Attributes:
+      masks: what the pixels of the frames are of.
+      most: the most instances that a frame of the table has; of frames with more than `queries`, the smallest teach
+        nothing and are missed when they are tested.
+      queries: see `models.queries.MaskTransformer`.
+      query_blocks: likewise.
+      decoder_width: likewise.
+      min_pixels: areas of fewer are no instances, in a frame as in a training view of it.
+      no_object: weight of "no object" in the cross entropy of the classes.
+      dice: weight of the Dice loss of the masks, as a multiple of the usual one.
+    """
+
+    masks: Segmentation
+    most: int
+    queries: int = 20
+    query_blocks: int = 3
+    decoder_width: int = 128
+    min_pixels: int = 10
+    no_object: float = 0.1
+    dice: float = 1.0
+
+    metrics = tuple(NAMES)
+    losses = LOSSES
+    tie = "map50"
+    predictions = InstancePredictions
+    mask_layers = (2,)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the classes."""
+        return self.masks.outputs
+
+    def strata(self, table: Table) -> Strata:
+        """The classes of a frame, as for segmentation."""
+        return self.masks.strata(table)
+
+    def summary(self, table: Table) -> str:
+        """Frames that have each class, and instances."""
+        each = self.masks.summary(table)
+        beyond = f", of which the {self.queries} largest are learnt" if self.most > self.queries else ""
+        return f"{each}; at most {tables.counted(self.most, 'instance')} a frame{beyond}"
+
+    def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
+        """A head of queries."""
+        head = {"kind": "queries", "width": self.decoder_width, "queries": self.queries, "blocks": self.query_blocks}
+        return {**backbone, "task": "instances", "outputs": list(self.outputs), "head": head}
+
+    def targets(self, table: Table, rows: np.ndarray) -> Arrays:
+        """None: masks are read with the images."""
+        return {}
+
+    def mask(self, record: Record) -> np.ndarray:
+        """Class and number of the instance of each pixel, from 1, the largest first: uint8 `[H, W, 2]`; 0 = none."""
+        return numbered(self.masks.mask(record), len(self.outputs), self.min_pixels)
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The sum over images of the mean over the blocks after which the queries are asked, and their number."""
+        assert isinstance(model, MaskTransformer)
+        answers = model.answers(batch["image"], rng, train=True)
+        most = max(1, min(self.most, self.queries))
+        _, _, height, width = answers[-1]["masks"].shape
+        drawn, classes = drawn_masks(batch["mask"], most, (height, width), self.min_pixels)
+        each = [set_loss(answer, drawn, classes, no_object=self.no_object, dice=self.dice) for answer in answers]
+        return sum(each, jnp.zeros(())).sum() / len(each), jnp.float32(len(classes))
+
+    def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
+        """Of each query `classes`, float32 `[B, Q, C]`, probabilities, and `masks`, uint8 `[B, Q, h, w]`, in 255ths."""
+        said = model(images)
+        return {
+            "classes": jax.nn.softmax(said["classes"])[..., 1:],
+            "masks": jnp.round(255 * jax.nn.sigmoid(said["masks"])).astype(jnp.uint8),
+        }
+
+    def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
+        """`truth` and `detections`, object `[n]`: lists of `evaluation.instances.Instance`, as large as the frames."""
+
+        def one(place: int) -> tuple[list[Instance], list[Instance]]:
+            try:
+                drawn = self.mask(read_row(table, int(rows[place])))
+            except DamagedRecord as error:
+                path, number = table.shards.locate(int(table.index[rows[place]]))
+                raise InputError(f"record number {number} of {path} is damaged: {error}; rebuild the shards") from error
+            classes, masks = (predicted[name][place] for name in ("classes", "masks"))
+            return instances_of(drawn), detections(classes, masks, drawn.shape[:2])
+
+        with contextlib.closing(decode_ahead(one, range(len(rows)), 2, 64)) as found:
+            truth, said = zip(*found, strict=True)
+        return {"truth": scoring.lists(truth), "detections": scoring.match(truth, said, len(self.outputs))}
+
+    def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
+        """See `evaluation.instances.score`; 0 where nothing is drawn."""
+        ids = {name: getattr(table, name)[rows] for name in ("dataset", "patient", "video")}
+        nothing = np.zeros(len(rows))
+        ids |= {"frame": table.frame_name[rows], "fold": nothing.astype(str), "seed": nothing, "fraction": nothing + 1}
+        found = scoring.score(self.record(ids, table, rows, predicted), np.ones((1, len(rows))))
+        return {name: float(np.nan_to_num(found[name][0])) for name in NAMES}
+
+    def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> InstancePredictions:
+        """Instances of each frame."""
+        return InstancePredictions(**ids, classes=self.outputs, **predicted, **scoring.counts(**predicted))
+
+    def examples(
+        self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
+    ) -> list[dict[str, Any]]:
+        """The best, the middling and the worst frames by F1 at an intersection over union of 0.5, a third each."""
+        values, place = [], []
+        for member, (rows, predictions) in enumerate(tested):
+            assert isinstance(predictions, InstancePredictions)
+            values.append(predictions.f1())
+            place += [(member, int(row), n) for n, row in enumerate(rows)]
+        every, found = np.concatenate(values), []
+        for group, i in thirds(every, count):
+            member, row, n = place[i]
+            predictions = tested[member][1]
+            assert isinstance(predictions, InstancePredictions)
+            found.append({"member": member, "row": row, "group": group, "f1": float(every[i])})
+            found[-1] |= {"whole": decode_image(read_row(table, row)["image"], 3), "drawn": predictions.truth[n]}
+            found[-1] |= {"detections": predictions.detections[n]}
+        return found
+
+    def look(self, predict: Any, model: Any) -> Any:
+        """Nothing: what was detected stands in the predictions."""
+        return None
+
+    def finish(self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any) -> Any:
+        """See `reporting.instances.finish`."""
+        assert isinstance(predictions, InstancePredictions)
+        return reporting.finish(workdir, predictions, **found)
+
+    def table(self, results: Mapping[str, Any]) -> str:
+        """The results for a terminal."""
+        return tables.overview(results, NAMES, "map")
+
+
+def most_instances(table: Table, classes: Classes, min_pixels: int, threads: int = 2) -> int:
+    """The most instances that a frame of a table has."""
+
+    def one(row: int) -> int:
+        record = read_row(table, row)
+        return int(numbered(classes.read(record), len(classes.names), min_pixels).max()) if record["mask"] else 0
+
+    with contextlib.closing(decode_ahead(one, range(len(table)), threads, 64)) as found:
+        return max(found, default=0)
+
+
+def numbered(classes: np.ndarray, count: int, min_pixels: int) -> np.ndarray:
+    """The connected areas of each class, numbered from 1, the largest first.
+
+    Args:
+      classes: class of each pixel, uint8 `[H, W]`, 0 = background.
+      count: of the classes.
+      min_pixels: smaller areas are background; diagonal neighbours are connected.
+
+    Returns:
+      uint8 `[H, W, 2]`: class, and number; areas beyond the 255th are background.
+    """
+    found: list[tuple[int, int, np.ndarray]] = []
+    for c in range(1, count + 1):
+        _, areas, stats, _ = cv2.connectedComponentsWithStats((classes == c).astype(np.uint8), connectivity=8)
+        sizes = stats[1:, cv2.CC_STAT_AREA].tolist()
+        found += [(size, c, areas == number) for number, size in enumerate(sizes, 1) if size >= min_pixels]
+    found.sort(key=lambda one: -one[0])
+    result = np.zeros((*classes.shape, 2), np.uint8)
+    for number, (_, c, area) in enumerate(found[:255], 1):
+        result[area] = c, number
+    return result
+
+
+def instances_of(drawn: np.ndarray) -> list[Instance]:
+    """The instances of a frame, from what `numbered` gives."""
+    found = []
+    for number in range(1, int(drawn[:, :, 1].max(initial=0)) + 1):
+        area = drawn[:, :, 1] == number
+        found.append({"class": int(drawn[:, :, 0][area][0]) - 1, "mask": encoded(area)})
+    return found
+
+
+def encoded(area: np.ndarray) -> dict[str, Any]:
+    """A mask, bool `[H, W]`, as COCO's run-length encoding that JSON can hold."""
+    code = coding.encode(np.asfortranarray(area.astype(np.uint8)))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
+def detections(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) -> list[Instance]:
+    """What the queries found on a frame, one each at most: of its best class, with the mean of its mask as a factor.
+
+    Args:
+      classes: probabilities, float `[Q, C]`.
+      masks: probabilities of the pixels in 255ths, uint8 `[Q, h, w]`, as the model sees the frame.
+      size: (height, width) of the frame.
+    """
+    found = []
+    for shares, mask in zip(classes, masks, strict=True):
+        c = int(shares.argmax())
+        inside = mask > 127
+        if shares[c] < LEAST or not inside.any():
+            continue
+        score = float(shares[c]) * float(mask[inside].mean()) / 255
+        area = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR) > 127.5
+        if score >= LEAST and area.any():
+            found.append({"class": c, "score": round(score, 5), "mask": encoded(area)})
+    return found
+
+
+def drawn_masks(masks: jax.Array, most: int, size: tuple[int, int], min_pixels: int) -> tuple[jax.Array, jax.Array]:
+    """The instances in training views.
+
+    Args:
+      masks: class and number of each pixel, uint8 `[B, H, W, 2]`.
+      most: M, instances of a view that are learnt: those of the lowest numbers.
+      size: (h, w) of the masks that are compared with them; divides (H, W).
+      min_pixels: see `Instances`.
+
+    Returns:
+      float32 `[B, M, h, w]`, the share of each pixel that is the instance's; int32 `[B, M]`, its class from 1; 0 =
+      there is none.
+    """
+    b, height, width, _ = masks.shape
+    own = masks[..., 1][:, None] == jnp.arange(1, most + 1)[:, None, None]
+    classes = jnp.where(own, masks[..., 0][:, None], 0).max(axis=(2, 3)).astype(jnp.int32)
+    classes = jnp.where(own.sum(axis=(2, 3)) >= min_pixels, classes, 0)
+    cells = own.reshape(b, most, size[0], height // size[0], size[1], width // size[1])
+    return cells.mean(axis=(3, 5), dtype=jnp.float32), classes
+
+
+def set_loss(
+    said: dict[str, jax.Array], drawn: jax.Array, classes: jax.Array, *, no_object: float, dice: float
+) -> jax.Array:
+    """What the best matching of queries with instances costs.
+
+    Cross entropy of the classes, a weighted mean over the queries, and cross entropy and Dice of the masks, means over
+    the instances.
+
+    Args:
+      said: see `models.queries.Answer`.
+      drawn: from `drawn_masks`, `[B, M, h, w]` with M <= Q.
+      classes: likewise, `[B, M]`.
+      no_object: weight of the queries without an instance in the first of these.
+      dice: factor of the Dice loss.
+
+    Returns:
+      float32 `[B]`.
+    """
+    b, queries, _ = said["classes"].shape
+    x = said["masks"].reshape(b, queries, -1).astype(jnp.float32)
+    t = drawn.reshape(*drawn.shape[:2], -1)
+    # Of all pairs [B, M, Q], as products: softplus(x) - x t is the cross entropy of a pixel.
+    entropy = (jax.nn.softplus(x).sum(axis=-1)[:, None] - jnp.einsum("bmp,bqp->bmq", t, x)) / x.shape[-1]
+    share = jax.nn.sigmoid(x)
+    both, either = jnp.einsum("bmp,bqp->bmq", t, share), t.sum(axis=-1)[:, :, None] + share.sum(axis=-1)[:, None]
+    apart = PIXELS * entropy + dice * DICE * (1 - (2 * both + 1) / (either + 1))
+    logs = jax.nn.log_softmax(said["classes"].astype(jnp.float32))
+    there = classes > 0
+    belief = jnp.take_along_axis(jnp.exp(logs), classes[:, None], axis=2).swapaxes(1, 2)  # [B, M, Q]
+    chosen = matched(apart - CLASS * belief, there)
+    wanted = jnp.zeros((b, queries), jnp.int32).at[jnp.arange(b)[:, None], chosen].max(jnp.where(there, classes, 0))
+    weight = jnp.where(wanted > 0, 1.0, no_object)
+    errors = -jnp.take_along_axis(logs, wanted[:, :, None], axis=2)[:, :, 0]
+    about = (weight * errors).sum(axis=1) / weight.sum(axis=1)
+    masks = jnp.take_along_axis(apart, chosen[:, :, None], axis=2)[:, :, 0]
+    return CLASS * about + jnp.where(there, masks, 0).sum(axis=1) / jnp.maximum(there.sum(axis=1), 1)
+
+
+def matched(cost: jax.Array, there: jax.Array) -> jax.Array:
+    """The query of each instance in the cheapest matching.
+
+    Args:
+      cost: `[B, M, Q]`, M <= Q; gets no gradient.
+      there: bool `[B, M]`; instances that are not there take what the others leave.
+
+    Returns:
+      int32 `[B, M]`.
+    """
+    # With a number that is none the algorithm would never end.
+    cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=1e6, posinf=1e6, neginf=-1e6)
+
+    def one(cost: jax.Array) -> jax.Array:
+        rows, columns = optax.assignment.hungarian_algorithm(cost)
+        return jnp.zeros(len(cost), jnp.int32).at[rows].set(columns.astype(jnp.int32))
+
+    return jax.vmap(one)(jnp.where(there[:, :, None], cost, 0))
