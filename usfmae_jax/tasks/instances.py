@@ -105,8 +105,10 @@ class Instances(Task):
         most = max(1, min(self.most, self.queries))
         _, _, height, width = answers[-1]["masks"].shape
         drawn, classes = drawn_masks(batch["mask"], most, (height, width), self.min_pixels)
-        each = [set_loss(answer, drawn, classes, no_object=self.no_object, dice=self.dice) for answer in answers]
-        return sum(each, jnp.zeros(())).sum() / len(each), jnp.float32(len(classes))
+        said = jax.tree.map(lambda *each: jnp.concatenate(each), *answers)  # one matching for all of them
+        drawn, classes = (jnp.concatenate([one] * len(answers)) for one in (drawn, classes))
+        errors = set_loss(said, drawn, classes, no_object=self.no_object, dice=self.dice)
+        return errors.sum() / len(answers), jnp.float32(len(batch["image"]))
 
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
         """Of each query `classes`, float32 `[B, Q, C]`, probabilities, and `masks`, uint8 `[B, Q, h, w]`, in 255ths."""
