@@ -73,7 +73,7 @@ def test_queries_go_through_the_last_blocks_as_tokens_do(images, blocks):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one, other)
 
 
-@pytest.mark.parametrize("freeze", [1, 2, 3])
+@pytest.mark.parametrize("freeze", [1, 3])
 def test_frozen_blocks_get_no_gradient_and_queries_learn_through_them(images, freeze):
     free, frozen = (flatten(nnx.to_pure_dict(_gradient(_model(freeze=count), images))) for count in (0, freeze))
     for name, expected in free.items():
