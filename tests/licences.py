@@ -24,6 +24,7 @@ NAMES = {
     "Apache": "Apache-2.0",
     "MIT License": "MIT",
     "(3-Clause|New|Modified) BSD|BSD[- ]3": "BSD-3-Clause",
+    "FreeBSD": "BSD-2-Clause",
     "BSD License$|BSD$": "BSD",  # does not say which one
     "ISC": "ISC",
     "Mozilla Public License 2.0": "MPL-2.0",
