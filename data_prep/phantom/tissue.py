@@ -102,7 +102,7 @@ LESIONS = {
 
 
 #: Where several lesions of one image lie, see `draw_lesion`.
-SEVERAL = {"sizes": (0.07, 0.11), "down": (0.25, 0.65), "across": 0.75}
+SEVERAL = {"sizes": (0.08, 0.13), "down": (0.25, 0.65), "across": 0.75}
 _APART, _TRIES = 0.4, 100  # room around each of them, as a fraction of its size
 
 

@@ -67,7 +67,7 @@ def test_queries_go_through_the_last_blocks_as_tokens_do(images, blocks):
                 x = jnp.concatenate([x, jnp.repeat(model.head.queries[...], len(x), axis=0)], axis=1)
             x = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked))(x)
             found.append(x)
-        return [model.head(tokens, images) for tokens in found[3 - blocks :]]
+        return model.head(found[3 - blocks :], images)
 
     for one, other in zip(_answers(model, images), by_hand(model), strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one, other)

@@ -681,7 +681,6 @@ def training_flops(description: dict[str, Any], size: tuple[int, int]) -> float:
     shape = {name: encoder[name] for name in ("width", "depth", "mlp_ratio")}
     head = description.get("head", {})
     decoder = decoder_flops(size, patch, encoder["width"], head["width"]) if head.get("width") else 0.0
-    decoder *= head.get("blocks", 1)  # after each of which the queries are asked
     return 3 * (vit_flops(patches, patch**2 * encoder["channels"], **shape) + decoder)
 
 

@@ -25,7 +25,9 @@ class MaskTransformer(nnx.Module):
     class of each; its mask is the product of an MLP of it with the features of the pixels, which a few convolutions
     make of the patch tokens (and, since a patch knows its borders to a few pixels only, of the image). The published
     model masks the attention of queries to what they found so far while it learns, and anneals that away; here every
-    query attends to everything from the start. All that is not the encoder's lies below `head`.
+    query attends to everything from the start. It also makes pixels of the patches behind each block; here the queries
+    of all blocks answer with those behind the last, which is cheaper. All
+    that is not the encoder's lies below `head`.
 
     Args:
       num_classes: C + 1 outputs of a query, "no object" among them.
@@ -94,7 +96,7 @@ class MaskTransformer(nnx.Module):
         queries = self.head.queries[...].astype(x.dtype)
         x = jnp.concatenate([x, jnp.broadcast_to(queries, (len(x), *queries.shape[1:]))], axis=1)
         found = blocks.levels(x, range(self.first, blocks.depth), first=self.first, through=True, **how)
-        return [self.head(tokens, images) for tokens in found]
+        return self.head(found, images)
 
     def features(self, images: jax.Array) -> jax.Array:
         """The mean of the patch tokens of normalised images `[B, H, W, C]`: float32 `[B, width]`."""
@@ -145,20 +147,22 @@ class QueryHead(nnx.Module):
         )
         self.dtype, self.patch_size = dtype, patch_size
 
-    def __call__(self, tokens: jax.Array, images: jax.Array) -> Answer:
-        """What queries say.
+    def __call__(self, levels: list[jax.Array], images: jax.Array) -> list[Answer]:
+        """What queries say, behind each of some blocks.
 
         Args:
-          tokens: `[B, 1 + N + Q, width]`: class token, patches, queries.
+          levels: `[B, 1 + N + Q, width]` each: class token, patches, queries.
           images: normalised, `[B, H, W, C]`.
         """
         b, height, width, _ = images.shape
         count, patch = self.queries.shape[1], self.patch_size
-        queries = self.norm(tokens[:, -count:])
+        patches = levels[-1][:, 1:-count].reshape(b, height // patch, width // patch, -1)
+        pixels = self.pixels([patches], images)
+        return [self._answer(self.norm(tokens[:, -count:]), pixels) for tokens in levels]
+
+    def _answer(self, queries: jax.Array, pixels: jax.Array) -> Answer:
         mask = queries.astype(self.dtype)
         for i, layer in enumerate(self.mask):
             mask = layer(gelu(mask) if i else mask)
-        patches = tokens[:, 1:-count].reshape(b, height // patch, width // patch, -1)
-        pixels = self.pixels([patches], images)
         masks = jnp.einsum("bqc,bhwc->bqhw", mask.astype(jnp.float32), pixels)
         return {"classes": self.classes(queries), "masks": masks}
