@@ -37,7 +37,7 @@ def _gradient(model, images):
 
 
 def test_every_query_has_classes_and_a_mask_after_each_block_it_goes_through(images):
-    answers = _answers(_model(dtype=jnp.bfloat16), images)
+    answers = nnx.eval_shape(lambda: _model(dtype=jnp.bfloat16).answers(images))
     assert len(answers) == 2
     for answer in answers:
         assert {name: (one.shape, one.dtype) for name, one in answer.items()} == {
@@ -54,7 +54,7 @@ def test_parameters_of_the_encoder_are_those_of_the_encoder_alone():
     assert all(name.startswith(("encoder.", "head.")) for name in own)
 
 
-@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("blocks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_queries_go_through_the_last_blocks_as_tokens_do(images, blocks):
     model = _model(blocks=blocks)
 
@@ -73,7 +73,7 @@ def test_queries_go_through_the_last_blocks_as_tokens_do(images, blocks):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), one, other)
 
 
-@pytest.mark.parametrize("freeze", [1, 3])
+@pytest.mark.parametrize("freeze", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_frozen_blocks_get_no_gradient_and_queries_learn_through_them(images, freeze):
     free, frozen = (flatten(nnx.to_pure_dict(_gradient(_model(freeze=count), images))) for count in (0, freeze))
     for name, expected in free.items():

@@ -54,8 +54,8 @@ def folder(tmp_path_factory):
 def _config(folder, **train):
     config = get_config("folder_instances")
     config.data.path = str(folder)
-    config.model.update(image_size=(48, 48), patch_size=8, width=32, depth=2, num_heads=2)
-    config.model.update(queries=6, query_blocks=1, decoder_width=32)
+    config.model.update(image_size=(48, 48), patch_size=8, width=32, depth=1, num_heads=2)
+    config.model.update(queries=6, query_blocks=1, decoder_width=16)
     config.split.update(kind="single", duplicates=False)
     config.train.update(batch_size=8, **train)
     config.evaluate.update(batch_size=16, bootstrap=20)
@@ -169,7 +169,7 @@ def test_a_query_is_one_detection_of_its_best_class():
         ({"model.head": "decoder"}, "config.model.head='decoder' must be 'queries'"),
         ({"model.queries": 0}, "config.model.queries=0 must be between 1 and 255"),
         ({"model.query_blocks": 0}, "config.model.query_blocks=0 must be at least 1"),
-        ({"model.query_blocks": 3}, "config.model.query_blocks=3 is more than the model's 2 blocks"),
+        ({"model.query_blocks": 3}, "config.model.query_blocks=3 is more than the model's 1 blocks"),
         ({"model.arch": "unet"}, "config.model.arch='unet' must be one of"),
         ({"min_pixels": 0}, "config.min_pixels=0 must be at least 1"),
         ({"min_pixels": 10_000}, "config.min_pixels=10000 leaves no instance"),
@@ -201,7 +201,7 @@ def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path
     page = (tmp_path / "report.html").read_text()
     assert all(word in page for word in ("mAP@50", "Outlines", "class 2", "full as drawn"))
     model = open_model(str(tmp_path))
-    assert model.description["head"] == {"kind": "queries", "width": 32, "queries": 6, "blocks": 1}
+    assert model.description["head"] == {"kind": "queries", "width": 16, "queries": 6, "blocks": 1}
     config.init, config.mode = str(tmp_path), "frozen"
     again = build.prepare(config, str(tmp_path / "again"))
     assert "head" in build.loadable(again.init, again.description)["params"]
@@ -210,7 +210,7 @@ def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path
 @pytest.mark.slow
 def test_discs_and_squares_are_found(folder, tmp_path):
     config = _config(folder, steps=600)
-    config.model.query_blocks = 2
+    config.model.update(depth=3, query_blocks=2, decoder_width=32)
     config.stop.every = 20.0
     config.optimizer.learning_rate = 6e-2
     assert finetune(config, str(tmp_path))
