@@ -176,6 +176,7 @@ def test_a_query_is_one_detection_of_its_best_class():
         ({"no_object": 0.0}, "config.no_object=0 must be between 0.001 and 1"),
         ({"stop.metric": "dice"}, "config.stop.metric='dice' must be one of map, map50, map75"),
         ({"regularization.mixup": 0.5}, "is for classes of whole frames"),
+        ({"evaluate.flip": True}, "config.evaluate.flip must be False"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(folder, tmp_path, fields, match):
@@ -187,7 +188,7 @@ def test_fields_that_do_not_fit_are_refused(folder, tmp_path, fields, match):
 
 def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path, monkeypatch):
     config = _config(folder, steps=6)
-    config.stop.every = 0.5
+    config.stop.every, config.save_masks = 0.5, True
     asked = []
     with monkeypatch.context() as patch:
         patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 3)
@@ -198,6 +199,7 @@ def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path
     assert set(results["per_class"]) == {"class 1", "class 2"}
     found = predictions.read(tmp_path, InstancePredictions)
     assert found.drawn.sum() == sum(map(len, found.truth)) > 0
+    assert len(list((tmp_path / "masks" / "single").rglob("*.png"))) == results["counts"]["frames"]
     page = (tmp_path / "report.html").read_text()
     assert all(word in page for word in ("mAP@50", "Outlines", "class 2", "full as drawn"))
     model = open_model(str(tmp_path))

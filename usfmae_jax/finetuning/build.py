@@ -274,6 +274,8 @@ def find_instances(config: ml_collections.ConfigDict, table: Table) -> tuple[Tab
     model, names = config.model, ("queries", "query_blocks", "decoder_width")
     if model.head != "queries":
         raise InputError(f"config.model.head={model.head!r} must be 'queries', which alone tells instances apart")
+    if config.evaluate.flip:
+        raise InputError("config.evaluate.flip must be False: what queries find on a mirrored frame has another order")
     checks.check_ranges(model.to_dict(), {"queries": (1, 255), "query_blocks": (1, np.inf)}, "model.")
     checks.check_ranges(config.to_dict(), {"min_pixels": (1, np.inf), "no_object": (1e-3, 1)})
     frames, masks = _masked(config, table)

@@ -7,7 +7,7 @@ learns which (DETR, Carion et al. 2020; as Mask2Former, Cheng et al. 2022, weigh
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -133,6 +133,17 @@ class Instances(Task):
         with contextlib.closing(decode_ahead(one, range(len(rows)), 2, 64)) as found:
             truth, said = zip(*found, strict=True)
         return {"truth": scoring.lists(truth), "detections": scoring.match(truth, said, len(self.outputs))}
+
+    def outlines(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Iterator[np.ndarray]:
+        """The class of each pixel, of the detections that count as found; the better score lies on top."""
+        for place, row in enumerate(rows.tolist()):
+            classes, masks = (predicted[name][place] for name in ("classes", "masks"))
+            height, width = self.masks.mask(read_row(table, row)).shape
+            shown = np.zeros((height, width), np.uint8)
+            for one in sorted(detections(classes, masks, (height, width)), key=lambda one: one["score"]):
+                if one["score"] >= scoring.FOUND:
+                    shown[coding.decode(one["mask"]) > 0] = one["class"] + 1
+            yield shown
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """See `evaluation.instances.score`; 0 where nothing is drawn."""
