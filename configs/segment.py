@@ -113,9 +113,12 @@ def mmotu_instances(config: ml_collections.ConfigDict) -> None:
 
 
 def phantom_instances(config: ml_collections.ConfigDict) -> None:
-    """Simulated frames: data_prep.build --dataset=phantom --lesions=several."""
+    """Simulated frames, data_prep.build --dataset=phantom --lesions=several: a small model on a CPU."""
     config.data.path = "data/phantom"
     folder_instances(config)
+    config.model.update(image_size=(96, 96), queries=10, query_blocks=2, decoder_width=64)
+    config.optimizer.learning_rate = 1.6e-2
+    config.train.update(batch_size=16, epochs=40.0)
 
 
 VARIANTS = {
