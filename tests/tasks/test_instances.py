@@ -171,6 +171,7 @@ def test_a_query_is_one_detection_of_its_best_class():
         ({"model.query_blocks": 0}, "config.model.query_blocks=0 must be at least 1"),
         ({"model.query_blocks": 3}, "config.model.query_blocks=3 is more than the model's 1 blocks"),
         ({"model.arch": "unet"}, "config.model.arch='unet' must be one of"),
+        ({"model.arch": "resnet50"}, "config.model.arch='resnet50' must be one of"),
         ({"min_pixels": 0}, "config.min_pixels=0 must be at least 1"),
         ({"min_pixels": 10_000}, "config.min_pixels=10000 leaves no instance"),
         ({"no_object": 0.0}, "config.no_object=0 must be between 0.001 and 1"),

@@ -435,7 +435,7 @@ def describe_backbone(
     """
     model = config.model
     checks.check_computation(model.dtype, model.attention)
-    archs = ("", *SIZES, "unet" if config.task == "segmentation" else "resnet50")
+    archs = ("", *SIZES, *{"segmentation": ("unet",), "instances": ()}.get(config.task, ("resnet50",)))
     if model.arch not in archs:
         raise InputError(f"config.model.arch={model.arch!r} must be one of {', '.join(archs[1:])}")
     if not 0 <= model.drop_path < 1:
