@@ -15,7 +15,7 @@ from configs.finetune import get_config
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.intervals import bootstrap_chunks
 from usfmae_jax.evaluation.predictions import Predictions
-from usfmae_jax.finetuning import build
+from usfmae_jax.finetuning import tasks
 from usfmae_jax.finetuning.loop import finetune
 from usfmae_jax.interop.model import open_model
 from usfmae_jax.reporting import run
@@ -71,7 +71,7 @@ class Brightness(Task):
 
 
 def test_a_new_task_is_fine_tuned_and_scored_through_the_same_loop(shards, tmp_path, monkeypatch):
-    monkeypatch.setitem(build.TASKS, "brightness", lambda config, table: (table, Brightness()))
+    monkeypatch.setitem(tasks.TASKS, "brightness", lambda config, table: (table, Brightness()))
     config = get_config("folder")
     config.task = "brightness"
     config.data.path = shards

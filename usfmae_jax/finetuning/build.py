@@ -19,9 +19,8 @@ from usfmae_jax.data.duplicates import cached_near_duplicates, rule_out
 from usfmae_jax.data.provenance import describe_data, seen_in
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.data.table import Table
-from usfmae_jax.data.targets import Targets, read_targets
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation.classification import NAMES, defined, positive_class
+from usfmae_jax.finetuning import tasks
 from usfmae_jax.finetuning.members import Member, count_steps, plan_members
 from usfmae_jax.interop import resnet as resnet_files
 from usfmae_jax.interop.files import TORCH
@@ -30,7 +29,7 @@ from usfmae_jax.models.decoders import decoder_flops, unet_flops
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.models.resnet import STAGES, resnet_flops
 from usfmae_jax.models.vit import SIZES, vit_flops
-from usfmae_jax.tasks import Task, classification, instances, multilabel, regression, segmentation
+from usfmae_jax.tasks import Task
 from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.inspect import cautions
 
@@ -138,9 +137,9 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     """
     check(config)
     table = checks.read_frames(config.data.path, config.data.split)
-    if config.task not in TASKS:
-        raise InputError(f"config.task={config.task!r} must be one of {', '.join(TASKS)}")
-    table, task = TASKS[config.task](config, table)
+    if config.task not in tasks.TASKS:
+        raise InputError(f"config.task={config.task!r} must be one of {', '.join(tasks.TASKS)}")
+    table, task = tasks.TASKS[config.task](config, table)
     if config.stop.metric not in task.metrics:
         raise InputError(f"config.stop.metric={config.stop.metric!r} must be one of {', '.join(task.metrics)}")
     init = read_init(config, len(task.outputs))
@@ -226,175 +225,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise InputError(
             f"config.fractions={tuple(config.fractions)} must be shares of the training patients in (0, 1]"
         )
-
-
-def classify(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
-    """Classification of the labelled frames.
-
-    Raises:
-      InputError: there are none, or a field does not fit their classes.
-    """
-    stop, regular, pool = config.stop, config.regularization, _pool(config)
-    if stop.metric not in NAMES:
-        raise InputError(f"config.stop.metric={stop.metric!r} must be one of {', '.join(NAMES)}")
-    table = classification.select(table, checks.names(config.classes))
-    classes = table.label_names
-    try:
-        two = positive_class(classes, config.positive) is not None
-    except InputError as error:
-        raise InputError(f"config.{error}") from error
-    if stop.metric not in defined(two):
-        raise InputError(
-            f"config.stop.metric={stop.metric!r} is not defined for {len(classes)} classes; use one of "
-            f"{', '.join(defined(two))}"
-        )
-    how = {name: regular[name] for name in ("smoothing", "mixup", "cutmix", "erasing")}
-    how |= {"pool": pool, "positive": config.positive, "balanced": regular.class_weights == "balanced"}
-    return table, classification.Classification(classes, **how)
-
-
-def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
-    """Segmentation of the frames that have a mask.
-
-    Raises:
-      InputError: there are none, or a field does not fit their classes.
-    """
-    model = config.model
-    if model.head not in ("linear", "decoder"):
-        raise InputError(f"config.model.head={model.head!r} must be 'linear' or 'decoder'")
-    return _masked(config, table, head=model.head, decoder_width=model.decoder_width, dice=config.dice)
-
-
-def find_instances(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
-    """Instance segmentation of the frames that have a mask.
-
-    Raises:
-      InputError: there are none, or a field does not fit their classes.
-    """
-    model, names = config.model, ("queries", "query_blocks", "decoder_width")
-    if model.head != "queries":
-        raise InputError(f"config.model.head={model.head!r} must be 'queries', which alone tells instances apart")
-    if config.evaluate.flip:
-        raise InputError("config.evaluate.flip must be False: what queries find on a mirrored frame has another order")
-    checks.check_ranges(model.to_dict(), {"queries": (1, 255), "query_blocks": (1, np.inf)}, "model.")
-    checks.check_ranges(config.to_dict(), {"min_pixels": (1, np.inf), "no_object": (1e-3, 1)})
-    frames, masks = _masked(config, table)
-    how = {name: model[name] for name in names} | {name: config[name] for name in ("min_pixels", "no_object", "dice")}
-    most = instances.most_instances(frames, masks.classes, config.min_pixels, config.data.threads)
-    if not most:
-        raise InputError(f"config.min_pixels={config.min_pixels} leaves no instance: all areas in masks are smaller")
-    return frames, instances.Instances(masks, most, **how)
-
-
-def _masked(config: ml_collections.ConfigDict, table: Table, **how: Any) -> tuple[Table, segmentation.Segmentation]:
-    """The frames that pixels are learnt from, and segmentation of them, of which `how` are fields.
-
-    Raises:
-      InputError: there are none, or a field that all tasks of pixels have does not fit.
-    """
-    model = config.model
-    _refuse_class_fields(config)
-    if config.augment.randaugment_magnitude or config.augment.trivialaugment:
-        raise InputError(
-            "config.augment.randaugment_magnitude must be 0 and trivialaugment false: they move pixels away from their "
-            "mask"
-        )
-    if not 8 <= model.decoder_width <= 2048:
-        raise InputError(f"config.model.decoder_width={model.decoder_width} must lie between 8 and 2048")
-    if config.unmasked not in segmentation.UNMASKED:
-        raise InputError(f"config.unmasked={config.unmasked!r} must be one of {', '.join(segmentation.UNMASKED)}")
-    if config.dice < 0:
-        raise InputError(f"config.dice={config.dice:g} must not be negative")
-    if config.mask_classes not in ("masks", "label"):
-        raise InputError(f"config.mask_classes={config.mask_classes!r} must be 'masks' or 'label'")
-    how |= {"by_label": config.mask_classes == "label"}
-    return segmentation.of_table(table, checks.names(config.classes), config.unmasked, config.data.threads, **how)
-
-
-def regress(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
-    """Regression of a column of a table, of the frames that have a value.
-
-    Raises:
-      InputError: the table cannot be used, see `data.targets`, or a field does not fit.
-    """
-    _refuse_class_fields(config)
-    pool, found = _pool(config), _read_targets(config, table)
-    if config.loss not in regression.KINDS:
-        raise InputError(f"config.loss={config.loss!r} must be one of {', '.join(regression.KINDS)}")
-    if len(found.names) != 1:
-        raise InputError(f"config.target must name one of the columns {', '.join(map(repr, found.names))}")
-    table, found = _with_targets(table, found)
-    ((name,), (unit,)) = found.names, found.units
-    extent = regression.extents(table) if config.of_frame else np.ones(len(table))
-    how = {"pool": pool, "kind": config.loss, "fingerprint": found.fingerprint, "notes": found.notes}
-    return table, regression.Regression(name, unit, found.values[:, 0], extent, **how)
-
-
-def label(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
-    """Several labels from the columns of a table, of the frames that have one of them.
-
-    Raises:
-      InputError: the table cannot be used, see `data.targets`, or a field does not fit.
-    """
-    _refuse_class_fields(config)
-    pool, found = _pool(config), _read_targets(config, table, labels=True)
-    table, found = _with_targets(table, found)
-    for name, one in zip(found.names, found.values.T, strict=True):
-        if len(there := np.unique(one[np.isfinite(one)])) < 2:
-            said = f"{there[0]:g} for all frames" if len(there) else "empty"
-            raise InputError(f"config.targets: the column {name!r} is {said}: leave it out with config.target")
-    about: dict[str, Any] = {"fingerprint": found.fingerprint, "notes": found.notes}
-    return table, multilabel.MultiLabel(found.names, found.values, pool, **about)
-
-
-def _read_targets(config: ml_collections.ConfigDict, table: Table, labels: bool = False) -> Targets:
-    if "targets" not in config:
-        variant = "folder_multilabel" if labels else "folder_regression"
-        raise InputError(
-            f"config.task={config.task} needs the table of --config.targets, which --config=configs/finetune.py:"
-            f"{variant} has a field for"
-        )
-    return read_targets(config.targets, table, checks.names([config.target]), labels=labels)
-
-
-def _with_targets(table: Table, found: Targets) -> tuple[Table, Targets]:
-    """The rows that have a target, and a note on how many have none."""
-    rows, what = np.flatnonzero(np.isfinite(found.values).any(axis=1)), ", ".join(found.names)
-    if not len(rows):
-        raise InputError(f"config.targets: no frame of the data has a value of {what}")
-    missing = len(table) - len(rows)
-    note = [f"{missing} of {len(table)} frames have no value of {what} in config.targets and are left out"]
-    found = dataclasses.replace(found.take(rows), notes=(*found.notes, *(note if missing else [])))
-    return table.take(rows), found
-
-
-def _pool(config: ml_collections.ConfigDict) -> str:
-    pool = config.model.pool
-    if pool not in ("mean", "cls"):
-        raise InputError(f"config.model.pool={pool!r} must be 'mean' (of the patch tokens) or 'cls'")
-    return pool
-
-
-def _refuse_class_fields(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError if a field is set that only the classes of whole frames have a use for."""
-    regular = config.regularization
-    for name in ("smoothing", "mixup", "cutmix", "erasing"):
-        if regular[name]:
-            raise InputError(
-                f"config.regularization.{name}={regular[name]:g} is for classes of whole frames: set it to 0"
-            )
-    if regular.class_weights != "none" or config.positive:
-        raise InputError("config.regularization.class_weights and config.positive are for classes of whole frames")
-
-
-#: What makes a task of a config and the table of all frames, with those frames that it learns from.
-TASKS: dict[str, Callable[[ml_collections.ConfigDict, Table], tuple[Table, Task]]] = {
-    "classification": classify,
-    "segmentation": segment,
-    "instances": find_instances,
-    "regression": regress,
-    "multilabel": label,
-}
 
 
 def read_init(config: ml_collections.ConfigDict, outputs: int) -> Model | None:

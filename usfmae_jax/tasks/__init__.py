@@ -1,6 +1,6 @@
 """What is learnt with labels: one file for each task.
 
-A new one is a file here that has what `Task` names, an entry in `finetuning.build.TASKS` and a variant in
+A new one is a file here that has what `Task` names, an entry in `finetuning.tasks.TASKS` and a variant in
 `configs/finetune.py`; table, splits, members, loop, resuming and report take it as they take classification.
 """
 
