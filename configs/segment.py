@@ -30,9 +30,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config = finetune.get_config("folder")
     config.task = "segmentation"
     config.classes = ()  # names of the classes in order, the background not among them; () = what the shards say
-    config.mask_classes = (
-        "masks"  # what tells classes apart; or "label": a mask outlines one thing, of the frame's class
-    )
+    config.mask_classes = "masks"  # or "label": a mask outlines one thing, and its class is that of the frame
     config.unmasked = "drop"  # a frame without a mask: drop, background (nothing is to be found on it), refuse
     config.save_masks = False  # predicted masks of the test frames, as PNG and COCO JSON, below masks/ in the workdir
     config.dice = 1.0  # weight of the soft Dice loss beside the cross entropy; 0 = off
