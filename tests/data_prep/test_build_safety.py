@@ -182,7 +182,16 @@ def undisturbed(tmp_path_factory):
 def test_a_killed_build_leaves_nothing_that_opens_and_the_next_one_goes_on(undisturbed, tmp_path, how):
     process = subprocess.Popen(
         # Behind this process in the queue: also on a busy machine it is not done before the signal comes.
-        ["nice", sys.executable, "-m", "data_prep.build", "--workers=2", f"--output={tmp_path / 'out'}", *PHANTOMS],
+        [
+            "nice",
+            "-n19",
+            sys.executable,
+            "-m",
+            "data_prep.build",
+            "--workers=2",
+            f"--output={tmp_path / 'out'}",
+            *PHANTOMS,
+        ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
