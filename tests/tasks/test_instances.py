@@ -18,7 +18,7 @@ from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.evaluation.instances import InstancePredictions
-from usfmae_jax.finetuning import build
+from usfmae_jax.finetuning import build, tasks
 from usfmae_jax.finetuning.loop import finetune
 from usfmae_jax.interop.model import open_model
 from usfmae_jax.tasks.instances import detections, drawn_masks, instances_of, matched, numbered, set_loss
@@ -80,7 +80,7 @@ def test_instances_are_connected_areas_of_a_class_the_largest_first():
 
 def test_a_view_keeps_the_number_and_the_class_of_each_pixel(folder):
     table = read_table(str(folder))
-    _, task = build.find_instances(_config(folder), table)
+    _, task = tasks.find_instances(_config(folder), table)
     load = LoadView((), (48, 48), 1, Augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), hflip=0.0), task.mask)
     view = load.draw(masked(3), np.random.default_rng(0))
     assert view["mask"].shape == (48, 48, *task.mask_layers)
