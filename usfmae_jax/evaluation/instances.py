@@ -266,16 +266,12 @@ def count(detections: Sequence[Instance], c: int | None = None, matched: bool = 
 
 def summarise(predictions: InstancePredictions, resamples: int = 1000) -> dict[str, Any]:
     """What results.json says of predicted instances, see `evaluation.results`; of each class, `per_class`."""
-    found = intervals.summarise(predictions, score, [*NAMES], resamples)
+    found, each = intervals.summarise(predictions, score, [*NAMES], resamples, classes=predictions.classes)
     main = intervals.by_fraction(predictions)[-1]
-    value, drawn = intervals.draw(main, score, resamples)
     per_class = {}
     for c, name in enumerate(main.classes):
         there, said, right = drawn_of(main, c), found_of(main, c), found_of(main, c, matched=True)
         counts = main.select(there > 0).counts()
-        per_class[name] = {unit: counts[unit] for unit in ("frames", "patients")} | {
-            metric: intervals.metric(value[f"class_{metric}"][c], drawn[f"class_{metric}"][:, c] if drawn else None)
-            for metric in NAMES
-        }
+        per_class[name] = {unit: counts[unit] for unit in ("frames", "patients")} | each[name]
         per_class[name] |= {"drawn": int(there.sum()), "found": int(said.sum()), "matched": int(right.sum())}
     return found | {"task": {"classes": list(main.classes), "found": FOUND}, "per_class": per_class}

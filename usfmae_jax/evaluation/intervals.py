@@ -141,14 +141,38 @@ def assemble(
 
 
 def summarise(
-    predictions: Kind, score: Score[Kind], names: Sequence[str], resamples: int = 1000, floor: float = 0.0
-) -> dict[str, Any]:
-    """`assemble` with all metrics of `names` that `score` gives, none of which can be less than `floor`."""
-    found = []
+    predictions: Kind,
+    score: Score[Kind],
+    names: Sequence[str],
+    resamples: int = 1000,
+    floor: float = 0.0,
+    classes: Sequence[str] = (),
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """`assemble` with all metrics of `names` that `score` gives, and by class those metrics from the same draws.
+
+    Args:
+      predictions: see `assemble`, as `score`.
+      score: gives the metrics, and of each that has classes `class_NAME`, `[R, C]`.
+      names: of the metrics, in the order of tables.
+      resamples: bootstrap replicates.
+      floor: what no metric can be less than.
+      classes: names of the C classes; () = there are none.
+    """
+    found: list[dict[str, Any]] = []
+    by_class: dict[str, dict[str, Any]] = {}
     for part in by_fraction(predictions):
         value, drawn = draw(part, score, resamples)
         found.append({name: metric(value[name], drawn.get(name), floor=floor) for name in names if name in value})
-    return assemble(predictions, score, found, resamples)
+        keys = {name: f"class_{name}" for name in found[-1]}
+        by_class = {
+            one: {
+                name: metric(value[key][c], drawn[key][:, c] if drawn else None, floor=floor)
+                for name, key in keys.items()
+                if key in value
+            }
+            for c, one in enumerate(classes)
+        }
+    return assemble(predictions, score, found, resamples), by_class
 
 
 def patient_mean(values: np.ndarray, patients: np.ndarray, weights: np.ndarray) -> np.ndarray:

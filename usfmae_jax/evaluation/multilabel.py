@@ -110,16 +110,11 @@ def score(predictions: LabelPredictions, weights: np.ndarray) -> dict[str, np.nd
 
 def summarise(predictions: LabelPredictions, resamples: int = 1000) -> dict[str, Any]:
     """What results.json says of several labels, see `evaluation.results`; of each, `per_class`."""
-    found = intervals.summarise(predictions, score, [*NAMES], resamples)
+    found, each = intervals.summarise(predictions, score, [*NAMES], resamples, classes=predictions.classes)
     main = intervals.by_fraction(predictions)[-1]
-    value, drawn = intervals.draw(main, score, resamples)
     per_class = {}
     for c, name in enumerate(main.classes):
         known, there = (main.select(one).counts() for one in (np.isfinite(main.truth[:, c]), main.truth[:, c] == 1))
         counts = {"frames": known["frames"], "with_it": there["frames"], "patients": there["patients"]}
-        per_class[name] = counts | {
-            metric: intervals.metric(value[key][c], drawn[key][:, c] if drawn else None)
-            for metric in NAMES
-            for key in (f"class_{metric}",)
-        }
+        per_class[name] = counts | each[name]
     return found | {"task": {"classes": list(main.classes)}, "per_class": per_class}

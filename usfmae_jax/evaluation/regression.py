@@ -114,5 +114,5 @@ def summarise(predictions: QuantityPredictions, name: str, unit: str, resamples:
       unit: of it; "" = none.
       resamples: bootstrap replicates; 0 = no intervals.
     """
-    found = intervals.summarise(predictions, score, [*NAMES], resamples, floor=-np.inf)
+    found, _ = intervals.summarise(predictions, score, [*NAMES], resamples, floor=-np.inf)
     return found | {"task": {"quantity": name, "unit": unit}}

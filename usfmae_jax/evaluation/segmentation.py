@@ -181,18 +181,12 @@ def score(predictions: MaskPredictions, weights: np.ndarray) -> dict[str, np.nda
 
 def summarise(predictions: MaskPredictions, resamples: int = 1000) -> dict[str, Any]:
     """What results.json says of predicted masks, see `evaluation.results`; of each class, `per_class`."""
-    found = intervals.summarise(predictions, score, [*NAMES], resamples)
+    found, each = intervals.summarise(predictions, score, [*NAMES], resamples, classes=predictions.classes)
     main = intervals.by_fraction(predictions)[-1]
-    value, drawn = intervals.draw(main, score, resamples)
     per_class = {}
     for c, name in enumerate(main.classes):
         counts = main.select(main.drawn[:, c] > 0).counts()
-        per_class[name] = {unit: counts[unit] for unit in ("frames", "patients")} | {
-            metric: intervals.metric(value[key][c], drawn[key][:, c] if drawn else None)
-            for metric in NAMES
-            if metric in found["metrics"]
-            for key in (f"class_{metric}",)
-        }
+        per_class[name] = {unit: counts[unit] for unit in ("frames", "patients")} | each[name]
         missed = (main.drawn[:, c] > 0) & (main.predicted[:, c] == 0)
         invented = (main.drawn[:, c] == 0) & (main.predicted[:, c] > 0)
         per_class[name] |= {"missed": int(missed.sum()), "invented": int(invented.sum())}
