@@ -54,6 +54,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         test=0.2,  # share of all patients, of a single split
         only=(),  # names of the folds to run; () = all
         duplicates=True,  # look for copies under other patients' names, and keep them on one side
+        copies="drop",  # of tested pictures in other parts: drop; or keep, as a split was published
         no_copies="",  # a CSV file: lines of a run's duplicates.csv that a person found to be other pictures
     )
     config.fractions = (1.0,)  # of the training patients that have labels, such as (0.01, 0.05, 0.1, 0.25, 1.0)

@@ -81,6 +81,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         test=0.2,  # share of the patients, for kind single
         only=(),  # names of folds to run; () = all
         duplicates=True,  # look for the same picture under two patients, and keep it on one side
+        copies="drop",  # of tested pictures in other parts: drop; or keep, as a split was published
         no_copies="",  # a CSV file: lines of a run's duplicates.csv that a person found to be other pictures
     )
     config.fractions = (1.0,)  # shares of the training patients to learn from: one member each

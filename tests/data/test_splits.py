@@ -232,8 +232,21 @@ def test_copies_of_tested_pictures_leave_train_with_their_patient():
     ]
     assert excluded[0]["reason"] == "the same picture as f8 in test"
     assert "of a patient" in excluded[1]["reason"]
+    assert checked.copied.tolist() == [8]  # as the split was given
     with pytest.raises(InputError, match="fold 1 has no frame of class 'a' in train"):
         splits.check([fold], frames, strata(frames), splits.groups(frames), pairs)
+
+
+def test_copies_stay_where_a_split_is_to_stay_as_it_was_published():
+    frames = table(list("aabbccddee"), [0, 1] * 5)
+    fold = splits.Fold("1", np.asarray([0, 1, 2, 3]), np.asarray([4, 5, 6, 7]), np.asarray([8, 9]))
+    pairs = np.asarray([[0, 2], [3, 9], [5, 8], [8, 9]])
+    (kept,), excluded = splits.check([fold], frames, strata(frames), splits.groups(frames), pairs, keep=True)
+    assert not excluded
+    assert [rows.tolist() for rows in kept.parts().values()] == [rows.tolist() for rows in fold.parts().values()]
+    assert kept.copied.tolist() == [8, 9]
+    part = splits.take_fraction(strata(frames), kept, splits.groups(frames), 0.5, 0)
+    assert part.copied.tolist() == [8, 9]
 
 
 @pytest.mark.parametrize(

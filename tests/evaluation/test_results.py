@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.evaluation.made import predictions, several
-from usfmae_jax.evaluation import calibration, classification, intervals, results
-from usfmae_jax.evaluation.predictions import concatenate
+from usfmae_jax.evaluation import calibration, classification, intervals, results, tables
+from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate, read
 
 
 @pytest.fixture
@@ -28,6 +28,32 @@ def test_the_numbers_are_those_of_the_predictions(run):
     assert np.sum(found["confusion"]) == 80  # not the 160 of two seeds
     assert found["per_class"]["malignant"]["frames"] == 40
     assert found["per_class"]["malignant"]["recall"] == found["metrics"]["sensitivity"]
+
+
+def test_every_metric_is_given_without_copied_frames_too(run, tmp_path):
+    assert "without_copies" not in results.summarise(run, resamples=0)
+    copied = np.isin(run.frame_key, np.unique(run.frame_key)[:6])
+    marked = dataclasses.replace(run, copied=copied)
+    found = results.summarise(marked, resamples=30)
+    main = run.select((run.fraction == 1) & ~copied)
+    assert found["without_copies"] == {
+        "frames": main.counts()["frames"],
+        "patients": main.counts()["patients"],
+        "metrics": classification.summarise(main, resamples=30)["metrics"],
+    }
+    assert found["metrics"] == results.summarise(run, resamples=30)["metrics"]
+    assert f"Without {found['counts']['frames'] - found['without_copies']['frames']} copied frames" in tables.overview(
+        found | {"context": {}}, classification.NAMES, "auroc"
+    )
+    marked.write(tmp_path / "predictions.csv")
+    assert read(tmp_path, ClassPredictions).copied.tolist() == copied.tolist()
+    run.write(tmp_path / "predictions.csv")
+    assert not read(tmp_path, ClassPredictions).copied.any()
+
+
+def test_all_tested_frames_may_be_copies(run):
+    marked = dataclasses.replace(run, copied=np.ones(len(run), bool))
+    assert results.summarise(marked, resamples=0)["without_copies"] == {"frames": 0, "patients": 0, "metrics": {}}
 
 
 def test_calibration_after_scaling_is_fitted_on_validation_alone(rng, run):

@@ -15,6 +15,7 @@ from usfmae_jax.data.table import images as table_images
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
+from usfmae_jax.finetuning import build
 from usfmae_jax.finetuning import loop as supervised
 from usfmae_jax.finetuning.loop import better, finetune
 from usfmae_jax.interop.model import Model, flatten, open_model, save_model
@@ -289,6 +290,31 @@ def test_near_duplicates_are_left_out_of_training_and_listed(config, tmp_path):
     with pytest.raises(InputError):  # all simulated discs are alike: nothing is left to learn from
         finetune(config, str(tmp_path / "run"))
     assert (tmp_path / "run" / "duplicates.csv").exists()
+
+
+def test_a_split_with_copies_can_be_run_as_it_was_published_and_says_what_they_are_worth(
+    config, undisturbed, tmp_path, monkeypatch
+):
+    rows = list(csv.DictReader((undisturbed / "splits" / "splits.csv").open()))
+    fold = [row for row in rows if row["fold"] == rows[0]["fold"]]
+    names = {part: [row for row in fold if row["part"] == part] for part in ("train", "test")}
+    one, other = (tuple(names[part][0][column] for column in ("video", "frame")) for part in ("train", "test"))
+
+    def pairs(table, path, keep):
+        place = {name: row for row, name in enumerate(zip(table.video, table.frame_name, strict=True))}
+        return np.array([[place[one], place[other]]])
+
+    monkeypatch.setattr(build, "cached_near_duplicates", pairs)
+    config.split.update(duplicates=True, copies="keep", path=str(undisturbed / "splits"), only=(rows[0]["fold"],))
+    config.train.steps = 2
+    assert finetune(config, str(tmp_path / "run"))
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["without_copies"]["frames"] == found["counts"]["frames"] - 1 == len(names["test"]) - 1
+    assert set(found["without_copies"]["metrics"]) == set(found["metrics"])
+    assert not found["context"]["excluded"]
+    assert "up to 1 tested pictures have a copy" in found["task"]["split"]
+    for page in ("results.md", "report.html"):
+        assert "1 copied frame" in (tmp_path / "run" / page).read_text()
 
 
 BAD = {

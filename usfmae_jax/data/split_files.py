@@ -32,12 +32,15 @@ class Fold:
       train: rows to learn from.
       validation: rows to choose by.
       test: rows to report.
+      copied: those of them that show the same picture as a frame of another patient in train or validation, as the
+        split was given.
     """
 
     name: str
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+    copied: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     def parts(self) -> dict[str, np.ndarray]:
         """The three by name."""

@@ -5,9 +5,10 @@ group, and a group is on one side of a split. `plan` decides which folds a run h
 none pass that `check` refuses.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array
@@ -183,7 +184,7 @@ def take_fraction(strata: Strata, fold: Fold, groups: np.ndarray, fraction: floa
         raise InputError(f"config.fractions has {fraction:g}; give shares of the training patients above 0, 1 at most")
     if fraction == 1:
         return fold
-    return Fold(fold.name, fold.train[_draw(strata, fold.train, groups, fraction, seed)], fold.validation, fold.test)
+    return dataclasses.replace(fold, train=fold.train[_draw(strata, fold.train, groups, fraction, seed)])
 
 
 def plan(
@@ -197,6 +198,7 @@ def plan(
     test: float = 0.2,
     seed: int = 0,
     pairs: np.ndarray | None = None,
+    copies: str = "drop",
 ) -> tuple[list[Fold], np.ndarray, list[Excluded], str]:
     """Decides on the folds and checks them.
 
@@ -211,6 +213,7 @@ def plan(
       test: share of all patients, of 'single'.
       seed: of what is drawn.
       pairs: int `[P, 2]`, rows that show the same picture, see `duplicates`.
+      copies: 'drop' takes copies of tested pictures out of the other parts, 'keep' leaves a split as it was published.
 
     Returns:
       The folds; groups int64 `[N]` (patients, videos and pairs together); what `check` excluded; and a sentence that
@@ -223,6 +226,8 @@ def plan(
         raise InputError(f"config.split.kind={kind!r} is not known; give one of {', '.join(KINDS)}")
     if path and kind not in ("auto", "official"):
         raise InputError(f"config.split.path={path!r} needs --config.split.kind=auto, not {kind}")
+    if copies not in ("drop", "keep"):
+        raise InputError(f"config.split.copies={copies!r} must be 'drop' or 'keep'")
     patients, together = groups(frames), groups(frames, pairs)
     if kind == "auto" and not path:
         named = {"train", "test"} <= set(frames.split.tolist())
@@ -243,11 +248,13 @@ def plan(
         found, note = single(strata, together, validation, test, seed), "one split by patient"
     drawn = kind in ("group", "single") or any(not len(fold.validation) for fold in found)
     found = _with_validation(found, strata, together, validation, seed)
-    found, excluded = check(found, frames, strata, patients, pairs)
+    found, excluded = check(found, frames, strata, patients, pairs, keep=copies == "keep")
     used = min(sum(map(len, fold.parts().values())) for fold in found)
     note += f": {len(found)} fold{'s' if len(found) > 1 else ''}"
     note += f"; validation is {validation:.0%} of the other patients" if drawn else ""
     note += f"; {len(excluded)} copies of tested pictures are taken out" if excluded else ""
+    kept = max(len(fold.copied) for fold in found) if copies == "keep" else 0
+    note += f"; up to {kept} tested pictures have a copy in the other parts, which stay" if kept else ""
     note += f"; up to {len(frames) - used} frames are in no part" if used < len(frames) else ""
     return found, together, excluded, note
 
@@ -288,6 +295,7 @@ def check(
     strata: Strata,
     patient_groups: np.ndarray,
     pairs: np.ndarray | None = None,
+    keep: bool = False,
 ) -> tuple[list[Fold], list[Excluded]]:
     """Refuses folds that leak or cannot be learnt from, and takes copies of what is tested out of the rest.
 
@@ -300,10 +308,11 @@ def check(
       strata: of the rows.
       patient_groups: int `[N]`, `groups` without pairs.
       pairs: int `[P, 2]`, rows that show the same picture.
+      keep: leave the copies where they are.
 
     Returns:
-      The folds without copies; and what was taken out: `fold`, `part`, `dataset`, `patient`, `video`, `frame`, and in
-      `of` and `reason` because of which frame of which part.
+      The folds, with what of each is `copied`, without the copies; and what was taken out: `fold`, `part`, `dataset`,
+      `patient`, `video`, `frame`, and in `of` and `reason` because of which frame of which part.
 
     Raises:
       InputError: a patient or video is on two sides, or a part lacks a stratum.
@@ -315,14 +324,23 @@ def check(
         for side, rows in enumerate(fold.parts().values(), start=1):
             sides[rows] = side
         _refuse_leaks(fold, frames, sides, patient_groups)
+        fold = dataclasses.replace(fold, copied=_copied(fold, pairs))
         highest = np.zeros(persons.max() + 1, np.int64)
         np.maximum.at(highest, persons, sides)
-        copies = np.flatnonzero((sides > 0) & (sides < highest[persons]))
+        copies = np.flatnonzero((sides > 0) & (sides < highest[persons])) if not keep else np.zeros(0, np.int64)
         excluded += [_reason(fold, frames, int(row), sides, persons, pairs) for row in copies]
-        fold = Fold(fold.name, **{part: np.setdiff1d(rows, copies) for part, rows in fold.parts().items()})
+        stays: dict[str, Any] = {part: np.setdiff1d(rows, copies) for part, rows in fold.parts().items()}
+        fold = dataclasses.replace(fold, **stays)
         _refuse_missing_strata(fold, frames, strata)
         checked.append(fold)
     return checked, excluded
+
+
+def _copied(fold: Fold, pairs: np.ndarray | None) -> np.ndarray:
+    """The rows of test that make a pair with a row of another part, ascending."""
+    edges = np.asarray(pairs if pairs is not None else (), np.int64).reshape(-1, 2)
+    tested, learnt = np.isin(edges, fold.test), np.isin(edges, np.concatenate([fold.train, fold.validation]))
+    return np.unique(np.concatenate([edges[tested[:, i] & learnt[:, 1 - i], i] for i in (0, 1)]))
 
 
 def _refuse_leaks(fold: Fold, frames: Table, sides: np.ndarray, patient_groups: np.ndarray) -> None:

@@ -158,21 +158,37 @@ def summarise(
       floor: what no metric can be less than.
       classes: names of the C classes; () = there are none.
     """
-    found: list[dict[str, Any]] = []
-    by_class: dict[str, dict[str, Any]] = {}
-    for part in by_fraction(predictions):
+
+    def measured(part: Kind) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         value, drawn = draw(part, score, resamples)
-        found.append({name: metric(value[name], drawn.get(name), floor=floor) for name in names if name in value})
-        keys = {name: f"class_{name}" for name in found[-1]}
-        by_class = {
+        every = {name: metric(value[name], drawn.get(name), floor=floor) for name in names if name in value}
+        keys = {name: f"class_{name}" for name in every if f"class_{name}" in value}
+        return every, {
             one: {
                 name: metric(value[key][c], drawn[key][:, c] if drawn else None, floor=floor)
                 for name, key in keys.items()
-                if key in value
             }
             for c, one in enumerate(classes)
         }
-    return assemble(predictions, score, found, resamples), by_class
+
+    found = [measured(part) for part in by_fraction(predictions)]
+    results = assemble(predictions, score, [every for every, _ in found], resamples)
+    return results | without_copies(predictions, lambda part: measured(part)[0]), found[-1][1]
+
+
+def without_copies(predictions: Kind, measure: Callable[[Kind], dict[str, Any]]) -> dict[str, Any]:
+    """`without_copies` of results.json, {} where no tested frame has a copy in a part that is not tested.
+
+    Args:
+      predictions: of all members.
+      measure: gives the metrics of predictions of one label fraction.
+    """
+    main = by_fraction(predictions)[-1]
+    if not main.copied.any():
+        return {}
+    rest = main.select(~main.copied)
+    counts = {unit: rest.counts()[unit] for unit in ("frames", "patients")}
+    return {"without_copies": counts | {"metrics": measure(rest) if len(rest) else {}}}
 
 
 def patient_mean(values: np.ndarray, patients: np.ndarray, weights: np.ndarray) -> np.ndarray:

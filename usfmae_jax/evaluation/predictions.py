@@ -16,6 +16,7 @@ from usfmae_jax.errors import InputError
 
 _TEXTS = ("dataset", "patient", "video", "frame", "fold")
 _IDS = (*_TEXTS, "seed", "fraction")
+_COMMON = (*_IDS, "copied")  # of all tasks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Predictions:
       fold: str `[N]`, name of the fold whose test part the row belongs to.
       seed: int `[N]`, of the member.
       fraction: float64 `[N]`, share of the training patients that the member was fitted on, in (0, 1].
+      copied: bool `[N]`, whether the split has the same picture under another patient's name in a part that is not
+        tested; empty = none. Every metric is given without such frames too.
     """
 
     dataset: np.ndarray
@@ -40,9 +43,11 @@ class Predictions:
     fold: np.ndarray
     seed: np.ndarray
     fraction: np.ndarray
+    copied: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
 
     def __post_init__(self):
         kinds = self.kinds()
+        object.__setattr__(self, "copied", self.copied if len(self.copied) else np.zeros(len(self.dataset), bool))
         for name in self.rows():
             object.__setattr__(self, name, np.asarray(getattr(self, name), kinds.get(name, np.float64)))
             if len(getattr(self, name)) != len(self.dataset):
@@ -59,7 +64,7 @@ class Predictions:
     @classmethod
     def kinds(cls) -> dict[str, Any]:
         """Types of the fields that have a row for each prediction, where they are not float64."""
-        return dict.fromkeys(_TEXTS, object) | {"seed": int, "fraction": np.float64}
+        return dict.fromkeys(_TEXTS, object) | {"seed": int, "fraction": np.float64, "copied": bool}
 
     @functools.cached_property
     def frame_key(self) -> np.ndarray:
@@ -88,7 +93,7 @@ class Predictions:
 
     def columns(self) -> dict[str, Sequence[Any]]:
         """What the CSV holds beside the ids, by column: N values each."""
-        own = {name: getattr(self, name) for name in self.rows() if name not in _IDS}
+        own = {name: getattr(self, name) for name in self.rows() if name not in _COMMON}
         for name, values in own.items():
             if values.ndim != 1:  # found now, not when it is read again
                 raise ValueError(f"{name} is {values.shape}, and a column is [N]: give it a field for each column")
@@ -101,7 +106,7 @@ class Predictions:
         Raises:
           KeyError, ValueError: a column is missing, or holds something else.
         """
-        own = {name: np.array([float(value) for value in columns[name]]) for name in cls.rows() if name not in _IDS}
+        own = {name: np.array([float(value) for value in columns[name]]) for name in cls.rows() if name not in _COMMON}
         return cls(**ids, **own)
 
     @classmethod
@@ -112,7 +117,9 @@ class Predictions:
     def write(self, path: str | epath.Path) -> None:
         """Writes a CSV that `read` gives back exactly; the file appears whole or not at all."""
         text = io.StringIO(newline="")
-        columns = {name: getattr(self, name).tolist() for name in _IDS} | self.columns()
+        columns = {name: getattr(self, name).tolist() for name in _IDS}
+        columns |= {"copied": self.copied.astype(int).tolist()} if np.any(self.copied) else {}
+        columns |= self.columns()
         # repr, which csv uses for floats, is the shortest text that reads back as the same number.
         cells.write(text, columns, zip(*columns.values(), strict=True))
         path = epath.Path(path)
@@ -214,6 +221,7 @@ def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
         ids = {name: np.array(columns.pop(name), object) for name in _TEXTS}
         ids["seed"] = np.array([int(value) for value in columns.pop("seed")], int)
         ids["fraction"] = np.array([float(value) for value in columns.pop("fraction")], np.float64)
+        ids["copied"] = np.array([value == "1" for value in columns.pop("copied", ())], bool)
         return kind.from_columns(ids, columns | kind.beside(file))
     except KeyError as error:
         raise InputError(f"{path} is no predictions.csv of finetune or evaluate: it needs {error.args[0]}") from error
@@ -231,14 +239,17 @@ def concatenate(parts: Sequence[Kind]) -> Kind:
     return dataclasses.replace(parts[0], **columns)
 
 
-def identify(table: Table, rows: np.ndarray, fold: str, seed: int, fraction: float) -> dict[str, np.ndarray]:
-    """The ids of a member's predictions of some rows of a table."""
+def identify(
+    table: Table, rows: np.ndarray, fold: str, seed: int, fraction: float, copied: Sequence[int] | np.ndarray = ()
+) -> dict[str, np.ndarray]:
+    """What a member's predictions of rows of a table have beside what is predicted; some of the rows are `copied`."""
     ids = {name: getattr(table, name)[rows] for name in ("dataset", "patient", "video")}
     return ids | {
         "frame": table.frame_name[rows],
         "fold": np.full(len(rows), fold, object),
         "seed": np.full(len(rows), seed),
         "fraction": np.full(len(rows), fraction),
+        "copied": np.isin(rows, copied),
     }
 
 

@@ -35,6 +35,8 @@ bootstrap replicates lacked a class that the metric needs; null = not defined on
                  std with ddof 1, null for one fold; of several seeds each fold's value is the mean
     fractions    [{"fraction": float, "metrics": {NAME: METRIC}}, ...] ascending; one entry where one fraction was run
     seeds        [{"seed": int, "metrics": {NAME: float | null}}, ...]
+    without_copies  only where the split has the same picture in its test part and, under another patient's name, in
+                 another one: {"frames", "patients": int, "metrics": {NAME: METRIC}} of the other tested frames
     robustness   null, or {CORRUPTION: {NAME: [value at severity 0 (clean), 1, ..., 5]}}
     context      what the loop knows, with absolute paths cut to their last part; a loop gives
                    config          dict
@@ -93,8 +95,13 @@ def summarise(
         "calibrated": None if validation is None else _calibrated(main, validation, positive, resamples),
     }
     first, last = ("counts", "fraction", "bootstrap", "metrics"), ("folds", "fractions", "seeds")
+    own |= intervals.without_copies(
+        predictions, lambda part: classification.summarise(part, positive, resamples)["metrics"]
+    )
     ordered = ["format", "task", *first, "per_class", "confusion", "reliability", "calibrated", *last]
-    return {name: (every | own)[name] for name in ordered}
+    return {name: (every | own)[name] for name in ordered} | {
+        name: one for name, one in own.items() if name not in ordered
+    }
 
 
 def _calibrated(

@@ -119,18 +119,27 @@ def heading(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> 
     return f"{what}; {value}{positive}.{split}"
 
 
+def copies(results: Mapping[str, Any]) -> str:
+    """How many tested frames are not among `without_copies` of results.json: "3 copied frames"."""
+    return counted(results["counts"]["frames"] - results["without_copies"]["frames"], "copied frame")
+
+
 def _title(results: Mapping[str, Any]) -> str:
     return results["task"].get("title") or "Results"
 
 
 def _metrics(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
     folds = (results.get("folds") or {}).get("metrics", {}) if results["counts"]["folds"] > 1 else {}
+    rest = (results.get("without_copies") or {}).get("metrics", {})
     heads = ["Metric", "Value [95% interval]", *(["Fold mean ± deviation"] if folds else [])]
+    heads += [f"Without {copies(results)}"] if rest else []
     rows = []
     for name, one in results["metrics"].items():
         row = [names[name], metric(one)]
         if folds:
             row.append(f"{number(folds[name]['mean'])} ± {number(folds[name]['std'])}")
+        if rest:
+            row.append(metric(rest[name]) if name in rest else NONE)
         rows.append(row)
     return markdown(heads, rows)
 

@@ -154,7 +154,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         found = cached_near_duplicates(table, kept, keep=jax.process_index() == 0)
         pairs = rule_out(table, found, config.split.no_copies)
     strata = task.strata(table)
-    how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
+    how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test", "copies")}
     folds, groups, excluded, note = splits.plan(table, strata, **how, seed=config.seed, pairs=pairs)
     chosen, only = splits.only(folds, checks.names(config.split.only))
     lengths = {name: config.train[name] for name in ("batch_size", "epochs", "steps", "min_steps")}
@@ -202,6 +202,7 @@ def check_resumable(run: Run, stored: dict[str, Any]) -> None:
     # Version 0.1 had no other task, and neither of these ways.
     absent: dict[str, Any] = {"task": "classification", "lora_rank": run.settings["lora_rank"]}
     stored = absent | stored | {"augment": {"trivialaugment": False} | stored.get("augment", {})}
+    stored |= {"split": {"copies": "drop"} | stored.get("split", {})}
     checkpoints.check_resumable(stored, run.settings, run.workdir, RESUMABLE)
 
 

@@ -276,7 +276,7 @@ class Trainer:
 
     def record(self, member: Member, rows: np.ndarray, predicted: dict[str, np.ndarray]) -> Predictions:
         """What is written of some rows that a member was asked about."""
-        ids = identify(self.run.table, rows, member.fold.name, member.seed, member.fraction)
+        ids = identify(self.run.table, rows, member.fold.name, member.seed, member.fraction, member.fold.copied)
         return self.run.task.record(ids, self.run.table, rows, predicted)
 
     def predict(

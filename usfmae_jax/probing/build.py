@@ -167,7 +167,7 @@ def split(
     config: ml_collections.ConfigDict, table: Table, strata: splits.Strata, pairs: Any = None
 ) -> tuple[list[splits.Fold], Any, list[dict[str, Any]], str]:
     """The folds of the data; see `splits.plan`."""
-    how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test")}
+    how = {name: config.split[name] for name in ("kind", "path", "folds", "validation", "test", "copies")}
     return splits.plan(table, strata, **how, seed=config.seed, pairs=pairs)
 
 

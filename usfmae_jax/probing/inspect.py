@@ -142,10 +142,16 @@ def parted(found: np.ndarray, tested: Sequence[Tested]) -> list[np.ndarray]:
     return np.split(found, np.cumsum([len(member.rows) for member in tested])[:-1])
 
 
-def record(table: Table, rows: np.ndarray, ids: tuple[str, int, float], probabilities: np.ndarray) -> ClassPredictions:
-    """Predictions of some rows by the member of that fold, seed and fraction."""
+def record(
+    table: Table,
+    rows: np.ndarray,
+    ids: tuple[str, int, float],
+    probabilities: np.ndarray,
+    copied: Sequence[int] | np.ndarray = (),
+) -> ClassPredictions:
+    """Predictions of some rows by the member of that fold, seed and fraction; see `identify`."""
     return ClassPredictions(
-        **identify(table, rows, *ids),
+        **identify(table, rows, *ids, copied),
         classes=table.label_names,
         label=table.label[rows],
         probabilities=probabilities,

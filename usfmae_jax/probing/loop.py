@@ -122,7 +122,7 @@ def probe(
         if refit:
             learnt = (np.concatenate([learnt[0], held_out[0]]), np.concatenate([learnt[1], held_out[1]]))
             head = probes.refit(protocol, settings, learnt, classes, **recipe)
-        said = record(table, fold.test, ids, head.predict(found[fold.test]))
+        said = record(table, fold.test, ids, head.predict(found[fold.test]), fold.copied)
         settings |= {"training_frames": len(learnt[1]), "refit": refit}
         tested.append(Tested(fold.name, seed, fraction, fold.test, said, chosen if len(chosen) else None, settings))
         fitted.append(head)
@@ -171,7 +171,7 @@ def probe_patches(
             rows = np.concatenate([fold.train, fold.validation])
             head = patches.fit(found, targets, rows, np.zeros(0, int), (settings["penalty"],))
         kept = task.measure(table, fold.test, head.predict(found[fold.test], grid))
-        said = task.record(identify(table, fold.test, fold.name, seed, fraction), table, fold.test, kept)
+        said = task.record(identify(table, fold.test, fold.name, seed, fraction, fold.copied), table, fold.test, kept)
         settings |= {"training_frames": len(rows), "refit": refit}
         tested.append(Tested(fold.name, seed, fraction, fold.test, said, settings=settings))
         fitted.append(head)

@@ -151,10 +151,12 @@ def numbers(results: Mapping[str, Any], measures: Mapping[str, Measure]) -> Mark
     found = results.get("metrics") or {}
     names = sorted((name for name in measures if name in found), key=lambda name: not measures[name].meaning)
     bars = any(measures[name].bounded for name in names)
+    rest = (results.get("without_copies") or {}).get("metrics", {})
     rows = []
     for name in names:
         one, value, interval = measures[name], found[name].get("value"), found[name].get("ci95")
         row = [part("hinted", one.title, one.meaning), measured(found[name])]
+        row += [measured(rest.get(name))] if rest else []
         if bars:
             drawn = one.bounded and value is not None
             row.append(part("interval", value, *(interval or (value, value))) if drawn else part("empty_bar"))
@@ -162,8 +164,14 @@ def numbers(results: Mapping[str, Any], measures: Mapping[str, Measure]) -> Mark
     resamples = (results.get("bootstrap") or {}).get("resamples")
     says = f"Value and 95% interval{f' over {resamples:,} draws of patients' if resamples else ''}"
     says += "; the bars run from 0 to 1." if bars else "."
+    if rest:
+        says += (
+            f" Of {tables.copies(results)} the split has the same picture under another patient's name outside of the "
+            "test part; the second column is without them."
+        )
     most = sum(bool(measures[name].meaning) for name in names) or len(rows)
-    return part("led", says, pages.table(["Measure", "Value", ""][: 2 + bars], rows, most=most))
+    heads = ["Measure", "Value", *(["Without copies"] if rest else []), *([""] if bars else [])]
+    return part("led", says, pages.table(heads, rows, most=most))
 
 
 def folds_and_seeds(results: Mapping[str, Any], measures: Mapping[str, Measure], main: Sequence[str]) -> Markup:
