@@ -16,6 +16,8 @@ from usfmae_jax.data import provenance, records
 from usfmae_jax.interop import verify
 from usfmae_jax.interop.model import Model, build, flatten, open_model, preprocessing, read_lineage, save_model
 from usfmae_jax.pretraining.loop import pretrain
+from usfmae_jax.tasks.instances import answers
+from usfmae_jax.training.forward import model_function
 
 
 def test_the_export_of_a_checkpoint_is_the_encoder_of_that_step(config, tmp_path, capsys):
@@ -123,6 +125,29 @@ def test_an_exported_segmenter_gives_the_class_and_the_probabilities_of_each_pix
     card = (tmp_path / "out" / "README.md").read_text()
     assert "it tells for every pixel whether it is of head, rest (1 to 2) or of the background (0)" in card
     assert ("# U-Net" if description["model"] == "unet" else "# ViT") in card
+
+
+@pytest.mark.parametrize("form", ["onnx", "stablehlo"])
+def test_an_exported_model_of_instances_gives_classes_and_masks_of_each_query(tmp_path, form):
+    need("onnx", "onnxruntime", "flatbuffers")
+    encoder = _VIT | {"image_size": [16, 32], "depth": 3, "norm_eps": 1e-3}
+    head = {"kind": "queries", "width": 64, "queries": 5, "blocks": 2}
+    description = {"model": "vit", "encoder": encoder, "task": "instances", "outputs": ["head", "rest"], "head": head}
+    model = _segmenter(tmp_path / "in", description)
+    out = str(tmp_path / "out")
+    assert export.main([f"--checkpoint={tmp_path / 'in'}", f"--format={form}", f"--output={out}"]) == 0
+    about = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert about["differences"].keys() == {"probabilities", "masks"}
+    assert about["largest_difference"] < 1e-4
+    images = np.random.default_rng(1).integers(0, 256, (3, 16, 32, 1), np.uint8)
+    outputs, _ = verify.observed(form, model, out, images)
+    assert outputs["probabilities"].shape == (3, 5, 2)
+    assert outputs["masks"].shape == (3, 5, 16, 32)
+    ours = model_function(model, answers)
+    said = ours[0](ours[1], images)  # what predict makes of the same images, before it is enlarged
+    np.testing.assert_allclose(outputs["probabilities"], said["classes"], atol=1e-4)
+    assert np.ptp(outputs["masks"]) > 0.1
+    assert "each of its 5 queries finds an instance of head, rest, or none" in (tmp_path / "out/README.md").read_text()
 
 
 def test_other_formats_have_no_place_for_masks_and_safetensors_keeps_them(tmp_path, capsys):

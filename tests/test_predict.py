@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import nnx
+from pycocotools import mask as run_lengths
 
 from tests.helpers import frame, record, write_shards
 from usfmae_jax import predict
@@ -19,9 +20,10 @@ from usfmae_jax.data.table import images as decode
 from usfmae_jax.data.table import read_table
 from usfmae_jax.finetuning import results
 from usfmae_jax.interop.model import Model, build, open_model, preprocessing, save_model
-from usfmae_jax.prediction.kinds import measured, segmented
+from usfmae_jax.prediction.kinds import detected, measured, segmented
 from usfmae_jax.reporting.masks import safe_path
 from usfmae_jax.tasks.classification import probabilities
+from usfmae_jax.tasks.instances import merged
 from usfmae_jax.tasks.segmentation import Segmentation, classes_of
 from usfmae_jax.training import forward
 from usfmae_jax.training.mesh import global_batch, make_mesh, replicated
@@ -174,23 +176,23 @@ def test_areas_are_in_cm2_where_the_size_of_a_pixel_is_known_and_members_disagre
     shares[..., 0] = 255
     shares[0, :2, :2] = 0, 255, 0
     shares[1, :2, :2] = 51, 204, 0
-    cells, mask = segmented([SEGMENTER], {"probabilities": shares}, (8, 8), (0.5, 2.0))
+    cells, mask, _ = segmented([SEGMENTER], {"probabilities": shares}, (8, 8), (0.5, 2.0))
     assert mask.tolist() == classes_of(shares.mean(axis=0, dtype=np.float32), (8, 8)).tolist()
     assert cells["area_pixels:lesion"] == (mask == 1).sum()
     assert cells["area_cm2:lesion"] == pytest.approx((mask == 1).sum() / 100)
     assert cells["area_cm2:cyst"] == 0
     assert cells["uncertainty"] == pytest.approx(0.1, abs=1e-6)  # 1 and 0.8
-    cells, _ = segmented([SEGMENTER], {"probabilities": shares * 0}, (8, 8), (0.0, 0.0))
+    cells, *_ = segmented([SEGMENTER], {"probabilities": shares * 0}, (8, 8), (0.0, 0.0))
     assert (cells["uncertainty"], cells["area_cm2:lesion"]) == ("", "")
 
 
 def test_a_quantity_is_given_in_its_unit_and_by_each_member_with_its_own_scale():
     about = {"outputs": ["length"], "scale": {"mean": [10.0], "deviation": [2.0], "unit": ["mm"], "of_frame": [False]}}
     other = {**about, "scale": {**about["scale"], "mean": [20.0]}}
-    cells, mask = measured([about, other], {"value": np.array([1.0, 0.0])}, (8, 8), (0.0, 0.0))
+    cells, mask, _ = measured([about, other], {"value": np.array([1.0, 0.0])}, (8, 8), (0.0, 0.0))
     assert (cells, mask) == ({"length [mm]": 16.0, "uncertainty": 4.0}, None)
     shares = {**about, "scale": {"mean": [0.5], "deviation": [0.1], "unit": ["mm"], "of_frame": [True]}}
-    cells, _ = measured([shares], {"value": np.array([1.0])}, (10, 40), (0.5, 0.5))
+    cells, *_ = measured([shares], {"value": np.array([1.0])}, (10, 40), (0.5, 0.5))
     assert cells == {"length [mm]": pytest.approx(0.6 * 10)}  # of a square as large as 5 x 20 mm
     assert measured([shares], {"value": np.array([1.0])}, (10, 40), (0.0, 0.0))[0] == {"length [mm]": ""}
 
@@ -322,6 +324,74 @@ def test_masks_of_a_fine_tuning_run_are_those_that_are_predicted_and_coco_reads_
             assert area.sum() == one["area"] == area[top : top + down, left : left + across].sum()
             again[area > 0] = one["category_id"]
         np.testing.assert_array_equal(again, png)
+
+
+QUERIES = {
+    "model": "vit",
+    "encoder": ENCODER | {"depth": 2},
+    "task": "instances",
+    "outputs": ["lesion", "cyst"],
+    "head": {"kind": "queries", "width": 64, "queries": 6, "blocks": 1},
+}
+
+
+def finder(directory, seed):
+    """A model of instances whose random queries are sure of themselves."""
+    network = build(QUERIES)(nnx.Rngs(seed))
+    rng = np.random.default_rng(seed)
+    params = nnx.to_pure_dict(nnx.state(network, nnx.Param))
+    params = jax.tree.map(lambda value: value + 0.3 * rng.standard_normal(value.shape, np.float32), params)
+    save_model(str(directory), Model(params, QUERIES, preprocessing((16, 16), 1, [0.25], [0.2]), []))
+    return str(directory)
+
+
+def test_instances_are_counted_and_are_in_coco_with_their_scores(files, tmp_path, capsys):
+    from pycocotools.coco import COCO
+
+    checkpoint = finder(tmp_path / "model", 0)
+    assert run(checkpoint, files, tmp_path / "out") == 0
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    coco = COCO(str(tmp_path / "out" / "masks" / "coco.json"))
+    assert len(coco.getImgIds()) == len(rows) == 7
+    counted = 0
+    for row, image in zip(rows, coco.loadImgs(coco.getImgIds()), strict=True):
+        assert row["mask"] == "masks/" + image["file_name"]
+        found = coco.loadAnns(coco.getAnnIds(imgIds=image["id"]))
+        sure = [one for one in found if one["score"] >= 0.5]
+        png = cv2.imread(str(tmp_path / "out" / row["mask"]), cv2.IMREAD_UNCHANGED)
+        assert (png > 0).sum() == (np.any([coco.annToMask(one) for one in sure], axis=0).sum() if sure else 0)
+        for c, name in enumerate(QUERIES["outputs"], 1):
+            mine = [one for one in sure if one["category_id"] == c]
+            assert int(row[f"count:{name}"]) == len(mine)
+            assert int(row[f"area_pixels:{name}"]) == sum(one["area"] for one in mine)
+        counted += len(sure)
+    assert counted
+    assert run(checkpoint, files, tmp_path / "again", "--flip=on") == 2
+    assert "what queries find on a mirrored frame has another order" in capsys.readouterr().err
+
+
+def test_what_several_models_find_is_one_answer():
+    """Two models: both see the left square (the second half of it more), one alone sees the right one."""
+    masks = np.zeros((2, 3, 8, 16), np.uint8)
+    masks[0, 0, 2:6, 1:5] = masks[1, 2, 2:6, 1:6] = masks[0, 1, 2:6, 10:14] = 255
+    classes = np.zeros((2, 3, 2))
+    classes[0, 0, 0], classes[1, 2, 0], classes[0, 1, 1] = 0.9, 0.7, 0.8
+    found = merged(classes, masks, (8, 16))
+    assert [(one["class"], one["score"]) for one in found] == [(0, 0.8), (1, 0.4)]
+    assert [one["spread"] for one in found] == pytest.approx([0.1, 0.4])
+    np.testing.assert_array_equal(run_lengths.decode(found[1]["mask"]), masks[0, 1] > 0)
+    np.testing.assert_array_equal(run_lengths.decode(found[0]["mask"]), masks[1, 2] > 0)  # half of them is enough
+    answer = detected([QUERIES] * 2, {"classes": classes, "masks": masks}, (8, 16), (0.5, 2.0))
+    assert answer.cells == {
+        "count:lesion": 1, "count:cyst": 0, "area_pixels:lesion": 20, "area_pixels:cyst": 0,
+        "area_cm2:lesion": 0.2, "area_cm2:cyst": 0.0, "uncertainty": pytest.approx(0.1),
+    }  # fmt: skip
+    alone = detected([QUERIES], {"classes": classes[:1], "masks": masks[:1]}, (8, 16), (0.0, 0.0))
+    assert (alone.cells["count:cyst"], alone.cells["area_cm2:cyst"]) == (1, "")
+    assert "uncertainty" not in alone.cells
+    other = classes.copy()
+    other[1, 2] = 0, 0.7  # the same pixels as another class are another instance
+    assert len(merged(other, masks, (8, 16))) == 3
 
 
 @pytest.mark.parametrize("name", ["a/b.png", "..", "../up", "a\\b", "", "-x", "nul\0", "x" * 300, "\u202egnp.exe", "."])

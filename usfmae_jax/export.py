@@ -92,8 +92,6 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
             f"{checkpoint} has a head for another task than classification, which {form} has no place for; use "
             "--format=safetensors, onnx or stablehlo"
         )
-    if model.kind == "model" and "pool" not in model.description and not model.segments and form != "safetensors":
-        raise InputError(f"{checkpoint} has a head that {form} has no place for yet; use --format=safetensors")
     said = "encoder" if model.kind in ("encoder", "mae") else model.kind
     if in_training and model.lineage:
         said += f" after step {model.lineage[-1]['step']}"

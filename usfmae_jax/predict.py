@@ -100,13 +100,15 @@ def predict(
         raise InputError("--stride and --workers must be 1 or more, --max_frames 0 or more")
 
     from usfmae_jax.prediction import output as writing  # after the flags are known to be right
-    from usfmae_jax.prediction.kinds import kind_of
+    from usfmae_jax.prediction.kinds import kind_of, outputs
     from usfmae_jax.training import lock
     from usfmae_jax.training.checks import public_paths
     from usfmae_jax.training.mesh import make_mesh
 
     models = open_members(checkpoint)
     name, kind = kind_of(models[0], checkpoint)
+    if flip and kind.mirror is None:
+        raise InputError("--flip=on: what queries find on a mirrored frame has another order; leave it off")
     about = {
         "kind": name,
         "checkpoint": public_paths(checkpoint),
@@ -126,7 +128,7 @@ def predict(
         except OSError as error:
             raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
         _run(found, run, folder)
-        frames, skipped = folder.write(found.names, found.rejected)
+        frames, skipped = folder.write(found.names, found.rejected, outputs(models[0].description))
     for warning in sorted(folder.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     if skipped:
@@ -294,6 +296,7 @@ class _Ensemble:
         plain = functions[0][0]  # the same one for all members
 
         def both(variables: Any, images: Any) -> Any:
+            assert kind.mirror is not None
             mirrored = kind.mirror(plain(variables, images[:, :, ::-1]))
             return jax.tree.map(mean_of_two, plain(variables, images), mirrored)
 
@@ -390,7 +393,7 @@ def _answer(
     found = run.kind.answer(run.descriptions, said, picture.shape[:2], frame.spacing)
     beside = {}
     if found.mask is not None:
-        beside = folder.add_mask(source, frame.where, frame.number, found.mask, picture)
+        beside = folder.add_mask(source, frame.where, frame.number, found.mask, picture, found.found)
     folder.add(source, frame.file, frame.number, found.cells | beside)
 
 

@@ -146,10 +146,10 @@ class Masks:
     def add(self, rows: np.ndarray, predicted: dict[str, np.ndarray]) -> None:
         """Writes the masks of some rows of the table, of which `predicted` is what the task's `predict` says."""
         table = self._run.table
-        for row, mask in zip(rows.tolist(), self._run.task.outlines(table, rows, predicted), strict=False):
+        for row, (mask, found) in zip(rows.tolist(), self._run.task.outlines(table, rows, predicted), strict=False):
             name = safe_path(str(table.frame_key[row])) + ".png"
             write_png(self._folder / name, mask)
-            self._coco.add(name, mask)
+            self._coco.add(name, mask.shape[:2], found)
 
     def write(self) -> None:
         """Writes the COCO JSON, when all are added."""

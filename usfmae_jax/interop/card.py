@@ -70,6 +70,8 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         chances = model.kind == "classifier" or description.get("task") == "multilabel"
         outputs = "probabilities" if chances else "outputs"
         outputs = "classes [B, H, W] and probabilities [B, H, W, 1 + C] of the pixels" if model.segments else outputs
+        if description.get("task") == "instances":
+            outputs = "of each query probabilities [B, Q, C] of the classes and masks [B, Q, H, W] of the pixels"
     named_outputs, units = description.get("outputs", []), description.get("scale", {}).get("unit", [])
     if units:
         named_outputs = [f"{name} ({unit})" if unit else name for name, unit in zip(named_outputs, units, strict=True)]
@@ -94,6 +96,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         about=description.get("encoder") or description["unet"],
         network=description["model"],
         segments=model.segments,
+        queries=description["head"]["queries"] if description.get("task") == "instances" else 0,
         pool=description.get("pool"),
         classes=description.get("classes", []),
         named_outputs=named_outputs,

@@ -15,6 +15,7 @@ from usfmae_jax.interop import files
 from usfmae_jax.interop.model import Model, flatten
 from usfmae_jax.models.decoders import level_blocks
 from usfmae_jax.models.layers import NORM_EPS
+from usfmae_jax.models.queries import DOUBLINGS
 
 #: Old enough for runtimes of 2022, new enough for LayerNormalization.
 OPSET = 17
@@ -26,7 +27,8 @@ def write_onnx(model: Model, directory: str) -> None:
     Input: `images`, uint8 `[batch, H, W, C]`, any batch size. Outputs: `class_token` `[batch, D]`, `mean_patch`
     `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier, and of several labels, `probabilities`
     `[batch, classes]`; of a segmenter `classes`, uint8 `[batch, H, W]`, and `probabilities` `[batch, H, W, 1 + C]`, the
-    background first; of a model with another head `outputs` `[batch, outputs]`, see `stablehlo.inference`.
+    background first; of a model of instances, of each query, `probabilities` `[batch, Q, classes]` and `masks`
+    `[batch, Q, H, W]`; of a model with another head `outputs` `[batch, outputs]`, see `stablehlo.inference`.
 
     Raises:
       InputError: the package onnx is missing.
@@ -121,6 +123,8 @@ def _outputs(graph: _Graph, model: Model, pixels: str) -> dict[str, list[int]]:
     """What the model is for, from normalised images: names and shapes behind the batch."""
     if model.description["model"] == "unet":
         return _masks(graph, model, _unet(graph, model, pixels))
+    if model.description.get("task") == "instances":
+        return _instances(graph, model, pixels)
     last = _tokens(graph, model, pixels)
     if model.kind == "encoder":
         return _features(graph, model, last)
@@ -136,8 +140,11 @@ def _pixels(graph: _Graph, model: Model) -> str:
     return graph.add("Div", [x, graph.weight("std", std)], "normalised")
 
 
-def _tokens(graph: _Graph, model: Model, x: str) -> str:
-    """Tokens before the final norm, `[batch, 1 + N, D]`; those behind each block are called `blockI`."""
+def _tokens(graph: _Graph, model: Model, x: str, queries: np.ndarray | None = None, joined: int = 0) -> str:
+    """Tokens before the final norm, `[batch, 1 + N, D]`; those behind each block are called `blockI`.
+
+    With `queries` `[1, Q, D]` there are so many more from block number `joined` on.
+    """
     p, about, (rows, columns) = flatten(model.params), model.description["encoder"], model.grid()
     patch, channels, width = about["patch_size"], about["channels"], about["width"]
     x = graph.reshape(x, [-1, rows, patch, columns, patch, channels], "split")
@@ -150,10 +157,21 @@ def _tokens(graph: _Graph, model: Model, x: str) -> str:
     shape = graph.add("Concat", [batch, "one_token"], "class_tokens.shape", axis=0)
     cls = graph.add("Expand", [graph.weight("cls_token", p["encoder.cls_token"]), shape], "class_tokens")
     x = graph.add("Concat", [cls, x], "tokens", axis=1)
+    count = 1 + rows * columns
     for i in range(about["depth"]):
+        if queries is not None and i == joined:
+            count += queries.shape[1]
+            graph.shapes["query_tokens"] = [*queries.shape[1:]]
+            shape = graph.add("Concat", [batch, "query_tokens"], "queries.shape", axis=0)
+            x = graph.add(
+                "Concat",
+                [x, graph.add("Expand", [graph.weight("queries", queries), shape], "queries.all")],
+                "joined",
+                axis=1,
+            )
         prefix = "encoder.blocks.stack."
         block = {name.removeprefix(prefix): value[i] for name, value in p.items() if name.startswith(prefix)}
-        x = _block(graph, x, block, 1 + rows * columns, about["num_heads"], f"block{i}")
+        x = _block(graph, x, block, count, about["num_heads"], f"block{i}")
     return x
 
 
@@ -249,26 +267,78 @@ def _segmenter(graph: _Graph, model: Model, last: str, images: str) -> str:
         x = graph.linear(x, p["head.kernel"], p["head.bias"], "head")
         x = graph.reshape(x, [-1, rows, columns, p["head.bias"].shape[0]], "head.grid")
         return graph.enlarged(x, (patch, patch), "logits", linear=True)
-    doublings = max(d for d in range(4) if patch % 2**d == 0)
+    levels = [
+        patches(f"block{block}", f"head.level{i}.tokens") for i, block in enumerate(reversed(level_blocks(depth)))
+    ]
+    x, stride = _decoder(graph, p, "head", levels, images, (rows, columns), patch, 3)
+    return graph.enlarged(x, (stride, stride), "logits", linear=True)
+
+
+def _instances(graph: _Graph, model: Model, images: str) -> dict[str, list[int]]:
+    """What the queries of a `MaskTransformer` say."""
+    p, (rows, columns), about = flatten(model.params), model.grid(), model.description["encoder"]
+    queries, size = p["head.queries"], list(model.preprocessing["image_size"])
+    count = queries.shape[1]
+    last = _tokens(graph, model, images, queries, about["depth"] - model.description["head"]["blocks"])
+    graph.shapes["end"], graph.shapes["all"] = [1 + rows * columns], [1 + rows * columns + count]
+    patches = graph.add("Slice", [last, "second", "end", "axis"], "patch_tokens")
+    pixels, stride = _decoder(
+        graph, p, "head.pixels", [patches], images, (rows, columns), about["patch_size"], DOUBLINGS
+    )
+    x = graph.add("Slice", [last, "end", "all", "axis"], "query_answers")
+    x = graph.norm(x, p["head.norm.scale"], p["head.norm.bias"], "head.norm", NORM_EPS)
+    shares = graph.add(
+        "Softmax",
+        [graph.linear(x, p["head.classes.kernel"], p["head.classes.bias"], "head.classes")],
+        "shares",
+        axis=-1,
+    )
+    kinds = p["head.classes.bias"].shape[0]
+    graph.shapes |= {"last": [2], "kinds": [kinds]}
+    graph.add("Slice", [shares, "second", "kinds", "last"], "probabilities")
+    for i in range(3):
+        x = _gelu(graph, x, f"head.mask{i}.gelu") if i else x
+        x = graph.linear(x, p[f"head.mask.{i}.kernel"], p[f"head.mask.{i}.bias"], f"head.mask{i}")
+    height, across, embedding = size[0] // stride, size[1] // stride, p["head.mask.2.bias"].shape[0]
+    flat = graph.reshape(pixels, [-1, height * across, embedding], "pixels.flat")
+    flat = graph.add("Transpose", [flat], "pixels.by_channel", perm=[0, 2, 1])
+    x = graph.reshape(graph.add("MatMul", [x, flat], "masks.flat"), [-1, count, height, across], "masks.logits")
+    x = graph.add("Sigmoid", [x], "masks.narrow")
+    scales = graph.weight("masks.scales", np.array([1, 1, stride, stride], np.float32))
+    how = {"mode": "linear", "coordinate_transformation_mode": "half_pixel"}
+    graph.add("Resize", [x, "", scales], "masks", **how)
+    return {"probabilities": [count, kinds - 1], "masks": [count, *size]}
+
+
+def _decoder(
+    graph: _Graph,
+    p: dict[str, np.ndarray],
+    head: str,
+    levels: list[str],
+    images: str,
+    grid: tuple[int, int],
+    patch: int,
+    doublings: int,
+) -> tuple[str, int]:
+    """A `Decoder` called `head`, on patch tokens from the last level to the first: its maps, and their stride."""
+    doublings = max(d for d in range(doublings + 1) if patch % 2**d == 0)
     stride, beside = patch >> doublings, dict[int, str]()
 
     def join(at: int, x: str) -> None:
         beside[at] = graph.add("Add", [beside[at], x], f"{x}.joined") if at in beside else x
 
-    for i, block in enumerate(reversed(level_blocks(depth))):
-        at, name = min(i, doublings), f"head.level{i}"
-        x = patches(f"block{block}", f"{name}.tokens")
-        x = graph.norm(x, p[f"head.norms.{i}.scale"], p[f"head.norms.{i}.bias"], f"{name}.norm", NORM_EPS)
-        x = graph.linear(x, p[f"head.project.{i}.kernel"], p[f"head.project.{i}.bias"], f"{name}.projected")
-        x = graph.reshape(x, [-1, rows, columns, p[f"head.project.{i}.bias"].shape[0]], f"{name}.grid")
+    for i, x in enumerate(levels):
+        at, name = min(i, doublings), f"{head}.level{i}"
+        x = graph.norm(x, p[f"{head}.norms.{i}.scale"], p[f"{head}.norms.{i}.bias"], f"{name}.norm", NORM_EPS)
+        x = graph.linear(x, p[f"{head}.project.{i}.kernel"], p[f"{head}.project.{i}.bias"], f"{name}.projected")
+        x = graph.reshape(x, [-1, *grid, p[f"{head}.project.{i}.bias"].shape[0]], f"{name}.grid")
         join(at, graph.enlarged(x, (2**at, 2**at), f"{name}.enlarged"))
-    join(doublings, graph.conv(images, p["head.image.kernel"], p["head.image.bias"], "head.image", stride))
+    join(doublings, graph.conv(images, p[f"{head}.image.kernel"], p[f"{head}.image.bias"], f"{head}.image", stride))
     x = beside[0]
     for i in range(doublings + 1):
-        x = graph.enlarged(x, (2, 2), f"head.stage{i}.enlarged") if i else x
-        x = _stage(graph, p, f"head.stages.{i}", x, beside.get(i, "") if i else "")
-    x = graph.conv(x, p["head.out.kernel"], p["head.out.bias"], "head.out")
-    return graph.enlarged(x, (stride, stride), "logits", linear=True)
+        x = graph.enlarged(x, (2, 2), f"{head}.stage{i}.enlarged") if i else x
+        x = _stage(graph, p, f"{head}.stages.{i}", x, beside.get(i, "") if i else "")
+    return graph.conv(x, p[f"{head}.out.kernel"], p[f"{head}.out.bias"], f"{head}.out"), stride
 
 
 def _unet(graph: _Graph, model: Model, x: str) -> str:

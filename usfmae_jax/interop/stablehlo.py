@@ -27,7 +27,9 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
 
     It gives float32 `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`; of a
     classifier, and of several labels, `probabilities` `[B, classes]`; of a segmenter `classes` of the pixels, uint8
-    `[B, H, W]`, and `probabilities` of background and classes `[B, H, W, 1 + C]`; of a model with another head
+    `[B, H, W]`, and `probabilities` of background and classes `[B, H, W, 1 + C]`; of a model of instances, of each
+    query, `probabilities` of the classes `[B, Q, C]` and `masks`, the probability of each pixel `[B, Q, H, W]`; of a
+    model with another head
     `outputs` `[B, outputs]`, of a regression in their units (see `Model`), else as they are.
     """
     static = model_graph(build(model.description))
@@ -41,6 +43,11 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
         if model.segments:
             shares = jax.nn.softmax(network(x))
             return {"classes": shares.argmax(axis=-1).astype(jnp.uint8), "probabilities": shares}
+        if model.description.get("task") == "instances":
+            said = network(x)
+            masks = jax.nn.sigmoid(said["masks"])
+            wide = jax.image.resize(masks, (*masks.shape[:2], *x.shape[1:3]), "linear")
+            return {"probabilities": jax.nn.softmax(said["classes"])[..., 1:], "masks": wide}
         if model.description.get("task") == "multilabel":
             return {"probabilities": jax.nn.sigmoid(network(x))}
         if scale := model.description.get("scale"):

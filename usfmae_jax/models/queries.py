@@ -94,7 +94,7 @@ class MaskTransformer(nnx.Module):
         elif self.freeze:
             x = jax.lax.stop_gradient(x)
         queries = self.head.queries[...].astype(x.dtype)
-        x = jnp.concatenate([x, jnp.broadcast_to(queries, (len(x), *queries.shape[1:]))], axis=1)
+        x = jnp.concatenate([x, jnp.broadcast_to(queries, (x.shape[0], *queries.shape[1:]))], axis=1)
         found = blocks.levels(x, range(self.first, blocks.depth), first=self.first, through=True, **how)
         return self.head(found, images)
 

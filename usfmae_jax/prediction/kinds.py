@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from pycocotools import mask as coding
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation.instances import FOUND
 from usfmae_jax.interop.model import Model
-from usfmae_jax.tasks import classification, multilabel, regression, segmentation
+from usfmae_jax.reporting.masks import areas
+from usfmae_jax.tasks import classification, instances, multilabel, regression, segmentation
 
 #: Descriptions of the members of a run, see `interop.model.Model`.
 Members = Sequence[Mapping[str, Any]]
@@ -24,10 +27,12 @@ class Answer(NamedTuple):
     Attributes:
       cells: of its row in predictions.csv, by column; every answer of a kind has the same columns.
       mask: class of each pixel in the frame's own size, uint8 `[H, W]`, 0 = background; None = there is none.
+      found: each instance, see `evaluation.instances.Instance`.
     """
 
     cells: dict[str, Any]
     mask: np.ndarray | None = None
+    found: Sequence[Mapping[str, Any]] = ()
 
 
 class Kind(NamedTuple):
@@ -37,12 +42,12 @@ class Kind(NamedTuple):
       apply: `(network, normalised images [B, H, W, C])` to arrays `[B, ...]` by name, of one member.
       answer: `(descriptions of the M members, arrays [M, ...] of theirs for one frame, (height, width) of the frame,
         (height, width) of its pixels in mm or (0, 0))` to what is said of it.
-      mirror: what `apply` says of mirrored images, to what it would say of the images.
+      mirror: what `apply` says of mirrored images, to what it would say of the images; None = there is no such thing.
     """
 
     apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
     answer: Callable[[Members, Mapping[str, np.ndarray], tuple[int, int], tuple[float, float]], Answer]
-    mirror: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] = lambda said: said
+    mirror: Callable[[dict[str, jax.Array]], dict[str, jax.Array]] | None = lambda said: said
 
 
 def classified(
@@ -65,15 +70,40 @@ def segmented(
     mean = members[0] if len(members) == 1 else members.mean(axis=0, dtype=np.float32)
     mask = segmentation.classes_of(mean, size)
     pixels = np.bincount(mask.ravel(), minlength=1 + len(names))[1:].tolist()
-    cm2 = spacing[0] * spacing[1] / 100 if min(spacing) > 0 else 0.0
-    cells: dict[str, Any] = {f"area_pixels:{name}": count for name, count in zip(names, pixels, strict=True)}
-    cells |= {
-        f"area_cm2:{name}": round(count * cm2, 5) if cm2 else "" for name, count in zip(names, pixels, strict=True)
-    }
+    cells = _areas(names, pixels, spacing)
     first = mean.argmax(axis=-1)
     inside = first > 0
     shares = np.take_along_axis(members[:, inside], first[inside][None, :, None], axis=-1) / 255
-    return Answer(cells | _uncertain(members, shares.std(axis=0).mean() if inside.any() else None), mask)
+    spread = shares.std(axis=0).mean() if inside.any() else None
+    return Answer(cells | _uncertain(members, spread), mask, areas(mask, len(names)))
+
+
+def detected(
+    models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
+) -> Answer:
+    """`count:CLASS`, `area_pixels:CLASS` and `area_cm2:CLASS` of the instances that count as found, of a score of 0.5.
+
+    `uncertainty` is the largest deviation of the score of one of them between members.
+    """
+    members, names = said["classes"], outputs(models[0])
+    every = instances.merged(members, said["masks"], size)
+    found = [one for one in every if one["score"] >= FOUND]
+    pixels = [sum(int(coding.area(one["mask"])) for one in found if one["class"] == c) for c in range(len(names))]
+    cells: dict[str, Any] = {
+        f"count:{name}": sum(one["class"] == c for one in found) for c, name in enumerate(names)
+    } | _areas(names, pixels, spacing)
+    spread = max((one["spread"] for one in found), default=None)
+    kept = [{name: one[name] for name in ("class", "score", "mask")} for one in every]
+    return Answer(cells | _uncertain(members, spread), instances.painted(every, size), kept)
+
+
+def _areas(names: Sequence[str], pixels: Sequence[int], spacing: tuple[float, float]) -> dict[str, Any]:
+    """Columns of the areas of classes; in cm2 where the size of a pixel is known."""
+    cm2 = spacing[0] * spacing[1] / 100 if min(spacing) > 0 else 0.0
+    cells: dict[str, Any] = {f"area_pixels:{name}": count for name, count in zip(names, pixels, strict=True)}
+    return cells | {
+        f"area_cm2:{name}": round(count * cm2, 5) if cm2 else "" for name, count in zip(names, pixels, strict=True)
+    }
 
 
 def labelled(
@@ -112,6 +142,7 @@ def _uncertain(members: np.ndarray, spread: float | None) -> dict[str, Any]:
 KINDS: dict[str, Kind] = {
     "classification": Kind(classification.probabilities, classified),
     "segmentation": Kind(segmentation.probabilities, segmented, segmentation.mirror),
+    "instances": Kind(instances.answers, detected, mirror=None),
     "regression": Kind(regression.standardised, measured),
     "multilabel": Kind(multilabel.probabilities, labelled),
 }

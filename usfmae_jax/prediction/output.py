@@ -3,6 +3,7 @@
 prediction.json   which model, and how files were read
 finished.jsonl    one line for each finished file: its rows, and what was wrong with it
 masks/ overlays/  of each file, below its own name; a clip has a folder of masks, and a film
+masks/coco.json   at the end, what is on all masks; of instances with their scores
 predictions.csv   at the end, one row for each frame
 skipped.csv       at the end, files and frames that could not be read, and why
 """
@@ -21,7 +22,7 @@ from etils import epath
 
 from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
-from usfmae_jax.reporting.masks import put, safe_path, write_png
+from usfmae_jax.reporting.masks import Coco, put, safe_path, write_png
 from usfmae_jax.reporting.segmentation import outlined
 
 ABOUT, FINISHED = "prediction.json", "finished.jsonl"
@@ -39,6 +40,7 @@ class Source:
       stamp: changes when it does.
       rows: of predictions.csv, so far.
       problems: (file, reason).
+      masks: of each frame that has one its `name` in the folder, its `size` and the instances that were `found`.
       film: whether the frames belong together.
     """
 
@@ -46,6 +48,7 @@ class Source:
     stamp: str = ""
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     problems: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    masks: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     film: bool = False
 
 
@@ -81,7 +84,13 @@ class Folder:
         source.rows.append({"file": file, "frame": number, **said})
 
     def add_mask(
-        self, source: Source, where: str, number: int, mask: np.ndarray, picture: np.ndarray
+        self,
+        source: Source,
+        where: str,
+        number: int,
+        mask: np.ndarray,
+        picture: np.ndarray,
+        found: Sequence[Mapping[str, Any]],
     ) -> dict[str, str]:
         """Writes the mask of a frame, and its outlines over the frame.
 
@@ -91,17 +100,20 @@ class Folder:
           number: of the frame.
           mask: class of each pixel, uint8 `[H, W]`.
           picture: the frame, RGB `[H, W, 3]`.
+          found: each instance, see `evaluation.instances.Instance`.
 
         Returns:
           the cell that names the mask.
         """
         where = safe_path(where)
         masks, overlays = self._root / "masks", self._root / "overlays"
+        called = f"{where}/{number:06d}.png" if source.film else f"{where}.png"
+        source.masks.append({"name": called, "size": list(mask.shape), "found": list(found)})
         if not source.film:
             write_png(masks / f"{where}.png", mask)
             if self._overlays:
                 write_png(overlays / f"{where}.png", outlined(picture, mask, None))
-            return {"mask": f"masks/{where}.png"}
+            return {"mask": f"masks/{called}"}
         first, name = not source.rows, f"{number:06d}.png"
         if first:
             shutil.rmtree(masks / f"{where}.incomplete", ignore_errors=True)
@@ -111,7 +123,7 @@ class Folder:
                 overlays.joinpath(where).parent.mkdir(parents=True, exist_ok=True)
                 self._films[where] = Film(overlays / where, picture.shape[:2])
             self._films[where].add(outlined(picture, mask, None))
-        return {"mask": f"masks/{where}/{name}"}
+        return {"mask": f"masks/{called}"}
 
     def finish(self, source: Source) -> None:
         """What was written of a source gets its name, and counts as finished; nothing if it has no rows."""
@@ -126,12 +138,15 @@ class Folder:
                 file.write(json.dumps(dataclasses.asdict(source)) + "\n")
         self.finished[source.name] = source
 
-    def write(self, order: Iterable[str], rejected: Sequence[tuple[str, str]]) -> tuple[int, int]:
-        """Writes predictions.csv and skipped.csv.
+    def write(
+        self, order: Iterable[str], rejected: Sequence[tuple[str, str]], names: Sequence[str] = ()
+    ) -> tuple[int, int]:
+        """Writes predictions.csv, skipped.csv and, where there are masks, masks/coco.json.
 
         Args:
           order: of the sources.
           rejected: (file, reason) of files that were not even opened.
+          names: of the classes of masks.
 
         Returns:
           frames that are predicted, and files or frames that are skipped.
@@ -142,6 +157,12 @@ class Folder:
         if rows:
             self._table("predictions.csv", list(rows[0]), ([*row.values()] for row in rows))
         self._table("skipped.csv", ["file", "reason"], sorted(skipped))
+        masks = [one for source in sources for one in source.masks]
+        if masks:
+            coco = Coco(names)
+            for one in masks:
+                coco.add(one["name"], tuple(one["size"]), one["found"])
+            coco.write(self._root / "masks" / "coco.json")
         return len(rows), len(skipped)
 
     def _table(self, name: str, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:

@@ -1,10 +1,10 @@
-"""Masks as files: PNG with the number of each pixel's class, and COCO JSON of the areas of each class."""
+"""Masks as files: PNG with the number of each pixel's class, and COCO JSON of what is on them."""
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -49,8 +49,31 @@ def put(partial: epath.Path, place: epath.Path) -> None:
     partial.replace(place)
 
 
+def areas(classes: np.ndarray, count: int) -> list[dict[str, Any]]:
+    """The connected areas of each class, as `evaluation.instances.Instance`: `class`, from 0, and `mask`.
+
+    Args:
+      classes: of each pixel, uint8 `[H, W]`; 0 = background. Diagonal neighbours are connected.
+      count: of the classes.
+    """
+    found = []
+    for c in range(count):
+        drawn = (classes == c + 1).astype(np.uint8)
+        several, numbers = cv2.connectedComponents(drawn, connectivity=8)
+        found += [{"class": c, "mask": encoded(numbers == number)} for number in range(1, several)]
+    return found
+
+
+def encoded(area: np.ndarray) -> dict[str, Any]:
+    """A mask, bool `[H, W]`, as COCO's run-length encoding that JSON can hold."""
+    from pycocotools import mask as run_lengths
+
+    code = run_lengths.encode(np.asfortranarray(area.astype(np.uint8)))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
 class Coco:
-    """Masks as COCO JSON: each connected area of a class is an annotation, with its outline as run lengths.
+    """What is drawn or found on images as COCO JSON.
 
     Args:
       names: of the classes beside the background, whose category is their place in here, from 1.
@@ -61,35 +84,31 @@ class Coco:
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
 
-    def add(self, name: str, classes: np.ndarray) -> None:
+    def add(self, name: str, size: tuple[int, int], found: Sequence[Mapping[str, Any]]) -> None:
         """Adds an image.
 
         Args:
           name: of its file.
-          classes: of each pixel, uint8 `[H, W]`; 0 = background.
+          size: (height, width).
+          found: on it, `areas` or `evaluation.instances.Instance`; of a detection the score is kept.
         """
         from pycocotools import mask as run_lengths
 
-        height, width = classes.shape
         image = len(self._images) + 1
-        self._images.append({"id": image, "file_name": name, "width": width, "height": height})
-        for category in self._categories:
-            drawn = (classes == category["id"]).astype(np.uint8)
-            count, areas, boxes, _ = cv2.connectedComponentsWithStats(drawn, connectivity=8)
-            for area in range(1, count):
-                left, top, across, down, pixels = map(int, boxes[area])
-                code = run_lengths.encode(np.asfortranarray(areas == area, dtype=np.uint8))
-                self._annotations.append(
-                    {
-                        "id": len(self._annotations) + 1,
-                        "image_id": image,
-                        "category_id": category["id"],
-                        "bbox": [left, top, across, down],
-                        "area": pixels,
-                        "iscrowd": 0,
-                        "segmentation": {"size": [height, width], "counts": code["counts"].decode("ascii")},
-                    }
-                )
+        self._images.append({"id": image, "file_name": name, "width": size[1], "height": size[0]})
+        for one in found:
+            self._annotations.append(
+                {
+                    "id": len(self._annotations) + 1,
+                    "image_id": image,
+                    "category_id": one["class"] + 1,
+                    "bbox": [int(side) for side in run_lengths.toBbox(one["mask"])],
+                    "area": int(run_lengths.area(one["mask"])),
+                    "iscrowd": 0,
+                    "segmentation": one["mask"],
+                    **({"score": one["score"]} if "score" in one else {}),
+                }
+            )
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the JSON; the file appears whole or not at all."""

@@ -97,8 +97,15 @@ class Task(Protocol):
         """What is kept of predictions `[n, ...]` of some rows, where they are too large to be kept themselves."""
         return predicted
 
-    def outlines(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Iterator[np.ndarray]:
-        """Of predictions `[n, ...]` of some rows the masks, classes uint8 `[H, W]`; none where there are no masks."""
+    def outlines(
+        self, table: Table, rows: np.ndarray, predicted: Arrays
+    ) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+        """Of predictions `[n, ...]` of some rows the masks, if there are any.
+
+        Yields:
+          the class of each pixel in the frame's own size, uint8 `[H, W]`; and each instance, see
+          `evaluation.instances.Instance`.
+        """
         return iter(())
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:

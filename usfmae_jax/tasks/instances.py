@@ -30,6 +30,7 @@ from usfmae_jax.evaluation.instances import LOSSES, NAMES, Instance, InstancePre
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.models.queries import MaskTransformer
 from usfmae_jax.reporting import instances as reporting
+from usfmae_jax.reporting.masks import encoded
 from usfmae_jax.tasks import Arrays, Task
 from usfmae_jax.tasks.segmentation import Segmentation, thirds
 
@@ -111,12 +112,8 @@ class Instances(Task):
         return errors.sum() / len(answers), jnp.float32(len(batch["image"]))
 
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-        """Of each query `classes`, float32 `[B, Q, C]`, probabilities, and `masks`, uint8 `[B, Q, h, w]`, in 255ths."""
-        said = model(images)
-        return {
-            "classes": jax.nn.softmax(said["classes"])[..., 1:],
-            "masks": jnp.round(255 * jax.nn.sigmoid(said["masks"])).astype(jnp.uint8),
-        }
+        """See `answers`."""
+        return answers(model, images)
 
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """`truth` and `detections`, object `[n]`: lists of `evaluation.instances.Instance`, as large as the frames."""
@@ -134,16 +131,14 @@ class Instances(Task):
             truth, said = zip(*found, strict=True)
         return {"truth": scoring.lists(truth), "detections": scoring.match(truth, said, len(self.outputs))}
 
-    def outlines(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Iterator[np.ndarray]:
-        """The class of each pixel, of the detections that count as found; the better score lies on top."""
+    def outlines(
+        self, table: Table, rows: np.ndarray, predicted: Arrays
+    ) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+        """The class of each pixel, of the detections that count as found, and all detections."""
         for place, row in enumerate(rows.tolist()):
-            classes, masks = (predicted[name][place] for name in ("classes", "masks"))
-            height, width = self.masks.mask(read_row(table, row)).shape
-            shown = np.zeros((height, width), np.uint8)
-            for one in sorted(detections(classes, masks, (height, width)), key=lambda one: one["score"]):
-                if one["score"] >= scoring.FOUND:
-                    shown[coding.decode(one["mask"]) > 0] = one["class"] + 1
-            yield shown
+            size = self.masks.mask(read_row(table, row)).shape[:2]
+            found = detections(predicted["classes"][place], predicted["masks"][place], size)
+            yield painted(found, size), found
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """See `evaluation.instances.score`; 0 where nothing is drawn."""
@@ -233,10 +228,66 @@ def instances_of(drawn: np.ndarray) -> list[Instance]:
     return found
 
 
-def encoded(area: np.ndarray) -> dict[str, Any]:
-    """A mask, bool `[H, W]`, as COCO's run-length encoding that JSON can hold."""
-    code = coding.encode(np.asfortranarray(area.astype(np.uint8)))
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+def answers(model: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """What the queries of a `MaskTransformer` say of normalised images `[B, H, W, C]`.
+
+    Returns:
+      `classes`, float32 `[B, Q, C]`, probabilities; `masks`, uint8 `[B, Q, h, w]`, probabilities in 255ths.
+    """
+    said = model(images)
+    return {
+        "classes": jax.nn.softmax(said["classes"])[..., 1:],
+        "masks": jnp.round(255 * jax.nn.sigmoid(said["masks"])).astype(jnp.uint8),
+    }
+
+
+def painted(found: Sequence[Instance], size: tuple[int, int]) -> np.ndarray:
+    """The class of each pixel, uint8 `[H, W]`, of the detections that count as found; a better score lies on top."""
+    shown = np.zeros(size, np.uint8)
+    for one in sorted(found, key=lambda one: one["score"]):
+        if one["score"] >= scoring.FOUND:
+            shown[coding.decode(one["mask"]) > 0] = one["class"] + 1
+    return shown
+
+
+def merged(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) -> list[Instance]:
+    """What M models found on a frame, as one answer.
+
+    From the best score down, detections of a class that share half of their pixels or more (intersection over union)
+    are one, of each model one at most. Its score is the mean over the models, of which those that did not find it say
+    0; its mask is where the models that did find it agree on average.
+
+    Args:
+      classes: float `[M, Q, C]`, see `detections`.
+      masks: uint8 `[M, Q, h, w]`, likewise.
+      size: (height, width) of the frame.
+
+    Returns:
+      `Instance`, with `spread`, the deviation of the score between the models; from the best score down.
+    """
+    every = sorted(
+        ((one, member) for member in range(len(classes)) for one in detections(classes[member], masks[member], size)),
+        key=lambda pair: -pair[0]["score"],
+    )
+    found: list[dict[int, Instance]] = []
+    for one, member in every:
+        for group in found:
+            first = next(iter(group.values()))
+            if member in group or first["class"] != one["class"]:
+                continue
+            if coding.iou([one["mask"]], [first["mask"]], [0])[0, 0] >= 0.5:
+                group[member] = one
+                break
+        else:
+            found.append({member: one})
+    said = []
+    for group in found:
+        scores = np.array([group[member]["score"] if member in group else 0.0 for member in range(len(classes))])
+        share = np.mean([coding.decode(one["mask"]) for one in group.values()], axis=0)
+        first = next(iter(group.values()))
+        one = {"class": first["class"], "score": round(float(scores.mean()), 5)}
+        said.append(one | {"mask": encoded(share >= 0.5), "spread": float(scores.std())})
+    return sorted(said, key=lambda one: -one["score"])
 
 
 def detections(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) -> list[Instance]:

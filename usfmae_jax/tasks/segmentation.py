@@ -23,6 +23,7 @@ from usfmae_jax.evaluation import tables
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.evaluation.segmentation import LOSSES, NAMES, MaskPredictions
 from usfmae_jax.reporting import segmentation as reporting
+from usfmae_jax.reporting.masks import areas
 from usfmae_jax.tasks import Arrays, Task, classification
 
 UNMASKED = ("drop", "background", "refuse")
@@ -148,13 +149,16 @@ class Segmentation(Task):
             frames = list(found)
         return {name: np.stack([frame[name] for frame in frames]) for name in (*scoring.MEASURES, "pixel_area")}
 
-    def outlines(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Iterator[np.ndarray]:
-        """The class of each pixel of the frames, in their own sizes."""
+    def outlines(
+        self, table: Table, rows: np.ndarray, predicted: Arrays
+    ) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
+        """The class of each pixel, and the connected areas of the classes."""
         for place, row in enumerate(rows.tolist()):
             record = read_row(table, row)
             size = record["height"], record["width"]
             size = size if min(size) else decode_image(record["image"]).shape[:2]
-            yield classes_of(predicted["probabilities"][place], size)
+            mask = classes_of(predicted["probabilities"][place], size)
+            yield mask, areas(mask, len(self.outputs))
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
         """See `evaluation.segmentation.score`."""
