@@ -21,6 +21,7 @@ Protocols (`config.protocol`)
   linear     MAE's linear probe: BatchNorm and a linear layer, LARS or AdamW
   attentive  one learned query attends to the frozen patch tokens
   segmentation  of shards with masks: a linear layer from the frozen patch tokens to the classes of their pixels
+  regression  of a number from a table, --config.targets=FILE.csv: ridge regression, chosen on validation frames
   finetuned  the classifier of a fine-tuning run as it is
   auto       finetuned where the checkpoint has a classifier, else logistic
 """
@@ -40,6 +41,9 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.pool = "mean"  # of patch tokens, or "cls"
     config.classes = ()  # expected class names, in order; () takes what the shards say
     config.positive = ""  # class that counts as positive where there are two; "" = the last
+    config.targets = ""  # of protocol regression: a CSV file of numbers, see configs/finetune.py
+    config.target = ""  # name of the column; "" = the only one of numbers
+    config.of_frame = False  # a length in mm, learnt as a share of the frame's side
     config.data = dict(
         path="",  # labelled shards: a folder, a glob, gs://...; several separated by commas
         split="",  # only shards of this TFDS split

@@ -2,11 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from configs import suite as configs
 from tests.helpers import write_shards
 from tests.tasks.test_segmentation import write
+from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.probing import suite
 
@@ -52,6 +54,31 @@ def test_every_encoder_is_tested_on_everything_and_nothing_twice(config, tmp_pat
     assert again["rows"] == found["rows"]
 
 
+def test_numbers_of_a_table_are_tested_where_a_dataset_has_one(config, data, tmp_path, capsys):
+    table = read_table(data[0])
+    rng = np.random.default_rng(0)
+    rows = zip(table.video.tolist(), table.frame.tolist(), table.label.tolist(), strict=True)
+    lines = [f"{video},{frame},{10 * label + rng.normal():.3f}" for video, frame, label in rows]
+    (tmp_path / "table.csv").write_text("\n".join(["video,frame,size [mm]", *lines]) + "\n")
+    config.suite.update(labels="", masks="", targets=(f"made={tmp_path / 'table.csv'}",))
+    config.data.path = data[0]
+    (row,) = suite.run(config, str(tmp_path / "run"))["rows"]
+    assert (row["dataset"], row["kind"], row["lead"]) == ("made", "numbers", "r2")
+    stored = json.loads((tmp_path / "run" / "made-numbers" / "pixels" / "results.json").read_text())
+    assert stored["task"]["unit"] == "mm"
+    assert stored["metrics"]["mae"]["value"] < 5
+    assert not stored["context"]["config"]["of_frame"]  # the size of these pixels is not known
+    assert str(tmp_path) not in json.dumps(stored)
+    assert (tmp_path / "run" / "made-numbers" / "random" / "report.html").exists()
+    assert "## Numbers" in capsys.readouterr().out
+    config.suite.targets = (*config.suite.targets, "other=x.csv")
+    with pytest.raises(InputError, match=r"config\.suite\.targets names 'other', but the data are of made"):
+        suite.run(config, str(tmp_path / "again"))
+    config.suite.targets = ("x.csv",)
+    with pytest.raises(InputError, match="must be DATASET=FILE"):
+        suite.run(config, str(tmp_path / "again"))
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -59,7 +86,7 @@ def test_every_encoder_is_tested_on_everything_and_nothing_twice(config, tmp_pat
         ({"checkpoints": ("random", "random")}, "names an encoder twice"),
         ({"checkpoints": ("random:none",)}, "random:none must name one of the sizes"),
         ({"checkpoints": ("nothing/there",)}, "is no folder"),
-        ({"labels": "", "masks": ""}, "there is nothing to test"),
+        ({"labels": "", "masks": "", "numbers": ""}, "there is nothing to test"),
         ({"labels": ""}, "has neither labels of two classes nor masks"),
     ],
 )

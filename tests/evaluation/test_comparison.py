@@ -8,8 +8,12 @@ from scipy import stats
 
 from tests.evaluation.made import predictions
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import classification, comparison
+from usfmae_jax.evaluation import classification, comparison, instances, multilabel, regression
+from usfmae_jax.evaluation.instances import InstancePredictions
+from usfmae_jax.evaluation.multilabel import LabelPredictions
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
+from usfmae_jax.evaluation.regression import QuantityPredictions
+from usfmae_jax.reporting.masks import encoded
 
 
 @pytest.fixture
@@ -123,3 +127,47 @@ def test_the_table_names_the_runs_and_what_it_rests_on(runs):
     assert "| AUROC " in text
     assert "McNemar (" in text
     assert "takes frames of one patient for independent" in text
+
+
+def _others(rng, skill):
+    """Of each other task predictions of 40 patients, the better the more skill."""
+    one = predictions(rng, patients=40)
+    ids = {name: getattr(one, name) for name in ("dataset", "patient", "video", "frame", "fold", "seed", "fraction")}
+    truth = np.repeat(np.arange(40) % 2, 2).astype(float)
+    says = 1 / (1 + np.exp(-skill * (2 * truth - 1) - rng.normal(size=80)))
+    label = {"truth": np.stack([truth, np.where(np.arange(80) < 4, np.nan, 1 - truth)], axis=1)}
+    square = encoded(np.ones((4, 4), bool))
+    drawn = [[{"class": 0, "mask": square}] for _ in range(80)]
+    pairs = zip(says, truth, strict=True)
+    found = [[{"class": 0, "mask": square, "score": float(p), "right": 1023 * int(t)}] for p, t in pairs]
+    return {
+        "numbers": QuantityPredictions(**ids, truth=10 * truth, value=10 * says),
+        "labels": LabelPredictions(
+            **ids, classes=("a", "b"), **label, probabilities=np.stack([says, 1 - says], axis=1)
+        ),
+        "instances": InstancePredictions(
+            **ids, classes=("c",), truth=drawn, detections=found, drawn=np.ones(80), found=truth, matched=truth
+        ),
+    }
+
+
+@pytest.mark.parametrize(("kind", "lead"), [("numbers", "mae"), ("labels", "auroc"), ("instances", "map50")])
+def test_runs_of_every_task_are_compared_and_read_again(rng, tmp_path, kind, lead):
+    good, bad = (_others(rng, skill)[kind] for skill in (3.0, 0.0))
+    for name, run in (("good", good), ("bad", bad)):
+        (tmp_path / name).mkdir()
+        run.write(tmp_path / name / "predictions.csv")
+    read = [comparison.read(str(tmp_path / name)) for name in ("good", "bad")]
+    assert [type(run) for run in read] == [type(good)] * 2
+    found = comparison.compare(*read, resamples=200)
+    one = found["metrics"][lead]
+    assert (one["ci95"][1] < 0) if lead == "mae" else (one["ci95"][0] > 0)
+    value = {"numbers": regression, "labels": multilabel, "instances": instances}[kind].score(good, np.ones((1, 80)))
+    assert one["a"] == pytest.approx(float(value[lead][0]))
+    assert found["names"][lead] in comparison.table(found)
+    names = {"numbers": "truth", "labels": "truth", "instances": "drawn"}
+    other = dataclasses.replace(bad, **{names[kind]: 1 - getattr(bad, names[kind])})
+    with pytest.raises(InputError, match="something else is true of frame"):
+        comparison.compare(good, other, resamples=0)
+    with pytest.raises(InputError, match="the runs are of two tasks"):
+        comparison.compare(good, predictions(rng, patients=40), resamples=0)

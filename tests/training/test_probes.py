@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
@@ -112,6 +112,24 @@ def test_fewer_frames_than_features_change_nothing_but_the_time():
     model = LogisticRegression(C=found.settings["C"], max_iter=5000, tol=1e-8)
     model.fit(scaler.transform(train[0]), train[1])
     np.testing.assert_allclose(found.predict(test[0]), model.predict_proba(scaler.transform(test[0])), atol=2e-3)
+
+
+def test_ridge_regression_is_scikit_learns_at_the_chosen_penalty():
+    rng = np.random.default_rng(3)
+    for count, width in ((80, 12), (30, 60)):
+        features = rng.normal(size=(count + 40, width)) * np.arange(1, width + 1) + 5
+        values = features[:, :5] @ [1.0, -2, 0.5, 0, 0.3] + rng.normal(size=len(features)) + 100
+        train, rest = (features[:count], values[:count]), (features[count:], values[count:])
+        predict, settings = probes.ridge(train, rest)
+        scaler = StandardScaler().fit(train[0])
+        errors = {}
+        for penalty in probes.PENALTIES:
+            theirs = Ridge(alpha=penalty * count).fit(scaler.transform(train[0]), train[1])
+            errors[penalty] = np.mean((theirs.predict(scaler.transform(rest[0])) - rest[1]) ** 2)
+            if penalty == settings["penalty"]:
+                np.testing.assert_allclose(predict(rest[0]), theirs.predict(scaler.transform(rest[0])), rtol=1e-8)
+        assert settings["penalty"] == min(errors, key=errors.get)
+        assert settings["validation_mse"] == pytest.approx(min(errors.values()))
 
 
 def test_a_constant_feature_says_nothing():

@@ -55,6 +55,20 @@ class Targets:
         return dataclasses.replace(self, values=self.values[rows])
 
 
+def known(table: Table, targets: Targets) -> tuple[Table, Targets]:
+    """The rows of a table that have a target, and their targets, with a note on how many have none.
+
+    Raises:
+      InputError: no frame has one.
+    """
+    rows, what = np.flatnonzero(np.isfinite(targets.values).any(axis=1)), ", ".join(targets.names)
+    if not len(rows):
+        raise InputError(f"config.targets: no frame of the data has a value of {what}")
+    missing = len(table) - len(rows)
+    note = [f"{missing} of {len(table)} frames have no value of {what} in config.targets and are left out"]
+    return table.take(rows), dataclasses.replace(targets.take(rows), notes=(*targets.notes, *(note if missing else [])))
+
+
 class _File(NamedTuple):
     name: str
     key: str  # the column that names frames

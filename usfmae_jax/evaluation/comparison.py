@@ -1,21 +1,47 @@
 """Whether one run is better than another on the same frames: paired bootstrap over patients, and McNemar's test."""
 
-import contextlib
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import classification, intervals, predictions, segmentation, tables
+from usfmae_jax.evaluation import (
+    classification,
+    instances,
+    intervals,
+    multilabel,
+    predictions,
+    regression,
+    segmentation,
+    tables,
+)
+from usfmae_jax.evaluation.instances import InstancePredictions
 from usfmae_jax.evaluation.intervals import Kind, Score
+from usfmae_jax.evaluation.multilabel import LabelPredictions
 from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions
+from usfmae_jax.evaluation.regression import QuantityPredictions
 from usfmae_jax.evaluation.segmentation import MaskPredictions
 
-_NAMES = classification.NAMES | segmentation.NAMES
 _FEW = 25  # discordant frames below which McNemar's test is exact
+
+
+class _Task(NamedTuple):
+    """Of a type of predictions what they are measured by, and what is true of a frame, which two runs must agree on."""
+
+    names: Mapping[str, str]
+    score: Score[Any]
+    truth: Callable[[Any], np.ndarray]
+
+
+_TASKS: dict[type[Predictions], _Task] = {
+    MaskPredictions: _Task(segmentation.NAMES, segmentation.score, lambda run: run.drawn),
+    QuantityPredictions: _Task(regression.NAMES, regression.score, lambda run: run.truth),
+    LabelPredictions: _Task(multilabel.NAMES, multilabel.score, lambda run: run.truth),
+    InstancePredictions: _Task(instances.NAMES, instances.score, lambda run: run.drawn),
+}
 
 
 def read(path: str) -> Predictions:
@@ -24,12 +50,14 @@ def read(path: str) -> Predictions:
     Raises:
       InputError: there is none.
     """
-    try:
-        return predictions.read(path, ClassPredictions)
-    except InputError as error:
-        with contextlib.suppress(InputError):
-            return predictions.read(path, MaskPredictions)
-        raise error
+    refused: list[InputError] = []
+    kinds: list[type[Predictions]] = [ClassPredictions, *_TASKS]
+    for kind in kinds:
+        try:
+            return predictions.read(path, kind)
+        except InputError as error:
+            refused.append(error)
+    raise refused[0]
 
 
 def compare(
@@ -52,6 +80,7 @@ def compare(
 
     Returns:
       `frames`, `patients`: shared; `only_a`, `only_b`: frames that one run alone was tested on; `classes`, `positive`;
+      `names`, what people call the metrics;
       `metrics`, by name `{"a", "b", "difference", "ci95", "p"}`, where the difference is a - b, its interval is 95%
       and p is two-sided (and `"left_out"` replicates that lacked a class); of classifiers `mcnemar`: `{"both_right",
       "only_a_right", "only_b_right", "both_wrong", "test", "statistic", "p"}`, where test is "exact" or "chi-square".
@@ -62,8 +91,8 @@ def compare(
     a, b = _largest_fraction(a), _largest_fraction(b)
     if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
         return _compare_classes(a, b, positive, resamples, seed)
-    if isinstance(a, MaskPredictions) and isinstance(b, MaskPredictions):
-        return _compare_masks(a, b, resamples, seed)
+    if type(a) is type(b) and type(a) in _TASKS:
+        return _compare_others(a, b, resamples, seed)
     raise InputError("the runs are of two tasks; compare runs of the same task")
 
 
@@ -77,21 +106,28 @@ def _compare_classes(
     return found | {
         "classes": list(a.classes),
         "positive": "" if index is None else a.classes[index],
+        "names": dict(classification.NAMES),
         "metrics": paired(a, b, classification.scored(index), [*classification.NAMES], resamples, seed),
         "mcnemar": mcnemar(*_right(a, b)),
     }
 
 
-def _compare_masks(a: MaskPredictions, b: MaskPredictions, resamples: int, seed: int) -> dict[str, Any]:
-    if a.classes != b.classes:
-        raise _other_classes(a.classes, b.classes)
+def _compare_others(a: Kind, b: Kind, resamples: int, seed: int) -> dict[str, Any]:
+    classes, others = (getattr(run, "classes", ()) for run in (a, b))
+    if classes != others:
+        raise _other_classes(classes, others)
+    task = _TASKS[type(a)]
     a, b, found = _joined(a, b)
     names, first = np.unique(a.frame_key, return_index=True)
-    other = (a.drawn[first] != b.drawn[np.unique(b.frame_key, return_index=True)[1]]).any(axis=1)
-    if other.any():
-        raise InputError(f"frame {names[other][0]} has other masks in the two runs; compare runs on the same masks")
-    metrics = paired(a, b, segmentation.score, [*segmentation.NAMES], resamples, seed)
-    return found | {"classes": list(a.classes), "positive": "", "metrics": metrics}
+    one, other = task.truth(a)[first], task.truth(b)[np.unique(b.frame_key, return_index=True)[1]]
+    differ = ((one != other) & ~(np.isnan(one) & np.isnan(other))).reshape(len(names), -1).any(axis=1)
+    if differ.any():
+        raise InputError(
+            f"something else is true of frame {names[differ][0]} in the two runs; compare runs on the same masks, "
+            "labels or numbers"
+        )
+    metrics = paired(a, b, task.score, [*task.names], resamples, seed)
+    return found | {"classes": list(classes), "positive": "", "names": dict(task.names), "metrics": metrics}
 
 
 def _joined(a: Kind, b: Kind) -> tuple[Kind, Kind, dict[str, Any]]:
@@ -170,7 +206,7 @@ def table(comparison: dict[str, Any], a: str = "A", b: str = "B") -> str:
     heads = ["", a, b, f"{a} - {b}", "95% interval", "p"]
     rows = [
         [
-            _NAMES[name],
+            comparison["names"][name],
             *(tables.number(one[key]) for key in ("a", "b")),
             tables.signed(one["difference"]),
             f"[{tables.signed(one['ci95'][0])}, {tables.signed(one['ci95'][1])}]" if one["ci95"] else tables.NONE,

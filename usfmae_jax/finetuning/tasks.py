@@ -1,6 +1,5 @@
 """What makes a task of a config and a table: one function for each, and its entry in `TASKS`."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +7,7 @@ import ml_collections
 import numpy as np
 
 from usfmae_jax.data.table import Table
-from usfmae_jax.data.targets import Targets, read_targets
+from usfmae_jax.data.targets import Targets, known, read_targets
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import NAMES, defined, positive_class
 from usfmae_jax.tasks import Task, classification, instances, multilabel, regression, segmentation
@@ -108,13 +107,7 @@ def regress(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
     pool, found = _pool(config), _read_targets(config, table)
     if config.loss not in regression.KINDS:
         raise InputError(f"config.loss={config.loss!r} must be one of {', '.join(regression.KINDS)}")
-    if len(found.names) != 1:
-        raise InputError(f"config.target must name one of the columns {', '.join(map(repr, found.names))}")
-    table, found = _with_targets(table, found)
-    ((name,), (unit,)) = found.names, found.units
-    extent = regression.extents(table) if config.of_frame else np.ones(len(table))
-    how = {"pool": pool, "kind": config.loss, "fingerprint": found.fingerprint, "notes": found.notes}
-    return table, regression.Regression(name, unit, found.values[:, 0], extent, **how)
+    return regression.of_table(table, found, config.of_frame, pool=pool, kind=config.loss)
 
 
 def label(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
@@ -125,7 +118,7 @@ def label(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]
     """
     _refuse_class_fields(config)
     pool, found = _pool(config), _read_targets(config, table, labels=True)
-    table, found = _with_targets(table, found)
+    table, found = known(table, found)
     for name, one in zip(found.names, found.values.T, strict=True):
         if len(there := np.unique(one[np.isfinite(one)])) < 2:
             said = f"{there[0]:g} for all frames" if len(there) else "empty"
@@ -142,17 +135,6 @@ def _read_targets(config: ml_collections.ConfigDict, table: Table, labels: bool 
             f"{variant} has a field for"
         )
     return read_targets(config.targets, table, checks.names([config.target]), labels=labels)
-
-
-def _with_targets(table: Table, found: Targets) -> tuple[Table, Targets]:
-    """The rows that have a target, and a note on how many have none."""
-    rows, what = np.flatnonzero(np.isfinite(found.values).any(axis=1)), ", ".join(found.names)
-    if not len(rows):
-        raise InputError(f"config.targets: no frame of the data has a value of {what}")
-    missing = len(table) - len(rows)
-    note = [f"{missing} of {len(table)} frames have no value of {what} in config.targets and are left out"]
-    found = dataclasses.replace(found.take(rows), notes=(*found.notes, *(note if missing else [])))
-    return table.take(rows), found
 
 
 def _pool(config: ml_collections.ConfigDict) -> str:

@@ -10,15 +10,16 @@ from flax import nnx
 from usfmae_jax.data import provenance, splits
 from usfmae_jax.data.duplicates import cached_near_duplicates, rule_out
 from usfmae_jax.data.table import Table
+from usfmae_jax.data.targets import read_targets
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import positive_class
 from usfmae_jax.interop.model import Model, members, open_model, preprocessing
 from usfmae_jax.interop.model import build as build_model
 from usfmae_jax.models.vit import SIZES
-from usfmae_jax.tasks import classification, segmentation
+from usfmae_jax.tasks import classification, regression, segmentation
 from usfmae_jax.training import checks, probes
 
-PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "segmentation", "finetuned")
+PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "segmentation", "regression", "finetuned")
 #: Smallest values of config fields.
 LEAST = {
     "bootstrap": 1,
@@ -138,6 +139,21 @@ def masked(config: ml_collections.ConfigDict) -> tuple[Table, segmentation.Segme
     return segmentation.of_table(table, checks.names(config.classes), "drop", config.data.threads)
 
 
+def measured(config: ml_collections.ConfigDict) -> tuple[Table, regression.Regression]:
+    """The frames that a table has a number of, and the task that it is.
+
+    Raises:
+      InputError: there are none, or they cannot be used.
+    """
+    if config.positive or config.classes or config.corruptions:
+        raise InputError("config.positive, config.classes and config.corruptions are for classes of whole frames")
+    if not config.targets:
+        raise InputError("config.protocol=regression needs the table of numbers, --config.targets=FILE.csv")
+    table = checks.read_frames(config.data.path, config.data.split)
+    found = read_targets(config.targets, table, checks.names([config.target]))
+    return regression.of_table(table, found, config.of_frame)
+
+
 def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.Classification]:
     """The labelled frames, and the task that their classes are.
 
@@ -202,4 +218,6 @@ def plan(config: ml_collections.ConfigDict, table: Table, strata: splits.Strata,
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The config as JSON, without what tells who ran where."""
     text = config.copy_and_resolve_references().to_json_best_effort()
-    return checks.public_settings(text, ("checkpoint", "data.path", "split.path", "split.no_copies", "cache"))
+    return checks.public_settings(
+        text, ("checkpoint", "data.path", "split.path", "split.no_copies", "cache", "targets")
+    )

@@ -18,6 +18,7 @@ from usfmae_jax.probing import build, features, finetuned, patches
 from usfmae_jax.probing.build import Plan
 from usfmae_jax.probing.inspect import Outcome, Tested, parted, record, sweep
 from usfmae_jax.tasks import Task
+from usfmae_jax.tasks.regression import Regression
 from usfmae_jax.tasks.segmentation import Segmentation, classes_of
 from usfmae_jax.training import checks, inspect, probes
 from usfmae_jax.training.forward import fitting_batch
@@ -29,6 +30,7 @@ HEADS = {
     "linear": "Linear probe",
     "attentive": "Attentive probe",
     "segmentation": "Linear segmentation probe",
+    "regression": "Ridge regression",
 }
 
 
@@ -62,7 +64,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         outcome = finetuned.test(judges, table, mesh, lambda: build.asked_for(config, table), **how)
     else:
         model = build.encoder(config)
-        table, task = build.masked(config) if protocol == "segmentation" else build.labelled(config)
+        readers = {"segmentation": build.masked, "regression": build.measured}
+        table, task = readers.get(protocol, build.labelled)(config)
         build.refuse_labels_seen(model, table)
         if protocol in ("attentive", "segmentation"):
             features.check_tokens(model, len(table))
@@ -73,6 +76,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         on_first_process(lambda: splits.write_splits(written, table, plan.folds, plan.groups))
         if isinstance(task, Segmentation):
             outcome = probe_patches(config, model, table, task, plan, mesh, cache)
+        elif isinstance(task, Regression):
+            outcome = probe_numbers(config, model, table, task, plan, mesh, cache)
         else:
             outcome = probe(config, protocol, model, table, plan, mesh, cache)
     robustness = None
@@ -97,17 +102,10 @@ def probe(
     cache: str,
 ) -> Outcome:
     """Features once, then one fit for each member."""
-    how: dict[str, Any] = {
-        "pool": "patches" if protocol == "attentive" else config.pool,
-        "batch_size": config.batch_size,
-        "dtype": jnp.dtype(config.dtype),
-    }
-    extractor = features.extractor(model, mesh=mesh, **how)
-    reused: list[bool] = []
-    how |= {"threads": config.data.threads, "cache": cache, "reused": lambda: reused.append(True)}
-    found = features.extract(extractor, model, table, **how)
+    pool = "patches" if protocol == "attentive" else config.pool
+    extractor, found, about = _features(config, model, table, pool, mesh, cache)
     tested, fitted = [], []
-    refit = config.refit and tuple(config.fractions) == (1.0,)  # shares of the labels stay those shares
+    refit = _refits(config)
     for fraction, seed, fold in tqdm(plan.members, protocol, unit="fit", delay=2, leave=False):
         ids, classes = (fold.name, seed, fraction), len(table.label_names)
         recipe: dict[str, Any] = {
@@ -142,7 +140,61 @@ def probe(
         predict=predict,
         image_format=features.image_format(model),
         excluded=plan.excluded,
-        features={"sha256": features.digest(found), "computed": "before" if reused else "now"},
+        features=about,
+    )
+
+
+def _features(
+    config: ml_collections.ConfigDict, model: Model | None, table: Table, pool: str, mesh: Mesh, cache: str
+) -> tuple[features.Extractor, np.ndarray, dict[str, str]]:
+    """What gives the features of images, those of all frames, and what the results say of them."""
+    how: dict[str, Any] = {"pool": pool, "batch_size": config.batch_size, "dtype": jnp.dtype(config.dtype)}
+    extractor = features.extractor(model, mesh=mesh, **how)
+    reused: list[bool] = []
+    how |= {"threads": config.data.threads, "cache": cache, "reused": lambda: reused.append(True)}
+    found = features.extract(extractor, model, table, **how)
+    return extractor, found, {"sha256": features.digest(found), "computed": "before" if reused else "now"}
+
+
+def _refits(config: ml_collections.ConfigDict) -> bool:
+    return config.refit and tuple(config.fractions) == (1.0,)  # shares of the labels stay those shares
+
+
+def probe_numbers(
+    config: ml_collections.ConfigDict,
+    model: Model | None,
+    table: Table,
+    task: Regression,
+    plan: Plan,
+    mesh: Mesh,
+    cache: str,
+) -> Outcome:
+    """Features once, then ridge regression for each member."""
+    _, found, about = _features(config, model, table, config.pool, mesh, cache)
+    tested, refit = [], _refits(config)
+    for fraction, seed, fold in tqdm(plan.members, "regression", unit="fit", delay=2, leave=False):
+        rows, own = fold.train, task.fitted(table, fold.train)
+        learnt, held_out = ((found[part], own.targets(table, part)["value"]) for part in (rows, fold.validation))
+        predict, settings = probes.ridge(learnt, held_out)
+        if refit:
+            rows = np.concatenate([fold.train, fold.validation])
+            own = task.fitted(table, rows)
+            predict, _ = probes.ridge((found[rows], own.targets(table, rows)["value"]), None, (settings["penalty"],))
+        kept = own.measure(table, fold.test, {"value": predict(found[fold.test])})
+        ids = identify(table, fold.test, fold.name, seed, fraction, fold.copied)
+        settings |= {"training_frames": len(rows), "refit": refit}
+        said = own.record(ids, table, fold.test, kept)
+        tested.append(Tested(fold.name, seed, fraction, fold.test, said, settings=settings))
+    attention = inspect.rollout(model, config.pool)
+    return Outcome(
+        tested=tested,
+        split=plan.note + ("; fitted again on training and validation frames together" if refit else ""),
+        mapped=(np.arange(len(table)), found, "frozen features"),
+        looks=dict.fromkeys(inspect.foremost(tested), attention),
+        image_format=features.image_format(model),
+        excluded=plan.excluded,
+        features=about,
+        warnings=task.notes,
     )
 
 
@@ -156,14 +208,11 @@ def probe_patches(
     cache: str,
 ) -> Outcome:
     """Patch tokens once, then one linear layer for each member, measured in the frames' own sizes."""
-    how: dict[str, Any] = {"pool": "patches", "batch_size": config.batch_size, "dtype": jnp.dtype(config.dtype)}
-    extractor, grid = features.extractor(model, mesh=mesh, **how), features.grid(model)
-    reused: list[bool] = []
-    how |= {"threads": config.data.threads, "cache": cache, "reused": lambda: reused.append(True)}
-    found = features.extract(extractor, model, table, **how)
+    extractor, found, about = _features(config, model, table, "patches", mesh, cache)
+    grid = features.grid(model)
     targets = patches.shares(table, task, grid, config.data.threads)
     tested, fitted = [], []
-    refit = config.refit and tuple(config.fractions) == (1.0,)  # shares of the labels stay those shares
+    refit = _refits(config)
     for fraction, seed, fold in tqdm(plan.members, "segmentation", unit="fit", delay=2, leave=False):
         head = patches.fit(found, targets, fold.train, fold.validation)
         settings, rows = head.settings, fold.train
@@ -190,7 +239,7 @@ def probe_patches(
         looks={number: outlines(fitted[number]) for number in inspect.foremost(tested)},
         image_format=features.image_format(model, "patches"),
         excluded=plan.excluded,
-        features={"sha256": features.digest(found), "computed": "before" if reused else "now"},
+        features=about,
     )
 
 
@@ -224,6 +273,7 @@ def report(
         "lineage": lineage,
         "data": provenance.describe_data([table.shards]),
         "fingerprint": table.fingerprint,
+        **({"targets": task.fingerprint} if task.fingerprint else {}),
         "warnings": warnings,
         "excluded": outcome.excluded,
         "features": outcome.features,

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from usfmae_jax.data.table import Table, read_row
+from usfmae_jax.data.targets import known, read_targets
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import comparison
 from usfmae_jax.evaluation import results as classes
@@ -26,7 +27,9 @@ from usfmae_jax.training import checks
 from usfmae_jax.training.mesh import on_first_process
 
 #: What is tested of shards, and the field of `config.suite` with its protocol; "" there leaves it out.
-KINDS = {"classes": "labels", "masks": "masks"}
+KINDS = {"classes": "labels", "masks": "masks", "numbers": "numbers"}
+#: Units of lengths in a frame, which are learnt as a share of its side.
+_LENGTHS = ("mm", "cm")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> dict[str, Any]:
@@ -45,7 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
         possible on a dataset is left out and named.
     """
     columns = _columns(checks.names(config.suite.checkpoints))
-    datasets = _datasets(config)
+    targets = _targets(checks.names(config.suite.targets))
+    datasets = _datasets(config, targets)
     for checkpoint in columns.values():
         single = _one(config, checkpoint=checkpoint, protocol="auto")
         build.check(single)
@@ -54,9 +58,10 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
     rows, left_out = [], []
     for name, (path, kinds) in datasets.items():
         for kind, protocol in kinds.items():
+            single, fingerprint = _single(config, kind, protocol, path, targets.get(name))
             try:
                 row = {
-                    column: _test(config, f"{workdir}/{name}-{kind}/{column}", path, protocol, checkpoint)
+                    column: _test(single, f"{workdir}/{name}-{kind}/{column}", checkpoint, fingerprint)
                     for column, checkpoint in columns.items()
                 }
             except InputError as error:
@@ -98,22 +103,45 @@ def _safe(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "encoder"
 
 
-def _datasets(config: ml_collections.ConfigDict) -> dict[str, tuple[str, dict[str, str]]]:
+def _targets(given: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """By name of a dataset its table of numbers, and the column; "" = the only one of numbers."""
+    found = {}
+    for one in given:
+        name, _, path = one.partition("=")
+        if not name or not path:
+            raise InputError(f"config.suite.targets={one!r} must be DATASET=FILE.csv or DATASET=FILE.csv#COLUMN")
+        file, _, column = path.partition("#")
+        found[name] = (file, column)
+    return found
+
+
+def _datasets(
+    config: ml_collections.ConfigDict, targets: dict[str, tuple[str, str]]
+) -> dict[str, tuple[str, dict[str, str]]]:
     """By name the path of each dataset and what can be tested on it, with its protocol."""
     found: dict[str, tuple[str, dict[str, str]]] = {}
     asked = {kind: config.suite[field] for kind, field in KINDS.items() if config.suite[field]}
     if not asked:
-        raise InputError("config.suite.labels and config.suite.masks are both empty: there is nothing to test")
+        raise InputError("config.suite.labels, masks and numbers are all empty: there is nothing to test")
     for path in [one.strip() for one in config.data.path.split(",")]:
         table = checks.read_frames(path, config.data.split)
         name = _safe(" and ".join(sorted(set(table.dataset.tolist()))))
-        there = {"classes": len(np.unique(table.label[table.label >= 0])) > 1, "masks": _has_masks(table)}
+        there = {
+            "classes": len(np.unique(table.label[table.label >= 0])) > 1,
+            "masks": _has_masks(table),
+            "numbers": name in targets,
+        }
         kinds = {kind: protocol for kind, protocol in asked.items() if there[kind]}
         if not kinds:
-            raise InputError(f"config.data.path={path!r} has neither labels of two classes nor masks")
+            raise InputError(
+                f"config.data.path={path!r} has neither labels of two classes nor masks, and config.suite.targets no "
+                f"table for {name}"
+            )
         if name in found:
             raise InputError(f"config.data.path names {name} twice, {found[name][0]!r} and {path!r}")
         found[name] = (path, kinds)
+    if unknown := sorted(set(targets) - set(found)):
+        raise InputError(f"config.suite.targets names {unknown[0]!r}, but the data are of {', '.join(found)}")
     return found
 
 
@@ -124,21 +152,39 @@ def _has_masks(table: Table) -> bool:
 def _one(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.ConfigDict:
     """The config of a single evaluation."""
     single = ml_collections.ConfigDict(config.to_dict())
-    del single.suite
+    if "suite" in single:
+        del single.suite
     single.update(fields)
     return single
 
 
-def _test(config: ml_collections.ConfigDict, folder: str, path: str, protocol: str, checkpoint: str) -> dict[str, Any]:
-    """The results of one encoder on one dataset, those that are there already if they are of the same settings."""
-    single = _one(config, checkpoint=checkpoint, protocol=protocol)
+def _single(
+    config: ml_collections.ConfigDict, kind: str, protocol: str, path: str, targets: tuple[str, str] | None
+) -> tuple[ml_collections.ConfigDict, str]:
+    """The config of the tests of a kind on one dataset, and the fingerprint of its numbers."""
+    single = _one(config, protocol=protocol)
     single.data.path = path
-    if protocol == "segmentation":
+    if kind != "classes":
         single.update(positive="", corruptions=False, classes=())
+    if kind == "numbers" and targets:
+        single.update(targets=targets[0], target=targets[1])
+        table = checks.read_frames(path, config.data.split)
+        table, found = known(table, read_targets(targets[0], table, checks.names([targets[1]])))
+        single.of_frame = set(found.units) <= set(_LENGTHS) and all(
+            min(read_row(table, row)["spacing"]) > 0 for row in range(len(table))
+        )
+        return single, found.fingerprint
+    return single, ""
+
+
+def _test(config: ml_collections.ConfigDict, folder: str, checkpoint: str, fingerprint: str) -> dict[str, Any]:
+    """The results of one encoder on one dataset, those that are there already if they are of the same settings."""
+    single = _one(config, checkpoint=checkpoint)
     root = epath.Path(folder)
     try:
         stored = json.loads((root / "results.json").read_text())
-        if stored["context"]["config"] == build.settings(single):
+        about = stored["context"]
+        if about["config"] == build.settings(single) and about.get("targets", "") == fingerprint:
             return stored
     except (OSError, ValueError, KeyError):
         pass
@@ -151,7 +197,7 @@ def _row(
     """One line of the table, with differences to the first encoder under the same resampled patients."""
     first, *others = results
     metrics = {column: one["metrics"] for column, one in results.items()}
-    lead = "dice" if kind == "masks" else classes.lead(results[first])
+    lead = {"masks": "dice", "numbers": "r2"}.get(kind) or classes.lead(results[first])
     runs = {column: comparison.read(os.path.join(folder, column)) for column in results}
     positive = results[first]["task"].get("positive", "")
     differences = {
@@ -162,7 +208,7 @@ def _row(
         "dataset": dataset,
         "kind": kind,
         "protocol": protocol,
-        "classes": results[first]["task"]["classes"],
+        "classes": results[first]["task"].get("classes", []),
         "lead": lead,
         **counts,
         "metrics": metrics,

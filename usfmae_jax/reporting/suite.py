@@ -7,12 +7,12 @@ from typing import Any
 from etils import epath
 from markupsafe import Markup
 
-from usfmae_jax.evaluation import classification, segmentation, tables
+from usfmae_jax.evaluation import classification, regression, segmentation, tables
 from usfmae_jax.reporting import pages, run
 from usfmae_jax.reporting.pages import part
 
-NAMES = classification.NAMES | segmentation.NAMES
-_KINDS = {"classes": "Classes of frames", "masks": "Outlines"}
+NAMES = classification.NAMES | segmentation.NAMES | regression.NAMES
+_KINDS = {"classes": "Classes of frames", "masks": "Outlines", "numbers": "Numbers"}
 
 
 def write(workdir: str, found: Mapping[str, Any]) -> None:
@@ -71,7 +71,7 @@ def _sign(difference: Mapping[str, Any], lead: str) -> int:
         return 0
     low, high = difference["ci95"]
     sign = 1 if low > 0 else -1 if high < 0 else 0
-    return -sign if lead in classification.LOSSES | segmentation.LOSSES else sign
+    return -sign if lead in classification.LOSSES | segmentation.LOSSES | regression.LOSSES else sign
 
 
 def text(found: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from usfmae_jax.data.splits import Strata
 from usfmae_jax.data.table import Table, read_row
+from usfmae_jax.data.targets import Targets, known
 from usfmae_jax.errors import DamagedRecord, InputError
 from usfmae_jax.evaluation import regression as scoring
 from usfmae_jax.evaluation import tables
@@ -147,6 +148,27 @@ class Regression(Task):
     def table(self, results: Mapping[str, Any]) -> str:
         """The results for a terminal."""
         return tables.overview(results, scoring.titles(self.unit), "mae")
+
+
+def of_table(table: Table, targets: Targets, of_frame: bool, **how: Any) -> tuple[Table, Regression]:
+    """The frames that have a number, and the task that it is.
+
+    Args:
+      table: of the frames.
+      targets: of one column.
+      of_frame: see `extents`.
+      **how: fields of `Regression`.
+
+    Raises:
+      InputError: there are several columns, no frame has a number, or the size of a frame's pixels is not known.
+    """
+    if len(targets.names) != 1:
+        raise InputError(f"config.target must name one of the columns {', '.join(map(repr, targets.names))}")
+    table, targets = known(table, targets)
+    ((name,), (unit,)) = targets.names, targets.units
+    extent = extents(table) if of_frame else np.ones(len(table))
+    about: dict[str, Any] = {"fingerprint": targets.fingerprint, "notes": targets.notes}
+    return table, Regression(name, unit, targets.values[:, 0], extent, **about, **how)
 
 
 def extent(size: tuple[int, int], spacing: Sequence[float]) -> float:

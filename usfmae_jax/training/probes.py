@@ -34,6 +34,8 @@ Data = tuple[np.ndarray, np.ndarray]
 
 #: Inverse strengths of regularisation that are tried, as the DINO evaluations do.
 REGULARIZATION = tuple(10.0**power for power in range(-6, 6))
+#: Penalties of ridge regression that are tried, of the squared weights beside the mean squared error.
+PENALTIES = tuple(10.0**power for power in range(-5, 3))
 #: Numbers of neighbours that are tried, and the temperature of their votes (Caron et al. 2021).
 NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07
 #: Newton's method factorises a square matrix of this many rows at most; above it L-BFGS is quicker.
@@ -166,6 +168,37 @@ def logistic(
         return softmax(np.concatenate([0 * logits, logits], axis=1) if num_classes == 2 else logits, axis=1)
 
     return Probe(predict, {"C": strength, "validation_log_loss": loss})
+
+
+def ridge(
+    train: Data, validation: Data | None, penalties: Sequence[float] = PENALTIES
+) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, float]]:
+    """Ridge regression of a number on standardised features, its penalty chosen by the error of validation frames.
+
+    Args:
+      train: features float `[N, D]` and numbers float `[N]`.
+      validation: the same of other patients; None where there is but one penalty.
+      penalties: that are tried; of equally good ones the largest counts.
+
+    Returns:
+      what predicts numbers float64 `[n]` from features `[n, D]`; and the settings, JSON.
+    """
+    mean, scale = train[0].mean(axis=0, dtype=np.float64), train[0].std(axis=0, dtype=np.float64)
+    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
+    centre = float(train[1].mean())
+    left, values, right = np.linalg.svd((train[0] - mean) / scale, full_matrices=False)
+    onto = left.T @ (train[1] - centre)
+    best: tuple[float, float, np.ndarray] | None = None
+    for penalty in sorted(penalties, reverse=True):
+        kernel = right.T @ (values / (values**2 + penalty * len(train[1])) * onto) / scale
+        error = 0.0
+        if validation:
+            error = float(np.mean((centre + (validation[0] - mean) @ kernel - validation[1]) ** 2))
+        if best is None or error < best[0]:
+            best = (error, penalty, kernel)
+    assert best
+    error, penalty, kernel = best
+    return lambda features: centre + (features - mean) @ kernel, {"penalty": penalty, "validation_mse": error}
 
 
 def knn(train: Data, validation: Data | None, num_classes: int, counts: Sequence[int] = NEIGHBOURS) -> Probe:
