@@ -201,6 +201,9 @@ def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path
     found = predictions.read(tmp_path, InstancePredictions)
     assert found.drawn.sum() == sum(map(len, found.truth)) > 0
     assert len(list((tmp_path / "masks" / "single").rglob("*.png"))) == results["counts"]["frames"]
+    coco = json.loads((tmp_path / "masks" / "single" / "coco.json").read_text())
+    said = [round(one["score"], 5) for some in found.detections for one in some]
+    assert sorted(one["score"] for one in coco["annotations"]) == sorted(said)
     page = (tmp_path / "report.html").read_text()
     assert all(word in page for word in ("mAP@50", "Outlines", "class 2", "full as drawn"))
     model = open_model(str(tmp_path))
