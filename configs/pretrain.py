@@ -14,6 +14,8 @@ Variants
   :small   ViT-S/16    22 M parameters, 0.2 times the arithmetic of B
   :large   ViT-L/16   303 M parameters, 2.1 times
   :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
+  :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
+  :tiny_cross   the same of :tiny
 """
 
 import ml_collections
@@ -23,7 +25,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.objective = "mae"  # what is learnt, see usfmae_jax/objectives
+    config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", a lighter decoder
     # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote.
     config.init = ""  # "" starts from random weights
     config.model = dict(
@@ -44,7 +46,13 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         scan=True,  # compile one block and loop over it
         remat=False,  # recompute activations: a third more arithmetic for far less memory
     )
-    config.mask = dict(ratio=0.75, fan_aware=False)  # fan_aware: hide and predict only inside the imaged sector
+    config.mask = dict(
+        ratio=0.75,
+        fan_aware=False,  # hide and predict only inside the imaged sector
+        block=1,  # hide squares of so many by so many patches
+        blur=0.0,  # pixels; the model sees a blurred image and predicts a sharp one
+        share=0.5,  # of the hidden patches that a cross decoder predicts in a step
+    )
     config.loss = dict(normalize_targets=True)
     config.data = dict(
         path="",  # shards: a folder, a glob, gs://...; several separated by commas
@@ -75,9 +83,11 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         b2=0.95,
         clip_norm=0.0,  # 0 = off
         layer_decay=1.0,
+        muon=False,  # matrices of the blocks by Muon, at the same rate
     )
     # steps > 0 overrules epochs; skip_nonfinite: steps whose loss or gradient is no number that may be skipped in all
-    config.train = dict(batch_size=1024, accumulate=1, epochs=100, steps=0, skip_nonfinite=0)
+    # ema: decay of an average of the weights, which is then what is probed and exported; 0 = off
+    config.train = dict(batch_size=1024, accumulate=1, epochs=100, steps=0, skip_nonfinite=0, ema=0.0)
     config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
     # fallback: resume from the newest checkpoint that can be loaded, should later ones be damaged
     config.checkpoint = dict(every=1000, keep=dict(keep_latest=2, keep_every=0, keep_best=1), fallback=False)
@@ -156,4 +166,15 @@ def huge(config: ml_collections.ConfigDict) -> None:
     config.mesh.fsdp = 8
 
 
-VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge)}
+def cross(config: ml_collections.ConfigDict) -> None:
+    """ViT-B/16, CrossMAE (Fu et al. 2024): half of the hidden patches are predicted, from the visible ones alone."""
+    config.objective = "cross_mae"
+
+
+def tiny_cross(config: ml_collections.ConfigDict) -> None:
+    """`:tiny` with such a decoder."""
+    tiny(config)
+    cross(config)
+
+
+VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross)}

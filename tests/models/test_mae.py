@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.ndimage
 from flax import nnx
 
-from usfmae_jax.models import mae
+from usfmae_jax.models import mae, patches
 
 
 @pytest.mark.parametrize(("n", "ratio", "visible"), [(196, 0.75, 49), (256, 0.75, 64), (10, 0.25, 8), (7, 0.5, 3)])
@@ -35,6 +36,22 @@ def test_mask_invariants():
 def test_every_patch_is_hidden_equally_often():
     _, _, mask = mae.random_masking(jax.random.key(1), 4000, 16, 0.75)
     np.testing.assert_allclose(mask.mean(axis=0), 0.75, atol=0.03)
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_block_masks_hide_squares_at_all_places(block):
+    noise = mae.block_noise(jax.random.key(0), 400, (8, 12), block)
+    keep, _, mask = mae.mask_from_noise(noise, 0.5)
+    assert keep.shape == (400, 48)
+    hidden = np.asarray(mask).reshape(400, 8, 12)
+    np.testing.assert_array_equal(hidden.sum(axis=(1, 2)), 48)
+    assert np.abs(hidden.mean(axis=0) - 0.5).max() < 0.1  # every patch equally often
+    coarse = np.asarray(mae.mask_from_noise(mae.block_noise(jax.random.key(0), 400, (8, 12), 1), 0.5)[2])
+    alike = [
+        np.mean(one[:, :, 1:] == one[:, :, :-1]) for one in (hidden, coarse.reshape(400, 8, 12))
+    ]  # neighbours share their fate where squares are hidden
+    assert alike[0] > 0.5 + 0.4 * (1 - 1 / block) > alike[1] + 0.1
+    assert np.asarray(noise).min() >= 0
 
 
 def test_fan_aware_masking_spends_nothing_outside_the_sector():
@@ -153,3 +170,9 @@ def test_training_arithmetic_matches_the_published_figures(gflops, size):
     flops = mae.training_flops(**size, mask_ratio=0.75, decoder_width=512, decoder_depth=8)
     # A little less than published: only visible patches are embedded.
     assert 0.985 * gflops < flops / 1e9 <= gflops
+
+
+def test_a_blurred_image_is_scipys(rng):
+    images = rng.normal(size=(2, 20, 24, 3)).astype(np.float32)
+    expected = scipy.ndimage.gaussian_filter(images, (0, 1.3, 1.3, 0), mode="nearest", radius=(0, 4, 4, 0))
+    np.testing.assert_allclose(patches.blurred(jnp.asarray(images), 1.3), expected, atol=1e-5)

@@ -91,3 +91,36 @@ def test_clipping_bounds_the_gradient_norm(params):
     first_moment = _first(optimizer, gradients, params)[1][1].mu
     squares = [np.square(np.asarray(moment)).sum() for moment in jax.tree.leaves(first_moment)]
     np.testing.assert_allclose(np.sqrt(sum(squares)), 1.0, rtol=1e-4)
+
+
+def test_muon_makes_every_matrix_of_a_stack_orthogonal_by_itself(params):
+    optimizer = optimizers.adamw(weight_decay=0.0, muon=True)
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
+    updates, _ = _first(optimizer, gradients, params)
+    plain, _ = _first(optimizers.adamw(weight_decay=0.0), gradients, params)
+    chosen = optimizers.in_blocks(params)
+    for path, update in jax.tree.leaves_with_path(updates):
+        node, other = chosen, plain
+        for key in path:
+            node, other = node[key.key], other[key.key]
+        if not node:  # as AdamW has it
+            np.testing.assert_allclose(update, other, rtol=1e-5)
+            continue
+        parts = 3 if path[-2].key == "qkv" else 1
+        _, inputs, outputs = update.shape
+        for block in np.asarray(update):
+            for one in block.reshape(inputs, parts, outputs // parts).swapaxes(0, 1):
+                # Five steps of Newton and Schulz bring singular values near one, before they are scaled.
+                values = np.linalg.svd(one, compute_uv=False) / (0.2 * np.sqrt(max(one.shape)))
+                assert 0.3 < values.min() <= values.max() < 1.3
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, one in jax.tree.leaves_with_path(chosen) if one
+    }
+    assert "encoder.blocks.stack.attn.qkv.kernel" in names
+    assert not [name for name in names if "patch_embed" in name or "pred" in name or "bias" in name]
+    # A matrix of a stack gets what it would get alone.
+    alone = jax.tree.map(lambda leaf: leaf[:1] if leaf.ndim == 3 else leaf, (gradients, params))
+    first, _ = _first(optimizer, *alone)
+    one, other = (tree["encoder"]["blocks"]["stack"]["attn"]["qkv"]["kernel"][0] for tree in (updates, first))
+    np.testing.assert_allclose(one, other, atol=1e-5)

@@ -149,3 +149,21 @@ def test_a_step_that_is_no_number_changes_nothing_if_such_are_skipped():
     assert float(metrics["skipped"]) == 0.0
     np.testing.assert_allclose(metrics["loss"], train()[0][0], rtol=1e-5)
     assert not np.array_equal(*(s["params"]["encoder"]["norm"]["bias"] for s in (after, state)))
+
+
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_the_average_of_the_parameters_is_a_decaying_one(fsdp):
+    mesh, optimizer, objective = _mesh(2, fsdp), optimizers.adamw(), _objective()
+    graph, state = init_state(objective.make, optimizer, mesh, 0, ema=True)
+    abstract = abstract_state(objective.make, optimizer, mesh, ema=True)
+    assert jax.tree.map(lambda leaf: leaf.shape, state) == jax.tree.map(lambda leaf: leaf.shape, abstract)
+    expected = jax.tree.map(np.asarray, state["params"])
+    update = jax.jit(make_update(graph, objective.prepare, objective.loss, optimizer, lambda *_: 1e-2, mesh, ema=0.2))
+    for step in range(4):
+        state, _ = update(state, jnp.asarray(_images()), 10)
+        decay = min(0.2, (1 + step) / (10 + step))
+        expected = jax.tree.map(
+            lambda old, now, d=decay: d * old + (1 - d) * np.asarray(now), expected, state["params"]
+        )
+    for one, other in zip(jax.tree.leaves(state["ema"]), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

@@ -83,13 +83,14 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
             metadata = saver.metadata(step)
         if metadata.metadata is None or not metadata.custom_metadata:
             raise ValueError("its metadata is missing or damaged")
-        stored = metadata.metadata["params"]
+        name = "ema" if "ema" in metadata.metadata else "params"  # the average is what is tested and exported
+        stored = metadata.metadata[name]
         context = orbax.Context()
         context.memory.read_concurrent_bytes = CONCURRENT
         context.pytree.loading.partial_load = True  # the optimiser's moments are twice as large, and not asked for
         with context, quiet():
-            abstract = {"params": jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
-            return saver.load(step, abstract)["params"], metadata.custom_metadata, step
+            abstract = {name: jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
+            return saver.load(step, abstract)[name], metadata.custom_metadata, step
     except InputError:
         raise
     except Exception as error:  # whatever damaged bytes happen to spell

@@ -31,7 +31,7 @@ from usfmae_jax.interop.files import from_array, write_safetensors
 from usfmae_jax.interop.names import stored_table
 from usfmae_jax.models.decoders import Segmenter, UNet
 from usfmae_jax.models.heads import Classifier
-from usfmae_jax.models.mae import MAE
+from usfmae_jax.models.mae import MAE, CrossMAE
 from usfmae_jax.models.queries import MaskTransformer
 from usfmae_jax.models.resnet import ResNet
 from usfmae_jax.models.vit import ViT
@@ -56,9 +56,10 @@ class Model:
       params: nested dict of float32 numpy arrays; of a vision transformer below `encoder`, and `decoder`, or `head` and
         `head_norm`, or what else its objective has; of a ResNet its own names.
       description: what `build` takes, JSON: `{"model": "vit", "encoder": arguments of ViT}`, of an MAE with `decoder`
-        (`decoder_width`, `decoder_depth` and `decoder_num_heads`), with a head `pool` and the names of its outputs,
-        `classes` (of another task than classification: `outputs`); for pixels instead of `pool` the `head`, its `kind`
-        and `width`, see `Segmenter`, and of the kind "queries" `queries` and `blocks`, see `MaskTransformer`;
+        (`decoder_width`, `decoder_depth` and `decoder_num_heads`; of a `CrossMAE` the `kind` "cross"), with a head
+        `pool` and the names of its outputs, `classes` (of another task than classification: `outputs`); for pixels
+        instead of `pool` the `head`, its `kind` and `width`, see `Segmenter`, and of the kind "queries" `queries` and
+        `blocks`, see `MaskTransformer`;
         `{"model": "resnet50", "resnet": arguments of ResNet, "classes"}`, and
         `{"model": "unet", "unet": arguments of UNet, "outputs"}`; `task` where it is not classification. Of a
         regression, `scale` holds of each output `mean` and `deviation`, of which it is a multiple above the mean,
@@ -190,7 +191,9 @@ def build(
             num_classes=outputs, pool=pool, drop_path=drop_path, freeze=freeze, rngs=rngs, **encoder
         )
     if "decoder" in description:
-        return lambda rngs: MAE(rngs=rngs, **encoder, **description["decoder"])
+        decoder = dict(description["decoder"])
+        network: Any = CrossMAE if decoder.pop("kind", "") == "cross" else MAE
+        return lambda rngs: network(rngs=rngs, **encoder, **decoder)
     return lambda rngs: ViT(rngs=rngs, **encoder)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, layer_norm
+from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, attend, gelu, layer_norm
 from usfmae_jax.models.patches import patchify, resize_table, sincos_table, take_tokens
 from usfmae_jax.models.vit import Block, Blocks, ViT, blocks_flops, vit_flops
 
@@ -30,6 +30,25 @@ def random_masking(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """An independent random subset for every sample; see `mask_from_noise` for `inside` and what it returns."""
     return mask_from_noise(jax.random.uniform(rng, (batch, num_patches)), mask_ratio, inside)
+
+
+def block_noise(rng: jax.Array, batch: int, grid: tuple[int, int], block: int) -> jax.Array:
+    """Noise for `mask_from_noise` that hides squares of `block` by `block` patches: float32 `[B, N]`, in [0, 1).
+
+    Where the squares lie is drawn for each image anew, so that no patch is always at a border of one. The square in
+    which the number of hidden patches is reached is hidden in part.
+    """
+    rows, columns = grid
+    places, ties, shifts = jax.random.split(rng, 3)
+    coarse = jax.random.uniform(places, (batch, -(-rows // block) + 1, -(-columns // block) + 1))
+    wide = jnp.repeat(jnp.repeat(coarse, block, axis=1), block, axis=2)
+
+    def cut(noise: jax.Array, shift: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(noise, shift, grid)
+
+    found = jax.vmap(cut)(wide, jax.random.randint(shifts, (batch, 2), 0, block))
+    # The order of patches within a square, too small to change that of squares.
+    return (found + 1e-6 * jax.random.uniform(ties, found.shape)).reshape(batch, -1)
 
 
 def mask_from_noise(
@@ -170,6 +189,149 @@ class MAE(nnx.Module):
         return self.decoder(self.encoder(images, keep), restore, grid)
 
 
+class CrossBlock(nnx.Module):
+    """Mask tokens attend to what the encoder saw, and to nothing else; then an MLP. See `CrossDecoder`."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        encoder_width: int,
+        levels: int,
+        mlp_ratio: float,
+        norm_eps: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads = num_heads
+        self.fuse = nnx.Param(nnx.initializers.normal(levels**-0.5)(rngs.params(), (levels,)))
+        self.norm_seen = layer_norm(encoder_width, norm_eps, rngs=rngs)
+        self.norm1, self.norm2 = (layer_norm(width, norm_eps, rngs=rngs) for _ in range(2))
+        self.query = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.key_value = Linear(encoder_width, 2 * width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(int(width * mlp_ratio), width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, levels: jax.Array) -> jax.Array:
+        """One block.
+
+        Args:
+          x: mask tokens `[B, M, d]`.
+          levels: what came out of the encoder's blocks, `[L, B, 1 + K, D]`.
+        """
+        weights = self.fuse[...].astype(levels.dtype)
+        seen = self.norm_seen(jnp.tensordot(weights, levels, axes=1)).astype(x.dtype)
+        b, m, width = x.shape
+        size = (self.num_heads, width // self.num_heads)
+        q = self.query(self.norm1(x).astype(x.dtype)).reshape(b, m, *size)
+        k, v = jnp.moveaxis(self.key_value(seen).reshape(b, seen.shape[1], 2, *size), 2, 0)
+        heads = attend(*(one.swapaxes(1, 2) for one in (q, k, v)))
+        x = x + self.proj(heads.swapaxes(1, 2).reshape(b, m, width))
+        return x + self.fc2(gelu(self.fc1(self.norm2(x).astype(x.dtype))))
+
+
+class CrossDecoder(nnx.Module):
+    """The decoder of CrossMAE (Fu et al. 2024): hidden patches are predicted each by itself, from what is visible.
+
+    Mask tokens attend to the encoder's tokens and not to one another, so that any share of the hidden patches can be
+    predicted alone. Every block sees a weighted sum of its own of what the encoder's blocks gave (inter-block fusion).
+
+    Args:
+      encoder_width: of the encoder's tokens.
+      levels: how many of them there are: the encoder's depth.
+      outputs: numbers of a patch.
+      grid: (rows, columns) that positions are made for.
+      width, depth, num_heads, mlp_ratio, norm_eps: of the blocks.
+      dtype: compute dtype.
+      scan, remat: see `vit.Blocks`.
+      rngs: for the initial parameters.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder_width: int,
+        levels: int,
+        outputs: int,
+        grid: tuple[int, int],
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float,
+        norm_eps: float,
+        dtype: Any,
+        scan: bool,
+        remat: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.grid, self.width, self.dtype = grid, width, dtype
+        self.scan, self.remat, self.depth = scan, remat, depth
+
+        def make(rngs: nnx.Rngs) -> CrossBlock:
+            how: dict[str, Any] = {"mlp_ratio": mlp_ratio, "norm_eps": norm_eps, "dtype": dtype}
+            return CrossBlock(width, num_heads, encoder_width=encoder_width, levels=levels, **how, rngs=rngs)
+
+        self.mask_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))
+        self.stack = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
+        self.norm = layer_norm(width, norm_eps, rngs=rngs)
+        self.pred = Linear(width, outputs, dtype=dtype, rngs=rngs)
+
+    def __call__(self, levels: jax.Array, chosen: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        """Predicts the patches `chosen`, int `[B, M]`, from `levels` `[L, B, 1 + K, D]`; float32 `[B, M, P*P*C]`."""
+        position = resize_table(sincos_table(self.grid, self.width), self.grid, grid)
+        x = (self.mask_token[...] + jnp.asarray(position)[chosen]).astype(self.dtype)
+        graph, stacked = nnx.split(self.stack)
+
+        def step(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, params)(x, levels), None
+
+        step = jax.checkpoint(step, prevent_cse=not self.scan) if self.remat else step
+        x = jax.lax.scan(step, x, stacked, unroll=1 if self.scan else self.depth)[0]
+        return self.pred(self.norm(x)).astype(jnp.float32)
+
+
+class CrossMAE(nnx.Module):
+    """Encoder and `CrossDecoder`: images, what is visible and what to predict in, predicted patches out.
+
+    Args:
+      decoder_width, decoder_depth, decoder_num_heads: of the decoder.
+      rngs: for the initial parameters.
+      **encoder: arguments of `ViT`.
+    """
+
+    def __init__(
+        self, *, decoder_width: int, decoder_depth: int, decoder_num_heads: int, rngs: nnx.Rngs, **encoder: Any
+    ):
+        self.encoder = ViT(**encoder, rngs=rngs)
+        patch_size, channels = self.encoder.patch_size, encoder.get("channels", 3)
+        self.decoder = CrossDecoder(
+            encoder_width=self.encoder.width,
+            levels=self.encoder.blocks.depth,
+            outputs=patch_size * patch_size * channels,
+            grid=self.encoder.grid,
+            width=decoder_width,
+            depth=decoder_depth,
+            num_heads=decoder_num_heads,
+            mlp_ratio=encoder.get("mlp_ratio", 4.0),
+            norm_eps=encoder.get("norm_eps", NORM_EPS),
+            dtype=self.encoder.dtype,
+            scan=encoder.get("scan", True),
+            remat=encoder.get("remat", False),
+            rngs=rngs,
+        )
+
+    def __call__(self, images: jax.Array, keep: jax.Array, chosen: jax.Array) -> jax.Array:
+        """Normalised images `[B, H, W, C]`, visible patches `[B, K]`, others `[B, M]` -> `[B, M, P*P*C]`."""
+        encoder = self.encoder
+        grid = (images.shape[1] // encoder.patch_size, images.shape[2] // encoder.patch_size)
+        levels = encoder.blocks.levels(encoder.embed(images, keep), range(encoder.blocks.depth))
+        # The last goes through the norm that an exported encoder has, which learns nothing otherwise.
+        levels[-1] = encoder.norm(levels[-1]).astype(levels[-1].dtype)
+        return self.decoder(jnp.stack(levels), chosen, grid)
+
+
 def patch_targets(images: jax.Array, patch_size: int, normalize: bool) -> jax.Array:
     """What the decoder has to predict: float32 `[B, N, P*P*C]`, each patch standardised if `normalize`."""
     patches = patchify(images.astype(jnp.float32), patch_size)
@@ -205,10 +367,20 @@ def training_flops(
     decoder_width: int,
     decoder_depth: int,
     mlp_ratio: float = 4.0,
+    predicted: int = 0,
 ) -> float:
-    """Floating-point operations to train on one image once: matrix products only, backward counted as twice forward."""
-    visible = num_visible(num_patches, mask_ratio)
+    """Floating-point operations to train on one image once: matrix products only, backward counted as twice forward.
 
+    `predicted` is the number of patches that a `CrossMAE` predicts; 0 = of an `MAE`.
+    """
+    visible = num_visible(num_patches, mask_ratio)
+    if predicted:  # of a CrossMAE
+        inner = round(mlp_ratio * decoder_width)
+        each = 2 * predicted * decoder_width * (2 * decoder_width + 2 * inner)  # queries, projection and MLP
+        each += 2 * (visible + 1) * width * (2 * decoder_width + depth)  # keys and values, and the sum over levels
+        each += 4 * predicted * (visible + 1) * decoder_width
+        forward = vit_flops(visible, patch_dim, width=width, depth=depth, mlp_ratio=mlp_ratio)
+        return float(3 * (forward + decoder_depth * each + 2 * predicted * decoder_width * patch_dim))
     forward = (
         vit_flops(visible, patch_dim, width=width, depth=depth, mlp_ratio=mlp_ratio)
         + 2 * (visible + 1) * width * decoder_width

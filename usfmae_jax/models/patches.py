@@ -45,6 +45,19 @@ def normalize_images(images: jax.Array, mean: tuple[float, ...], std: tuple[floa
     return (x - jnp.asarray(mean)) / jnp.asarray(std)
 
 
+def blurred(images: jax.Array, sigma: float) -> jax.Array:
+    """Float images `[B, H, W, C]` under a Gaussian of that deviation in pixels; the border is repeated outwards."""
+    radius = max(1, round(3 * sigma))
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    weights = (weights / weights.sum()).astype(np.float32)
+    for axis in (1, 2):
+        widths = [(radius, radius) if one == axis else (0, 0) for one in range(4)]
+        wide, size = jnp.pad(images, widths, mode="edge"), images.shape[axis]
+        shifted = (jax.lax.slice_in_dim(wide, i, i + size, axis=axis) for i in range(len(weights)))
+        images = sum(weight * one for weight, one in zip(weights, shifted, strict=True))
+    return images
+
+
 def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
     """The 2-D sin-cos position table of the MAE code (He et al. 2022).
 

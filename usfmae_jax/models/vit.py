@@ -156,6 +156,14 @@ class Blocks(nnx.Module):
             params, scale = block
             return nnx.merge(graph, params)(x, scale), None
 
+        if tuple(after) == tuple(range(self.depth)) and not first and not freeze:  # one loop, not one for each
+
+            def kept(x: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+                x = apply(x, block)[0]
+                return x, x
+
+            step = jax.checkpoint(kept, prevent_cse=not self.scan) if self.remat else kept
+            return list(jax.lax.scan(step, x, (stacked, scales), unroll=1 if self.scan else self.depth)[1])
         found, start = [], first
         for end in sorted({max(min(freeze, after[-1] + 1), first), *(one + 1 for one in after)} - {first}):
             frozen = end <= freeze

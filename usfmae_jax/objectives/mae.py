@@ -9,6 +9,8 @@ from flax import nnx
 
 from usfmae_jax.models.mae import (
     MAE,
+    block_noise,
+    mask_from_noise,
     masked_error,
     patch_statistics,
     patch_targets,
@@ -16,7 +18,7 @@ from usfmae_jax.models.mae import (
     sector_patches,
     training_flops,
 )
-from usfmae_jax.models.patches import normalize_images, patchify, unpatchify
+from usfmae_jax.models.patches import blurred, normalize_images, patchify, unpatchify
 from usfmae_jax.objectives import Objective
 
 
@@ -31,6 +33,9 @@ class MaskedAutoencoding(Objective):
       mean: of the model's input, per channel.
       std: likewise.
       fan_aware: hide and predict only patches in the imaged sector.
+      block: hide squares of so many by so many patches.
+      blur: deviation in pixels of the Gaussian that the model sees images under, whose sharp patches it predicts
+        (Kang et al. 2023, arXiv 2306.08249); 0 = none.
       normalize_targets: predict standardised patches.
       computation: `dtype`, `attention`, `scan` and `remat` of `vit.ViT`.
     """
@@ -41,6 +46,8 @@ class MaskedAutoencoding(Objective):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fan_aware: bool = False
+    block: int = 1
+    blur: float = 0.0
     normalize_targets: bool = True
     computation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -53,18 +60,34 @@ class MaskedAutoencoding(Objective):
         return MAE(**self.encoder, **self.decoder, **self.computation, rngs=rngs)
 
     def prepare(self, images: jax.Array, rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Adds masks: `keep`, `restore` and `mask` of `mae.mask_from_noise`."""
+        """Adds `masks`."""
+        return {"image": images, **self.masks(images, rng)}, rng
+
+    def masks(self, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
+        """`keep`, `restore` and `mask` of `mae.mask_from_noise`."""
         b, height, width, _ = images.shape
         p = self.encoder["patch_size"]
         inside = sector_patches(images, p) if self.fan_aware else None
-        keep, restore, mask = random_masking(rng, b, (height // p) * (width // p), self.mask_ratio, inside)
-        return {"image": images, "keep": keep, "restore": restore, "mask": mask}, rng
+        grid = (height // p, width // p)
+        if self.block > 1:
+            keep, restore, mask = mask_from_noise(block_noise(rng, b, grid, self.block), self.mask_ratio, inside)
+        else:
+            keep, restore, mask = random_masking(rng, b, grid[0] * grid[1], self.mask_ratio, inside)
+        return {"keep": keep, "restore": restore, "mask": mask}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The squared error of hidden patches and their number; nothing more is drawn."""
         inputs = normalize_images(batch["image"], self.mean, self.std)
         targets = patch_targets(inputs, self.encoder["patch_size"], self.normalize_targets)
-        return masked_error(model(inputs, batch["keep"], batch["restore"]), targets, batch["mask"])
+        return masked_error(model(self.seen(inputs), batch["keep"], batch["restore"]), targets, batch["mask"])
+
+    def seen(self, inputs: jax.Array) -> jax.Array:
+        """Normalised images as the model sees them, `[B, H, W, C]`."""
+        return blurred(inputs, self.blur) if self.blur else inputs
+
+    def predicted(self, model: nnx.Module, inputs: jax.Array, masks: dict[str, jax.Array]) -> jax.Array:
+        """What the model predicts of all patches of normalised images, `[B, N, P*P*C]`, for pictures."""
+        return model(self.seen(inputs), masks["keep"], masks["restore"])
 
     def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
         """Input, what the encoder sees, what comes back, and that pasted into what was seen.
@@ -72,9 +95,9 @@ class MaskedAutoencoding(Objective):
         Standardised predictions are put back with each patch's own mean and scale, as the MAE demonstration does.
         """
         p = self.encoder["patch_size"]
-        batch, _ = self.prepare(images, rng)
+        masks = self.masks(images, rng)
         inputs = normalize_images(images, self.mean, self.std)
-        predicted = model(inputs, batch["keep"], batch["restore"])
+        predicted = self.predicted(model, inputs, masks)
         if self.normalize_targets:
             center, scale = patch_statistics(patchify(inputs, p))
             predicted = predicted * scale + center
@@ -83,13 +106,19 @@ class MaskedAutoencoding(Objective):
         if images.shape[-1] < pixels.shape[-1]:
             pixels = pixels.mean(axis=-1, keepdims=True)
         pixels = jnp.clip(jnp.round(pixels * 255), 0, 255).astype(jnp.uint8)
-        hidden = unpatchify(jnp.repeat(batch["mask"][..., None], p * p, axis=-1), grid, p) > 0
+        hidden = unpatchify(jnp.repeat(masks["mask"][..., None], p * p, axis=-1), grid, p) > 0
         return {
             "input": images,
-            "masked": jnp.where(hidden, jnp.uint8(128), images),
+            "masked": jnp.where(hidden, jnp.uint8(128), self._shown(inputs, images)),
             "reconstruction": pixels,
             "pasted": jnp.where(hidden, pixels, images),
         }
+
+    def _shown(self, inputs: jax.Array, images: jax.Array) -> jax.Array:
+        if not self.blur:
+            return images
+        pixels = (self.seen(inputs) * jnp.asarray(self.std) + jnp.asarray(self.mean))[..., : images.shape[-1]]
+        return jnp.clip(jnp.round(pixels * 255), 0, 255).astype(jnp.uint8)
 
     def flops(self) -> float:
         """See `Objective`."""
@@ -104,4 +133,8 @@ class MaskedAutoencoding(Objective):
             decoder_width=self.decoder["decoder_width"],
             decoder_depth=self.decoder["decoder_depth"],
             mlp_ratio=self.encoder["mlp_ratio"],
+            predicted=self._patches_predicted(height, width),
         )
+
+    def _patches_predicted(self, height: int, width: int) -> int:
+        return 0

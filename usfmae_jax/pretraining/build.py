@@ -20,12 +20,19 @@ from usfmae_jax.interop.model import Lineage, flatten, open_model, preprocessing
 from usfmae_jax.models.mae import num_visible
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.objectives import Objective
+from usfmae_jax.objectives.cross_mae import CrossMaskedAutoencoding
 from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.state import State, fill
 
+#: Fields that configs of earlier versions did not have, with what they stand for.
+ABSENT: dict[str, dict[str, Any]] = {
+    "mask": {"block": 1, "blur": 0.0, "share": 0.5},
+    "optimizer": {"muon": False},
+    "train": {"ema": 0.0},
+}
 #: Config fields that a resumed run may change.
 RESUMABLE = (*checkpoints.RESUMABLE, "probe")
 
@@ -41,8 +48,8 @@ def objective(config: ml_collections.ConfigDict) -> Objective:
     return OBJECTIVES[config.objective](config)
 
 
-def masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoencoding:
-    """The masked autoencoder of `config.model`, `.mask` and `.loss`."""
+def masked_autoencoding(config: ml_collections.ConfigDict, **more: Any) -> MaskedAutoencoding:
+    """The masked autoencoder of `config.model`, `.mask` and `.loss`; with `share`, that with a cross decoder."""
     model = config.model
     decoder = {name: model[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
     shape = encoder(config)
@@ -53,19 +60,32 @@ def masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoencoding
         num_visible((height // patch) * (width // patch), config.mask.ratio)
     except ValueError as error:
         raise InputError(f"config.mask.ratio: {error}") from error
-    return MaskedAutoencoding(
+    checks.check_ranges(config.mask.to_dict(), {"block": (1, min(height, width) // patch), "blur": (0, 32)}, "mask.")
+    return (CrossMaskedAutoencoding if more else MaskedAutoencoding)(
         shape,
         decoder,
         config.mask.ratio,
         tuple(model.mean),
         tuple(model.std),
-        config.mask.fan_aware,
-        config.loss.normalize_targets,
-        computation(config),
+        **{name: config.mask[name] for name in ("fan_aware", "block", "blur")},
+        normalize_targets=config.loss.normalize_targets,
+        computation=computation(config),
+        **more,
     )
 
 
-OBJECTIVES: dict[str, Callable[[ml_collections.ConfigDict], Objective]] = {"mae": masked_autoencoding}
+def cross_masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoencoding:
+    """The same with a decoder that attends across, which predicts `config.mask.share` of what is hidden."""
+    if not 0 < config.mask.share <= 1:
+        raise InputError(f"config.mask.share={config.mask.share:g} must be more than 0 and at most 1")
+    checks.check_least(config.model, {"decoder_depth": 1}, "model.")
+    return masked_autoencoding(config, share=config.mask.share)
+
+
+OBJECTIVES: dict[str, Callable[[ml_collections.ConfigDict], Objective]] = {
+    "mae": masked_autoencoding,
+    "cross_mae": cross_masked_autoencoding,
+}
 
 
 def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -168,6 +188,8 @@ def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int
       InputError: there would be none.
     """
     train = config.train
+    if not 0 <= train.ema < 1:
+        raise InputError(f"config.train.ema={train.ema:g} must be 0 or a decay below 1, such as 0.999")
     total = train.steps or train.epochs * sum(map(len, sources)) // train.batch_size
     if total < 1:
         raise InputError(
@@ -180,7 +202,7 @@ def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, Callable[..., jax.Array]]:
     """AdamW, and the learning rate by step and length of the run; the rate in the config is per 256 images."""
     optimizer = config.optimizer
-    names = ("weight_decay", "b1", "b2", "clip_norm", "layer_decay", "decay_all")
+    names = ("weight_decay", "b1", "b2", "clip_norm", "layer_decay", "decay_all", "muon")
     rate = functools.partial(
         optimizers.warmup_cosine,
         learning_rate=optimizer.learning_rate * config.train.batch_size / 256,
@@ -226,7 +248,7 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     for name in ("mean", "std"):
         if not np.allclose(about[name], model[name], atol=1e-3):
             said += f"\nwarning: its pixels had another {name}: {tuple(about[name])}, here {tuple(model[name])}"
-    return fill(state, {"params": taken}), weights.lineage, said
+    return fill(state, {name: taken for name in ("params", "ema") if name in state}), weights.lineage, said
 
 
 def _check_shapes(new: Any, own: Any, directory: str, part: str) -> None:

@@ -16,7 +16,7 @@ from usfmae_jax.training import probes
 from usfmae_jax.training.forward import apply_batches
 from usfmae_jax.training.mesh import global_batch, replicated
 from usfmae_jax.training.monitor import Monitor
-from usfmae_jax.training.state import State
+from usfmae_jax.training.state import State, weights_of
 
 #: Looks at the parameters after a step: `(report, params, step)`.
 Look = Callable[[Monitor, Any, int], None]
@@ -37,7 +37,7 @@ def look(looks: Sequence[tuple[int, Look]], report: Monitor, state: State, step:
         report.flush()
         with report.pause():
             for one in due:
-                one(report, state["params"], step)
+                one(report, weights_of(state), step)
 
 
 def pictures(objective: Objective, graph: Any, mesh: Mesh, images: np.ndarray, folder: epath.Path, seed: int) -> Look:

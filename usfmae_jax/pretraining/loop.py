@@ -22,7 +22,7 @@ from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks
 from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
-from usfmae_jax.training.state import State, abstract_state, init_state
+from usfmae_jax.training.state import State, abstract_state, init_state, weights_of
 from usfmae_jax.training.update import compile_update, make_update
 
 
@@ -50,17 +50,21 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     def accept(stored: dict[str, Any]) -> None:
-        earlier = {"objective": "mae", "data_content": settings["data_content"]}  # versions that did not say
+        earlier: dict[str, Any] = {"objective": "mae", "data_content": settings["data_content"]}
+        for group, fields in build.ABSENT.items():  # from versions that did not say
+            earlier[group] = fields | stored.get(group, {})
+        stored = stored | {group: earlier.pop(group) for group in build.ABSENT}
         checkpoints.check_resumable(earlier | stored, settings, workdir, build.RESUMABLE)
 
-    abstract = functools.partial(abstract_state, objective.make, optimizer, mesh)
+    averaged = config.train.ema > 0
+    abstract = functools.partial(abstract_state, objective.make, optimizer, mesh, ema=averaged)
     found = checkpoints.resume(saver, abstract, accept, fallback=config.checkpoint.fallback)
     if found:
         graph, (state, first_step, position, aside) = model_graph(objective.make), found
     else:
         aside, first_step, position = "", 0, {"next_batch": 0, "damaged": []}
         ancestors: Lineage = []
-        graph, state = init_state(objective.make, optimizer, mesh, config.seed)
+        graph, state = init_state(objective.make, optimizer, mesh, config.seed, averaged)
         if config.init:
             state, ancestors, taken = build.with_weights(state, config.init, config.model)
             print(taken, file=sys.stderr)
@@ -71,7 +75,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
     learn = (objective.prepare, objective.loss)
     skippable = config.train.skip_nonfinite
-    how = {"accumulate": config.train.accumulate, "skip": skippable > 0}
+    how = {"accumulate": config.train.accumulate, "skip": skippable > 0, "ema": config.train.ema}
     update = make_update(graph, *learn, optimizer, learning_rate, mesh, **how)
     report = Monitor(
         workdir,
@@ -125,7 +129,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             report.say(f"{len(damage.found)} damaged records were skipped in all")
     if step < total_steps:
         return False
-    export(about, state["params"]["encoder"], workdir, total_steps)
+    export(about, weights_of(state)["encoder"], workdir, total_steps)
     return True
 
 

@@ -75,6 +75,7 @@ def adamw(
     layer_decay: float = 1.0,
     decay_all: bool = False,
     last_blocks: int = 0,
+    muon: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) with a learning rate of 1: `update` multiplies by that of the step.
 
@@ -86,16 +87,58 @@ def adamw(
       layer_decay: see `layer_scales`; 1 = off.
       decay_all: decay biases, norms and tokens as well, as the published USF-MAE run did.
       last_blocks: of the encoder's stack, only this many blocks are updated; 0 = all.
+      muon: the matrices of the blocks are updated by `_muon` instead.
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     mask = None if decay_all else decay_mask
-    parts += [optax.scale_by_adam(b1, b2), optax.add_decayed_weights(weight_decay, mask)]
+    adam = optax.scale_by_adam(b1, b2)
+    if muon:
+        adam = optax.partition({True: _muon(), False: adam}, in_blocks)
+    parts += [adam, optax.add_decayed_weights(weight_decay, mask)]
     if not math.isclose(layer_decay, 1.0):
         parts.append(_scale(lambda updates: layer_scales(updates, layer_decay)))
     if last_blocks:
         parts.append(_scale(lambda updates: _last_blocks(updates, last_blocks)))
     # A schedule that is constant keeps the count that optimiser states have had since version 0.1.
     return optax.chain(*parts, optax.scale_by_learning_rate(lambda count: 1.0))
+
+
+def in_blocks(params: Any) -> Any:
+    """True for the matrices of transformer blocks, `[depth, I, O]`: what lies between pixels and outputs."""
+    return jax.tree.map_with_path(
+        lambda path, _: path[-1].key == "kernel" and any(key.key in ("blocks", "stack") for key in path), params
+    )
+
+
+#: Matrices that are several side by side: queries, keys and values, see `layers.Attention` and `mae.CrossBlock`.
+_SIDE_BY_SIDE = {"qkv": 3, "key_value": 2}
+
+
+def _muon() -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) of stacked matrices: momentum, made orthogonal matrix by matrix.
+
+    Every block's matrix is one of its own, and so are queries, keys and values. Updates are as large as Adam's (Liu et
+    al. 2025, arXiv 2502.16982), so that learning rates and decay stay what they are.
+    """
+
+    def apart(path: tuple, leaf: Any) -> Any:
+        parts = _SIDE_BY_SIDE.get(path[-2].key, 1)
+        return leaf.reshape(*leaf.shape[:-1], parts, leaf.shape[-1] // parts)
+
+    def matrices(tree: Any) -> Any:  # [depth, I, parts, O]: all other axes are of separate matrices
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-3, -1), tree)
+
+    inner = optax.contrib.scale_by_muon(weight_dimension_numbers=matrices)
+
+    def init(params: Any) -> Any:
+        return inner.init(jax.tree.map_with_path(apart, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        found, state = inner.update(jax.tree.map_with_path(apart, updates), state)
+        scaled = jax.tree.map(lambda leaf: 0.2 * math.sqrt(max(leaf.shape[-3], leaf.shape[-1])) * leaf, found)
+        return jax.tree.map(lambda new, old: new.reshape(old.shape), scaled, updates), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def _last_blocks(params: Any, count: int) -> Any:

@@ -1,6 +1,7 @@
 """The train state: a plain pytree `{step, params, opt_state, rng}`, born sharded.
 
-A model with running statistics (`nnx.BatchStat`) has them beside the parameters, as `stats`.
+A model with running statistics (`nnx.BatchStat`) has them beside the parameters, as `stats`; a run that averages its
+parameters over time has the average as `ema`.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,11 @@ State = dict[str, Any]
 
 
 def init_state(
-    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+    make_model: Callable[[nnx.Rngs], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    ema: bool = False,
 ) -> tuple[Any, State]:
     """Creates a model's train state on the mesh; no device ever holds more than its part.
 
@@ -28,11 +33,12 @@ def init_state(
       optimizer: its state is created for the parameters.
       mesh: from `mesh.make_mesh`.
       seed: of the parameters and of all randomness of training.
+      ema: whether parameters are averaged over time.
 
     Returns:
       the model's graph (`nnx.merge(graph, state["params"])` is the model) and the state.
     """
-    return model_graph(make_model), state_maker(make_model, optimizer, mesh)(seed)
+    return model_graph(make_model), state_maker(make_model, optimizer, mesh, ema=ema)(seed)
 
 
 def state_maker(
@@ -40,6 +46,7 @@ def state_maker(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     trained: Callable[[Any], Any] = lambda params: params,
+    ema: bool = False,
 ) -> Callable[[int], State]:
     """Compiles once what creates the train state of a seed; see `init_state`.
 
@@ -48,8 +55,9 @@ def state_maker(
       optimizer: see there.
       mesh: see there.
       trained: picks from all parameters those that are trained; the optimiser keeps moments for no others.
+      ema: see there.
     """
-    create = _creator(make_model, optimizer, trained)
+    create = _creator(make_model, optimizer, trained, ema)
     compiled = jax.jit(create, out_shardings=state_sharding(mesh, jax.eval_shape(create, _words(0))))
     return lambda seed: compiled(_words(seed))
 
@@ -59,9 +67,10 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     trained: Callable[[Any], Any] = lambda params: params,
+    ema: bool = False,
 ) -> State:
     """Shapes, dtypes and shardings of `init_state`, without computing anything."""
-    abstract = jax.eval_shape(_creator(make_model, optimizer, trained), _words(0))
+    abstract = jax.eval_shape(_creator(make_model, optimizer, trained, ema), _words(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
@@ -84,6 +93,11 @@ def fill(state: State, loaded: dict[str, Any]) -> State:
     return state | filled
 
 
+def weights_of(state: State) -> Any:
+    """The parameters to be tested and exported: their average where a run has one."""
+    return state.get("ema", state["params"])
+
+
 def _words(seed: int) -> jax.Array:
     # As an argument of the compiled function: another seed is no reason to compile again.
     return jax.random.key_data(jax.random.key(seed))
@@ -93,6 +107,7 @@ def _creator(
     make_model: Callable[[nnx.Rngs], nnx.Module],
     optimizer: optax.GradientTransformation,
     trained: Callable[[Any], Any],
+    ema: bool,
 ) -> Callable[[jax.Array], State]:
     def create(words: jax.Array) -> State:
         init_rng, train_rng = jax.random.split(jax.random.wrap_key_data(words))
@@ -106,6 +121,7 @@ def _creator(
             # As raw words: a plain array is what every checkpoint reader understands.
             "rng": jax.random.key_data(train_rng),
         }
+        state |= {"ema": jax.tree.map(jnp.copy, params)} if ema else {}
         return state | {"stats": stats} if stats else state
 
     return create

@@ -42,6 +42,7 @@ def make_update(
     trained: tuple[str, ...] = (),
     accumulate: int = 1,
     skip: bool = False,
+    ema: float = 0.0,
 ) -> Update:
     """Builds the update `(state, batch, total_steps) -> (state, metrics)`.
 
@@ -57,6 +58,8 @@ def make_update(
       accumulate: micro-batches per update; the update is that of the whole batch (batch norm sees micro-batches).
       skip: a step whose loss or gradient is not finite changes nothing but the number of the step, and the metric
         `skipped` is 1.
+      ema: decay of the average of the parameters, `state["ema"]`; less in the beginning, (1 + step) / (10 + step), so
+        that the first parameters are forgotten. 0 = there is none.
     """
     sharding = batch_sharding(mesh)
 
@@ -96,6 +99,10 @@ def make_update(
         part = optax.apply_updates(part, jax.tree.map(lambda u: u * rate, updates))
         metrics = {"loss": total / count, "learning_rate": rate, "grad_norm": optax.tree.norm(gradients)}
         new = state | {"params": combine(params, part), "opt_state": opt_state} | ({"stats": stats} if stats else {})
+        if ema:
+            step = state["step"].astype(jnp.float32)
+            decay = jnp.minimum(ema, (1 + step) / (10 + step))
+            new |= {"ema": jax.tree.map(lambda old, now: old + (1 - decay) * (now - old), state["ema"], new["params"])}
         if skip:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
             new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, dict(state))
