@@ -1,7 +1,7 @@
 r"""An encoder's features under a probe, or a fine-tuned classifier, on labelled frames: numbers with intervals.
 
-    python -m usfmae_jax.evaluate --config=configs/evaluate.py:busbra --config.checkpoint=runs/pretrain-tiny
-    python -m usfmae_jax.evaluate --config=configs/evaluate.py:folder --config.checkpoint=DIR \
+    python -m usfmae_jax.evaluate --config=evaluate:busbra --config.checkpoint=runs/pretrain-tiny
+    python -m usfmae_jax.evaluate --config=evaluate:folder --config.checkpoint=DIR \
         --config.data.path=data/mine --config.protocol=knn --workdir=runs/mine-knn
 
 Leaves results.json, results.md, predictions.csv, report.html and splits/splits.csv in the workdir. Features are

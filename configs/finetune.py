@@ -1,21 +1,20 @@
-"""Fine-tune a model on labelled shards and test it on patients that it has not seen.
+r"""Fine-tune a model on labelled shards and test it on patients that it has not seen.
 
-    python -m usfmae_jax.finetune --config=configs/finetune.py:busbra --config.init=runs/pretrain-tiny
-    python -m usfmae_jax.finetune --config=configs/finetune.py:folder --config.data.path=data/mine
-    python -m usfmae_jax.finetune --config=configs/finetune.py:busbra --config.model.arch=resnet50
-    python -m usfmae_jax.finetune --config=configs/finetune.py:folder_regression --config.data.path=data/mine \
+    python -m usfmae_jax.finetune --config=finetune:busbra --config.init=runs/pretrain-tiny
+    python -m usfmae_jax.finetune --config=finetune:busbra --config.model.arch=resnet50
+    python -m usfmae_jax.finetune --config=finetune:folder_regression --config.data.path=data/mine \
         --config.targets=table.csv --config.target="ejection fraction"
 
 One command trains every member: each fold, seed and label fraction, and of a small model on a CPU as many at a time as
 there are cores. It ends with results.json, results.md, predictions.csv and report.html in the workdir; splits/ holds
-who was trained and tested on. The weights with the best validation score are the ones that are tested. The same command
-continues what was interrupted; more seeds, fractions or folds may be added to a finished run.
+who was trained and tested on. The weights with the best validation score are the ones that are tested. More seeds,
+fractions or folds may be added to a finished run.
 
 Without --config.init the same model starts from random weights: the baseline to beat. Settings are meant for 500 to
 2,000 images and a small model on a CPU; they were tuned on no dataset.
 
 `config.task` is what is learnt: "classification", which of some classes the shards' labels name; "regression", a number
-of each frame; "multilabel", which of several labels, any number; "segmentation", see configs/segment.py. The numbers of
+of each frame; "multilabel", which of several labels, any number; "segmentation", see --config=segment. The numbers of
 the second and the labels of the third are columns of a CSV file, `config.targets`, whose column frame, source or file
 names the frames, and are called "name" or "name [unit]"; labels are 0, 1 or empty.
 

@@ -1,6 +1,6 @@
 """ViT-B/16 masked autoencoder on ultrasound frames: the USF-MAE job, with our corrections.
 
-    python -m usfmae_jax.main --config=configs/pretrain.py --config.data.path='data/openus46/*'
+    python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
 
 Hardware: any GPU or TPU with 40 GB (config.train.accumulate halves memory per doubling). 360,000 frames x 100 epochs
 are 2.1e18 FLOP: about 2 hours of one H200 at 30% of its bf16 peak (arithmetic: neither time nor outcome is measured

@@ -1,8 +1,8 @@
 """Teach a model to outline what masks outline, and test it on patients that it has not seen.
 
-    python -m usfmae_jax.finetune --config=configs/segment.py:busbra --config.init=runs/pretrain-tiny
-    python -m usfmae_jax.finetune --config=configs/segment.py:folder --config.data.path=data/mine
-    python -m usfmae_jax.finetune --config=configs/segment.py:busbra --config.model.arch=unet
+    python -m usfmae_jax.finetune --config=segment:busbra --config.init=runs/pretrain-tiny
+    python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
+    python -m usfmae_jax.finetune --config=segment:busbra --config.model.arch=unet
 
 All of `configs/finetune.py` holds here too: folds, seeds, label fractions, resuming, what is left in the workdir. The
 numbers are Dice, IoU, boundary F1 and HD95 of each class, averaged by patient, with intervals; report.html shows the
@@ -22,7 +22,7 @@ Variants
 
 import ml_collections
 
-from configs import finetune
+from usfmae_jax.configs import finetune
 
 
 def get_config(variant: str = "folder") -> ml_collections.ConfigDict:

@@ -1,6 +1,6 @@
 r"""One frozen encoder on every labelled and masked dataset there is, beside what it has to beat.
 
-    python -m usfmae_jax.evaluate --config=configs/suite.py \
+    python -m usfmae_jax.evaluate --config=suite \
         --config.suite.checkpoints=runs/pretrain-tiny,random,pixels --config.data.path=data/bus_bra,data/aul,data/hc18
 
 What a foundation model is asked for is to carry over from one anatomy to the next: this measures it. Each dataset is
@@ -16,7 +16,7 @@ another size), `pixels` are raw pixels.
 
 import ml_collections
 
-from configs import evaluate
+from usfmae_jax.configs import evaluate
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:

@@ -2,6 +2,7 @@
 
     python -m data_prep.audit --shards='data/*' --against=data/bus_bra,data/mmotu_2d:test --write-exclusions=leaks.csv
     python -m data_prep.audit --shards='data/*'
+    python -m data_prep.audit --shards=data/hc --against=data/bus_bra --radius=20
 
 Both take shards, folders and globs as training does, several with commas between them, and all splits unless a name
 ends in :SPLIT. Frames match by patient, video or source file if the dataset has the same name, and whatever its name by
@@ -31,7 +32,7 @@ import numpy as np
 from data_prep import exclusions, isolate
 from data_prep.exclusions import Match, match_ids
 from usfmae_jax.data import fingerprints
-from usfmae_jax.errors import DamagedRecord, InputError, visible, visible_output
+from usfmae_jax.errors import DamagedRecord, InputError, Parser, visible, visible_output
 
 _RECORDS = 256  # read per task
 _PAIRS = 1024  # compared per task
@@ -75,14 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise InputError(f"{message}; --help shows examples")
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    how = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("python -m data_prep.audit", description=__doc__, formatter_class=how, allow_abbrev=False)
+    parser = Parser("data_prep.audit", __doc__ or "", allow_abbrev=False)
     add = parser.add_argument
     add("--shards", required=True, help="the corpus")
     add("--against", default="", help="evaluation sets that must not be in it")

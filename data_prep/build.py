@@ -27,6 +27,7 @@ import os
 import pathlib
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +37,7 @@ from data_prep import catalog
 from data_prep.catalog.schema import Entry
 from data_prep.plan import PHANTOM, plan_files, plan_phantoms
 from data_prep.write.manifest import check_same, print_summary, put_back
-from usfmae_jax.errors import InputError, visible_output
+from usfmae_jax.errors import InputError, Parser, as_started, visible_output
 
 
 @visible_output()
@@ -137,19 +138,22 @@ def _download(entry: Entry, source: str, args: argparse.Namespace) -> list[dict[
     return download.fetch_all(entry.downloads, pathlib.Path(source))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise InputError(f"{message}; --help shows examples")
+class _Help(argparse.Action):
+    """What --help shows fits a screen: of the options their names."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"{parser.format_usage()}\n{(parser.description or '').strip()}\n\noptions (--help_all: what each does)")
+        for group in parser._action_groups[2:]:  # behind argparse's own two
+            names = ", ".join(name for action in group._group_actions for name in action.option_strings)
+            print(textwrap.fill(f"{group.title}: {names}", 98, initial_indent="  ", subsequent_indent="    "))
+        parser.exit()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="python -m data_prep.build",
-        usage="python -m data_prep.build --dataset=NAME --input=DIR --output=DIR [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    usage = as_started("python -m data_prep.build --dataset=NAME --input=DIR --output=DIR [options]")
+    parser = Parser("data_prep.build", __doc__ or "", usage=usage, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", nargs=0, action=_Help, help="show a screen of it and exit")
+    parser.add_argument("--help_all", action="help", help="show this message and exit")
     _add_sources(parser.add_argument_group("what to build"))
     _add_reading(parser.add_argument_group("how files are read"))
     _add_cleaning(parser.add_argument_group("what is left out"))

@@ -1,12 +1,14 @@
 """The command line: quick help, and errors that name the nearest right thing."""
 
+import importlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from usfmae_jax import cli
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import SCRIPTS, InputError
 
 CONFIG = "--config=configs/pretrain.py"
 
@@ -81,9 +83,83 @@ def test_what_was_typed_is_shown_without_where_it_was(monkeypatch):
     assert cli.command("door") == "python -m door --config a.py:tiny --config.data.path=b,c/d"
 
 
+@pytest.mark.parametrize(("value", "width"), [("pretrain", 768), ("pretrain:tiny", 192)])
+def test_a_shipped_config_is_named_from_any_folder(value, width, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = _parse(f"--config={value}", "--config.train.batch_size=32")
+    assert (values.config.model.width, values.config.train.batch_size) == (width, 32)
+    assert cli.default_workdir(values["config"].config_filename) == cli.default_workdir(value)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "finetune", "pretrain", "segment", "suite"])
+def test_every_config_is_shipped_and_a_copy_of_it_works_elsewhere(name, tmp_path, monkeypatch):
+    copy = shutil.copy(f"configs/{name}.py", tmp_path / "mine.py")
+    expected = cli.load_config(f"configs/{name}.py").to_dict()
+    monkeypatch.chdir(tmp_path)
+    assert cli.load_config(name).to_dict() == cli.load_config(str(copy)).to_dict() == expected
+
+
+def test_a_file_comes_before_the_shipped_config_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "suite").mkdir()
+    assert cli.load_config("suite").protocol == "suite"  # a folder is no config
+    (tmp_path / "segment").write_text("import ml_collections\nget_config = lambda: ml_collections.ConfigDict({'a': 1})")
+    assert cli.load_config("segment").a == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("pretain:demo", "; nearest is --config=pretrain"),
+        ("configs/finetune.py", "; nearest is --config=finetune"),
+        ("zz", ""),
+    ],
+)
+def test_a_config_that_is_not_there_is_answered_with_those_that_are(value, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        _parse(f"--config={value}")
+    name = value.partition(":")[0]
+    shipped = "shipped are evaluate, finetune, pretrain, segment, suite"
+    assert str(error.value) == f"config file {name!r} does not exist; {shipped}{hint}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_a_screen_shows_commands_and_calls_the_door_as_it_was_started(script, capsys, monkeypatch):
+    module = importlib.import_module(SCRIPTS[script])
+    monkeypatch.setenv("COLUMNS", "100")
+    for started, called in ((f"bin/{script}", script), ("module.py", f"python -m {SCRIPTS[script]}")):
+        monkeypatch.setattr(cli.sys, "argv", [started, "--help"])
+        with pytest.raises(SystemExit) as end:
+            (module.run if hasattr(module, "run") else module.main)()
+        shown = capsys.readouterr().out
+        assert not end.value.code
+        assert sum(max(1, -(-len(line) // 100)) for line in shown.splitlines()) <= 60
+        assert shown.count(f"    {called} ") >= 3
+        assert started == "module.py" or "python -m" not in shown
+
+
+@pytest.mark.parametrize(
+    ("door", "given", "nearest"),
+    [
+        ("usfmae_jax.predict", ["--checkpoint=c", "--data=d", "--output=o", "--overlay_=off"], "--overlays"),
+        ("usfmae_jax.embed", ["--checkpoint=c", "--data=d", "--output=o.npz", "--thraeds=1"], "--threads"),
+        ("usfmae_jax.convert", ["--input=i", "--output=o", "--imagesize=9"], "--image_size"),
+        ("usfmae_jax.export", ["--checkpoint=c", "--fromat=hf"], "--format"),
+        ("data_prep.build", ["--dataset=folder", "--output=o", "--workrs=3"], "--workers"),
+        ("data_prep.audit", ["--shards=d", "--agains=e"], "--against"),
+    ],
+)
+def test_an_unknown_option_is_answered_with_the_nearest_in_one_line(door, given, nearest, capsys):
+    assert importlib.import_module(door).main(given) == 2
+    said = f"error: unrecognized arguments: {given[-1]}; nearest is {nearest}; --help shows examples\n"
+    assert capsys.readouterr().err == said
+
+
 def test_help_shows_the_config_and_its_fields_without_importing_jax():
     script = (
-        "import sys; sys.argv[1:] = ['--help']; import runpy; runpy.run_module('usfmae_jax.main', run_name='__main__')"
+        "import sys; sys.argv[1:] = ['--config=pretrain', '--help']; import runpy; "
+        "runpy.run_module('usfmae_jax.main', run_name='__main__')"
     )
     code = f"try:\n  {script}\nexcept SystemExit as e:\n  assert e.code == 0 and 'jax' not in sys.modules"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -253,7 +253,7 @@ def test_the_variants_are_complete(variant):
 
 
 def test_help_shows_the_fields_and_the_comparison():
-    command = [sys.executable, "-m", "usfmae_jax.evaluate", "--help"]
+    command = [sys.executable, "-m", "usfmae_jax.evaluate", "--config=evaluate", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for text in ("compare A B", "--config.protocol='auto'", ":busbra", "--config.corruptions=False"):
         assert text in shown

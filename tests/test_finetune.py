@@ -108,7 +108,7 @@ def test_the_door_exits_2_with_one_sentence(shards, tmp_path, monkeypatch, capsy
 
 
 def test_help_names_the_variants_and_fields():
-    command = [sys.executable, "-m", "usfmae_jax.finetune", "--help"]
+    command = [sys.executable, "-m", "usfmae_jax.finetune", "--config=finetune", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0
     for expected in (":gist514", "--config.mode='full'", "--config.regularization.mixup=0.0", "--workdir"):

@@ -5,8 +5,10 @@ Imports nothing heavy, so that `--help` and a mistyped flag answer at once.
 
 import difflib
 import os
+import pathlib
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +21,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from usfmae_jax.errors import DONE, FAILED, PREEMPTED, InputError, answer, leave, visible_output
+from usfmae_jax.errors import DONE, FAILED, PREEMPTED, InputError, answer, as_started, leave, visible_output
 
 
 @visible_output()
@@ -28,7 +30,7 @@ def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDi
 
     Args:
       doc: the door's docstring, shown by `--help`.
-      default_config: FILE.py to show by `--help` when none is given.
+      default_config: the shipped config that `--help` shows when none is given.
       action: imports what is heavy itself.
     """
 
@@ -102,16 +104,19 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
     flags.DEFINE_string("config", None, "FILE.py[:variant]", flag_values=first)
     argv = _read(first, argv, known_only=True)
     if not {"-h", "-help", "--help", "--helpfull", "--helpshort"}.isdisjoint(argv[1:]):
-        print(_help(doc, first.config or default_config))
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
+        print(_help(doc, first.config or default_config, fields=first.config is not None))
         raise SystemExit(DONE)
     if first.config is None:
         raise InputError(f"--config is missing; try --config={default_config}")
     value = first.config.rstrip(":")
+    file, *variant = value.split(":", 1)
     fields = _fields(load_config(value))
     for name in [found[1] for found in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, argv[1:]) if found]:
         if name not in fields:  # ml_collections would raise a KeyError with the whole config
             raise InputError(f"config.{name} is no field of {value}{_nearest(name, fields, 'config.')}")
-    argv = [argv[0], f"--config={value}", *argv[1:]]  # ml_collections wants it before what it overrides
+    # ml_collections wants a file, and before what it overrides
+    argv = [argv[0], "--config=" + ":".join([find_config(file), *variant]), *argv[1:]]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
@@ -176,10 +181,10 @@ def default_workdir(value: str) -> str:
 
 
 def load_config(value: str) -> ml_collections.ConfigDict:
-    """Calls `get_config` of `FILE.py[:variant]`.
+    """Calls `get_config` of `FILE.py[:variant]` or `NAME[:variant]`, see `find_config`.
 
     Raises:
-      InputError: no such file, or no such variant (with the nearest names).
+      InputError: no such config, or no such variant (with the nearest names).
     """
     file, _, variant = value.partition(":")
     module = _load_module(file)
@@ -189,9 +194,30 @@ def load_config(value: str) -> ml_collections.ConfigDict:
     return module.get_config(variant) if variant else module.get_config()
 
 
-def _load_module(file: str) -> ModuleType:
-    if not os.path.isfile(file):
-        raise InputError(f"config file {file!r} does not exist; run from the project's folder or give its path")
+def find_config(name: str) -> str:
+    """The path of a config: `name` itself if there is such a file, else the shipped one that is called so.
+
+    Raises:
+      InputError: there is neither; lists the shipped ones and names the nearest.
+    """
+    if os.path.isfile(name):
+        return name
+    shipped = _shipped()
+    if name not in shipped:
+        nearest = difflib.get_close_matches(pathlib.PurePath(name).stem, shipped, n=1, cutoff=0.4)
+        hint = f"; nearest is --config={nearest[0]}" if nearest else ""
+        raise InputError(f"config file {name!r} does not exist; shipped are {', '.join(shipped)}{hint}")
+    return shipped[name]
+
+
+def _shipped() -> dict[str, str]:
+    """Paths of the configs that come with the package, by their names; in a checkout a link to configs/ at its top."""
+    folder = pathlib.Path(__file__).parent / "configs"
+    return {path.stem: str(path) for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def _load_module(name: str) -> ModuleType:
+    file = find_config(name)
     module = ModuleType("config")
     module.__file__ = file
     SourceFileLoader("config", file).exec_module(module)
@@ -213,21 +239,24 @@ def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     return f"; {'nearest' if names else 'valid'} are " + ", ".join(prefix + name for name in names or valid)
 
 
-def _help(doc: str, value: str) -> str:
-    file = value.partition(":")[0]
-    shown = "\n".join("  " + line for line in (_load_module(file).__doc__ or "").strip().splitlines())
-    fields = "\n".join(f"  --config.{name}={default!r}" for name, default in _fields(load_config(value)).items())
-    return f"""{doc.strip()}
+def _help(doc: str, value: str, fields: bool) -> str:
+    name = value.partition(":")[0]
+    if fields:
+        defaults = _fields(load_config(value)).items()
+        below = f"Fields of {value}:\n" + "\n".join(f"  --config.{field}={default!r}" for field, default in defaults)
+    else:
+        below = f"--config={value} --help lists its fields."
+    shown = "\n".join("  " + line for line in (_load_module(name).__doc__ or "").strip().splitlines())
+    return as_started(f"""{doc.strip()}
 
 Flags:
-  --config=FILE.py[:variant]     e.g. {value}
-  --config.FIELD=VALUE           overrides a field, see below
-  --workdir=DIR                  default runs/<config>-<variant>; an interrupted run in it is continued
+  --config=NAME[:variant]   {", ".join(_shipped())}; or FILE.py[:variant]
+  --config.FIELD=VALUE      overrides a field
+  --workdir=DIR             default runs/<config>-<variant>; an interrupted run in it is continued
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-                                 a job of several processes; found automatically on Cloud TPU and Slurm
+                            a job of several processes; found automatically on Cloud TPU and Slurm
 
-{file}:
+{name}:
 {shown}
 
-Fields of {value}:
-{fields}"""
+{below}""")

@@ -1,7 +1,8 @@
 """Read weights that somebody else saved: original MAE, USF-MAE, timm or Hugging Face; PyTorch files or safetensors.
 
-python -m usfmae_jax.convert --input=mae_pretrain_vit_base_full.pth --output=weights/mae-base
-python -m usfmae_jax.main --config=configs/pretrain.py --config.init=weights/mae-base --config.data.path=...
+    python -m usfmae_jax.convert --input=mae_pretrain_vit_base_full.pth --output=weights/mae-base
+    python -m usfmae_jax.convert --input=checkpoint.pth.tar --output=weights/usfmae --ema
+    python -m usfmae_jax.main --config=pretrain --config.init=weights/mae-base --config.data.path=DIR
 
 The format is recognised. Written are an encoder directory (encoder/), for a fine-tuned model a classifier directory
 (classifier/), and else a checkpoint that pretraining starts from with --config.init, decoder included if there is one.
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import DONE, InputError, answer, visible_output
+from usfmae_jax.errors import DONE, InputError, Parser, answer, visible_output
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.files import Source
@@ -32,9 +33,7 @@ WRITTEN = ("checkpoints", "classifier", "config.json", "encoder", "lineage.json"
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m usfmae_jax.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("usfmae_jax.convert", __doc__ or "")
     parser.add_argument("--input", required=True, metavar="FILE", help="of weights, or a directory with one")
     parser.add_argument("--output", required=True, metavar="DIR", help="new, or an earlier output of this door")
     parser.add_argument("--channels", type=int, default=0, choices=[1, 3], help="change the patch kernel to as many")
@@ -49,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--licence", default="", help="of the weights, if the file is silent")
     say = "go on without what is missing or not understood, where that can be"
     parser.add_argument("--allow_partial", action="store_true", help=say)
-    args = parser.parse_args(argv)
 
     def act() -> int:
+        args = parser.parse_args(argv)
         convert(args.input, args.output, _options(args), args.licence, averaged=args.ema)
         return DONE
 

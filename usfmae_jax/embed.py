@@ -2,12 +2,12 @@
 
     python -m usfmae_jax.embed --checkpoint=runs/pretrain-tiny --data=data/bus_bra --output=bus_bra.npz
     python -m usfmae_jax.embed --checkpoint=DIR --data=FOLDER_OF_IMAGES --output=features.parquet --pool=cls
+    python -m usfmae_jax.embed --checkpoint=DIR --data='data/*' --split=test --output=test.npz --pool=patches
 
 The file has one row for each frame: features, source, dataset, patient, video, frame and label (-1 = none).
 Read it with numpy.load(FILE) or pandas.read_parquet(FILE). Exit codes: 0 done; 2 bad input.
 """
 
-import argparse
 import collections
 import contextlib
 import os
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from usfmae_jax.errors import DONE, DamagedRecord, InputError, answer, leave, visible_output
+from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, leave, visible_output
 
 #: Picture files that a folder may hold.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -30,9 +30,7 @@ COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m usfmae_jax.embed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("usfmae_jax.embed", __doc__ or "")
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="workdir, checkpoint, encoder/ or classifier/ directory"
     )
@@ -46,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--batch_size", type=int, default=0, metavar="N", help="images per call; default: what suits the devices"
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="that decode; default: %(default)s")
-    args = parser.parse_args(argv)
 
     def act() -> int:
+        args = parser.parse_args(argv)
         embed(
             args.checkpoint, args.data, args.output, args.pool, split=args.split, batch_size=args.batch_size,
             threads=args.threads,

@@ -1,9 +1,12 @@
 """The exceptions that several rooms raise and catch, and how doors answer: a sentence, an exit code, harmless text."""
 
+import argparse
 import contextlib
+import difflib
 import errno
 import multiprocessing.util
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -56,6 +59,41 @@ def answer(action: Callable[[], int]) -> int:
             raise
     print(f"error: {said}", file=sys.stderr)
     return code
+
+
+#: The scripts that an installation has, see pyproject.toml, and the modules that `python -m` runs.
+SCRIPTS = {
+    "usfmae-pretrain": "usfmae_jax.main",
+    "usfmae-finetune": "usfmae_jax.finetune",
+    "usfmae-evaluate": "usfmae_jax.evaluate",
+    "usfmae-predict": "usfmae_jax.predict",
+    "usfmae-data": "data_prep.build",
+}
+
+
+def as_started(text: str) -> str:
+    """The help of a door, with the names of scripts instead of `python -m MODULE` where a script was started."""
+    if pathlib.PurePath(sys.argv[0]).stem in SCRIPTS:
+        for script, module in SCRIPTS.items():
+            text = text.replace(f"python -m {module}", script)
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of a door; a mistake is one sentence, which names the option nearest to one that there is not."""
+
+    def __init__(self, module: str, doc: str, **settings: Any):
+        """Args: module: what `python -m` runs; doc: stands above the options; settings: of argparse."""
+        how = argparse.RawDescriptionHelpFormatter
+        name, about = as_started(f"python -m {module}"), as_started(doc)
+        super().__init__(name, description=about, formatter_class=how, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises: InputError, with what argparse says."""
+        unknown = re.findall(r"--\w[\w-]*", message) if message.startswith("unrecognized") else []
+        near = [name for one in unknown for name in difflib.get_close_matches(one, self._option_string_actions, n=1)]
+        hint = f"; nearest is {', '.join(near)}" if near else ""
+        raise InputError(f"{message}{hint}; --help shows examples")
 
 
 def leave(code: int) -> NoReturn:

@@ -1,7 +1,7 @@
 """Test an encoder under a probe, or a fine-tuned classifier, on labelled frames; or compare two such runs.
 
-    python -m usfmae_jax.evaluate --config=configs/evaluate.py:busbra --config.checkpoint=runs/pretrain-tiny
-    python -m usfmae_jax.evaluate --config=configs/suite.py --config.suite.checkpoints=A,B --config.data.path=DIR,DIR
+    python -m usfmae_jax.evaluate --config=evaluate:busbra --config.checkpoint=runs/pretrain-tiny
+    python -m usfmae_jax.evaluate --config=suite --config.suite.checkpoints=A,B --config.data.path=DIR,DIR
     python -m usfmae_jax.evaluate compare A B [--positive=CLASS] [--output=FILE.json]
 
 `compare` takes the workdirs of two runs of evaluate or finetune on the same frames (or their predictions.csv), and
@@ -10,7 +10,6 @@ tells whether one is better than the other: paired bootstrap over patients, and 
 Exit codes: 0 done; 2 bad input or config.
 """
 
-import argparse
 import json
 import pathlib
 import signal
@@ -21,7 +20,7 @@ from typing import Any
 import ml_collections
 
 from usfmae_jax import cli
-from usfmae_jax.errors import DONE, InputError, answer, visible_output
+from usfmae_jax.errors import DONE, InputError, Parser, answer, visible_output
 
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
@@ -44,10 +43,8 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
 @visible_output()
 def compare(argv: Sequence[str]) -> int:
     """The subcommand `compare`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m usfmae_jax.evaluate compare",
-        description="Whether one run is better than another, on the frames that both were tested on.",
-    )
+    doc = "Whether one run is better than another, on the frames that both were tested on."
+    parser = Parser("usfmae_jax.evaluate compare", doc)
     parser.add_argument("a", metavar="A", help="workdir of a run of evaluate or finetune, or its predictions.csv")
     parser.add_argument("b", metavar="B", help="of the run to compare it with")
     parser.add_argument(
@@ -57,9 +54,9 @@ def compare(argv: Sequence[str]) -> int:
         "--resamples", type=int, default=2000, metavar="N", help="of the bootstrap; default: %(default)s"
     )
     parser.add_argument("--output", metavar="FILE", help="also write the numbers there, as JSON")
-    args = parser.parse_args(argv)
 
     def act() -> int:
+        args = parser.parse_args(argv)
         from usfmae_jax.evaluation import comparison
 
         if args.resamples < 1:
@@ -90,7 +87,12 @@ def _write(path: str, text: str) -> None:
         raise InputError(f"--output={path} cannot be written: {error.strerror or error}") from error
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The door; ends the process."""
     if sys.argv[1:2] == ["compare"]:
         sys.exit(compare(sys.argv[2:]))
-    cli.run(__doc__, "configs/evaluate.py", main)
+    cli.run(__doc__, "evaluate", main)
+
+
+if __name__ == "__main__":
+    run()

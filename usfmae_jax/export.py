@@ -1,8 +1,8 @@
 """Write the weights of a run, finished or not, for others to use; every export checks itself.
 
-python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny
-python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --step=1500 --output=encoder-1500
-python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --format=hf --output=weights/tiny-hf
+    python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny
+    python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --step=1500 --output=encoder-1500
+    python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --format=hf --output=weights/tiny-hf
 
   safetensors  our own directory, for usfmae_jax.load_encoder and --config.init
   timm         loads into timm.create_model, strictly
@@ -17,7 +17,6 @@ and the export on the same images. timm, hf, mae and onnx are compared where the
 pip install 'usfmae_jax[interop]'.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -27,7 +26,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import DONE, InputError, answer, visible_output
+from usfmae_jax.errors import DONE, InputError, Parser, answer, visible_output
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.model import Model
@@ -42,18 +41,16 @@ WRITTEN = (*_WEIGHTS, "README.md", *(f"{name}.json" for name in _JSON))
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m usfmae_jax.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("usfmae_jax.export", __doc__ or "")
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="workdir of a run, encoder or classifier directory"
     )
     parser.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
     parser.add_argument("--format", default="safetensors", choices=FORMATS, help="default: %(default)s")
     parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder (or classifier), or DIR-FORMAT")
-    args = parser.parse_args(argv)
 
     def act() -> int:
+        args = parser.parse_args(argv)
         export(args.checkpoint, args.output, args.step, args.format)
         return DONE
 

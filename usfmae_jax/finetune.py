@@ -1,7 +1,8 @@
 """Fine-tune a classifier on labelled shards, on every fold, seed and label fraction, and test it.
 
-    python -m usfmae_jax.finetune --config=configs/finetune.py:busbra --config.init=runs/pretrain-tiny
-    python -m usfmae_jax.finetune --config=configs/finetune.py:folder --config.data.path=data/mine
+    python -m usfmae_jax.finetune --config=finetune:busbra --config.init=runs/pretrain-tiny
+    python -m usfmae_jax.finetune --config=finetune:folder --config.data.path=data/mine
+    python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
 
 Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config; 75 stopped by
 SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is no number among it.
@@ -23,5 +24,10 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
         return cli.train(lambda: finetune(config, workdir, cli.command("usfmae_jax.finetune")), f"{workdir}/members")
 
 
+def run() -> None:
+    """The door; ends the process."""
+    cli.run(__doc__, "finetune", main)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__, "configs/finetune.py", main)
+    run()

@@ -1,7 +1,8 @@
 """Pretrain a masked autoencoder on ultrasound shards.
 
-    python -m usfmae_jax.main --config=configs/pretrain.py:demo
-    python -m usfmae_jax.main --config=configs/pretrain.py --config.data.path='data/openus46/*'
+    python -m usfmae_jax.main --config=pretrain:demo
+    python -m usfmae_jax.main --config=pretrain:tiny --config.data.path=data/mine
+    python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
 
 Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config; 75 stopped by
 SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is no number among it.
@@ -23,5 +24,10 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
         return cli.train(lambda: pretrain(config, workdir), f"{workdir}/checkpoints")
 
 
+def run() -> None:
+    """The door; ends the process."""
+    cli.run(__doc__, "pretrain", main)
+
+
 if __name__ == "__main__":
-    cli.run(__doc__, "configs/pretrain.py", main)
+    run()

@@ -9,7 +9,6 @@ averaged, and what they differ by is the column `uncertainty`. The same command 
 keep their names; what is burnt into a frame stays in its overlay. Exit codes: 0 done; 2 bad input. For research.
 """
 
-import argparse
 import contextlib
 import os
 import re
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import DONE, DamagedRecord, InputError, answer, visible_output
+from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, visible_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,9 +32,7 @@ _PIECE = 64  # records of a shard that are finished together
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m usfmae_jax.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("usfmae_jax.predict", __doc__ or "")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="workdir of a fine-tuning run, one member, or a classifier/")
     add("--data", required=True, nargs="+", action="extend", metavar="PATH", help="files, folders or shards")
@@ -46,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--max_frames", type=int, default=0, metavar="N", help="at most N of a file, evenly spread; default: all")
     add("--batch_size", type=int, default=0, metavar="N", help="images per call; default: what fits into memory")
     add("--workers", type=int, default=2, metavar="N", help="processes that read files; default: %(default)s")
-    args = parser.parse_args(argv)
 
     def act() -> int:
+        args = parser.parse_args(argv)
         predict(
             args.checkpoint,
             args.data,

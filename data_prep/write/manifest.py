@@ -209,7 +209,7 @@ def print_summary(
     _print_files(target / "rejected.csv", "Rejected", sum(manifest["rejected"].values()))
     print(f"\nLook:  {target / 'report.html'}")
     path = f"--config.data.path='{target.parent}'"
-    print(f"Next:  python -m usfmae_jax.main --config=configs/pretrain.py:tiny {path}")
+    print(f"Next:  python -m usfmae_jax.main --config=pretrain:tiny {path}")
 
 
 def _print_files(table: pathlib.Path, title: str, number: int) -> None:

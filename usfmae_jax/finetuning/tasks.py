@@ -131,7 +131,7 @@ def _read_targets(config: ml_collections.ConfigDict, table: Table, labels: bool 
     if "targets" not in config:
         variant = "folder_multilabel" if labels else "folder_regression"
         raise InputError(
-            f"config.task={config.task} needs the table of --config.targets, which --config=configs/finetune.py:"
+            f"config.task={config.task} needs the table of --config.targets, which --config=finetune:"
             f"{variant} has a field for"
         )
     return read_targets(config.targets, table, checks.names([config.target]), labels=labels)
