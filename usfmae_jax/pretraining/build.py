@@ -148,7 +148,8 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
     how_to = (
         "\n  Prepare some:  python -m data_prep.build --dataset=folder --input=DIR --output=data/mine"
         "\n                 then add --config.data.path=data/mine"
-        "\n  Or try:        make pretrain    (simulated frames, --config=pretrain:demo)"
+        "\n  Or simulate:   python -m data_prep.build --dataset=phantom --output=data/demo"
+        "\n                 then --config=pretrain:demo"
     )
     if not config.data.path:
         raise InputError("config.data.path names no shards to train on." + how_to)
