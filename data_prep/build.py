@@ -1,6 +1,6 @@
 """Turns ultrasound files into shards that training reads and TensorFlow Datasets opens.
 
-    python -m data_prep.build --list
+    python -m data_prep.build --list[=breast]
     python -m data_prep.build --dataset=folder --input=DIR --output=data --name=mine
     python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=parent
     python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=labels.csv
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     try:
         args = _parse(argv)
-        if args.list:
-            print(catalog.listing(), flush=True)
+        if args.list is not None:
+            print(as_started(catalog.listing(args.list)), flush=True)
             return 0
         return _run(args)
     except InputError as error:
@@ -159,14 +159,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_cleaning(parser.add_argument_group("what is left out"))
     _add_storage(parser.add_argument_group("how it is stored"))
     args = parser.parse_args(argv)
-    if not args.list:
+    if args.list is None:
         _check(args)
     return args
 
 
 def _add_sources(group: Any) -> None:
     add = group.add_argument
-    add("--list", action="store_true", help="show all datasets: licence, access, and how far each was verified")
+    about = "show all datasets, or those of a word, such as breast: licence, access, and how far each was verified"
+    add("--list", nargs="?", const="", metavar="WORD", help=about)
     add("--dataset", help="a name from --list, several separated by commas, or a .toml file of your own")
     add("--input", default="", help="the folder with the files")
     add("--output", help="where the datasets are, for example data")

@@ -105,15 +105,29 @@ def load_file(path: pathlib.Path) -> Entry:
     return entry
 
 
-def listing() -> str:
-    """The table of all datasets, at most 120 columns wide: the rows of OpenUS-46 first, then the others."""
+def listing(word: str = "") -> str:
+    """The table of datasets, at most 120 columns wide: the rows of OpenUS-46 first, then the others.
+
+    Args:
+      word: only those that have it in their name, title, anatomy, licence, access or verification; "" = all.
+
+    Raises:
+      InputError: no dataset has it.
+    """
     entries = sorted(map(load, names()), key=lambda entry: (not entry.number, entry.generic, entry.number, entry.name))
+    if word:
+        entries = [entry for entry in entries if word.casefold() in _said(entry).casefold()]
+    if not entries:
+        raise InputError(f"--list={word}: no dataset has that in its name, title, anatomy or licence; --list shows all")
     lines = [f"{'':>2}  {'name':<26}{'anatomy':<23}{'licence':<39}{'access':<9}{'verified':<16}"]
     for entry in entries:
         licence, anatomy = textwrap.shorten(entry.licence, 38, placeholder=" ..."), entry.anatomy or "any"
         lines.append(
             f"{entry.number or '':>2}  {entry.name:<26}{anatomy:<23}{licence:<39}{entry.access:<9}{entry.verified:<16}"
         )
+    more = "More about one: python -m data_prep.build --dataset=NAME --output=data"
+    if word:
+        return "\n".join(line.rstrip() for line in [*lines, "", more])
     rows = [entry for entry in entries if entry.number]
     checked = ", ".join(f"{sum(one.verified == how for one in rows)} {how}" for how in VERIFIED)
     reach = ", ".join(f"{sum(one.access == how for one in rows)} {how}" for how in ACCESS)
@@ -121,9 +135,14 @@ def listing() -> str:
         "",
         f"{len(rows)} rows of OpenUS-46: {checked}; {reach}.",
         "real files: files of the dataset went through; layout fixture: generated ones in the documented tree did.",
-        "More about one: python -m data_prep.build --dataset=NAME --output=data",
+        more,
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _said(entry: Entry) -> str:
+    words = (entry.name, *entry.aliases, entry.title, entry.anatomy, entry.licence, entry.access, entry.verified)
+    return "\n".join(words)
 
 
 def describe(entry: Entry) -> str:

@@ -82,6 +82,15 @@ def test_the_listing_has_every_row_and_fits_120_columns():
     assert f"{sum(entry.verified == 'real files' for entry in ROWS.values())} real files" in listing
 
 
+def test_the_listing_can_be_searched():
+    rows = re.findall(r"^[ \d]{4}(\w+)", catalog.listing("BREAST"), re.MULTILINE)
+    assert {"breast", "bus_bra", "busi"} <= set(rows)
+    assert {"hc", "aul"}.isdisjoint(rows)
+    assert re.findall(r"^[ \d]{4}(\w+)", catalog.listing("hc18"), re.MULTILINE) == ["name", "hc"]  # an alias
+    with pytest.raises(InputError, match="--list=brest: no dataset has that"):
+        catalog.listing("brest")
+
+
 def test_options_of_readers_are_those_that_readers_have():
     types = {field.name: field.type for field in dataclasses.fields(Options)}
     types["axis"] = int  # or None, which TOML does not have
