@@ -44,7 +44,7 @@ from usfmae_jax.errors import InputError, Parser, as_started, visible_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     try:
-        args = _parse(argv)
+        args = parse(argv)
         if args.list is not None:
             print(as_started(catalog.listing(args.list)), flush=True)
             return 0
@@ -66,15 +66,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def build_one(args: argparse.Namespace) -> pathlib.Path:
+    """Builds the one dataset that `parse` was given, and returns the folder of its version.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    return _build(_entry(args.dataset.strip()), args.input, args)
+
+
+def _entry(name: str) -> Entry:
+    return catalog.load_file(pathlib.Path(name)) if name.endswith(".toml") else catalog.load(name)
+
+
 def _run(args: argparse.Namespace) -> int:
     """Builds one dataset after the other; one that fails does not keep the others from being built."""
     names = [name.strip() for name in args.dataset.split(",")]
-    entries = [
-        catalog.load_file(pathlib.Path(name)) if name.endswith(".toml") else catalog.load(name) for name in names
-    ]
     if len(names) == 1:
-        _build(entries[0], args.input, args)
+        build_one(args)
         return 0
+    entries = [_entry(name) for name in names]
     sources = [_folder(args.input, name, entry) for name, entry in zip(names, entries, strict=True)]
     needed = [source for entry, source in zip(entries, sources, strict=True) if entry.name != "phantom"]
     missing = [source for source in needed if not os.path.isdir(source)]
@@ -149,7 +160,8 @@ class _Help(argparse.Action):
         parser.exit()
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command line; raises InputError for one that cannot be."""
     usage = as_started("python -m data_prep.build --dataset=NAME --input=DIR --output=DIR [options]")
     parser = Parser("data_prep.build", __doc__ or "", usage=usage, allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "--help", nargs=0, action=_Help, help="show a screen of it and exit")

@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
@@ -192,6 +192,30 @@ def load_config(value: str) -> ml_collections.ConfigDict:
     if variant and variant not in variants:
         raise InputError(f"{file} has no variant {variant!r}{_nearest(variant, variants)}")
     return module.get_config(variant) if variant else module.get_config()
+
+
+def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name: str) -> None:
+    """Sets fields of a config, groups of which are dicts.
+
+    Raises:
+      InputError: there is no such field (with the nearest names), or a value has another type.
+    """
+    known = _fields(config)
+    for field, value in _flat(fields).items():
+        if field not in known:
+            raise InputError(f"config.{field} is no field of {name}{_nearest(field, known, 'config.')}")
+        value = tuple(value) if isinstance(value, list) else value
+        try:
+            config.update_from_flattened_dict({field: value})
+        except (TypeError, ValueError) as error:
+            raise InputError(f"config.{field}={value!r}: {str(error).splitlines()[-1]}") from error
+
+
+def _flat(fields: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        found |= _flat(value, f"{parent}{name}.") if isinstance(value, Mapping) else {f"{parent}{name}": value}
+    return found
 
 
 def find_config(name: str) -> str:

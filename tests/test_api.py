@@ -1,0 +1,82 @@
+"""The doors as functions: what they return, one after the other, and mistakes as one sentence."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.helpers import tiny_config
+from usfmae_jax import api
+from usfmae_jax.errors import InputError
+
+MODEL = {"image_size": (32, 32), "patch_size": 8, "width": 32, "depth": 1, "num_heads": 2}
+
+
+def test_from_a_dataset_to_predictions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = api.build_dataset("phantom", output="data", patients=24, frames=1, image_size=48, workers=1)
+    assert (tmp_path / data / "1.0.0" / "features.json").exists()
+    assert api.build_dataset("phantom", output="data", patients=24, frames=1, image_size=48, workers=1) == data
+
+    config = tiny_config(data)
+    config.train.steps = 2
+    run = api.pretrain(config, workdir="runs/encoder", log={"every": 1})
+    assert run == "runs/encoder"
+    images = np.zeros((2, 40, 50, 1), np.uint8)
+    assert api.load_encoder(run)(images).class_token.shape == (2, config.model.width)
+
+    found = api.embed(run, data, batch_size=8)
+    assert found["features"].shape == (24, config.model.width)
+    api.embed(run, data, "kept.npz", batch_size=8)
+    np.testing.assert_array_equal(np.load("kept.npz")["features"], found["features"])
+
+    split = {"kind": "group", "folds": 2, "duplicates": False}
+    probed = api.evaluate(
+        checkpoint=run, data={"path": data}, split=split, protocol="knn", batch_size=8, bootstrap=20, cache="cache"
+    )
+    assert probed["task"]["protocol"] == "knn"
+    assert (tmp_path / "runs" / "evaluate-folder" / "report.html").exists()
+
+    results = api.finetune(
+        "finetune:folder",
+        workdir="runs/taught",
+        init=run,
+        data={"path": data},
+        split=split | {"only": ["1"]},  # a list is as good as a tuple
+        train={"steps": 2, "batch_size": 8},
+        evaluate={"bootstrap": 20, "batch_size": 8},
+        stop={"metric": "accuracy"},
+    )
+    assert results == json.loads((tmp_path / "runs" / "taught" / "results.json").read_text())
+    rows = api.predict("runs/taught", data, "out", batch_size=8)
+    assert len(rows) == 24
+    assert {"file", "frame", "predicted"} <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: api.pretrain("pretrain:tny"), "tny"),
+        (lambda: api.pretrain("pretrein"), "nearest is --config=pretrain"),
+        (lambda: api.pretrain(data={"pat": "x"}), r"config\.data\.pat is no field of pretrain:tiny; nearest are"),
+        (lambda: api.pretrain(train={"steps": "many"}), r"config\.train\.steps='many'"),
+        (lambda: api.finetune(data=3), r"config\.data is no field"),
+        (lambda: api.evaluate(checkpoint=""), r"config\.checkpoint is missing"),
+        (lambda: api.embed("nothing", "data", "x.csv"), r"must end in \.npz"),
+        (lambda: api.build_dataset("fantom"), "fantom"),
+        (lambda: api.build_dataset("folder", input="nothing"), "is not a folder"),
+        (lambda: api.build_dataset("phantom", patient=3), "nearest is --patients"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_sentence(call, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=says):
+        call()
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_config_that_is_given_stays_as_it_is(tmp_path):
+    config = tiny_config("")
+    chosen, workdir = api.configured(config, {"train": {"steps": 7}}, "")
+    assert (chosen.train.steps, workdir) == (7, "runs/run-base")
+    assert config.train.steps != 7

@@ -1,0 +1,201 @@
+"""What the doors do, as functions: for notebooks and scripts.
+
+    from usfmae_jax import api
+
+    data = api.build_dataset("folder", input="images", labels="parent")
+    run = api.pretrain("pretrain:tiny", data={"path": data}, workdir="runs/mine")
+    results = api.finetune("finetune:folder", init=run, data={"path": data})
+    features = api.embed(run, data)["features"]
+
+A config is named as on the command line and its fields are keywords, groups of them dicts. The same call goes on where
+an earlier one was interrupted. Mistakes are `errors.InputError`, with the sentence that a door would print.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import ml_collections
+import numpy as np
+from absl import flags
+
+from usfmae_jax import cli
+from usfmae_jax.errors import InputError
+from usfmae_jax.loading import load_encoder as load_encoder
+
+#: A config itself, or what `--config` of a door takes: NAME[:variant] or FILE.py[:variant].
+Config: TypeAlias = ml_collections.ConfigDict | str
+_Result = TypeVar("_Result")
+
+
+def pretrain(config: Config = "pretrain:tiny", *, workdir: str = "", **fields: Any) -> str:
+    """Pretrains an encoder, as `python -m usfmae_jax.main` does.
+
+    Args:
+      config: see `configs/pretrain.py`.
+      workdir: where the run lives; "" = `runs/<config>-<variant>`.
+      **fields: of the config, for example `data={"path": "data/mine"}, train={"steps": 500}`.
+
+    Returns:
+      the workdir; `load_encoder` and `init` of the others take it.
+
+    Raises:
+      InputError: something given cannot be used.
+      KeyboardInterrupt: it was stopped, after it had saved.
+    """
+    from usfmae_jax.pretraining import loop
+
+    chosen, workdir = configured(config, fields, workdir)
+    if not _alone(workdir, lambda: loop.pretrain(chosen, workdir)):
+        raise KeyboardInterrupt("stopped after saving; the same call goes on")
+    return workdir
+
+
+def finetune(config: Config = "finetune:folder", *, workdir: str = "", **fields: Any) -> dict[str, Any]:
+    """Teaches a task and tests it, as `python -m usfmae_jax.finetune` does.
+
+    Args:
+      config: see `configs/finetune.py` and `configs/segment.py`.
+      workdir: where the run lives, with report.html; "" = `runs/<config>-<variant>`.
+      **fields: of the config, for example `init="runs/mine", data={"path": "data/mine"}`.
+
+    Returns:
+      what results.json holds, see `evaluation.results`.
+
+    Raises:
+      InputError: something given cannot be used.
+      KeyboardInterrupt: it was stopped, after it had saved.
+    """
+    from usfmae_jax.finetuning import loop
+
+    chosen, workdir = configured(config, fields, workdir)
+    if not _alone(workdir, lambda: loop.finetune(chosen, workdir)):
+        raise KeyboardInterrupt("stopped after saving; the same call goes on")
+    return json.loads(pathlib.Path(workdir, "results.json").read_text(encoding="utf-8"))
+
+
+def evaluate(config: Config = "evaluate:folder", *, workdir: str = "", **fields: Any) -> dict[str, Any]:
+    """Tests an encoder under a probe, or a fine-tuned classifier, as `python -m usfmae_jax.evaluate` does.
+
+    Args:
+      config: see `configs/evaluate.py` and `configs/suite.py`.
+      workdir: receives report.html and the rest; "" = `runs/<config>-<variant>`.
+      **fields: of the config, for example `checkpoint="runs/mine", data={"path": "data/mine"}, protocol="knn"`.
+
+    Returns:
+      what results.json holds, see `evaluation.results`; of a suite suite.json.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    from usfmae_jax.probing import loop, suite
+
+    chosen, workdir = configured(config, fields, workdir)
+    run = suite.run if chosen.protocol == "suite" else loop.evaluate
+    return _alone(workdir, lambda: run(chosen, workdir))
+
+
+def predict(checkpoint: str, data: str | Sequence[str], output: str, **options: Any) -> list[dict[str, str]]:
+    """Predicts files, folders or shards, as `python -m usfmae_jax.predict` does.
+
+    Args:
+      checkpoint: a fine-tuning run, or one of its members.
+      data: one or several.
+      output: folder; receives predictions.csv, and masks and overlays where there are some.
+      **options: those of `usfmae_jax.predict.predict`.
+
+    Returns:
+      the rows of predictions.csv; `pandas.DataFrame` takes them.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    from usfmae_jax import predict as door
+    from usfmae_jax.data import cells
+
+    with _ready():
+        door.predict(checkpoint, [data] if isinstance(data, str) else list(data), output, **options)
+    with open(os.path.join(output, "predictions.csv"), encoding="utf-8", newline="") as lines:
+        return [dict(row) for row in cells.read_dicts(lines)]
+
+
+def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **options: Any) -> dict[str, np.ndarray]:
+    """Computes features, as `python -m usfmae_jax.embed` does.
+
+    Args:
+      checkpoint: a run, an encoder or a classifier.
+      data: shards, or a folder of picture files.
+      output: .npz that keeps them; "" = none.
+      pool: 'mean', 'cls' or 'patches'.
+      **options: those of `usfmae_jax.embed.embed`.
+
+    Returns:
+      what the file holds: `features`, float32 `[N, D]` (of patches float16 `[N, T, D]`), and who the rows are.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    from usfmae_jax import embed as door
+
+    if output and not output.endswith(".npz"):
+        raise InputError(f"output={output!r} must end in .npz")
+    with _ready(), tempfile.TemporaryDirectory() as folder:
+        path = output or os.path.join(folder, "features.npz")
+        door.embed(checkpoint, data, path, pool, **options)
+        with np.load(path) as found:
+            return dict(found)
+
+
+def build_dataset(dataset: str, input: str = "", output: str = "data", **options: Any) -> str:
+    """Makes shards of files, as `python -m data_prep.build` does.
+
+    Args:
+      dataset: a name of the catalogue, such as "folder" or "phantom", or a .toml file.
+      input: folder with the files.
+      output: folder of datasets.
+      **options: those of the command line, without dashes, for example `labels="parent"`.
+
+    Returns:
+      the folder of the dataset, for `data={"path": ...}`.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    from data_prep import build as door
+
+    given = {"dataset": dataset, "input": input, "output": output} | options
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value != ""]
+    return str(door.build_one(door.parse([word for word in words if not word.endswith("=False")])).parent)
+
+
+def configured(config: Config, fields: Mapping[str, Any], workdir: str) -> tuple[ml_collections.ConfigDict, str]:
+    """The config with its fields, and the workdir.
+
+    Raises:
+      InputError: there is no such config, variant or field, or a value has another type.
+    """
+    name = "run" if isinstance(config, ml_collections.ConfigDict) else config
+    chosen = config.copy_and_resolve_references() if isinstance(config, ml_collections.ConfigDict) else None
+    chosen = cli.load_config(str(config)) if chosen is None else chosen
+    cli.override(chosen, fields, name)
+    return chosen, workdir or cli.default_workdir(name)
+
+
+@contextlib.contextmanager
+def _ready() -> Iterator[None]:
+    """What a door does before its work: the memory, and grain's flags, without which it starts no processes."""
+    from usfmae_jax.training import mesh
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    mesh.keep_memory()
+    yield
+
+
+def _alone(workdir: str, run: Callable[[], _Result]) -> _Result:
+    with _ready(), cli.alone_in(workdir):
+        return run()
