@@ -266,6 +266,26 @@ def test_a_damaged_checkpoint_is_named_in_one_sentence_with_the_remedy(twice_sav
     assert len(str(error.value).replace(str(tmp_path), "")) < 400
 
 
+def test_a_model_is_not_opened_with_a_bit_turned(twice_saved, tmp_path):
+    workdir = shutil.copytree(twice_saved[0], tmp_path / "run")
+    shutil.rmtree(workdir / "encoder")
+    whole = open_model(str(workdir)).fingerprint
+    file = max(
+        (workdir / "checkpoints" / "4" / "state" / "ocdbt.process_0" / "d").iterdir(),
+        key=lambda path: path.stat().st_size,
+    )
+    data, found = file.read_bytes(), []
+    for place in np.linspace(0, len(data) - 1, 40).astype(int):
+        damaged = bytearray(data)
+        damaged[place] ^= 4
+        file.write_bytes(damaged)
+        try:
+            assert open_model(str(workdir)).fingerprint == whole  # a bit of the optimiser's
+        except InputError as error:
+            found.append("its checksum is wrong" in str(error))
+    assert any(found)
+
+
 def test_a_run_goes_on_before_a_damaged_checkpoint_if_asked_to(twice_saved, tmp_path, capfd):
     workdir, config = twice_saved[0], twice_saved[1].copy_and_resolve_references()
     config.checkpoint.fallback = True

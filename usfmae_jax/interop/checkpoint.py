@@ -90,13 +90,40 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
         context.pytree.loading.partial_load = True  # the optimiser's moments are twice as large, and not asked for
         with context, quiet():
             abstract = {name: jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
-            return saver.load(step, abstract)[name], metadata.custom_metadata, step
+            params = saver.load(step, abstract)[name]
+        known = metadata.custom_metadata.get("checksums")  # earlier versions wrote none
+        if known is not None and _place(known, metadata.metadata, name) != list(map(checksum, jax.tree.leaves(params))):
+            raise ValueError("its checksum is wrong")
+        return params, metadata.custom_metadata, step
     except InputError:
         raise
     except Exception as error:  # whatever damaged bytes happen to spell
         raise InputError(f"checkpoint {step} in {workdir} cannot be read: {reason(error)}; try another step") from error
     finally:
         saver.close()
+
+
+def _place(checksums: list[int], stored: dict[str, Any], name: str) -> list[int]:
+    """Of the checksums of all arrays of a state, in the order of its leaves, those of one entry."""
+    counts = {one: len(jax.tree.leaves(stored[one])) for one in stored}
+    # From the end: the optimiser's state, of which empty parts leave no trace, comes before the parameters.
+    after = sum(count for one, count in counts.items() if one > name)
+    return (
+        checksums[: counts[name]]
+        if name == min(stored)
+        else checksums[len(checksums) - after - counts[name] :][: counts[name]]
+    )
+
+
+def checksum(array: np.ndarray) -> int:
+    """A number that changes with every bit of an array; what `training.checkpoints` writes, computed on the host."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    bits, total = flat if flat.dtype == bool else flat.view(f"uint{8 * flat.dtype.itemsize}"), 0
+    for start in range(0, len(bits), 1 << 22):
+        part = bits[start : start + (1 << 22)].astype(np.uint32)
+        place = np.arange(start, start + len(part)).astype(np.uint32)
+        total += int((part * (2 * place + 1)).sum(dtype=np.uint32))
+    return total % 2**32
 
 
 @contextlib.contextmanager

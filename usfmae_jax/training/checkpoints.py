@@ -110,6 +110,8 @@ def save(
 def _checksums(state: State) -> list[int]:
     """A number for each array, which changes with every bit of it and not with how it is divided among devices.
 
+    `interop.checkpoint.checksum` computes the same on the host, when a model is opened.
+
     Orbax has checksums of its indices alone: a bit that a disk turns in a parameter would go unnoticed.
     """
     leaves = jax.tree.leaves(state)
