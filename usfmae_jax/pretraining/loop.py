@@ -85,6 +85,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         every=config.log.every,
         flops_per_image=objective.flops(),
         skippable=skippable,
+        page=True,
     )
     report.skipped = position.get("skipped", 0)
     length = jax.device_put(np.int32(total_steps), replicated(mesh))

@@ -21,6 +21,7 @@ from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from usfmae_jax.data.records import Shards
+from usfmae_jax.reporting import progress
 from usfmae_jax.training.mesh import rows_of_all
 
 #: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
@@ -103,6 +104,7 @@ class Monitor:
       skippable: steps that may be skipped in all because their loss or gradient is not finite.
       name: of the bar.
       line: of the terminal that the bar is on, from the cursor down, where several runs share one.
+      page: keep `index.html` up to date, see `reporting.progress`.
 
     Attributes:
       skipped: how many steps were; a resumed run sets it to what it was.
@@ -120,6 +122,7 @@ class Monitor:
         skippable: int = 0,
         name: str = "pretrain",
         line: int = 0,
+        page: bool = False,
     ):
         self._batch_size, self._every, self._flops = batch_size, every, flops_per_image
         self._peak = peak_flops(jax.devices()[0])
@@ -145,6 +148,7 @@ class Monitor:
         self._bar._time = time.monotonic
         self._bar.start_t = self._bar.last_print_t = time.monotonic()
         self._losses: list[float] = []
+        self._page = _Page(workdir, total_steps, self._log.lines()) if page and self._log else None
         self._restart_window()
 
     def __enter__(self) -> "Monitor":
@@ -154,6 +158,8 @@ class Monitor:
         self._bar.close()
         if self._events:
             self._events.close()
+        if self._page:
+            self._page.close()
 
     def _restart_window(self) -> None:
         self._start, self._steps, self._waited, self._paused = time.perf_counter(), 0, 0.0, 0.0
@@ -239,6 +245,8 @@ class Monitor:
         """Adds numbers to both logs."""
         if self._log and self._events:
             self._log.append({"step": step, **values})
+            if self._page:
+                self._page.add({"step": step, **values}, self._batch_size)
             for name, value in values.items():
                 self._events.add(step, summary.scalar(name, value))
 
@@ -246,17 +254,46 @@ class Monitor:
         """Adds a uint8 `[H, W, 3]` picture to the event file."""
         if self._events:
             self._events.add(step, summary.image(name, image, dataformats="HWC"))
+        if self._page:
+            self._page.picture = image
 
     def say(self, text: str) -> None:
         """Prints a line above the bar, on the main process."""
         if self._main:
             self._bar.write(text, file=sys.stderr)
+        if self._page and text.startswith("warning: "):
+            self._page.warnings.append(text.removeprefix("warning: "))
 
     def mean_loss_since_save(self) -> float:
         """Mean loss since this was last asked, or since the start: less noisy than one step's, to rank checkpoints."""
         mean = sum(self._losses) / max(len(self._losses), 1)
         self._losses.clear()
         return mean
+
+
+class _Page:
+    """The page of a run, written anew every few seconds in which something happened."""
+
+    def __init__(self, workdir: str, total_steps: int, lines: list[dict[str, Any]]):
+        self._workdir, self._total, self._lines = workdir, total_steps, lines
+        self._written, self._left = -math.inf, 0.0
+        self.warnings: list[str] = []
+        self.picture: np.ndarray | None = None
+
+    def add(self, line: dict[str, Any], batch_size: int) -> None:
+        self._lines.append(line)
+        if "images_per_second" in line:
+            self._left = (self._total - line["step"]) * batch_size / max(line["images_per_second"], 1e-9)
+        if time.monotonic() - self._written > progress.AGAIN / 2:
+            self._write(self._left)
+
+    def close(self) -> None:
+        self._write(None)
+
+    def _write(self, left: float | None) -> None:
+        how: dict[str, Any] = {"total": self._total, "warnings": self.warnings, "picture": self.picture}
+        progress.write(self._workdir, self._lines, seconds_left=left, **how)
+        self._written = time.monotonic()
 
 
 class _Events:
@@ -303,6 +340,9 @@ class _JsonLines:
                     if json.loads(line)["step"] <= first_step:
                         self._lines.append(line)
         self._path.write_text("".join(line + "\n" for line in self._lines))
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines]
 
     def append(self, values: dict[str, Any]) -> None:
         line = json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})

@@ -1,0 +1,105 @@
+"""A page that shows how a run is getting on: `index.html` of its workdir, written anew while it trains."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from markupsafe import Markup
+
+from usfmae_jax.evaluation import tables
+from usfmae_jax.reporting import charts, pages
+
+#: Seconds after which a browser looks again.
+AGAIN = 15
+_PROBES = {"logistic": "Logistic regression", "knn": "Nearest neighbours"}
+
+
+def write(
+    workdir: str,
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    total: int,
+    seconds_left: float | None,
+    warnings: Sequence[str] = (),
+    picture: np.ndarray | None = None,
+) -> None:
+    """Writes the page; it appears whole or not at all.
+
+    Args:
+      workdir: where to; exists.
+      lines: of metrics.jsonl, each with its `step`.
+      total: steps of the whole run.
+      seconds_left: as the speed is now; None when it has ended or was stopped.
+      warnings: sentences.
+      picture: uint8 RGB `[H, W, 3]`, the newest of what the model does.
+    """
+    trained = [line for line in lines if "loss" in line]
+    last = trained[-1] if trained else {}
+    step, done = int(last.get("step", 0)), bool(trained) and last["step"] >= total
+    headline = {"steps": f"{step:,} of {total:,}"}
+    if trained:
+        headline |= {"loss": f"{last['loss']:.4f}", "images/s": f"{last['images_per_second']:,.0f}"}
+    if seconds_left is not None and not done:
+        headline["to go"] = duration(seconds_left)
+    probed = [line for line in lines if "probe/logistic_auroc" in line]
+    if probed:
+        headline["probe AUROC"] = f"{probed[-1]['probe/logistic_auroc']:.3f}"
+    path = epath.Path(workdir) / "index.html"
+    partial = path.parent / (path.name + ".incomplete")
+    pages.write(
+        partial,
+        "progress.html",
+        title="done" if done else "stopped" if seconds_left is None else "in training",
+        again=0 if seconds_left is None else AGAIN,
+        headline=headline,
+        warnings=list(warnings),
+        charts=[_loss(trained), _probe(probed)],
+        picture=pages.jpeg(picture) if picture is not None else "",
+        speed=_speed(last),
+    )
+    partial.replace(path)
+
+
+def duration(seconds: float) -> str:
+    """Words for a time: "40 s", "12 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _speed(last: Mapping[str, Any]) -> str:
+    if not last:
+        return ""
+    said = f"{last['input_wait']:.0%} of the time is spent waiting for images"
+    return f"{said}; {last['mfu']:.0%} of the device's peak" if "mfu" in last else said
+
+
+def _steps(lines: Sequence[Mapping[str, Any]]) -> charts.Axis:
+    return charts.value_axis("step", [0, *(line["step"] for line in lines)], low=0, high=np.inf)
+
+
+def _loss(lines: Sequence[Mapping[str, Any]]) -> Markup:
+    if len(lines) < 2:
+        return Markup()
+    steps, losses = ([line[name] for line in lines] for name in ("step", "loss"))
+    shown = charts.Line("loss", steps, losses, [], [], f"{losses[-1]:.3f}", 0)
+    axis = charts.value_axis("", losses, high=np.inf)
+    return charts.lines("Loss", "Of the batch of a step; it may be below what it was and still be noise.", [shown],
+                        _steps(lines), axis)  # fmt: skip
+
+
+def _probe(lines: Sequence[Mapping[str, Any]]) -> Markup:
+    if not lines:
+        return Markup()
+    shown, steps = [], [line["step"] for line in lines]
+    for colour, (name, title) in enumerate(_PROBES.items()):
+        value, low, high = (
+            np.array([line.get(f"probe/{name}_auroc{end}", np.nan) for line in lines], float)
+            for end in ("", "_low", "_high")
+        )
+        shown.append(charts.Line(title, steps, value, low, high, tables.number(float(value[-1])), colour, dots=True))
+    edges = np.concatenate([np.concatenate([line.low, line.high, line.y]) for line in shown])
+    says = "AUROC of frozen features on labelled frames, with 95% intervals over patients."
+    return charts.lines("Probe", says, shown, _steps(lines), charts.value_axis("AUROC", edges))
