@@ -42,6 +42,22 @@ def test_images_are_square_or_not(value, size):
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/a/b,random,pixels", ("/a/b", "random", "pixels")),
+        ("hc=/a b/t.csv#head circumference, x=y", ("hc=/a b/t.csv#head circumference", "x=y")),
+        ("/a", ("/a",)),
+        ("'/a','b'", ("/a", "b")),
+        ("a,b", ("a", "b")),
+        ("()", ()),
+    ],
+)
+def test_names_for_a_tuple_need_no_quotes(value, expected):
+    values = cli.parse(["main", "--config=configs/suite.py", f"--config.suite.checkpoints={value}"], "", "suite")
+    assert tuple(values.config.suite.checkpoints) == expected
+
+
+@pytest.mark.parametrize(
     ("argv", "message"),
     [
         ([], "--config is missing; try --config=configs/pretrain.py"),

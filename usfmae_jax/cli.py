@@ -3,6 +3,7 @@
 Imports nothing heavy, so that `--help` and a mistyped flag answer at once.
 """
 
+import ast
 import difflib
 import os
 import pathlib
@@ -116,7 +117,7 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
         if name not in fields:  # ml_collections would raise a KeyError with the whole config
             raise InputError(f"config.{name} is no field of {value}{_nearest(name, fields, 'config.')}")
     # ml_collections wants a file, and before what it overrides
-    argv = [argv[0], "--config=" + ":".join([find_config(file), *variant]), *argv[1:]]
+    argv = [argv[0], "--config=" + ":".join([find_config(file), *variant]), *(_listed(one, fields) for one in argv[1:])]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", "", "where the run lives", flag_values=values)
@@ -128,6 +129,19 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
         raise InputError(f"{rest[1]!r} is not understood; every option is --name=value, see --help")
     flags.FLAGS.mark_as_parsed()  # grain starts no worker processes before that
     return values
+
+
+def _listed(argument: str, fields: Mapping[str, Any]) -> str:
+    """An argument with names for a tuple quoted: ml_collections takes /a,/b for an expression that it cannot read."""
+    name, sign, value = argument.partition("=")
+    field = name.lstrip("-").removeprefix("config.")
+    if not sign or not isinstance(fields.get(field), tuple) or value.lstrip()[:1] in ("(", "[", "'", '"'):
+        return argument
+    try:
+        ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return f"{name}={tuple(part.strip() for part in value.split(','))!r}"
+    return argument
 
 
 def _read(values: flags.FlagValues, argv: Sequence[str], known_only: bool = False) -> list[str]:
