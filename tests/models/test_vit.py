@@ -154,6 +154,35 @@ def test_attention_of_cpus_is_that_of_jax_with_the_same_gradients(rng):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+def _block_gradient(scan, remat):
+    def make(rngs):
+        return vit.Block(16, 2, 2.0, dtype=jnp.float32, attention=None, rngs=rngs)
+
+    graph, params = nnx.split(vit.Blocks(2, make, scan=scan, remat=remat, rngs=nnx.Rngs(0)))
+    return jax.jit(jax.grad(lambda params, x: (nnx.merge(graph, params)(x) ** 2).sum())), params
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(True, False), (True, True), (False, True)])
+def test_the_choice_of_attention_changes_no_bit_on_a_cpu(rng, monkeypatch, scan, remat):
+    x = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
+    chosen, params = _block_gradient(scan, remat)
+    found = chosen(params, x)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: cpu(*args))
+    expected = _block_gradient(scan, remat)[0](params, x)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_attention_is_that_of_the_platform_it_is_compiled_for():
+    gradient, params = _block_gradient(True, False)
+    traced = gradient.trace(params, jnp.zeros((2, 5, 16)))
+    text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
+    ours, of_jax = ("batching_dims = [0, 1] x [0, 1]", "batching_dims = [0, 2] x [0, 2]")  # [B, H, N, E], [B, N, H, E]
+    assert ours in text["cpu"]
+    assert of_jax not in text["cpu"]
+    for name in ("cuda", "tpu"):
+        assert of_jax in text[name]
+
+
 ROLLOUT = jax.jit(vit.attention_rollout, static_argnums=2)
 TINY = {"patch_size": 8, "channels": 1, "width": 32, "depth": 3, "num_heads": 2}
 

@@ -92,6 +92,11 @@ def _attend_backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax
 attend.defvjp(_attend, _attend_backward)
 
 
+def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`attend` in the layout of `jax.nn.dot_product_attention`, `[B, N, H, E]`."""
+    return attend(*(part.swapaxes(1, 2) for part in (q, k, v))).swapaxes(1, 2)
+
+
 class LowRank(nnx.Module):
     """What LoRA (Hu et al. 2022) adds to a matrix: `x @ down @ up`, of a low rank, nothing in the beginning."""
 
@@ -145,11 +150,11 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Every token attends to every token."""
         q, k, v = self._heads(x)
-        if self.implementation is None and jax.default_backend() == "cpu":
-            attended = attend(*(part.swapaxes(1, 2) for part in (q, k, v))).swapaxes(1, 2)
+        if self.implementation is None:
+            attended = jax.lax.platform_dependent(q, k, v, cpu=_attend_on_cpu, default=jax.nn.dot_product_attention)
         else:
-            attended = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)  # [B, N, H, D/H]
-        attended = attended.reshape(x.shape)
+            attended = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
+        attended = attended.reshape(x.shape)  # from [B, N, H, D/H]
         projected = self.proj(attended)
         return projected if self.proj_lora is None else projected + self.proj_lora(attended)
 
