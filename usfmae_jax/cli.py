@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` and a mistyped flag answer at once.
 
 import ast
 import difflib
+import json
 import os
 import pathlib
 import re
@@ -22,21 +23,34 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from usfmae_jax.errors import DONE, FAILED, PREEMPTED, InputError, answer, as_started, leave, visible_output
+from usfmae_jax.errors import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    PREEMPTED,
+    InputError,
+    answer,
+    as_started,
+    leave,
+    visible_output,
+)
 
 
 @visible_output()
-def run(doc: str, default_config: str, action: Callable[[ml_collections.ConfigDict, str, Any], int]) -> None:
+def run(
+    doc: str, default_config: str, action: Callable[[ml_collections.ConfigDict, str, Any], int], trains: bool = False
+) -> None:
     """Parses the command line, calls `action(config, workdir, flags)` and exits with the code that it returns.
 
     Args:
       doc: the door's docstring, shown by `--help`.
       default_config: the shipped config that `--help` shows when none is given.
       action: imports what is heavy itself.
+      trains: it has a training step, which `--compile_for` compiles.
     """
 
     def act() -> int:
-        parsed = parse(sys.argv, doc, default_config)
+        parsed = parse(sys.argv, doc, default_config, trains)
         return action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
 
     lost = False
@@ -90,8 +104,33 @@ def train(loop: Callable[[], bool], kept: str) -> int:
         return FAILED
 
 
-def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
+def compile_for(loop: Callable[[str, list[Any]], dict[str, Any]], target: str, workdir: str) -> int:
+    """Prints what a training step takes on other hardware, and leaves it as JSON in the workdir.
+
+    Args:
+      loop: compiles the step for a target and its devices, and returns what `training.hardware.fit` does.
+      target: see `training.hardware`.
+      workdir: is created.
+
+    Returns:
+      the exit code: `BAD_INPUT` if the step does not fit.
+    """
+    from etils import epath
+
+    from usfmae_jax.training import checks, hardware
+
+    devices = hardware.devices_of(target)
+    path = epath.Path(checks.make_workdir(workdir), f"compiled_for_{target.replace(':', '_')}.json")
+    found = loop(target, devices)
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{hardware.describe(found)}\n{path}")
+    return DONE if found["fits"] else BAD_INPUT
+
+
+def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = False) -> Any:
     """Checks and parses the flags `--config`, `--config.field`, `--workdir` and those of a distributed job.
+
+    With `trains` also `--compile_for`.
 
     Returns:
       the parsed absl flags.
@@ -106,7 +145,7 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
     argv = _read(first, argv, known_only=True)
     if not {"-h", "-help", "--help", "--helpfull", "--helpshort"}.isdisjoint(argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
-        print(_help(doc, first.config or default_config, fields=first.config is not None))
+        print(_help(doc, first.config or default_config, fields=first.config is not None, trains=trains))
         raise SystemExit(DONE)
     if first.config is None:
         raise InputError(f"--config is missing; try --config={default_config}")
@@ -124,6 +163,8 @@ def parse(argv: Sequence[str], doc: str, default_config: str) -> Any:
     flags.DEFINE_string("coordinator", "", "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("num_processes", 0, "processes in the job", flag_values=values)
     flags.DEFINE_integer("process_id", -1, "number of this process", flag_values=values)
+    if trains:
+        flags.DEFINE_string("compile_for", "", "hardware to compile for instead of training", flag_values=values)
     rest = _read(values, argv)
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is not understood; every option is --name=value, see --help")
@@ -277,7 +318,14 @@ def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     return f"; {'nearest' if names else 'valid'} are " + ", ".join(prefix + name for name in names or valid)
 
 
-def _help(doc: str, value: str, fields: bool) -> str:
+_COMPILE_FOR = """
+  --compile_for=DEVICE:LAYOUT
+                            trains nothing: compiles the training step for v5e:4x4, v6e:2x4, v5p:2x2x1, h100:8, h200:1
+                            or a100-80:8, which need not be here; says what memory it needs and what devices send each
+                            other; exit code 2 if it does not fit"""
+
+
+def _help(doc: str, value: str, fields: bool, trains: bool) -> str:
     name = value.partition(":")[0]
     if fields:
         defaults = _fields(load_config(value)).items()
@@ -285,6 +333,7 @@ def _help(doc: str, value: str, fields: bool) -> str:
     else:
         below = f"--config={value} --help lists its fields."
     shown = "\n".join("  " + line for line in (_load_module(name).__doc__ or "").strip().splitlines())
+    compiles = _COMPILE_FOR if trains else ""
     return as_started(f"""{doc.strip()}
 
 Flags:
@@ -292,7 +341,7 @@ Flags:
   --config.FIELD=VALUE      overrides a field
   --workdir=DIR             default runs/<config>-<variant>; an interrupted run in it is continued
   --coordinator=HOST:PORT --num_processes=N --process_id=I
-                            a job of several processes; found automatically on Cloud TPU and Slurm
+                            a job of several processes; found automatically on Cloud TPU and Slurm{compiles}
 
 {name}:
 {shown}

@@ -3,11 +3,13 @@
     python -m usfmae_jax.finetune --config=finetune:busbra --config.init=runs/pretrain-tiny
     python -m usfmae_jax.finetune --config=finetune:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
+    python -m usfmae_jax.finetune --config=finetune:busbra --compile_for=h100:1    # does it fit there?
 
 Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config; 75 stopped by
 SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is no number among it.
 """
 
+import functools
 from typing import Any
 
 import ml_collections
@@ -17,8 +19,10 @@ from usfmae_jax import cli
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Starts the processes and runs the loop; returns the exit code."""
-    from usfmae_jax.finetuning.loop import finetune  # after the flags are known to be right
+    from usfmae_jax.finetuning.loop import compile_for, finetune  # after the flags are known to be right
 
+    if flags.compile_for:
+        return cli.compile_for(functools.partial(compile_for, config), flags.compile_for, workdir)
     cli.start(flags)
     with cli.alone_in(workdir):
         return cli.train(lambda: finetune(config, workdir, cli.command("usfmae_jax.finetune")), f"{workdir}/members")
@@ -26,7 +30,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
 
 def run() -> None:
     """The door; ends the process."""
-    cli.run(__doc__, "finetune", main)
+    cli.run(__doc__, "finetune", main, trains=True)
 
 
 if __name__ == "__main__":

@@ -135,19 +135,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     Raises:
       InputError: something given cannot be used.
     """
-    check(config)
-    table = checks.read_frames(config.data.path, config.data.split)
-    if config.task not in tasks.TASKS:
-        raise InputError(f"config.task={config.task!r} must be one of {', '.join(tasks.TASKS)}")
-    table, task = tasks.TASKS[config.task](config, table)
-    if config.stop.metric not in task.metrics:
-        raise InputError(f"config.stop.metric={config.stop.metric!r} must be one of {', '.join(task.metrics)}")
-    init = read_init(config, len(task.outputs))
-    backbone, pixels = describe_backbone(config, init)
-    description = task.describe(backbone)
-    freeze = trained_part(config, description)[0]
-    if init:
-        check_weights(model_maker(config, description, freeze), loadable(init, description), config.init)
+    table, task, init, description, pixels = read(config)
     pairs = np.zeros((0, 2), np.int64)
     if config.split.duplicates:
         kept = f"{checks.make_workdir(workdir)}/duplicates.csv"
@@ -195,6 +183,31 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         lineage=[*before, stage | {"data": describe_data([table.shards])}],
         warnings=[*seen, *cautions(table), *task.notes],
     )
+
+
+def read(config: ml_collections.ConfigDict) -> tuple[Table, Task, Model | None, dict[str, Any], dict[str, Any]]:
+    """What is learnt, from which frames, and by which model, without a look at a single picture.
+
+    Returns:
+      `table`, `task`, `init`, `description` and `preprocessing` of a `Run`.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    check(config)
+    table = checks.read_frames(config.data.path, config.data.split)
+    if config.task not in tasks.TASKS:
+        raise InputError(f"config.task={config.task!r} must be one of {', '.join(tasks.TASKS)}")
+    table, task = tasks.TASKS[config.task](config, table)
+    if config.stop.metric not in task.metrics:
+        raise InputError(f"config.stop.metric={config.stop.metric!r} must be one of {', '.join(task.metrics)}")
+    init = read_init(config, len(task.outputs))
+    backbone, pixels = describe_backbone(config, init)
+    description = task.describe(backbone)
+    freeze = trained_part(config, description)[0]
+    if init:
+        check_weights(model_maker(config, description, freeze), loadable(init, description), config.init)
+    return table, task, init, description, pixels
 
 
 def check_resumable(run: Run, stored: dict[str, Any]) -> None:

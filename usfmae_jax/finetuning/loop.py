@@ -13,9 +13,11 @@ import numpy as np
 from clu import parameter_overview
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh
 
 from usfmae_jax.data import augment, pipeline
 from usfmae_jax.data.pipeline import LoadView, Rows
+from usfmae_jax.data.table import Table
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.evaluation.predictions import Predictions, identify
 from usfmae_jax.finetuning import build, results, side_by_side
@@ -24,7 +26,8 @@ from usfmae_jax.finetuning.members import Member
 from usfmae_jax.interop.model import Model, model_graph, save_model
 from usfmae_jax.models.layers import without_lora
 from usfmae_jax.models.patches import normalize_images
-from usfmae_jax.training import checkpoints, checks
+from usfmae_jax.tasks import Task
+from usfmae_jax.training import checkpoints, checks, hardware
 from usfmae_jax.training.forward import apply_batches, fitting_batch, mean_of_two
 from usfmae_jax.training.mesh import (
     batch_sharding,
@@ -36,7 +39,7 @@ from usfmae_jax.training.mesh import (
 )
 from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, fill, state_maker
-from usfmae_jax.training.update import combine, compile_update, make_update, pick
+from usfmae_jax.training.update import Update, combine, compile_update, make_update, pick
 
 #: Decoded validation and test images are kept in memory up to this many bytes; more are decoded again every time.
 KEPT_BYTES = 2**31
@@ -99,6 +102,76 @@ def train_members(config: ml_collections.ConfigDict, run: Run, members: Sequence
     return True
 
 
+def training_step(
+    config: ml_collections.ConfigDict,
+    task: Task,
+    table: Table,
+    description: dict[str, Any],
+    preprocessing: dict[str, Any],
+    mesh: Mesh,
+) -> tuple[Update, State, dict[str, jax.ShapeDtypeStruct]]:
+    """The update that every member is trained with, and shapes and shardings of the state and the batch it takes.
+
+    Args:
+      config: of the run.
+      task: see `build.Run`, likewise what follows.
+      table: see there.
+      description: see there.
+      preprocessing: see there.
+      mesh: of the devices.
+    """
+    freeze, trained, _ = build.trained_part(config, description)
+    make_model = build.model_maker(config, description, freeze)
+    optimizer, learning_rate = build.make_optimizer(config, description)
+    mean, std = (tuple(preprocessing[name]) for name in ("mean", "std"))
+
+    def prepare(batch: Any, rng: jax.Array) -> tuple[Any, jax.Array]:
+        return task.prepare(batch | {"image": normalize_images(batch["image"], mean, std)}, rng)
+
+    how = {"accumulate": config.train.accumulate, "skip": config.train.skip_nonfinite > 0, "trained": trained}
+    update = make_update(model_graph(make_model), prepare, task.loss, optimizer, learning_rate, mesh, **how)
+    state = abstract_state(make_model, optimizer, mesh, lambda params: pick(params, trained))
+    shapes: dict[str, Any] = {"image": ((*preprocessing["image_size"], preprocessing["channels"]), np.uint8)}
+    if task.mask:
+        shapes["mask"] = ((*preprocessing["image_size"], *task.mask_layers), np.uint8)
+    for name, value in task.targets(table, np.arange(1)).items():
+        shapes[name] = (value.shape[1:], value.dtype)
+    size, over = config.train.batch_size, batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct((size, *one), dtype, sharding=over) for name, (one, dtype) in shapes.items()}
+    return update, state, batch
+
+
+def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[Any]) -> dict[str, Any]:
+    """Compiles the training step of `finetune` for hardware that need not be here; trains nothing.
+
+    Args:
+      config: see `configs/finetune.py`; its shards say what is learnt, such as how many classes.
+      target: see `training.hardware`.
+      devices: of the target.
+
+    Returns:
+      what `hardware.fit` does.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+    table, task, _, description, preprocessing = build.read(config)
+    flops = build.training_flops(description, preprocessing["image_size"]) * config.train.batch_size
+    fields = checks.flat(config.to_dict())
+    if description["model"] != "vit":
+        del fields["model.remat"]  # which only a ViT does
+
+    def attempt(settings: dict[str, Any]) -> dict[str, Any]:
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(settings)
+        mesh = make_mesh(**changed.mesh, devices=devices)
+        checks.check_batch(checks.flat(changed.to_dict()), mesh.size)
+        step = training_step(changed, task, table, description, preprocessing, mesh)
+        return hardware.measure(target, *step, flops, recompute=changed.model.remat)
+
+    return hardware.fit(attempt, fields)
+
+
 class Trainer:
     """Trains and tests members of a run with what is compiled once for all of them.
 
@@ -112,12 +185,9 @@ class Trainer:
         self._whole_images = self._decoded()
         freeze, trained, _ = build.trained_part(config, run.description)
         make_model = build.model_maker(config, run.description, freeze)
-        optimizer, learning_rate = build.make_optimizer(config, run.description)
+        optimizer, _ = build.make_optimizer(config, run.description)
         graph = model_graph(make_model)
         mean, std = (tuple(run.preprocessing[name]) for name in ("mean", "std"))
-
-        def prepare(batch: Any, rng: jax.Array) -> tuple[Any, jax.Array]:
-            return run.task.prepare(batch | {"image": normalize_images(batch["image"], mean, std)}, rng)
 
         def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
             model = nnx.merge(graph, *variables.values())
@@ -130,18 +200,7 @@ class Trainer:
         def part(params: Any) -> Any:
             return pick(params, trained)
 
-        update = make_update(
-            graph,
-            prepare,
-            run.task.loss,
-            optimizer,
-            learning_rate,
-            self.mesh,
-            trained=trained,
-            accumulate=config.train.accumulate,
-            skip=config.train.skip_nonfinite > 0,
-        )
-        state = abstract_state(make_model, optimizer, self.mesh, part)
+        update, state, batch = training_step(config, run.task, run.table, run.description, run.preprocessing, self.mesh)
         kept = [name for name in ("params", "stats") if name in state]
 
         def best(state: State) -> State:
@@ -149,7 +208,7 @@ class Trainer:
             return {name: part(state[name]) if name == "params" else state[name] for name in kept}
 
         results.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
-        self._update = compile_update(update, state, self._abstract_batch(), results.say)
+        self._update = compile_update(update, state, batch, results.say)
         self._start = state_maker(make_model, optimizer, self.mesh, part)
         self._abstract = state | {"best": best(state)}
         self._copy_best = jax.jit(lambda state: jax.tree.map(jnp.copy, best(state)))
@@ -315,18 +374,6 @@ class Trainer:
             host=jax.process_index(),
             hosts=jax.process_count(),
         )
-
-    def _abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of a batch on the mesh."""
-        size, over = self.config.train.batch_size, batch_sharding(self.mesh)
-        (height, width), channels = self.run.image_format
-        targets = self.run.task.targets(self.run.table, self.run.members[0].fold.train)
-        shapes: dict[str, Any] = {"image": ((height, width, channels), np.uint8)}
-        shapes |= {"mask": ((height, width, *self.run.task.mask_layers), np.uint8)} if self.run.task.mask else {}
-        shapes |= {name: (value.shape[1:], value.dtype) for name, value in targets.items()}
-        return {
-            name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=over) for name, (shape, dtype) in shapes.items()
-        }
 
     def _decoded(self) -> Any:
         """What gives batches uint8 `[n, H, W, C]` of whole images of some rows.

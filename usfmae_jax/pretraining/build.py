@@ -25,7 +25,9 @@ from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
 from usfmae_jax.tasks import classification
 from usfmae_jax.training import checkpoints, checks, optimizers
+from usfmae_jax.training.mesh import batch_sharding
 from usfmae_jax.training.state import State, fill
+from usfmae_jax.training.update import Update, make_update
 
 #: Fields that configs of earlier versions did not have, with what they stand for.
 ABSENT: dict[str, dict[str, Any]] = {
@@ -211,6 +213,27 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
         warmup=optimizer.warmup,
     )
     return optimizers.adamw(**{name: optimizer[name] for name in names}), rate
+
+
+def make_step(config: ml_collections.ConfigDict, learn: Objective, graph: Any, mesh: Mesh) -> Update:
+    """The update of the run, see `training.update`.
+
+    Args:
+      config: of the run.
+      learn: from `objective`.
+      graph: of its model.
+      mesh: the batch is spread over it.
+    """
+    optimizer, rate = make_optimizer(config)
+    train = config.train
+    how = {"accumulate": train.accumulate, "skip": train.skip_nonfinite > 0, "ema": train.ema}
+    return make_update(graph, learn.prepare, learn.loss, optimizer, rate, mesh, **how)
+
+
+def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Shape and sharding of a batch of images on the mesh."""
+    shape = (config.train.batch_size, *checks.square(config.model.image_size), config.data.channels)
+    return jax.ShapeDtypeStruct(shape, np.uint8, sharding=batch_sharding(mesh))
 
 
 def with_weights(state: State, directory: str, model: ml_collections.ConfigDict) -> tuple[State, Lineage, str]:

@@ -19,11 +19,11 @@ from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
 from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, save_model, write_lineage
 from usfmae_jax.pretraining import build, inspect
-from usfmae_jax.training import checkpoints, checks
+from usfmae_jax.training import checkpoints, checks, hardware
 from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, init_state, weights_of
-from usfmae_jax.training.update import compile_update, make_update
+from usfmae_jax.training.update import compile_update
 
 
 def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
@@ -45,7 +45,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     checks.check_batch(checks.flat(config.to_dict()), mesh.size)
     sources, dataset = build.open_data(config)
     total_steps = build.count_steps(config, sources)
-    optimizer, learning_rate = build.make_optimizer(config)
+    optimizer, _ = build.make_optimizer(config)
     settings, about = build.settings(config, sources), build.about(config, objective)
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
@@ -73,10 +73,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     looks = build.inspections(config, graph, mesh, sources, dataset, workdir)
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
-    learn = (objective.prepare, objective.loss)
-    skippable = config.train.skip_nonfinite
-    how = {"accumulate": config.train.accumulate, "skip": skippable > 0, "ema": config.train.ema}
-    update = make_update(graph, *learn, optimizer, learning_rate, mesh, **how)
+    update = build.make_step(config, objective, graph, mesh)
     report = Monitor(
         workdir,
         total_steps=total_steps,
@@ -84,7 +81,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         batch_size=config.train.batch_size,
         every=config.log.every,
         flops_per_image=objective.flops(),
-        skippable=skippable,
+        skippable=config.train.skip_nonfinite,
         page=True,
     )
     report.skipped = position.get("skipped", 0)
@@ -132,6 +129,37 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         return False
     export(about, weights_of(state)["encoder"], workdir, total_steps)
     return True
+
+
+def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[Any]) -> dict[str, Any]:
+    """Compiles the training step of `pretrain` for hardware that need not be here; wants no data and trains nothing.
+
+    Args:
+      config: see `configs/pretrain.py`.
+      target: see `training.hardware`.
+      devices: of the target.
+
+    Returns:
+      what `hardware.fit` does.
+
+    Raises:
+      InputError: something given cannot be used.
+    """
+
+    def attempt(settings: dict[str, Any]) -> dict[str, Any]:
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(settings)
+        objective = build.objective(changed)
+        mesh = make_mesh(**changed.mesh, devices=devices)
+        checks.check_batch(checks.flat(changed.to_dict()), mesh.size)
+        optimizer, _ = build.make_optimizer(changed)
+        state = abstract_state(objective.make, optimizer, mesh, ema=changed.train.ema > 0)
+        update = build.make_step(changed, objective, model_graph(objective.make), mesh)
+        flops, recompute = objective.flops() * changed.train.batch_size, changed.model.remat
+        batch = build.abstract_batch(changed, mesh)
+        return hardware.measure(target, update, state, batch, flops, recompute=recompute)
+
+    return hardware.fit(attempt, checks.flat(config.to_dict()))
 
 
 def describe(

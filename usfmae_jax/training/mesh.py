@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -107,22 +107,28 @@ def _is_tpu_pod() -> bool:
     return cluster.is_env_present() and cluster.get_process_count() > 1
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """Lays all devices out as `(data, fsdp)`; one of the two may be -1, "whatever is left".
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """Lays devices out as `(data, fsdp)`; one of the two may be -1, "whatever is left".
+
+    Args:
+      data: see above.
+      fsdp: likewise.
+      devices: None = all that are here.
 
     Raises:
       InputError: the product is not the number of devices.
     """
-    devices = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     shape = np.asarray([data, fsdp])
     if (shape == -1).sum() == 1 and (shape != 0).all():
-        shape[shape == -1] = devices // -shape.prod()
-    if (shape < 1).any() or shape.prod() != devices:
+        shape[shape == -1] = count // -shape.prod()
+    if (shape < 1).any() or shape.prod() != count:
         raise InputError(
-            f"config.mesh data={data}, fsdp={fsdp} does not lay out {devices} devices; "
+            f"config.mesh data={data}, fsdp={fsdp} does not lay out {count} devices; "
             "their product must be that number (-1 = the rest)"
         )
-    return jax.make_mesh(tuple(shape.tolist()), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    axes = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(tuple(shape.tolist()), ("data", "fsdp"), axis_types=axes, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
