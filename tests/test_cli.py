@@ -94,6 +94,17 @@ def test_the_config_may_be_two_words_and_stand_behind_what_it_is_overridden_with
     assert values["config"].config_filename == "configs/pretrain.py:tiny"
 
 
+def test_only_doors_that_train_compile_for_other_hardware(capsys):
+    argv = ["main", f"{CONFIG}:tiny", "--compile_for=v5e:4x4"]
+    assert cli.parse(argv, "doc", "configs/pretrain.py", trains=True).compile_for == "v5e:4x4"
+    with pytest.raises(InputError, match="compile_for"):
+        cli.parse(argv, "doc", "configs/pretrain.py")
+    for trains in (True, False):
+        with pytest.raises(SystemExit):
+            cli.parse(["main", "--help"], "doc", "configs/pretrain.py", trains)
+        assert ("--compile_for=DEVICE:LAYOUT" in capsys.readouterr().out) == trains
+
+
 def test_what_was_typed_is_shown_without_where_it_was(monkeypatch):
     monkeypatch.setattr(cli.sys, "argv", ["main", "--config", "/home/me/a.py:tiny", "--config.data.path=/data/b,c/d"])
     assert cli.command("door") == "python -m door --config a.py:tiny --config.data.path=b,c/d"
