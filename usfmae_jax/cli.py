@@ -318,13 +318,6 @@ def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     return f"; {'nearest' if names else 'valid'} are " + ", ".join(prefix + name for name in names or valid)
 
 
-_COMPILE_FOR = """
-  --compile_for=DEVICE:LAYOUT
-                            trains nothing: compiles the training step for v5e:4x4, v6e:2x4, v5p:2x2x1, h100:8, h200:1
-                            or a100-80:8, which need not be here; says what memory it needs and what devices send each
-                            other; exit code 2 if it does not fit"""
-
-
 def _help(doc: str, value: str, fields: bool, trains: bool) -> str:
     name = value.partition(":")[0]
     if fields:
@@ -333,7 +326,9 @@ def _help(doc: str, value: str, fields: bool, trains: bool) -> str:
     else:
         below = f"--config={value} --help lists its fields."
     shown = "\n".join("  " + line for line in (_load_module(name).__doc__ or "").strip().splitlines())
-    compiles = _COMPILE_FOR if trains else ""
+    compiles = (
+        "\n  --compile_for=v5e:4x4     only say what a step needs on a TPU or GPU (h100:8) that is not here" * trains
+    )
     return as_started(f"""{doc.strip()}
 
 Flags:

@@ -3,7 +3,6 @@
     python -m usfmae_jax.finetune --config=finetune:busbra --config.init=runs/pretrain-tiny
     python -m usfmae_jax.finetune --config=finetune:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
-    python -m usfmae_jax.finetune --config=finetune:busbra --compile_for=h100:1    # does it fit there?
 
 Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config; 75 stopped by
 SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is no number among it.
