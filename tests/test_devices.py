@@ -19,7 +19,7 @@ FRAMES = 34  # of 17 patients: neither 3 nor 8 divides the folds
 #: Doors after one another in one process, which has so many devices.
 DOORS = """
 import sys
-from usfmae_jax import cli, embed, evaluate, finetune
+from usfmae_jax import embed, evaluate, finetune
 data, encoder, folder = sys.argv[1:]
 split = [f"--config.split.{field}" for field in ("kind=group", "folds=2", "duplicates=false")]
 model = [f"--config.model.{field}" for field in ("image_size=32", "patch_size=8", "width=32", "depth=2", "num_heads=2")]
@@ -28,7 +28,7 @@ small = ["--config.evaluate.bootstrap=20", "--config.evaluate.batch_size=24"]
 def run(door, *words):
     sys.argv = [door.__name__, f"--config.data.path={data}", *words]
     try:
-        cli.run("", "", door.main)
+        door.run()
     except SystemExit as end:
         assert not end.code, end
 run(finetune, "--config=configs/finetune.py:folder", f"--workdir={folder}/tuned", *split, *model, *how, *small)
