@@ -92,6 +92,16 @@ def _attend_backward(kept: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax
 attend.defvjp(_attend, _attend_backward)
 
 
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: AttentionImplementation = None) -> jax.Array:
+    """Scaled dot-product attention: queries `[B, N, H, E]`, keys and values `[B, M, H, E]` to `[B, N, H, E]`.
+
+    Without an `implementation` it is what suits the platform that is compiled for.
+    """
+    if implementation is None:
+        return jax.lax.platform_dependent(q, k, v, cpu=_attend_on_cpu, default=jax.nn.dot_product_attention)
+    return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+
+
 def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """`attend` in the layout of `jax.nn.dot_product_attention`, `[B, N, H, E]`."""
     return attend(*(part.swapaxes(1, 2) for part in (q, k, v))).swapaxes(1, 2)
@@ -150,11 +160,7 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Every token attends to every token."""
         q, k, v = self._heads(x)
-        if self.implementation is None:
-            attended = jax.lax.platform_dependent(q, k, v, cpu=_attend_on_cpu, default=jax.nn.dot_product_attention)
-        else:
-            attended = jax.nn.dot_product_attention(q, k, v, implementation=self.implementation)
-        attended = attended.reshape(x.shape)  # from [B, N, H, D/H]
+        attended = attention(q, k, v, self.implementation).reshape(x.shape)  # from [B, N, H, D/H]
         projected = self.proj(attended)
         return projected if self.proj_lora is None else projected + self.proj_lora(attended)
 

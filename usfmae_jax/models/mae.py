@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, attend, gelu, layer_norm
+from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, attention, gelu, layer_norm
 from usfmae_jax.models.patches import patchify, resize_table, sincos_table, take_tokens
 from usfmae_jax.models.vit import Block, Blocks, ViT, blocks_flops, vit_flops
 
@@ -227,8 +227,7 @@ class CrossBlock(nnx.Module):
         size = (self.num_heads, width // self.num_heads)
         q = self.query(self.norm1(x).astype(x.dtype)).reshape(b, m, *size)
         k, v = jnp.moveaxis(self.key_value(seen).reshape(b, seen.shape[1], 2, *size), 2, 0)
-        heads = attend(*(one.swapaxes(1, 2) for one in (q, k, v)))
-        x = x + self.proj(heads.swapaxes(1, 2).reshape(b, m, width))
+        x = x + self.proj(attention(q, k, v).reshape(b, m, width))
         return x + self.fc2(gelu(self.fc1(self.norm2(x).astype(x.dtype))))
 
 
