@@ -27,7 +27,6 @@ KEPT = "the frames before the damage are taken"  # ends the reason of a file tha
 
 _LIMIT = 60.0  # seconds for a frame
 _MOST = 8 << 30  # bytes of the frames of one file
-_UNITS = {"cm": 10.0}  # in mm
 _NEEDED = {"dicom": "pydicom", "video": "av"}
 
 
@@ -169,7 +168,7 @@ def _hold(
         for frame in read_frames(path, options):
             place = os.path.join(folder, f"{len(held):06d}.png")
             size += _write(place, frame)
-            held.append(Held(place, frame.number, spacing(frame)))
+            held.append(Held(place, frame.number, frame.spacing))
             begin(0)
             if size > _MOST:
                 raise UnreadableError(f"its frames take more than {_MOST >> 30} GiB (--max_frames takes some of them)")
@@ -185,13 +184,3 @@ def _write(path: str, frame: Frame) -> int:
     data = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
     pathlib.Path(path).write_bytes(data)
     return len(data)
-
-
-def spacing(frame: Frame) -> tuple[float, float]:
-    """(height, width) of a pixel in mm, (0, 0) where the file does not say it, or not the same everywhere."""
-    found = []
-    for axis in "YX":
-        value, _, unit = frame.facts.get(f"PhysicalDelta{axis}", "").partition(" ")
-        with contextlib.suppress(ValueError, KeyError):
-            found.append(float(value) * _UNITS[unit])
-    return (found[0], found[1]) if len(found) == 2 and min(found) > 0 else (0.0, 0.0)

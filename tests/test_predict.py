@@ -345,6 +345,21 @@ def finder(directory, seed):
     return str(directory)
 
 
+def test_areas_are_in_cm2_wherever_a_file_says_how_large_its_pixels_are(segmenter, tmp_path):
+    (tmp_path / "in").mkdir()
+    volume = np.stack([frame(n, 1, (33, 47)) for n in range(2)])
+    head = "ObjectType = Image\nNDims = 3\nDimSize = 47 33 2\nElementType = MET_UCHAR\nElementSpacing = 0.4 0.5 1\n"
+    (tmp_path / "in" / "v.mha").write_bytes((head + "ElementDataFile = LOCAL\n").encode() + volume.tobytes())
+    assert run(segmenter, tmp_path / "in", tmp_path / "out") == 0
+    rows = rows_of(tmp_path / "out" / "predictions.csv")
+    assert len(rows) == 2
+    for row in rows:
+        for name in SEGMENTER["outputs"]:
+            assert float(row[f"area_cm2:{name}"]) == pytest.approx(
+                int(row[f"area_pixels:{name}"]) * 0.2 / 100, abs=1e-5
+            )
+
+
 def test_instances_are_counted_and_are_in_coco_with_their_scores(files, tmp_path, capsys):
     from pycocotools.coco import COCO
 
@@ -363,7 +378,8 @@ def test_instances_are_counted_and_are_in_coco_with_their_scores(files, tmp_path
         for c, name in enumerate(QUERIES["outputs"], 1):
             mine = [one for one in sure if one["category_id"] == c]
             assert int(row[f"count:{name}"]) == len(mine)
-            assert int(row[f"area_pixels:{name}"]) == sum(one["area"] for one in mine)
+            together = np.any([coco.annToMask(one) for one in mine], axis=0).sum() if mine else 0
+            assert int(row[f"area_pixels:{name}"]) == together
         counted += len(sure)
     assert counted
     assert run(checkpoint, files, tmp_path / "again", "--flip=on") == 2
@@ -386,6 +402,11 @@ def test_what_several_models_find_is_one_answer():
         "count:lesion": 1, "count:cyst": 0, "area_pixels:lesion": 20, "area_pixels:cyst": 0,
         "area_cm2:lesion": 0.2, "area_cm2:cyst": 0.0, "uncertainty": pytest.approx(0.1),
     }  # fmt: skip
+    over = np.zeros((1, 2, 8, 16), np.uint8)
+    over[0, 0, 2:6, 1:5] = over[0, 1, 2:6, 4:8] = 255  # one column is of both
+    twice = detected([QUERIES], {"classes": np.array([[[0.9, 0], [0.8, 0]]]), "masks": over}, (8, 16), (0.0, 0.0))
+    assert (twice.cells["count:lesion"], twice.cells["area_pixels:lesion"]) == (2, 28)
+    assert (twice.mask == 1).sum() == 28
     alone = detected([QUERIES], {"classes": classes[:1], "masks": masks[:1]}, (8, 16), (0.0, 0.0))
     assert (alone.cells["count:cyst"], alone.cells["area_cm2:cyst"]) == (1, "")
     assert "uncertainty" not in alone.cells

@@ -10,7 +10,8 @@ from tests.helpers import write_shards
 from tests.tasks.test_segmentation import write
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
-from usfmae_jax.probing import suite
+from usfmae_jax.interop.model import save_model
+from usfmae_jax.probing import build, suite
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def config(data, tmp_path):
     config.data.path = ",".join(data)
     config.suite.checkpoints = ("random", "pixels")
     config.split.update(folds=2, duplicates=False)
-    config.update(bootstrap=30, batch_size=8, cache=str(tmp_path / "cache"))
+    config.update(bootstrap=30, cache=str(tmp_path / "cache"))
     return config
 
 
@@ -54,6 +55,33 @@ def test_every_encoder_is_tested_on_everything_and_nothing_twice(config, tmp_pat
     assert again["rows"] == found["rows"]
 
 
+def test_what_has_changed_under_the_same_name_is_tested_again(config, data, tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    encoder = f"{tmp_path}/x/enc"
+    config.suite.update(checkpoints=(encoder,), masks="")
+
+    def save(seed):
+        save_model(encoder, build.untrained("tiny", seed))
+
+    save(0)
+    config.data.path = data[0]
+    run = str(tmp_path / "run")
+    first = suite.run(config, run)["rows"][0]["metrics"]
+    asked, real = [], suite.evaluate
+    monkeypatch.setattr(suite, "evaluate", lambda *given: asked.append(1) or real(*given))
+    assert suite.run(config, run)["rows"][0]["metrics"] == first
+    assert not asked
+    save(1)  # other weights
+    assert suite.run(config, run)["rows"][0]["metrics"] != first
+    assert len(asked) == 1
+    write_shards(tmp_path / "x", count=28)  # other frames, which are called the same
+    (tmp_path / "x" / "labelled").mkdir()
+    write_shards(tmp_path / "x" / "labelled", count=28)
+    config.data.path = str(tmp_path / "x" / "labelled")
+    assert suite.run(config, run)["rows"][0]["frames"] == 28
+    assert len(asked) == 2
+
+
 def test_numbers_of_a_table_are_tested_where_a_dataset_has_one(config, data, tmp_path, capsys):
     table = read_table(data[0])
     rng = np.random.default_rng(0)
@@ -71,7 +99,12 @@ def test_numbers_of_a_table_are_tested_where_a_dataset_has_one(config, data, tmp
     assert str(tmp_path) not in json.dumps(stored)
     assert (tmp_path / "run" / "made-numbers" / "random" / "report.html").exists()
     assert "## Numbers" in capsys.readouterr().out
-    config.suite.targets = (*config.suite.targets, "other=x.csv")
+    table = config.suite.targets[0]
+    for wrong, says in ((f"{table}#nothing", "'nothing' is no column of"), ("made=x.csv", "x.csv")):
+        config.suite.targets = (wrong,)
+        with pytest.raises(InputError, match=says):  # before anything is computed
+            suite.run(config, str(tmp_path / "again"))
+    config.suite.targets = (table, "other=x.csv")
     with pytest.raises(InputError, match=r"config\.suite\.targets names 'other', but the data are of made"):
         suite.run(config, str(tmp_path / "again"))
     config.suite.targets = ("x.csv",)
@@ -102,11 +135,13 @@ def test_a_dataset_on_which_a_test_is_not_possible_is_named(config, tmp_path, da
 
     def evaluate(single, folder, command):
         if single.protocol == "segmentation":
-            raise InputError("no such masks")
+            raise InputError("config.data.path='/home/somebody/emp': no such masks")
         return real(single, folder, command)
 
     monkeypatch.setattr(suite, "evaluate", evaluate)
     config.data.path = data[1]
     found = suite.run(config, str(tmp_path / "run"))
-    assert found["left_out"] == [{"dataset": "other", "kind": "masks", "why": "no such masks"}]
+    assert found["left_out"] == [{"dataset": "other", "kind": "masks", "why": "config.data.path='emp': no such masks"}]
     assert "no such masks" in (tmp_path / "run" / "report.html").read_text()
+    for name in ("suite.json", "suite.md", "report.html"):
+        assert "somebody" not in (tmp_path / "run" / name).read_text()

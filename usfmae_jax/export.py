@@ -120,7 +120,9 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
         "classes": model.description.get("classes", []),
     }
     if model.kind == "model":
-        described |= {name: model.description[name] for name in ("outputs", "head") if name in model.description}
+        described |= {
+            name: model.description[name] for name in ("outputs", "head", "scale") if name in model.description
+        }
     about = {"format": form, "code": f"usfmae_jax {__version__}", "model": described, **result}
     parity = {name: about.get(name) for name in ("format", "code", "largest_difference", "runtime", "not_compared")}
     writing.write_preprocessing(model, output)

@@ -159,6 +159,10 @@ def test_runs_of_every_task_are_compared_and_read_again(rng, tmp_path, kind, lea
         run.write(tmp_path / name / "predictions.csv")
     read = [comparison.read(str(tmp_path / name)) for name in ("good", "bad")]
     assert [type(run) for run in read] == [type(good)] * 2
+    if kind == "instances":
+        (tmp_path / "bad" / "predictions.json").unlink()
+        with pytest.raises(InputError, match=r"needs the file predictions\.json beside it"):
+            comparison.read(str(tmp_path / "bad"))
     found = comparison.compare(*read, resamples=200)
     one = found["metrics"][lead]
     assert (one["ci95"][1] < 0) if lead == "mae" else (one["ci95"][0] > 0)

@@ -179,7 +179,7 @@ def test_two_runs_are_compared_on_the_same_patients(tmp_path):
     assert "mcnemar" not in found
     assert "| Dice " in comparison.table(found)
     other.drawn[3] = 7
-    with pytest.raises(InputError, match=r"frame d/video3/frame3 has other masks"):
+    with pytest.raises(InputError, match=r"something else is true of frame d/video3/frame3"):
         comparison.compare(one, other)
     with pytest.raises(InputError, match="different classes: c0 and c0, c1"):
         comparison.compare(one, _made(np.zeros((80, 2)), patients))

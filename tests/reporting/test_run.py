@@ -74,7 +74,7 @@ def test_absolute_paths_are_cut_and_numbers_become_json(tmp_path, made):
     ],
 )
 def test_only_absolute_paths_are_cut(text, shown):
-    assert run._public({"text": text}) == {"text": shown}
+    assert run.public({"text": text}) == {"text": shown}
 
 
 def test_a_reader_is_warned_of_few_patients_and_of_frames_that_count_twice(tmp_path, rng):

@@ -13,6 +13,7 @@ from configs.finetune import get_config
 from tests.data.tables import made, table, write_records
 from usfmae_jax import cli
 from usfmae_jax.data.table import read_table, whole_image
+from usfmae_jax.data.targets import read_targets
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import regression as scoring
 from usfmae_jax.evaluation.predictions import read
@@ -264,5 +265,22 @@ def test_names_with_blanks_are_typed_as_they_are():
 def test_a_task_without_its_fields_says_which_variant_has_them(shards, tmp_path):
     config = get_config("folder")
     config.data.path, config.task, config.regularization.smoothing = shards, "regression", 0.0
-    with pytest.raises(InputError, match=r"needs the table of --config\.targets, .*finetune\.py:folder_regression"):
+    with pytest.raises(InputError, match=r"needs the table of --config\.targets, .*finetune:folder_regression"):
         build.prepare(config, str(tmp_path))
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1e-6, 1e-9])
+def test_pearson_does_not_care_how_much_predictions_vary(gain):
+    truth = np.linspace(220, 280, 30)
+    found = scores(predictions(truth, 200 + gain * (truth - 250)))
+    assert found["pearson"] == pytest.approx(1, abs=1e-4)
+    assert np.isnan(scores(predictions(truth, np.full(30, 200.0)))["pearson"])
+
+
+def test_a_cell_of_text_is_named_though_no_column_is(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    table_of = read_table(str(write_records(folder, made(3))))
+    (tmp_path / "t.csv").write_text("frame,area\nf0,1.5\nf1,about 3\nf2,2\n")
+    with pytest.raises(InputError, match=r"'about 3' stands in line 3 of t\.csv, column 'area'"):
+        read_targets(str(tmp_path / "t.csv"), table_of)

@@ -367,9 +367,10 @@ def _refuse_missing_strata(fold: Fold, frames: Table, strata: Strata) -> None:
         if not counts.all():
             stratum = int(np.argmin(counts))
             patients = len(np.unique(frames.patient_key[strata.code == stratum]))
+            has = "have it in all" if len(strata.names) > 1 else "are too few for three parts"
             raise InputError(
                 f"fold {fold.name} has no frame of {strata.called(stratum)} in {part} ({patients} patients "
-                "have it in all); use fewer folds, or another split"
+                f"{has}); use fewer folds, or another split"
             )
 
 

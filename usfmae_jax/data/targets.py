@@ -204,7 +204,18 @@ def _check_there(files: Sequence[_File], names: Sequence[str], units: dict[str, 
             raise InputError(f"config.target={shown!r} is no column of {where}; there are {said}")
     if not units:
         what = "nothing but 0 and 1" if labels else "nothing but numbers"
-        raise InputError(f"config.targets has no column of {what}; there are {said}")
+        wrong = next(
+            (
+                f": {visible(line[header], one_line=True)!r} stands in line {number} of {file.name}, column {header!r}"
+                for file in files
+                for header in file.columns
+                if any(_NUMBER.fullmatch(line[header]) for line in file.lines)
+                for number, line in enumerate(file.lines, 2)
+                if line[header].casefold() not in _NOTHING and not _NUMBER.fullmatch(line[header])
+            ),
+            "",
+        )
+        raise InputError(f"config.targets has no column of {what}; there are {said}{wrong}")
 
 
 def _parse(cell: str, where: str, label: bool) -> float:

@@ -1,6 +1,7 @@
 """Whether one run is better than another on the same frames: paired bootstrap over patients, and McNemar's test."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,18 +30,22 @@ _FEW = 25  # discordant frames below which McNemar's test is exact
 
 
 class _Task(NamedTuple):
-    """Of a type of predictions what they are measured by, and what is true of a frame, which two runs must agree on."""
+    """Of a type of predictions a column of theirs alone, what they are measured by, and what is true of a frame.
 
+    Two runs must agree on what is true.
+    """
+
+    column: re.Pattern[str]
     names: Mapping[str, str]
     score: Score[Any]
     truth: Callable[[Any], np.ndarray]
 
 
 _TASKS: dict[type[Predictions], _Task] = {
-    MaskPredictions: _Task(segmentation.NAMES, segmentation.score, lambda run: run.drawn),
-    QuantityPredictions: _Task(regression.NAMES, regression.score, lambda run: run.truth),
-    LabelPredictions: _Task(multilabel.NAMES, multilabel.score, lambda run: run.truth),
-    InstancePredictions: _Task(instances.NAMES, instances.score, lambda run: run.drawn),
+    MaskPredictions: _Task(re.compile("dice:.*"), segmentation.NAMES, segmentation.score, lambda run: run.drawn),
+    QuantityPredictions: _Task(re.compile("value"), regression.NAMES, regression.score, lambda run: run.truth),
+    LabelPredictions: _Task(re.compile("p:.*"), multilabel.NAMES, multilabel.score, lambda run: run.truth),
+    InstancePredictions: _Task(re.compile("matched"), instances.NAMES, instances.score, lambda run: run.drawn),
 }
 
 
@@ -50,14 +55,9 @@ def read(path: str) -> Predictions:
     Raises:
       InputError: there is none.
     """
-    refused: list[InputError] = []
-    kinds: list[type[Predictions]] = [ClassPredictions, *_TASKS]
-    for kind in kinds:
-        try:
-            return predictions.read(path, kind)
-        except InputError as error:
-            refused.append(error)
-    raise refused[0]
+    columns = predictions.columns(path)
+    kinds = (kind for kind, task in _TASKS.items() if any(map(task.column.fullmatch, columns)))
+    return predictions.read(path, next(kinds, ClassPredictions))
 
 
 def compare(

@@ -192,6 +192,25 @@ class ClassPredictions(Predictions):
 Kind = TypeVar("Kind", bound=Predictions)
 
 
+def columns(path: str | epath.Path) -> list[str]:
+    """The columns of `predictions.csv`, or of the one in a workdir; raises InputError where there is none."""
+    return _rows(path)[1][0]
+
+
+def _rows(path: str | epath.Path) -> tuple[epath.Path, list[list[str]]]:
+    """The file, and what stands in it, the columns first."""
+    file = epath.Path(path)
+    if file.is_dir():
+        file = file / "predictions.csv"
+    try:
+        return file, list(cells.read(io.StringIO(file.read_bytes().decode(), newline=""))) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path}: no predictions there ({reason}); name a workdir of finetune or evaluate, or its predictions.csv"
+        ) from error
+
+
 def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
     """Reads `predictions.csv`, or the one in a workdir.
 
@@ -202,17 +221,7 @@ def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
     Raises:
       InputError: there is none, or the file is something else; says what it lacks.
     """
-    file = epath.Path(path)
-    if file.is_dir():
-        file = file / "predictions.csv"
-    try:
-        rows = list(cells.read(io.StringIO(file.read_bytes().decode(), newline="")))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path}: no predictions there ({reason}); name a workdir of finetune or evaluate, or its predictions.csv"
-        ) from error
-    head, body = (rows[0] if rows else []), rows[1:]
+    file, (head, *body) = _rows(path)
     missing = [f"column {name!r}" for name in _IDS if name not in head]
     try:
         if missing or len(set(head)) < len(head):

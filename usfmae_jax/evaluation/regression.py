@@ -78,7 +78,9 @@ def score(predictions: QuantityPredictions, weights: np.ndarray) -> dict[str, np
     truth, value, error = predictions.truth, predictions.value, predictions.error
     # Around the mean of all and in parts of the range, so that rounding is small whatever the unit.
     scale = max(np.ptp(truth), np.abs(error).max()) or 1.0
-    truth, value, error = (truth - truth.mean()) / scale, (value - truth.mean()) / scale, error / scale
+    # Those of predictions in parts of their own: they may hardly vary, and still be in the right order.
+    own = np.ptp(value) if np.ptp(value) > 1e-12 * np.abs(value).max(initial=0) else np.inf
+    truth, value, error = (truth - truth.mean()) / scale, (value - value.mean()) / own, error / scale
     moments = {
         name: _over(share @ one, total)
         for name, one in {
@@ -93,7 +95,9 @@ def score(predictions: QuantityPredictions, weights: np.ndarray) -> dict[str, np
         "mae": scale * moments["abs"],
         "rmse": scale * np.sqrt(moments["ee"]),
         "r2": 1 - _over(moments["ee"], spread["tt"]),
-        "pearson": _over(moments["tv"] - moments["t"] * moments["v"], np.sqrt(spread["tt"] * spread["vv"])),
+        "pearson": np.clip(
+            _over(moments["tv"] - moments["t"] * moments["v"], np.sqrt(spread["tt"] * spread["vv"])), -1, 1
+        ),
         "bias": bias,
         "limits_low": bias - _LIMITS * deviation,
         "limits_high": bias + _LIMITS * deviation,

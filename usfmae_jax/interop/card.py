@@ -73,6 +73,9 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         if description.get("task") == "instances":
             outputs = "of each query probabilities [B, Q, C] of the classes and masks [B, Q, H, W] of the pixels"
     named_outputs, units = description.get("outputs", []), description.get("scale", {}).get("unit", [])
+    if units and description["scale"]["of_frame"][0]:
+        side = "as a share of the frame's side, the square root of its area in mm2"
+        named_outputs, units = [f"{name}, {side}" for name in named_outputs], []
     if units:
         named_outputs = [f"{name} ({unit})" if unit else name for name, unit in zip(named_outputs, units, strict=True)]
     height, width = model.preprocessing["image_size"]

@@ -88,7 +88,9 @@ def detected(
     members, names = said["classes"], outputs(models[0])
     every = instances.merged(members, said["masks"], size)
     found = [one for one in every if one["score"] >= FOUND]
-    pixels = [sum(int(coding.area(one["mask"])) for one in found if one["class"] == c) for c in range(len(names))]
+    # Of instances that overlap no pixel counts twice.
+    together = [coding.merge([one["mask"] for one in found if one["class"] == c]) for c in range(len(names))]
+    pixels = [int(coding.area(one)) if one["counts"] else 0 for one in together]
     cells: dict[str, Any] = {
         f"count:{name}": sum(one["class"] == c for one in found) for c, name in enumerate(names)
     } | _areas(names, pixels, spacing)

@@ -171,11 +171,12 @@ def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.C
 
 def refuse_labels_seen(model: Model | None, table: Table) -> None:
     """Raises InputError if a probe would test features on frames whose labels they may have been trained on."""
+    tested = model is not None and model.kind == "classifier"
     for dataset, jobs in provenance.seen_in(model.lineage if model else [], [table.shards]).items():
         if "finetune" in jobs:
             raise InputError(
                 f"these weights were fine-tuned on labels of {dataset}: a probe of them on it is no test; use "
-                "--config.protocol=finetuned, weights from before, or other data"
+                f"{'--config.protocol=finetuned, ' * tested}weights from before, or other data"
             )
 
 

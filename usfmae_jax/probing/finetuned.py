@@ -32,6 +32,7 @@ class Judge:
       seen: (dataset, video, frame) of its training and validation frames, and (dataset, patient) of their patients.
       chosen: (dataset, video, frame) of its validation frames alone.
       held_out: (dataset, video, frame) of its test frames.
+      copied: those of them that are `Predictions.copied`.
     """
 
     model: Model
@@ -41,6 +42,7 @@ class Judge:
     seen: frozenset[tuple[str, ...]]
     chosen: frozenset[tuple[str, ...]]
     held_out: frozenset[tuple[str, ...]]
+    copied: frozenset[tuple[str, ...]]
 
 
 def open_judges(path: str) -> list[Judge]:
@@ -66,13 +68,15 @@ def open_judges(path: str) -> list[Judge]:
 
 
 def _judge(folder: str, model: Model) -> Judge:
-    fold, seed, fraction = "", 0, 1.0
+    fold, seed, fraction, copied = "", 0, 1.0, set[tuple[str, ...]]()
     root = epath.Path(folder)
     root = root if "://" in folder else root.expanduser().resolve()
     root = root.parent if root.name == "classifier" else root
     if (root / "predictions.csv").exists():
         own = predictions.read(root / "predictions.csv", predictions.ClassPredictions)
         fold, seed, fraction = str(own.fold[0]), int(own.seed[0]), float(own.fraction[0])
+        own = own.select(own.copied)
+        copied = set(zip(own.dataset.tolist(), own.video.tolist(), own.frame.tolist(), strict=True))
     table = root.parent.parent / "splits" / "splits.csv"
     seen: set[tuple[str, ...]] = set()
     parts: dict[str, set[tuple[str, ...]]] = {"train": set(), "validation": set(), "test": set()}
@@ -83,7 +87,8 @@ def _judge(folder: str, model: Model) -> Judge:
                 parts[row["part"]].add(frame)
                 if row["part"] != "test":
                     seen |= {frame, (row["dataset"], row["patient"])} if row["patient"] else {frame}
-    return Judge(model, fold, seed, fraction, frozenset(seen), frozenset(parts["validation"]), frozenset(parts["test"]))
+    named = (seen, parts["validation"], parts["test"], copied)
+    return Judge(model, fold, seed, fraction, *map(frozenset, named))
 
 
 def test(
@@ -143,8 +148,11 @@ def test(
         ids = ((first.fold if alone else "") or "all", first.seed, first.fraction)
         mean = np.mean([probabilities for probabilities, _ in said], axis=0)
         chosen = np.flatnonzero([name in first.chosen for name in names]) if alone else np.zeros(0, int)
+        copied = [row for row in rows.tolist() if any(names[row] in judges[number].copied for number in panel)]
         validation = record(table, chosen, ids, judge_rows(panel[0], chosen)[0]) if len(chosen) else None
-        tested.append(Tested(*ids, rows, record(table, rows, ids, mean), validation, {"classifiers": len(panel)}))
+        tested.append(
+            Tested(*ids, rows, record(table, rows, ids, mean, copied), validation, {"classifiers": len(panel)})
+        )
         panels.append(panel)
     best = foremost(tested)
 

@@ -273,7 +273,6 @@ def report(
         "lineage": lineage,
         "data": provenance.describe_data([table.shards]),
         "fingerprint": table.fingerprint,
-        **({"targets": task.fingerprint} if task.fingerprint else {}),
         "warnings": warnings,
         "excluded": outcome.excluded,
         "features": outcome.features,

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -23,11 +23,13 @@ from usfmae_jax.evaluation import results as classes
 from usfmae_jax.probing import build
 from usfmae_jax.probing.loop import evaluate
 from usfmae_jax.reporting import suite as reporting
+from usfmae_jax.reporting.run import public
 from usfmae_jax.training import checks
 from usfmae_jax.training.mesh import on_first_process
 
 #: What is tested of shards, and the field of `config.suite` with its protocol; "" there leaves it out.
 KINDS = {"classes": "labels", "masks": "masks", "numbers": "numbers"}
+_MADE_OF = "made_of.json"  # of a test, beside its results
 #: Units of lengths in a frame, which are learnt as a share of its side.
 _LENGTHS = ("mm", "cm")
 
@@ -50,25 +52,29 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
     columns = _columns(checks.names(config.suite.checkpoints))
     targets = _targets(checks.names(config.suite.targets))
     datasets = _datasets(config, targets)
-    for checkpoint in columns.values():
+    weights: dict[str, str] = {}
+    for column, checkpoint in columns.items():
         single = _one(config, checkpoint=checkpoint, protocol="auto")
         build.check(single)
-        build.encoder(single)
+        model = build.encoder(single)
+        weights[column] = model.fingerprint if model else "pixels"
+    tests = [
+        (name, kind, *_single(config, kind, protocol, dataset, targets.get(name)))
+        for name, dataset in datasets.items()
+        for kind, protocol in dataset.kinds.items()
+    ]
     workdir = checks.make_workdir(workdir)
     rows, left_out = [], []
-    for name, (path, kinds) in datasets.items():
-        for kind, protocol in kinds.items():
-            single, fingerprint = _single(config, kind, protocol, path, targets.get(name))
-            try:
-                row = {
-                    column: _test(single, f"{workdir}/{name}-{kind}/{column}", checkpoint, fingerprint)
-                    for column, checkpoint in columns.items()
-                }
-            except InputError as error:
-                left_out.append({"dataset": name, "kind": kind, "why": str(error)})
-                continue
-            if jax.process_index() == 0:
-                rows.append(_row(name, kind, protocol, row, f"{workdir}/{name}-{kind}", config.bootstrap))
+    for name, kind, single, data in tests:
+        folder, row = f"{workdir}/{name}-{kind}", dict[str, dict[str, Any]]()
+        try:
+            for column, checkpoint in columns.items():
+                row[column] = _test(single, f"{folder}/{column}", checkpoint, data | {"weights": weights[column]})
+        except InputError as error:
+            left_out.append({"dataset": name, "kind": kind, "why": public(str(error))})
+            continue
+        if jax.process_index() == 0:
+            rows.append(_row(name, kind, single.protocol, row, folder, config.bootstrap))
     if not rows and left_out:
         raise InputError(f"nothing could be tested: {left_out[0]['dataset']}: {left_out[0]['why']}")
     found = {
@@ -115,11 +121,17 @@ def _targets(given: Sequence[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _datasets(
-    config: ml_collections.ConfigDict, targets: dict[str, tuple[str, str]]
-) -> dict[str, tuple[str, dict[str, str]]]:
-    """By name the path of each dataset and what can be tested on it, with its protocol."""
-    found: dict[str, tuple[str, dict[str, str]]] = {}
+class Dataset(NamedTuple):
+    """A dataset of a suite: where it is, what tells its frames from others, and protocols by what is tested of it."""
+
+    path: str
+    fingerprint: str
+    kinds: dict[str, str]
+
+
+def _datasets(config: ml_collections.ConfigDict, targets: dict[str, tuple[str, str]]) -> dict[str, Dataset]:
+    """The datasets by name."""
+    found: dict[str, Dataset] = {}
     asked = {kind: config.suite[field] for kind, field in KINDS.items() if config.suite[field]}
     if not asked:
         raise InputError("config.suite.labels, masks and numbers are all empty: there is nothing to test")
@@ -138,8 +150,8 @@ def _datasets(
                 f"table for {name}"
             )
         if name in found:
-            raise InputError(f"config.data.path names {name} twice, {found[name][0]!r} and {path!r}")
-        found[name] = (path, kinds)
+            raise InputError(f"config.data.path names {name} twice, {found[name].path!r} and {path!r}")
+        found[name] = Dataset(path, table.fingerprint, kinds)
     if unknown := sorted(set(targets) - set(found)):
         raise InputError(f"config.suite.targets names {unknown[0]!r}, but the data are of {', '.join(found)}")
     return found
@@ -159,36 +171,43 @@ def _one(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.Con
 
 
 def _single(
-    config: ml_collections.ConfigDict, kind: str, protocol: str, path: str, targets: tuple[str, str] | None
-) -> tuple[ml_collections.ConfigDict, str]:
-    """The config of the tests of a kind on one dataset, and the fingerprint of its numbers."""
-    single = _one(config, protocol=protocol)
-    single.data.path = path
+    config: ml_collections.ConfigDict, kind: str, protocol: str, dataset: Dataset, targets: tuple[str, str] | None
+) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
+    """The config of the tests of a kind on one dataset, and fingerprints of what they are made of."""
+    single, data = _one(config, protocol=protocol), {"data": dataset.fingerprint}
+    single.data.path = dataset.path
     if kind != "classes":
         single.update(positive="", corruptions=False, classes=())
     if kind == "numbers" and targets:
         single.update(targets=targets[0], target=targets[1])
-        table = checks.read_frames(path, config.data.split)
+        table = checks.read_frames(dataset.path, config.data.split)
         table, found = known(table, read_targets(targets[0], table, checks.names([targets[1]])))
         single.of_frame = set(found.units) <= set(_LENGTHS) and all(
             min(read_row(table, row)["spacing"]) > 0 for row in range(len(table))
         )
-        return single, found.fingerprint
-    return single, ""
+        data["targets"] = found.fingerprint
+    return single, data
 
 
-def _test(config: ml_collections.ConfigDict, folder: str, checkpoint: str, fingerprint: str) -> dict[str, Any]:
-    """The results of one encoder on one dataset, those that are there already if they are of the same settings."""
-    single = _one(config, checkpoint=checkpoint)
-    root = epath.Path(folder)
+def _test(config: ml_collections.ConfigDict, folder: str, checkpoint: str, made_of: dict[str, str]) -> dict[str, Any]:
+    """The results of one encoder on one dataset, those that are there already if they are made of the same.
+
+    Args:
+      config: of the test, but for the encoder.
+      folder: of the test.
+      checkpoint: the encoder.
+      made_of: fingerprints of weights, frames and numbers; the settings name them, and names may be the same.
+    """
+    single, root = _one(config, checkpoint=checkpoint), epath.Path(folder)
+    made_of = made_of | {"settings": json.loads(json.dumps(build.settings(single)))}
     try:
-        stored = json.loads((root / "results.json").read_text())
-        about = stored["context"]
-        if about["config"] == build.settings(single) and about.get("targets", "") == fingerprint:
-            return stored
-    except (OSError, ValueError, KeyError):
+        if json.loads((root / _MADE_OF).read_text()) == made_of:
+            return json.loads((root / "results.json").read_text())
+    except (OSError, ValueError):
         pass
-    return evaluate(single, folder, "")
+    found = evaluate(single, folder, "")
+    on_first_process(lambda: (root / _MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n"))
+    return found
 
 
 def _row(

@@ -78,9 +78,9 @@ def finish(
     """
     held = {
         **results,
-        "task": _public(task) | results.get("task", {}),
-        "robustness": _public(results.get("robustness")),
-        "context": _public(context),
+        "task": public(task) | results.get("task", {}),
+        "robustness": public(results.get("robustness")),
+        "context": public(context),
     }
     written = json.dumps(held, indent=1, allow_nan=False, ensure_ascii=False)
     held = json.loads(written)
@@ -271,14 +271,14 @@ def _flat(config: Mapping[str, Any], parent: str = "") -> list[tuple[str, str]]:
     return found
 
 
-def _public(value: Any) -> Any:
+def public(value: Any) -> Any:
     """What JSON can hold, with absolute paths cut to their last part: they tell who ran where."""
     if hasattr(value, "items"):
-        return {str(name): _public(one) for name, one in value.items()}
+        return {str(name): public(one) for name, one in value.items()}
     if isinstance(value, list | tuple | set | np.ndarray):
-        return [_public(one) for one in value]
+        return [public(one) for one in value]
     if isinstance(value, np.generic):
-        return _public(value.item())
+        return public(value.item())
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if value is None or isinstance(value, bool | int):
