@@ -37,7 +37,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     # A workdir, a checkpoint in it, an encoder/ or classifier/ directory; or the floor to beat: "pixels", "random".
     config.checkpoint = ""
     config.step = 0  # of a pretraining workdir's checkpoints; 0 = its encoder/, or else the newest
-    config.protocol = "auto"
+    config.protocol = "auto"  # how it is tested, see above
     config.pool = "mean"  # of patch tokens, or "cls"
     config.classes = ()  # expected class names, in order; () takes what the shards say
     config.positive = ""  # class that counts as positive where there are two; "" = the last
@@ -53,7 +53,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         # "official", "shards" (their train, validation, test), "group" (k-fold), "single"; "auto": the first there is.
         kind="auto",
         path="",  # a CSV with the columns frame, part and perhaps fold, or a run's splits/splits.csv
-        folds=5,
+        folds=5,  # of kind "group"
         validation=0.2,  # share of the training patients, where the split names none
         test=0.2,  # share of all patients, of a single split
         only=(),  # names of the folds to run; () = all
@@ -64,15 +64,26 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.fractions = (1.0,)  # of the training patients that have labels, such as (0.01, 0.05, 0.1, 0.25, 1.0)
     # What was chosen on validation frames is fitted again with them; not where shares of the labels are compared.
     config.refit = True
-    config.linear = dict(optimizer="lars", epochs=90, batch_size=256)  # or "adamw"
-    config.attentive = dict(epochs=30, batch_size=64, patience=5)
+    config.linear = dict(
+        optimizer="lars",  # or "adamw"
+        epochs=90,  # passes over the training features
+        batch_size=256,  # features of an update
+    )
+    config.attentive = dict(
+        epochs=30,  # passes over the training features, at most
+        batch_size=64,  # frames of an update
+        patience=5,  # epochs without a better validation score after which it ends
+    )
     config.corruptions = False  # also on images with graded ultrasound artefacts: 35 passes over the test frames
     config.bootstrap = 1000  # resamples of the patients
     config.examples = 12  # most confident errors in the report
     config.cache = ""  # folder for features; "" = ~/.cache/usfmae_jax
     config.batch_size = 0  # images per call; 0 = what suits the devices
     config.dtype = "float32"  # of the arithmetic; "bfloat16" on accelerators
-    config.mesh = dict(data=-1, fsdp=1)
+    config.mesh = dict(
+        data=-1,  # devices that share the batch; -1 = the rest of the devices
+        fsdp=1,  # devices that also split parameters and optimiser between them
+    )
     VARIANTS[variant](config)
     return config
 

@@ -43,17 +43,17 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.positive = ""  # the positive one of two classes; "" = the last
     config.model = dict(
         arch="",  # tiny, small, base, large, huge, resnet50; "" = as config.init has it, else tiny
-        # () and 0: as config.init or arch has it.
+        # () and 0, here and below: as config.init or arch has it.
         image_size=(),  # height, width; may differ from config.init's, whose position table is then interpolated
-        channels=0,
-        patch_size=0,
-        width=0,  # of a ResNet: channels of the stem
-        depth=0,  # of a ResNet: blocks in each of its four stages
-        num_heads=0,
-        mean=(),
-        std=(),
+        channels=0,  # of the model's input
+        patch_size=0,  # side of a patch in pixels
+        width=0,  # of a token; of a ResNet: channels of the stem
+        depth=0,  # blocks; of a ResNet: blocks in each of its four stages
+        num_heads=0,  # of the attention
+        mean=(),  # of the model's input, per channel; pixels are in [0, 1] before
+        std=(),  # likewise
         pool="mean",  # of the patch tokens; or "cls", the class token
-        drop_path=0.1,  # at the last block
+        drop_path=0.1,  # probability that the last block is passed over; less, in proportion, in those before it
         dtype="float32",  # of the arithmetic; bfloat16 for a GPU or TPU
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
         scan=False,  # True compiles one block and loops over it: quicker to compile, slower on a CPU
@@ -70,7 +70,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         channels=1,  # decoded as grey and repeated on the device; 3 for Doppler
         max_damaged=0.01,  # share of records that may be unreadable
         workers=0,  # processes that decode; 0 = threads
-        threads=2,
+        threads=2,  # that decode, in each process
     )
     config.split = dict(
         kind="auto",  # official, shards, group, single; auto = path, else official, else shards, else group
@@ -86,23 +86,23 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.fractions = (1.0,)  # shares of the training patients to learn from: one member each
     config.augment = dict(
         crop_scale=(0.6, 1.0),  # share of the area; a lesion should stay in view
-        crop_ratio=(3 / 4, 4 / 3),
+        crop_ratio=(3 / 4, 4 / 3),  # of a crop's width to its height
         rotation=(-10.0, 10.0),  # degrees
-        hflip=0.5,
-        vflip=0.0,  # depth is not symmetric
-        interpolation="linear",
+        hflip=0.5,  # probability of a mirrored view
+        vflip=0.0,  # probability of an upside-down view; depth is not symmetric
+        interpolation="linear",  # or "cubic", "nearest"
         brightness=(-0.1, 0.1),  # gain, share of the grey scale
         contrast=(0.8, 1.25),  # dynamic range
         gamma=(0.8, 1.25),  # grey map
-        randaugment_magnitude=0.0,  # 0 = off
-        randaugment_ops=2,
+        randaugment_magnitude=0.0,  # mean strength, up to 10; 0 = off
+        randaugment_ops=2,  # operations of RandAugment on a view
         trivialaugment=False,  # one of the same operations of any strength, instead
     )
     config.regularization = dict(
         mixup=0.0,  # a of Beta(a, a); 0 = off
-        cutmix=0.0,
-        smoothing=0.1,
-        erasing=0.0,  # probability
+        cutmix=0.0,  # likewise
+        smoothing=0.1,  # of the labels
+        erasing=0.0,  # probability that a rectangle is erased
         class_weights="none",  # in the loss; "balanced" = all classes alike
         balanced_sampling=False,  # show all classes equally often
     )
@@ -111,24 +111,43 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         floor=1e-6,  # learning rate at the end
         warmup=0.1,  # share of all steps
         weight_decay=0.05,  # of matrices only
-        b1=0.9,
-        b2=0.999,
-        clip_norm=1.0,  # 0 = off
-        layer_decay=0.75,  # of a ViT; 1 = off
+        b1=0.9,  # of Adam: decay of the gradient's average
+        b2=0.999,  # ... and of its square's
+        clip_norm=1.0,  # longest gradient; 0 = off
+        layer_decay=0.75,  # of a ViT: factor from the rate of a layer to that of the one below it; 1 = off
     )
-    # steps > 0 overrules epochs; min_steps: few images are seen more often.
-    # skip_nonfinite: steps of a member whose loss or gradient is no number that may be skipped in all.
-    config.train = dict(batch_size=32, accumulate=1, epochs=25.0, steps=0, min_steps=200, skip_nonfinite=0)
-    # The best evaluation on the validation part is what is tested; patience: evaluations without a better one, 0 = off.
-    config.stop = dict(metric="auroc", every=1.0, patience=0)  # every: epochs between evaluations
+    config.train = dict(
+        batch_size=32,  # images of an update, of all devices together
+        accumulate=1,  # micro-batches of an update
+        epochs=25.0,  # passes over the training images
+        steps=0,  # updates; more than 0 overrules epochs
+        min_steps=200,  # updates at least: few images are seen more often
+        skip_nonfinite=0,  # steps of a member whose loss or gradient is no number that may be skipped in all
+    )
+    config.stop = dict(
+        metric="auroc",  # of the validation part; the weights that are best by it are tested
+        every=1.0,  # epochs between evaluations
+        patience=0,  # evaluations without a better one after which a member ends; 0 = off
+    )
     # Members trained at a time, on a CPU: 0 = as many as there are cores for, of a small model; 1 = one after another.
     config.parallel = 0
-    config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
-    # every: evaluations; a finished member keeps its classifier/; fallback: resume before a damaged checkpoint
-    config.checkpoint = dict(every=5, keep_finished=False, fallback=False)
-    config.log = dict(every=20)
-    # batch_size: images per call, 0 = what suits the devices; flip: the mean of what is said of a frame and its mirror.
-    config.evaluate = dict(batch_size=0, bootstrap=1000, flip=False)
+    config.mesh = dict(
+        data=-1,  # devices that share the batch; -1 = the rest of the devices
+        fsdp=1,  # devices that also split parameters and optimiser between them
+    )
+    config.checkpoint = dict(
+        every=5,  # evaluations between checkpoints
+        keep_finished=False,  # also of a finished member, which keeps its classifier/ anyway
+        fallback=False,  # resume before a damaged checkpoint
+    )
+    config.log = dict(
+        every=20,  # steps between lines
+    )
+    config.evaluate = dict(
+        batch_size=0,  # images per call; 0 = what suits the devices
+        bootstrap=1000,  # resamples of the patients for the intervals
+        flip=False,  # take the mean of what is said of a frame and its mirror
+    )
     VARIANTS[variant](config)
     return config
 

@@ -24,75 +24,102 @@ import ml_collections
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
-    config.seed = 0
+    config.seed = 0  # of weights, data order and masks
     config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", a lighter decoder
-    # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote.
+    # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote;
     config.init = ""  # "" starts from random weights
     config.model = dict(
         image_size=(224, 224),  # height, width; one number on the command line makes a square
-        patch_size=16,
-        channels=3,
+        patch_size=16,  # side of a patch in pixels
+        channels=3,  # of the model's input
         mean=(0.485, 0.456, 0.406),  # ImageNet's, which the published MAE weights expect
-        std=(0.229, 0.224, 0.225),
-        width=768,
-        depth=12,
-        num_heads=12,
-        mlp_ratio=4.0,
-        decoder_width=512,
-        decoder_depth=8,
-        decoder_num_heads=16,
+        std=(0.229, 0.224, 0.225),  # likewise; pixels are in [0, 1] before
+        width=768,  # of a token in the encoder
+        depth=12,  # blocks of the encoder
+        num_heads=12,  # of its attention; they divide the width
+        mlp_ratio=4.0,  # hidden width of a block's MLP, as a multiple of the width
+        decoder_width=512,  # of a token in the decoder
+        decoder_depth=8,  # blocks of the decoder
+        decoder_num_heads=16,  # of its attention
         dtype="bfloat16",  # of the arithmetic; parameters, norms, softmax and loss stay float32
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
         scan=True,  # compile one block and loop over it
         remat=False,  # recompute activations: a third more arithmetic for far less memory
     )
     config.mask = dict(
-        ratio=0.75,
+        ratio=0.75,  # share of the patches that are hidden
         fan_aware=False,  # hide and predict only inside the imaged sector
         block=1,  # hide squares of so many by so many patches
         blur=0.0,  # pixels; the model sees a blurred image and predicts a sharp one
         share=0.5,  # of the hidden patches that a cross decoder predicts in a step
     )
-    config.loss = dict(normalize_targets=True)
+    config.loss = dict(
+        normalize_targets=True,  # predict each patch less its mean, over its deviation
+    )
     config.data = dict(
         path="",  # shards: a folder, a glob, gs://...; several separated by commas
-        split="train",
-        # Evaluation sets: their shards are passed over, also where `path` matches them.
+        split="train",  # only shards of this TFDS split; "" = all
+        # Names of evaluation sets: their shards are passed over, also where `path` matches them.
         exclude=("bus_bra", "gist514_db", "mmotu_2d"),
         weights=(),  # of several sources; () = by size
         channels=1,  # decoded as grey and repeated on the device; 3 for Doppler
         max_damaged=0.01,  # share of records that may be unreadable
         workers=8,  # processes that decode; 0 = threads
-        threads=2,
+        threads=2,  # that decode, in each process
     )
     config.augment = dict(
         crop_scale=(0.2, 1.0),  # share of the area
-        crop_ratio=(3 / 4, 4 / 3),
+        crop_ratio=(3 / 4, 4 / 3),  # of a crop's width to its height
         rotation=(0.0, 0.0),  # degrees
-        hflip=0.5,
-        vflip=0.0,  # depth is not symmetric
-        interpolation="linear",
+        hflip=0.5,  # probability of a mirrored view
+        vflip=0.0,  # probability of an upside-down view; depth is not symmetric
+        interpolation="linear",  # or "cubic", "nearest"
     )
     config.optimizer = dict(
         learning_rate=1.5e-4,  # per 256 images
         floor=0.0,  # learning rate at the end
         warmup=0.05,  # share of all steps
-        weight_decay=0.05,
-        decay_all=False,  # biases, norms and tokens too
-        b1=0.9,
-        b2=0.95,
-        clip_norm=0.0,  # 0 = off
-        layer_decay=1.0,
+        weight_decay=0.05,  # of AdamW, on matrices
+        decay_all=False,  # decay biases, norms and tokens too
+        b1=0.9,  # of Adam: decay of the gradient's average
+        b2=0.95,  # ... and of its square's
+        clip_norm=0.0,  # longest gradient; 0 = off
+        layer_decay=1.0,  # factor from the rate of a layer to that of the one below it; 1 = off
         muon=False,  # matrices of the blocks by Muon, at the same rate
     )
-    # steps > 0 overrules epochs; skip_nonfinite: steps whose loss or gradient is no number that may be skipped in all
-    # ema: decay of an average of the weights, which is then what is probed and exported; 0 = off
-    config.train = dict(batch_size=1024, accumulate=1, epochs=100, steps=0, skip_nonfinite=0, ema=0.0)
-    config.mesh = dict(data=-1, fsdp=1)  # -1 = the rest of the devices
-    # fallback: resume from the newest checkpoint that can be loaded, should later ones be damaged
-    config.checkpoint = dict(every=1000, keep=dict(keep_latest=2, keep_every=0, keep_best=1), fallback=False)
-    config.log = dict(every=50, pictures_every=1000)
-    config.probe = dict(data=dict(path="", split=""), every=1000, limit=4000)  # labelled shards: is it learning?
+    config.train = dict(
+        batch_size=1024,  # images of an update, of all devices together
+        accumulate=1,  # micro-batches of an update, which is that of the whole batch
+        epochs=100,  # passes over the images
+        steps=0,  # updates; more than 0 overrules epochs
+        skip_nonfinite=0,  # steps whose loss or gradient is no number that may be skipped in all
+        ema=0.0,  # decay of an average of the weights, which is then what is probed and exported; 0 = off
+    )
+    config.mesh = dict(
+        data=-1,  # devices that share the batch; -1 = the rest of the devices
+        fsdp=1,  # devices that also split parameters and optimiser between them
+    )
+    config.checkpoint = dict(
+        every=1000,  # steps between checkpoints
+        keep=dict(
+            keep_latest=2,  # how many of the newest to keep
+            keep_every=0,  # keep those at multiples of this step for good; 0 = none
+            keep_best=1,  # how many of those with the lowest loss to keep
+        ),
+        fallback=False,  # resume from the newest checkpoint that can be loaded, should later ones be damaged
+    )
+    config.log = dict(
+        every=50,  # steps between lines
+        pictures_every=1000,  # steps between reconstructions; 0 = none
+    )
+    config.probe = dict(  # is it learning?
+        data=dict(
+            path="",  # labelled shards; "" = no probe
+            split="",  # only this TFDS split; "" = all
+        ),
+        every=1000,  # steps between probes
+        limit=4000,  # labelled frames that are used, at most
+    )
     VARIANTS[variant](config)
     return config
 

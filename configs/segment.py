@@ -37,9 +37,8 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.dice = 1.0  # weight of the soft Dice loss beside the cross entropy; 0 = off
     config.min_pixels = 10  # of instances: smaller areas are none
     config.no_object = 0.1  # of instances: weight of queries that have none in the loss
-    config.model.head = (
-        "decoder"  # convolutions up from four levels of the encoder; or "linear"; of instances "queries"
-    )
+    # "decoder": convolutions up from four levels of the encoder; or "linear"; of instances "queries".
+    config.model.head = "decoder"
     config.model.queries = 20  # of instances: how many can be found on a frame, at most
     config.model.query_blocks = 3  # of instances: last blocks of the encoder that the queries go through
     config.model.decoder_width = 128  # channels of the decoder at the patch grid

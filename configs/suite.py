@@ -22,7 +22,7 @@ from usfmae_jax.configs import evaluate
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The settings; every field can be overridden with `--config.field=value`."""
     config = evaluate.get_config("folder")
-    config.protocol = "suite"
+    config.protocol = "suite"  # all that are named below
     config.suite = dict(
         checkpoints=(),  # encoders, as config.checkpoint of configs/evaluate.py; the first is compared with the others
         labels="logistic",  # protocol for the classes of frames: logistic, knn, linear, attentive; "" = none
