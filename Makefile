@@ -11,7 +11,7 @@ DEMO := data/demo
 PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults lint format lock audit \
-	licences clean
+	licences docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -88,12 +88,22 @@ lock: $(TOOLS)/bin/uv  ## renew requirements*.lock: the newest versions that the
 	$(LOCK) requirements-dev.txt --output-file=requirements.lock
 	{ sed '/^-r/d; /^torch/d' requirements-interop.txt; echo "monai>=1.5,<2"; } | $(LOCK) - --constraints=requirements.lock \
 		--overrides=<(echo "torch; python_version < '3'") --no-emit-package=torchvision --output-file=requirements-interop.lock
+	$(LOCK) requirements-docs.txt --constraints=requirements.lock --output-file=requirements-docs.lock
 
 audit: $(TOOLS)/bin/uv  ## look the locked versions up among known vulnerabilities (needs the network)
-	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock -r requirements-interop.lock
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock -r requirements-interop.lock \
+		-r requirements-docs.lock
 
-licences: $(VENV)/.dev  ## write docs/licences.md; after make install-interop, whose packages are listed too
+licences: $(VENV)/.dev $(VENV)/.docs  ## write docs/licences.md; after make install-interop, whose packages are listed too
 	$(BIN)/python -m tests.licences > docs/licences.md
 
+$(VENV)/.docs: requirements-docs.lock | $(VENV)/.core
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements-docs.lock
+	@touch $@
+
+# The variable silences an advertisement; what is wrong with a page still ends the build.
+docs: $(VENV)/.docs  ## build the documentation into site/; to read it with its search: python -m http.server -d site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 clean:  ## remove the virtual environment and caches; keeps data/ and runs/
-	rm -rf $(VENV) $(FLOORS) $(TOOLS) .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(FLOORS) $(TOOLS) site .cache .pytest_cache .ruff_cache .mypy_cache

@@ -11,7 +11,7 @@ import re
 
 from packaging.requirements import Requirement
 
-LOCKS = "requirements.lock", "requirements-interop.lock"
+LOCKS = "requirements.lock", "requirements-interop.lock", "requirements-docs.lock"
 
 #: What may stand beside Apache-2.0 in a program: permissive licences, and the MPL, which asks nothing of other files.
 ALLOWED = {

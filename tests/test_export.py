@@ -1,4 +1,4 @@
-"""An encoder on request, from any checkpoint of a run, and used as the README says."""
+"""An encoder on request, from any checkpoint of a run, and used as docs/pytorch.md says."""
 
 import json
 import pathlib
@@ -44,24 +44,24 @@ def test_what_is_no_run_is_refused(config, tmp_path, capsys):
     assert "has the checkpoints [1], not 7" in capsys.readouterr().err
 
 
-def _readme_example(word: str) -> str:
-    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    (example,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if word in block]
+def _example(word: str) -> str:
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "pytorch.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if word in block]
     assert len(example.splitlines()) <= 11
     return example
 
 
-def test_the_readme_example_computes_features(config, tmp_path):
+def test_the_example_computes_features(config, tmp_path):
     config.train.steps = 1
     assert pretrain(config, str(tmp_path))
     names: dict = {}
-    exec(_readme_example("load_encoder").replace("runs/pretrain-demo/encoder", str(tmp_path / "encoder")), names)
+    exec(_example("load_encoder").replace("runs/pretrain-demo/encoder", str(tmp_path / "encoder")), names)
     assert names["features"].class_token.shape == (2, config.model.width)
     assert names["features"].patch_grid.shape == (2, 4, 4, config.model.width)
 
 
 @pytest.mark.parametrize(("form", "package"), [("timm", "timm"), ("hf", "transformers")])
-def test_the_readme_examples_of_other_libraries_compute_the_same_features(tmp_path, monkeypatch, form, package):
+def test_the_examples_of_other_libraries_compute_the_same_features(tmp_path, monkeypatch, form, package):
     need("torch", package)
     declare_torchvision()
     source = made.write(tmp_path / "w.safetensors", made.tensors())
@@ -69,7 +69,7 @@ def test_the_readme_examples_of_other_libraries_compute_the_same_features(tmp_pa
     monkeypatch.chdir(tmp_path)
     assert export.main(["--checkpoint=in", f"--format={form}", f"--output=exports/{form}"]) == 0
     names: dict = {}
-    exec(_readme_example(f"import {package}" if form == "timm" else "from transformers"), names)
+    exec(_example(f"import {package}" if form == "timm" else "from transformers"), names)
     ours = load_encoder("in")(names["images"].numpy().astype(np.uint8))
     tokens = names["tokens"].detach().numpy()
     np.testing.assert_allclose(tokens[:, 0], ours.class_token, atol=1e-4)
