@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.pretraining.runs import environment
-from usfmae_jax import cli
 from usfmae_jax import finetune as door
 from usfmae_jax.evaluation import predictions
 
@@ -100,7 +99,7 @@ def test_members_trained_side_by_side_are_those_trained_one_after_another(undist
 def test_the_door_exits_2_with_one_sentence(shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", _command(shards, tmp_path, split__folds=40, parallel=0)[2:])
     with pytest.raises(SystemExit) as end:
-        cli.run(door.__doc__, "configs/finetune.py", door.main)
+        door.run()
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: config.split.folds=40")

@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from multiprocessing import connection
@@ -111,6 +112,8 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
         asked = preemption.requested()
     if not failures.empty():
         raise failures.get()
+    if asked:  # a process that was still starting, or between two members, says nothing of it
+        print("stopped as asked; the same command continues it", file=sys.stderr, flush=True)
     if asked or not any(worker.exitcode for worker in workers):
         return not asked
     told_to = (DONE, PREEMPTED, -signal.SIGTERM)
