@@ -1,6 +1,7 @@
 import importlib.metadata
 import pathlib
 import re
+import sys
 
 import pytest
 from packaging.requirements import Requirement
@@ -56,4 +57,6 @@ def test_a_dependency_with_an_unknown_licence_is_refused():
         except importlib.metadata.PackageNotFoundError:
             continue  # of those for the comparisons with PyTorch
         assert licences.is_allowed(stated), f"{name}: {stated} is not among tests.licences.ALLOWED"
+        if sys.version_info[:2] != (3, 11):
+            continue  # the page is written there; another Python may take another version of a package
         assert name in rows.get(stated, "").split(", "), f"docs/licences.md has {name} elsewhere: make licences"

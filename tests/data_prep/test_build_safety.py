@@ -186,6 +186,8 @@ def test_a_killed_build_leaves_nothing_that_opens_and_the_next_one_goes_on(undis
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        # A job in the background of a shell ignores Ctrl-C, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         eventually(lambda: len(list(tmp_path.rglob("*.json"))) > 1, seconds=120)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.interop.torch_models import need
 from usfmae_jax import load_encoder
 from usfmae_jax.export import export
 from usfmae_jax.interop.checkpoint import load_parameters
@@ -78,12 +79,13 @@ def test_a_new_objective_trains_resumes_and_exports(config, shards, tmp_path, mo
     fresh = {"params": jax.tree.map(jnp.asarray, load_parameters(whole)[0])}
     assert f"starting from the encoder and head of {whole}" in build.with_weights(fresh, whole, config.model)[2]
 
-    for form in ("safetensors", "stablehlo"):
-        export(whole, str(tmp_path / form), None, form)
+    export(whole, str(tmp_path / "safetensors"), None, "safetensors")
     images = np.zeros((2, 32, 32, 1), np.uint8)
     found = load_encoder(tmp_path / "safetensors")(images)
     np.testing.assert_allclose(found.class_token, load_encoder(whole)(images).class_token, rtol=1e-6)
     assert jax.tree.leaves(open_model(whole, 8).params)[0].dtype == np.float32
+    need("flatbuffers")
+    export(whole, str(tmp_path / "stablehlo"), None, "stablehlo")
 
 
 def test_the_objective_is_short():

@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from configs.finetune import get_config
 from tests.data.tables import made, table, write_records
+from tests.interop.torch_models import need
 from usfmae_jax import cli
 from usfmae_jax.data.table import read_table, whole_image
 from usfmae_jax.data.targets import read_targets
@@ -214,6 +215,7 @@ def test_it_is_fine_tuned_scored_reported_and_exported_in_its_unit(config, tmp_p
     rows = [int(np.flatnonzero(frames.video == video)[0]) for video in said.video]
     images = np.stack([whole_image(frames, row, (32, 32), 1) for row in rows])
     np.testing.assert_allclose(inference(model)(images, model.params)["outputs"][:, 0], said.value, rtol=1e-5)
+    need("flatbuffers", "onnx", "onnxruntime")
     for form in ("stablehlo", "onnx"):
         export(str(workdir), str(tmp_path / form), form=form)
         about = json.loads((tmp_path / form / "export.json").read_text())
