@@ -50,8 +50,7 @@ def pretrain(config: Config = "pretrain:tiny", *, workdir: str = "", **fields: A
     from usfmae_jax.pretraining import loop
 
     chosen, workdir = configured(config, fields, workdir)
-    if not _alone(workdir, lambda: loop.pretrain(chosen, workdir)):
-        raise KeyboardInterrupt("stopped after saving; the same call goes on")
+    _train(workdir, lambda: loop.pretrain(chosen, workdir))
     return workdir
 
 
@@ -73,8 +72,7 @@ def finetune(config: Config = "finetune:folder", *, workdir: str = "", **fields:
     from usfmae_jax.finetuning import loop
 
     chosen, workdir = configured(config, fields, workdir)
-    if not _alone(workdir, lambda: loop.finetune(chosen, workdir)):
-        raise KeyboardInterrupt("stopped after saving; the same call goes on")
+    _train(workdir, lambda: loop.finetune(chosen, workdir))
     return json.loads(pathlib.Path(workdir, "results.json").read_text(encoding="utf-8"))
 
 
@@ -168,8 +166,9 @@ def build_dataset(dataset: str, input: str = "", output: str = "data", **options
     from data_prep import build as door
 
     given = {"dataset": dataset, "input": input, "output": output} | options
-    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items() if value != ""]
-    return str(door.build_one(door.parse([word for word in words if not word.endswith("=False")])).parent)
+    said = {name: value for name, value in given.items() if value is not False and value != ""}
+    words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in said.items()]
+    return str(door.build_one(door.parse(words)).parent)
 
 
 def configured(config: Config, fields: Mapping[str, Any], workdir: str) -> tuple[ml_collections.ConfigDict, str]:
@@ -178,9 +177,10 @@ def configured(config: Config, fields: Mapping[str, Any], workdir: str) -> tuple
     Raises:
       InputError: there is no such config, variant or field, or a value has another type.
     """
-    name = "run" if isinstance(config, ml_collections.ConfigDict) else config
-    chosen = config.copy_and_resolve_references() if isinstance(config, ml_collections.ConfigDict) else None
-    chosen = cli.load_config(str(config)) if chosen is None else chosen
+    if isinstance(config, ml_collections.ConfigDict):
+        name, chosen = "run", config.copy_and_resolve_references()
+    else:
+        name, chosen = config, cli.load_config(config)
     cli.override(chosen, fields, name)
     return chosen, workdir or cli.default_workdir(name)
 
@@ -199,3 +199,8 @@ def _ready() -> Iterator[None]:
 def _alone(workdir: str, run: Callable[[], _Result]) -> _Result:
     with _ready(), cli.alone_in(workdir):
         return run()
+
+
+def _train(workdir: str, loop: Callable[[], bool]) -> None:
+    if not _alone(workdir, loop):
+        raise KeyboardInterrupt("stopped after saving; the same call goes on")

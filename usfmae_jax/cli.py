@@ -153,8 +153,7 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
     file, *variant = value.split(":", 1)
     fields = _fields(load_config(value))
     for name in [found[1] for found in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, argv[1:]) if found]:
-        if name not in fields:  # ml_collections would raise a KeyError with the whole config
-            raise InputError(f"config.{name} is no field of {value}{_nearest(name, fields, 'config.')}")
+        _check_field(name, fields, value)  # ml_collections would raise a KeyError with the whole config
     # ml_collections wants a file, and before what it overrides
     argv = [argv[0], "--config=" + ":".join([find_config(file), *variant]), *(_listed(one, fields) for one in argv[1:])]
     values = flags.FlagValues()
@@ -257,8 +256,7 @@ def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name:
     """
     known = _fields(config)
     for field, value in _flat(fields).items():
-        if field not in known:
-            raise InputError(f"config.{field} is no field of {name}{_nearest(field, known, 'config.')}")
+        _check_field(field, known, name)
         value = tuple(value) if isinstance(value, list) else value
         try:
             config.update_from_flattened_dict({field: value})
@@ -309,6 +307,12 @@ def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, An
         nested = isinstance(value, ml_collections.ConfigDict)
         found |= _fields(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return found
+
+
+def _check_field(field: str, known: Mapping[str, Any], config: str) -> None:
+    """Raises InputError if a config has no such field, with the nearest that it has."""
+    if field not in known:
+        raise InputError(f"config.{field} is no field of {config}{_nearest(field, known, 'config.')}")
 
 
 def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:

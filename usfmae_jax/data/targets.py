@@ -204,18 +204,21 @@ def _check_there(files: Sequence[_File], names: Sequence[str], units: dict[str, 
             raise InputError(f"config.target={shown!r} is no column of {where}; there are {said}")
     if not units:
         what = "nothing but 0 and 1" if labels else "nothing but numbers"
-        wrong = next(
-            (
-                f": {visible(line[header], one_line=True)!r} stands in line {number} of {file.name}, column {header!r}"
-                for file in files
-                for header in file.columns
-                if any(_NUMBER.fullmatch(line[header]) for line in file.lines)
-                for number, line in enumerate(file.lines, 2)
-                if line[header].casefold() not in _NOTHING and not _NUMBER.fullmatch(line[header])
-            ),
-            "",
-        )
-        raise InputError(f"config.targets has no column of {what}; there are {said}{wrong}")
+        raise InputError(f"config.targets has no column of {what}; there are {said}{_text_among_numbers(files)}")
+
+
+def _text_among_numbers(files: Sequence[_File]) -> str:
+    """Where a column that has numbers first has something else, for a sentence; "" = nowhere."""
+    for file in files:
+        for header in file.columns:
+            column = [(number, line[header]) for number, line in enumerate(file.lines, 2)]
+            said = [(number, cell) for number, cell in column if cell.casefold() not in _NOTHING]
+            texts = [(number, cell) for number, cell in said if not _NUMBER.fullmatch(cell)]
+            if 0 < len(texts) < len(said):
+                number, cell = texts[0]
+                shown = visible(cell, one_line=True)
+                return f": {shown!r} stands in line {number} of {file.name}, column {header!r}"
+    return ""
 
 
 def _parse(cell: str, where: str, label: bool) -> float:

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar
 
@@ -194,16 +195,17 @@ Kind = TypeVar("Kind", bound=Predictions)
 
 def columns(path: str | epath.Path) -> list[str]:
     """The columns of `predictions.csv`, or of the one in a workdir; raises InputError where there is none."""
-    return _rows(path)[1][0]
+    return _rows(path, 1)[1][0]
 
 
-def _rows(path: str | epath.Path) -> tuple[epath.Path, list[list[str]]]:
-    """The file, and what stands in it, the columns first."""
+def _rows(path: str | epath.Path, most: int | None = None) -> tuple[epath.Path, list[list[str]]]:
+    """The file, and what stands in it, the columns first; no more than so many lines."""
     file = epath.Path(path)
     if file.is_dir():
         file = file / "predictions.csv"
     try:
-        return file, list(cells.read(io.StringIO(file.read_bytes().decode(), newline=""))) or [[]]
+        lines = cells.read(io.StringIO(file.read_bytes().decode(), newline=""))
+        return file, list(itertools.islice(lines, most)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(

@@ -107,12 +107,9 @@ def _place(checksums: list[int], stored: dict[str, Any], name: str) -> list[int]
     """Of the checksums of all arrays of a state, in the order of its leaves, those of one entry."""
     counts = {one: len(jax.tree.leaves(stored[one])) for one in stored}
     # From the end: the optimiser's state, of which empty parts leave no trace, comes before the parameters.
-    after = sum(count for one, count in counts.items() if one > name)
-    return (
-        checksums[: counts[name]]
-        if name == min(stored)
-        else checksums[len(checksums) - after - counts[name] :][: counts[name]]
-    )
+    end = len(checksums) - sum(count for one, count in counts.items() if one > name)
+    start = 0 if name == min(stored) else end - counts[name]
+    return checksums[start : start + counts[name]]
 
 
 def checksum(array: np.ndarray) -> int:

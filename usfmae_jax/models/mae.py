@@ -152,6 +152,20 @@ class Decoder(nnx.Module):
         return self.pred(self.norm(self.blocks(x))[:, 1:]).astype(jnp.float32)
 
 
+def _of_encoder(encoder: ViT, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a decoder that follow from its encoder, which was built with those that are `given`."""
+    return {
+        "encoder_width": encoder.width,
+        "outputs": encoder.patch_size**2 * given.get("channels", 3),
+        "grid": encoder.grid,
+        "mlp_ratio": given.get("mlp_ratio", 4.0),
+        "norm_eps": given.get("norm_eps", NORM_EPS),
+        "dtype": encoder.dtype,
+        "scan": given.get("scan", True),
+        "remat": given.get("remat", False),
+    }
+
+
 class MAE(nnx.Module):
     """Encoder and decoder: images and a mask in, predicted patches out.
 
@@ -165,20 +179,12 @@ class MAE(nnx.Module):
         self, *, decoder_width: int, decoder_depth: int, decoder_num_heads: int, rngs: nnx.Rngs, **encoder: Any
     ):
         self.encoder = ViT(**encoder, rngs=rngs)
-        patch_size, channels = self.encoder.patch_size, encoder.get("channels", 3)
         self.decoder = Decoder(
-            encoder_width=self.encoder.width,
-            outputs=patch_size * patch_size * channels,
-            grid=self.encoder.grid,
             width=decoder_width,
             depth=decoder_depth,
             num_heads=decoder_num_heads,
-            mlp_ratio=encoder.get("mlp_ratio", 4.0),
-            norm_eps=encoder.get("norm_eps", NORM_EPS),
-            dtype=self.encoder.dtype,
             attention=encoder.get("attention"),
-            scan=encoder.get("scan", True),
-            remat=encoder.get("remat", False),
+            **_of_encoder(self.encoder, encoder),
             rngs=rngs,
         )
 
@@ -304,20 +310,12 @@ class CrossMAE(nnx.Module):
         self, *, decoder_width: int, decoder_depth: int, decoder_num_heads: int, rngs: nnx.Rngs, **encoder: Any
     ):
         self.encoder = ViT(**encoder, rngs=rngs)
-        patch_size, channels = self.encoder.patch_size, encoder.get("channels", 3)
         self.decoder = CrossDecoder(
-            encoder_width=self.encoder.width,
             levels=self.encoder.blocks.depth,
-            outputs=patch_size * patch_size * channels,
-            grid=self.encoder.grid,
             width=decoder_width,
             depth=decoder_depth,
             num_heads=decoder_num_heads,
-            mlp_ratio=encoder.get("mlp_ratio", 4.0),
-            norm_eps=encoder.get("norm_eps", NORM_EPS),
-            dtype=self.encoder.dtype,
-            scan=encoder.get("scan", True),
-            remat=encoder.get("remat", False),
+            **_of_encoder(self.encoder, encoder),
             rngs=rngs,
         )
 

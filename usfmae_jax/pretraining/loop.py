@@ -50,11 +50,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     def accept(stored: dict[str, Any]) -> None:
-        earlier: dict[str, Any] = {"objective": "mae", "data_content": settings["data_content"]}
-        for group, fields in build.ABSENT.items():  # from versions that did not say
-            earlier[group] = fields | stored.get(group, {})
-        stored = stored | {group: earlier.pop(group) for group in build.ABSENT}
-        checkpoints.check_resumable(earlier | stored, settings, workdir, build.RESUMABLE)
+        absent = {"objective": "mae", "data_content": settings["data_content"]}  # from versions that did not say
+        grown = {group: fields | stored.get(group, {}) for group, fields in build.ABSENT.items()}
+        checkpoints.check_resumable(absent | stored | grown, settings, workdir, build.RESUMABLE)
 
     averaged = config.train.ema > 0
     abstract = functools.partial(abstract_state, objective.make, optimizer, mesh, ema=averaged)

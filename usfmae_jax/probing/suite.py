@@ -122,10 +122,10 @@ def _targets(given: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 class Dataset(NamedTuple):
-    """A dataset of a suite: where it is, what tells its frames from others, and protocols by what is tested of it."""
+    """A dataset of a suite: where it is, its frames, and protocols by what is tested of it."""
 
     path: str
-    fingerprint: str
+    table: Table
     kinds: dict[str, str]
 
 
@@ -151,7 +151,7 @@ def _datasets(config: ml_collections.ConfigDict, targets: dict[str, tuple[str, s
             )
         if name in found:
             raise InputError(f"config.data.path names {name} twice, {found[name].path!r} and {path!r}")
-        found[name] = Dataset(path, table.fingerprint, kinds)
+        found[name] = Dataset(path, table, kinds)
     if unknown := sorted(set(targets) - set(found)):
         raise InputError(f"config.suite.targets names {unknown[0]!r}, but the data are of {', '.join(found)}")
     return found
@@ -174,14 +174,14 @@ def _single(
     config: ml_collections.ConfigDict, kind: str, protocol: str, dataset: Dataset, targets: tuple[str, str] | None
 ) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
     """The config of the tests of a kind on one dataset, and fingerprints of what they are made of."""
-    single, data = _one(config, protocol=protocol), {"data": dataset.fingerprint}
+    single, data = _one(config, protocol=protocol), {"data": dataset.table.fingerprint}
     single.data.path = dataset.path
     if kind != "classes":
         single.update(positive="", corruptions=False, classes=())
     if kind == "numbers" and targets:
         single.update(targets=targets[0], target=targets[1])
-        table = checks.read_frames(dataset.path, config.data.split)
-        table, found = known(table, read_targets(targets[0], table, checks.names([targets[1]])))
+        said = read_targets(targets[0], dataset.table, checks.names([targets[1]]))
+        table, found = known(dataset.table, said)
         single.of_frame = set(found.units) <= set(_LENGTHS) and all(
             min(read_row(table, row)["spacing"]) > 0 for row in range(len(table))
         )
