@@ -57,7 +57,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         dtype="float32",  # of the arithmetic; bfloat16 for a GPU or TPU
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
         scan=False,  # True compiles one block and loops over it: quicker to compile, slower on a CPU
-        remat=False,  # recompute activations
+        remat="none",  # what the backward pass computes again to save memory: "none", "dots" or "full", see pretrain
     )
     # What is trained: full, frozen (the head only), last_k (the last blocks and the head), lora (what is added to the
     # attention's matrices, of a low rank, and the head).

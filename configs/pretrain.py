@@ -44,7 +44,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         dtype="bfloat16",  # of the arithmetic; parameters, norms, softmax and loss stay float32
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
         scan=True,  # compile one block and loop over it
-        remat=False,  # recompute activations: a third more arithmetic for far less memory
+        # What the backward pass computes again to save memory: "none", "dots" (all but products with matrices) or
+        remat="none",  # "full", all: a third more arithmetic
     )
     config.mask = dict(
         ratio=0.75,  # share of the patches that are hidden
@@ -189,7 +190,7 @@ def large(config: ml_collections.ConfigDict) -> None:
 
 def huge(config: ml_collections.ConfigDict) -> None:
     """ViT-H/14."""
-    config.model.update(patch_size=14, width=1280, depth=32, num_heads=16, remat=True)
+    config.model.update(patch_size=14, width=1280, depth=32, num_heads=16, remat="full")
     config.mesh.fsdp = 8
 
 

@@ -15,7 +15,7 @@ from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.model import flatten, open_model
 from usfmae_jax.training import lock
 
-#: Wide enough for arrays that FSDP splits, see `mesh.MIN_SHARDED_SIZE`.
+#: Wide enough for arrays that FSDP splits, see `layers.MIN_SPLIT_SIZE`.
 WIDE = {"model__width": 64}
 MODEL = ("image_size=32", "patch_size=8", "width=64", "depth=2", "num_heads=2")
 

@@ -186,7 +186,7 @@ def test_the_weights_carry_their_lineage(tmp_path):
 
 
 def test_how_it_is_computed_is_chosen_when_it_is_built():
-    model = build(VIT, dtype=jnp.bfloat16, drop_path=0.1, freeze=1, attention="xla", scan=False, remat=True)(
+    model = build(VIT, dtype=jnp.bfloat16, drop_path=0.1, freeze=1, attention="xla", scan=False, remat="full")(
         nnx.Rngs(0)
     )
     assert (model.drop_path, model.freeze, model.encoder.dtype) == (0.1, 1, jnp.bfloat16)
@@ -271,7 +271,7 @@ def _changed(folder, file, change):
         ("architecture", {"encoder": ENCODER | {"depth": 10**9}}, "depth is '1000000000'"),
         ("architecture", {"encoder": ENCODER | {"width": "32"}}, "width is '32'"),
         ("architecture", {"encoder": ENCODER | {"num_heads": 3}}, "cannot be split among 3 heads"),
-        ("architecture", {"encoder": ENCODER | {"remat": True}}, "'remat', which is not known"),
+        ("architecture", {"encoder": ENCODER | {"remat": "full"}}, "'remat', which is not known"),
         ("architecture", {"encoder": [1]}, "encoder of architecture.json is no object"),
         (
             "architecture",

@@ -1,5 +1,7 @@
 """The encoder's pieces against their definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,15 +156,19 @@ def test_attention_of_cpus_is_that_of_jax_with_the_same_gradients(rng):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def _block_gradient(scan, remat):
+def _blocks(scan, remat):
     def make(rngs):
         return vit.Block(16, 2, 2.0, dtype=jnp.float32, attention=None, rngs=rngs)
 
-    graph, params = nnx.split(vit.Blocks(2, make, scan=scan, remat=remat, rngs=nnx.Rngs(0)))
+    return nnx.split(vit.Blocks(2, make, scan=scan, remat=remat, rngs=nnx.Rngs(0)))
+
+
+def _block_gradient(scan, remat):
+    graph, params = _blocks(scan, remat)
     return jax.jit(jax.grad(lambda params, x: (nnx.merge(graph, params)(x) ** 2).sum())), params
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize(("scan", "remat"), [(True, "none"), (True, "full"), (False, "full")])
 def test_the_choice_of_attention_changes_no_bit_on_a_cpu(rng, monkeypatch, scan, remat):
     x = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
     chosen, params = _block_gradient(scan, remat)
@@ -172,8 +178,23 @@ def test_the_choice_of_attention_changes_no_bit_on_a_cpu(rng, monkeypatch, scan,
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_keeping_less_for_the_backward_pass_changes_no_gradient(rng, scan):
+    x = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.float32)
+    kept, found = {}, {}
+    for remat in ("none", "dots", "full"):
+        graph, params = _blocks(scan, remat)
+        loss = lambda params, x, graph=graph: (nnx.merge(graph, params)(x) ** 2).sum()  # noqa: E731
+        found[remat] = jax.jit(jax.grad(loss))(params, x)
+        residuals = jax.eval_shape(lambda *args, loss=loss: jax.vjp(loss, *args)[1], params, x)
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(residuals))
+    assert kept["none"] > kept["dots"] > kept["full"]
+    for remat in ("dots", "full"):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found[remat], found["none"])
+
+
 def test_attention_is_that_of_the_platform_it_is_compiled_for():
-    gradient, params = _block_gradient(True, False)
+    gradient, params = _block_gradient(True, "none")
     traced = gradient.trace(params, jnp.zeros((2, 5, 16)))
     text = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "cuda", "tpu")}
     ours, of_jax = ("batching_dims = [0, 1] x [0, 1]", "batching_dims = [0, 2] x [0, 2]")  # [B, H, N, E], [B, N, H, E]

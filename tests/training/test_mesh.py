@@ -23,18 +23,20 @@ def test_a_layout_that_does_not_fit_the_devices_is_refused(data, fsdp):
         meshes.make_mesh(data, fsdp)
 
 
-def test_large_arrays_are_split_along_their_longest_axis():
+def test_large_arrays_are_split_along_the_first_axis_that_can_be_and_of_stacked_blocks_each_by_itself():
     mesh = meshes.make_mesh(2, 4)
     tree = {
         "wide": jnp.zeros((12, 64, 256)),
         "odd": jnp.zeros((255, 257)),
+        "stack": {"kernel": jnp.zeros((1024, 128, 128)), "bias": jnp.zeros((1024, 64))},
         "small": jnp.zeros((64,)),
         "step": jnp.zeros(()),
     }
     specs = jax.tree.map(lambda s: s.spec, meshes.state_sharding(mesh, tree))
     assert specs == {
-        "wide": PartitionSpec(None, None, "fsdp"),
+        "wide": PartitionSpec("fsdp"),
         "odd": PartitionSpec(),
+        "stack": {"kernel": PartitionSpec(None, "fsdp"), "bias": PartitionSpec()},
         "small": PartitionSpec(),
         "step": PartitionSpec(),
     }

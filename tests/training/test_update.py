@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from tests.helpers import frame, tiny_config
+from usfmae_jax.models import layers
 from usfmae_jax.models.patches import unpatchify
 from usfmae_jax.pretraining import build
 from usfmae_jax.training import mesh as meshes
@@ -29,7 +30,7 @@ def _images():
 
 @pytest.fixture(autouse=True)
 def _split_small_arrays(monkeypatch):
-    monkeypatch.setattr(meshes, "MIN_SHARDED_SIZE", 64)  # so that even the tiny model is really split
+    monkeypatch.setattr(layers, "MIN_SPLIT_SIZE", 64)  # so that even the tiny model is really split
 
 
 def _objective(fan_aware=False, mean=0.5, std=0.25):

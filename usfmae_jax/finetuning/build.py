@@ -278,7 +278,7 @@ def describe_backbone(
       InputError: names the field that cannot be, or that contradicts the weights, with both values.
     """
     model = config.model
-    checks.check_computation(model.dtype, model.attention)
+    checks.check_computation(model.dtype, model.attention, model.remat)
     archs = ("", *SIZES, *{"segmentation": ("unet",), "instances": ()}.get(config.task, ("resnet50",)))
     if model.arch not in archs:
         raise InputError(f"config.model.arch={model.arch!r} must be one of {', '.join(archs[1:])}")

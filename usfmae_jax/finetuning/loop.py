@@ -167,7 +167,7 @@ def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[An
         mesh = make_mesh(**changed.mesh, devices=devices)
         checks.check_batch(checks.flat(changed.to_dict()), mesh.size)
         step = training_step(changed, task, table, description, preprocessing, mesh)
-        return hardware.measure(target, *step, flops, recompute=changed.model.remat)
+        return hardware.measure(target, *step, flops, remat=changed.model.remat)
 
     return hardware.fit(attempt, fields)
 

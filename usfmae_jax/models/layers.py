@@ -1,14 +1,17 @@
 """Layers of a transformer, with the numerics of the MAE code, arranged for the compiler."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 AttentionImplementation = Literal["xla", "cudnn"] | None
+#: What a block keeps of its values for the backward pass, which computes the rest again.
+Remat = Literal["none", "dots", "full"]
 
 xavier = nnx.initializers.xavier_uniform()
 
@@ -29,6 +32,84 @@ def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return x * cdf, (cdf + x * pdf) * dx
 
 
+def recomputed(step: Callable, remat: Remat, *, scan: bool) -> Callable:
+    """A step over blocks whose backward pass computes again what it has not kept.
+
+    Args:
+      step: of `jax.lax.scan`.
+      remat: "none" keeps every value, "full" what goes into the step and no more; "dots" also the products with
+        matrices, so that only what is cheap is computed again (and the attention, whose memory is quadratic).
+      scan: whether the scan stays a loop; unrolled, the compiler must be kept from merging both computations.
+    """
+    if remat == "none":
+        return step
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return jax.checkpoint(step, prevent_cse=not scan, policy=policy)
+
+
+#: Arrays with fewer elements than this are replicated: splitting them costs more messages than it saves memory.
+MIN_SPLIT_SIZE = 2**14
+
+
+def split_axis(shape: Sequence[int], parts: int) -> int | None:
+    """The axis along which devices hold parts of an array; None = all hold it whole.
+
+    It is the first that `parts` divides: parts of rows that lie together in memory can be reduced as they are, while of
+    others a TPU reduces the whole array.
+
+    Args:
+      shape: of the array; of stacked blocks, of one.
+      parts: how many.
+    """
+    if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE:
+        return None
+    return next((axis for axis in range(len(shape)) if shape[axis] % parts == 0), None)
+
+
+def spread(x: jax.Array) -> jax.Array:
+    """`[B, ...]` with its first axis over all devices of the mesh in use (`jax.sharding.use_abstract_mesh`), if any.
+
+    Left to itself the compiler moves activations where parameters are split, which is dearer the larger the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.size <= 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+
+
+def _whole(matrix: jax.Array) -> jax.Array:
+    """A matrix on every device of the mesh in use."""
+    return jax.lax.with_sharding_constraint(matrix, PartitionSpec())
+
+
+@jax.custom_vjp
+def _gathered_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`x [N, I] @ matrix [I, O]` where devices hold parts of the matrix (ZeRO-3, Rajbhandari et al. 2020).
+
+    It is gathered for the product and again for the derivative: kept, every device would hold the whole model.
+    """
+    return x @ _whole(matrix)
+
+
+def _gathered_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, matrix = kept
+    mesh = jax.sharding.get_abstract_mesh()
+    *others, last = mesh.axis_names
+    axis = split_axis(matrix.shape, mesh.shape[last])
+    if axis is None:
+        return dy @ _whole(matrix).T, x.T @ dy
+
+    def own_part(x: jax.Array, dy: jax.Array) -> jax.Array:
+        # Said in so many words: of sums that a compiler has to recognise it reduces some whole, for twice the bytes.
+        part = jax.lax.psum_scatter(x.T @ dy, last, scatter_dimension=axis, tiled=True)
+        return jax.lax.psum(part, tuple(others))
+
+    rows = PartitionSpec(mesh.axis_names)
+    summed = jax.shard_map(own_part, in_specs=(rows, rows), out_specs=PartitionSpec(*[None] * axis, last))
+    return dy @ _whole(matrix).T, summed(x, dy)
+
+
+_gathered_product.defvjp(lambda x, matrix: (_gathered_product(x, matrix), (x, matrix)), _gathered_backward)
+
+
 class Linear(nnx.Linear):
     """`[..., I] -> [..., O]`, computed as one 2-D product.
 
@@ -40,7 +121,12 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
         """`x @ kernel + bias` in the compute dtype."""
-        return super().__call__(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        flat = x.reshape(-1, x.shape[-1])
+        devices = jax.sharding.get_abstract_mesh().size
+        if devices <= 1 or len(flat) % devices or self.bias is None:
+            return super().__call__(flat).reshape(*x.shape[:-1], -1)
+        product = _gathered_product(flat.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return (product + self.bias[...].astype(self.dtype)).reshape(*x.shape[:-1], -1)
 
 
 class Chain(nnx.Module):

@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from usfmae_jax.models.layers import NORM_EPS, AttentionImplementation, Linear, attention, gelu, layer_norm
+from usfmae_jax.models.layers import (
+    NORM_EPS,
+    AttentionImplementation,
+    Linear,
+    Remat,
+    attention,
+    gelu,
+    layer_norm,
+    recomputed,
+    spread,
+)
 from usfmae_jax.models.patches import patchify, resize_table, sincos_table, take_tokens
 from usfmae_jax.models.vit import Block, Blocks, ViT, blocks_flops, vit_flops
 
@@ -127,7 +137,7 @@ class Decoder(nnx.Module):
         dtype: Any,
         attention: AttentionImplementation,
         scan: bool,
-        remat: bool,
+        remat: Remat,
         rngs: nnx.Rngs,
     ):
         self.grid, self.width, self.dtype = grid, width, dtype
@@ -162,7 +172,7 @@ def _of_encoder(encoder: ViT, given: dict[str, Any]) -> dict[str, Any]:
         "norm_eps": given.get("norm_eps", NORM_EPS),
         "dtype": encoder.dtype,
         "scan": given.get("scan", True),
-        "remat": given.get("remat", False),
+        "remat": given.get("remat", "none"),
     }
 
 
@@ -268,7 +278,7 @@ class CrossDecoder(nnx.Module):
         norm_eps: float,
         dtype: Any,
         scan: bool,
-        remat: bool,
+        remat: Remat,
         rngs: nnx.Rngs,
     ):
         self.grid, self.width, self.dtype = grid, width, dtype
@@ -290,9 +300,9 @@ class CrossDecoder(nnx.Module):
         graph, stacked = nnx.split(self.stack)
 
         def step(x: jax.Array, params: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, params)(x, levels), None
+            return nnx.merge(graph, params)(spread(x), levels), None
 
-        step = jax.checkpoint(step, prevent_cse=not self.scan) if self.remat else step
+        step = recomputed(step, self.remat, scan=self.scan)
         x = jax.lax.scan(step, x, stacked, unroll=1 if self.scan else self.depth)[0]
         return self.pred(self.norm(x)).astype(jnp.float32)
 

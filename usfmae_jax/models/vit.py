@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from usfmae_jax.models.layers import NORM_EPS, Attention, AttentionImplementation, Linear, gelu, layer_norm
+from usfmae_jax.models.layers import (
+    NORM_EPS,
+    Attention,
+    AttentionImplementation,
+    Linear,
+    Remat,
+    gelu,
+    layer_norm,
+    recomputed,
+    spread,
+)
 from usfmae_jax.models.patches import check_patches, patchify, resize_table, sincos_table, take_tokens
 
 #: Architectures by name, as arguments of `ViT`; "small" to "huge" as the ViT and MAE papers have them.
@@ -105,10 +115,10 @@ class Blocks(nnx.Module):
       make: builds one block from its `nnx.Rngs`.
       scan: compile one block and loop over it; False unrolls the loop: slower to compile, sometimes faster to run,
         the same parameters and the same result.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: what the backward pass computes again, see `layers.recomputed`.
     """
 
-    def __init__(self, depth: int, make: Callable[[nnx.Rngs], Block], *, scan: bool, remat: bool, rngs: nnx.Rngs):
+    def __init__(self, depth: int, make: Callable[[nnx.Rngs], Block], *, scan: bool, remat: Remat, rngs: nnx.Rngs):
         self.depth, self.scan, self.remat = depth, scan, remat
         self.stack = nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
@@ -154,7 +164,7 @@ class Blocks(nnx.Module):
 
         def apply(x: jax.Array, block: Any) -> tuple[jax.Array, None]:
             params, scale = block
-            return nnx.merge(graph, params)(x, scale), None
+            return nnx.merge(graph, params)(spread(x), scale), None
 
         if tuple(after) == tuple(range(self.depth)) and not first and not freeze:  # one loop, not one for each
 
@@ -162,7 +172,7 @@ class Blocks(nnx.Module):
                 x = apply(x, block)[0]
                 return x, x
 
-            step = jax.checkpoint(kept, prevent_cse=not self.scan) if self.remat else kept
+            step = recomputed(kept, self.remat, scan=self.scan)
             return list(jax.lax.scan(step, x, (stacked, scales), unroll=1 if self.scan else self.depth)[1])
         found, start = [], first
         for end in sorted({max(min(freeze, after[-1] + 1), first), *(one + 1 for one in after)} - {first}):
@@ -174,8 +184,7 @@ class Blocks(nnx.Module):
                 # Without tangents going in, JAX derives no backward pass for these blocks and keeps none of their
                 # values.
                 part, x = jax.lax.stop_gradient(part), x if through else jax.lax.stop_gradient(x)
-            spared = self.remat and (through or not frozen)
-            step = jax.checkpoint(apply, prevent_cse=not self.scan) if spared else apply
+            step = recomputed(apply, self.remat, scan=self.scan) if through or not frozen else apply
             x = jax.lax.scan(step, x, (part, scale), unroll=1 if self.scan else end - start)[0]
             if end - 1 in after:
                 found.append(x)
@@ -214,7 +223,7 @@ class ViT(nnx.Module):
         dtype: Any = jnp.float32,
         attention: AttentionImplementation = None,
         scan: bool = True,
-        remat: bool = False,
+        remat: Remat = "none",
         lora: int = 0,
         rngs: nnx.Rngs,
     ):

@@ -128,7 +128,7 @@ def _check_heads(model: ml_collections.ConfigDict, width: str, heads: str) -> No
 def computation(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The arguments of `vit.ViT` that say how it computes, and change no parameter."""
     model = config.model
-    checks.check_computation(model.dtype, model.attention)
+    checks.check_computation(model.dtype, model.attention, model.remat)
     how = {"dtype": jnp.dtype(model.dtype), "attention": model.attention or None}
     return how | {"scan": model.scan, "remat": model.remat}
 

@@ -153,9 +153,9 @@ def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[An
         optimizer, _ = build.make_optimizer(changed)
         state = abstract_state(objective.make, optimizer, mesh, ema=changed.train.ema > 0)
         update = build.make_step(changed, objective, model_graph(objective.make), mesh)
-        flops, recompute = objective.flops() * changed.train.batch_size, changed.model.remat
+        flops = objective.flops() * changed.train.batch_size
         batch = build.abstract_batch(changed, mesh)
-        return hardware.measure(target, update, state, batch, flops, recompute=recompute)
+        return hardware.measure(target, update, state, batch, flops, remat=changed.model.remat)
 
     return hardware.fit(attempt, checks.flat(config.to_dict()))
 

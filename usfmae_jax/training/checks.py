@@ -78,12 +78,14 @@ def check_batch(fields: Fields, devices: int) -> None:
         )
 
 
-def check_computation(dtype: str, attention: str) -> None:
-    """Raises InputError unless `config.model.dtype` and `.attention` name something that exists."""
+def check_computation(dtype: str, attention: str, remat: str) -> None:
+    """Raises InputError unless `config.model.dtype`, `.attention` and `.remat` name something that exists."""
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.model.dtype={dtype!r} must be 'float32' or 'bfloat16'")
     if attention not in ("", "xla", "cudnn"):
         raise InputError(f"config.model.attention={attention!r} must be 'xla', 'cudnn' or '' for JAX's choice")
+    if remat not in ("none", "dots", "full"):
+        raise InputError(f"config.model.remat={remat!r} must be 'none', 'dots' or 'full'")
 
 
 def square(size: Any) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from usfmae_jax.training.update import Update, compile_update
 
 GIB = 2**30
 #: Settings that are compiled, one after the other, to find those with which a step fits that does not.
-ATTEMPTS = 3
+ATTEMPTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def usable_memory(chip: Chip) -> int:
     return int(chip.memory * share)
 
 
-def measure(name: str, update: Update, state: Any, batch: Any, flops: float, *, recompute: bool) -> dict[str, Any]:
+def measure(name: str, update: Update, state: Any, batch: Any, flops: float, *, remat: str) -> dict[str, Any]:
     """Compiles an update for a target and reads from the program what it takes.
 
     Args:
@@ -137,7 +137,7 @@ def measure(name: str, update: Update, state: Any, batch: Any, flops: float, *, 
       state: shapes with shardings over a mesh of the target's devices.
       batch: likewise.
       flops: arithmetic of a step, all devices together.
-      recompute: a step computes activations twice.
+      remat: what is computed twice, see `models.layers.recomputed`.
 
     Returns:
       JSON. `memory`, bytes of a device: what it has as `device` and what of that is `available`; `arguments`, which are
@@ -174,7 +174,7 @@ def measure(name: str, update: Update, state: Any, batch: Any, flops: float, *, 
     found["collectives"] = count_collectives(compiled.as_text(), mesh.size)
     moved = memory["arguments"] + said.output_size_in_bytes + 2 * memory["temporary"]
     sent = sum(kind["sent"] for kind in found["collectives"].values())
-    found["estimate"] = estimate(chip, flops * (4 / 3 if recompute else 1) / mesh.size, moved, sent)
+    found["estimate"] = estimate(chip, flops * (4 / 3 if remat == "full" else 1) / mesh.size, moved, sent)
     return found
 
 
@@ -323,7 +323,7 @@ def _group(line: str, devices: int) -> int:
 
 
 def fit(attempt: Callable[[dict[str, Any]], dict[str, Any]], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Compiles a run's step, and if it does not fit, again with other settings until it does or three have not.
+    """Compiles a run's step, and if it does not fit, again with other settings until it does or four have not.
 
     Args:
       attempt: compiles the step with settings that differ from the run's, by name, and returns what `measure` does.
@@ -359,8 +359,9 @@ def remedy(found: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
     enough = [n for n in wider if memory["arguments"] * split / n <= memory["available"] / 2]
     if memory["arguments"] > memory["available"] / 2 and wider:
         return {"mesh.data": -1, "mesh.fsdp": (enough or wider[-1:])[0]}
-    if fields.get("model.remat") is False:
-        return {"model.remat": True}
+    stricter = {"none": "dots", "dots": "full"}.get(fields.get("model.remat", ""))
+    if stricter:
+        return {"model.remat": stricter}
     room = 0.9 * memory["available"] - memory["arguments"]
     activations = memory.get("temporary", (memory["needed"] or 2 * memory["available"]) - memory["arguments"])
     parts, whole = fields["train.accumulate"], fields["train.batch_size"] // devices  # images of a device

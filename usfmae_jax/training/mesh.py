@@ -23,9 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from usfmae_jax.errors import InputError
-
-#: Arrays with fewer elements than this are replicated: splitting them costs more messages than it saves memory.
-MIN_SHARDED_SIZE = 2**14
+from usfmae_jax.models.layers import split_axis
 
 #: Seconds without a sign of life after which a process of a job counts as dead, and ends the others.
 DEAD_AFTER = 30
@@ -144,8 +142,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Where each array of a train state lives: one rule for parameters and the optimiser's moments alike.
 
-    An array is split over `fsdp` along its longest axis that `fsdp` divides; small arrays, and those with no such axis,
-    are replicated. A stacked layer axis is never the longest one of a large array, so layers stay whole.
+    An array is split over `fsdp` along the axis that `models.layers.split_axis` says; of stacked blocks each by itself.
 
     Args:
       mesh: from `make_mesh`.
@@ -156,15 +153,14 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     """
     fsdp = mesh.shape["fsdp"]
 
-    def place(leaf: Any) -> NamedSharding:
-        shape = leaf.shape
-        axes = [axis for axis in range(len(shape)) if shape[axis] % fsdp == 0]
-        if fsdp == 1 or not axes or np.prod(shape) < MIN_SHARDED_SIZE:
+    def place(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        first = int(any(getattr(key, "key", None) == "stack" for key in path))
+        axis = split_axis(leaf.shape[first:], fsdp)
+        if axis is None:
             return replicated(mesh)
-        longest = max(axes, key=lambda axis: shape[axis])
-        return NamedSharding(mesh, PartitionSpec(*[None] * longest, "fsdp"))
+        return NamedSharding(mesh, PartitionSpec(*[None] * (first + axis), "fsdp"))
 
-    return jax.tree.map(place, state)
+    return jax.tree.map_with_path(place, state)
 
 
 def global_batch(mesh: Mesh, local: Any) -> Any:

@@ -65,7 +65,8 @@ def make_update(
 
     def summed(part: Any, params: Any, stats: Any, batch: Any, rng: jax.Array) -> tuple[jax.Array, Any]:
         model = nnx.merge(graph, combine(params, part), *([stats] if stats else []))
-        total, count = loss(model, batch, rng)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # see `models.layers.spread`
+            total, count = loss(model, batch, rng)
         return total, (count, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     gradient = jax.value_and_grad(summed, has_aux=True)
