@@ -44,6 +44,8 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("tiny", {"optimizer.muon": True}),
     "cross_muon": ("tiny_cross", {"optimizer.muon": True}),
     "ema": ("tiny", {"train.ema": 0.995}),
+    "latent": ("tiny_latent", {}),
+    "latent_block4": ("tiny_latent", {"mask.block": 4}),
     "ratio50": ("tiny", {"mask.ratio": 0.5}),
     "ratio60": ("tiny", {"mask.ratio": 0.6}),
     "ratio85": ("tiny", {"mask.ratio": 0.85}),
