@@ -350,7 +350,10 @@ def main() -> None:
     """Compares, and prints the table."""
     args = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends too
-    failed = 0 if args.summary else compare(args)
+    try:
+        failed = 0 if args.summary else compare(args)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on after what is finished")
     print(summary(_lines(args.output), args.settings))
     sys.exit(bool(failed))
 
