@@ -16,6 +16,7 @@ Variants
   :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
   :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
   :tiny_cross   the same of :tiny
+  :tiny_latent  :tiny, which predicts features of its own average (or of --config.latent.teacher=DIR) and no pixels
 """
 
 import ml_collections
@@ -25,7 +26,9 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
     config.seed = 0  # of weights, data order and masks
-    config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", a lighter decoder
+    config.objective = (
+        "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", a lighter decoder, or "latent"
+    )
     # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote;
     config.init = ""  # "" starts from random weights
     config.model = dict(
@@ -53,6 +56,10 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         block=1,  # hide squares of so many by so many patches
         blur=0.0,  # pixels; the model sees a blurred image and predicts a sharp one
         share=0.5,  # of the hidden patches that a cross decoder predicts in a step
+    )
+    config.latent = dict(  # of that objective: a teacher's features are predicted
+        teacher="ema",  # the average of the model itself, see train.ema; or an encoder to open, which stays as it is
+        everywhere=False,  # of the visible patches too
     )
     config.loss = dict(
         normalize_targets=True,  # predict each patch less its mean, over its deviation
@@ -205,4 +212,11 @@ def tiny_cross(config: ml_collections.ConfigDict) -> None:
     cross(config)
 
 
-VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross)}
+def tiny_latent(config: ml_collections.ConfigDict) -> None:
+    """`:tiny` that predicts features instead of pixels (Baevski et al. 2022; Assran et al. 2023)."""
+    tiny(config)
+    config.objective = "latent"
+    config.train.ema = 0.996
+
+
+VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross, tiny_latent)}

@@ -89,10 +89,11 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
             f"{checkpoint} has a head for another task than classification, which {form} has no place for; use "
             "--format=safetensors, onnx or stablehlo"
         )
-    if model.description.get("decoder", {}).get("kind") == "cross" and form in ("hf", "mae"):
+    decoder = model.description.get("decoder", {}).get("kind")
+    if decoder and form in ("hf", "mae"):
         raise InputError(
-            f"{checkpoint} was pretrained with a cross decoder, which {form} has no place for; export its encoder/, or "
-            "use another format"
+            f"{checkpoint} was pretrained with a {decoder} decoder, which {form} has no place for; export its "
+            "encoder/, or use another format"
         )
     said = "encoder" if model.kind in ("encoder", "mae") else model.kind
     if in_training and model.lineage:

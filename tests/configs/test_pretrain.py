@@ -10,7 +10,6 @@ from usfmae_jax.pretraining import build
 from usfmae_jax.training import checks
 from usfmae_jax.training import mesh as meshes
 from usfmae_jax.training.state import abstract_state
-from usfmae_jax.training.update import make_update
 
 
 @pytest.mark.parametrize("variant", pretrain.VARIANTS)
@@ -19,12 +18,8 @@ def test_every_variant_builds_and_steps_under_eval_shape(variant):
     mesh = meshes.make_mesh(**config.mesh)
     checks.check_batch(checks.flat(config.to_dict()), mesh.size)
     objective = build.objective(config)
-    optimizer, rate = build.make_optimizer(config)
-    state = abstract_state(objective.make, optimizer, mesh)
-    graph = model_graph(objective.make)
-    step = make_update(
-        graph, objective.prepare, objective.loss, optimizer, rate, mesh, accumulate=config.train.accumulate
-    )
+    state = abstract_state(objective.make, build.make_optimizer(config)[0], mesh, ema=config.train.ema > 0)
+    step = build.make_step(config, objective, model_graph(objective.make), mesh)
     shape = (config.train.batch_size, *checks.square(config.model.image_size), config.data.channels)
     new_state, metrics = jax.eval_shape(step, state, jax.ShapeDtypeStruct(shape, "uint8"), 1000)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

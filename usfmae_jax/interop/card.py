@@ -131,6 +131,7 @@ def _plain(value: Any) -> str:
 def _stage(stage: dict[str, Any]) -> str:
     parts = [f"**{_plain(stage.get('job', 'unknown'))}** ({_plain(stage.get('code', 'code not stated'))}"]
     parts += [f", {stage['step']} steps)" if stage.get("step") else ")"]
+    parts += [" of the teacher"] * (stage.get("role") == "teacher")
     config = stage.get("config") or {}
     recipe = {
         "mask ratio": config.get("mask", {}).get("ratio"),

@@ -56,10 +56,10 @@ class Model:
       params: nested dict of float32 numpy arrays; of a vision transformer below `encoder`, and `decoder`, or `head` and
         `head_norm`, or what else its objective has; of a ResNet its own names.
       description: what `build` takes, JSON: `{"model": "vit", "encoder": arguments of ViT}`, of an MAE with `decoder`
-        (`decoder_width`, `decoder_depth` and `decoder_num_heads`; of a `CrossMAE` the `kind` "cross"), with a head
-        `pool` and the names of its outputs, `classes` (of another task than classification: `outputs`); for pixels
-        instead of `pool` the `head`, its `kind` and `width`, see `Segmenter`, and of the kind "queries" `queries` and
-        `blocks`, see `MaskTransformer`;
+        (`decoder_width`, `decoder_depth` and `decoder_num_heads`; of a `CrossMAE` the `kind` "cross"; where features
+        are predicted "latent", and `outputs`, their number), with a head `pool` and the names of its outputs, `classes`
+        (of another task than classification: `outputs`); for pixels instead of `pool` the `head`, its `kind` and
+        `width`, see `Segmenter`, and of the kind "queries" `queries` and `blocks`, see `MaskTransformer`;
         `{"model": "resnet50", "resnet": arguments of ResNet, "classes"}`, and
         `{"model": "unet", "unet": arguments of UNet, "outputs"}`; `task` where it is not classification. Of a
         regression, `scale` holds of each output `mean` and `deviation`, of which it is a multiple above the mean,

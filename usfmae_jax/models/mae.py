@@ -181,25 +181,34 @@ class MAE(nnx.Module):
 
     Args:
       decoder_width, decoder_depth, decoder_num_heads: of the decoder.
+      outputs: numbers that are predicted of a patch; 0 = its pixels.
       rngs: for the initial parameters.
       **encoder: arguments of `ViT`.
     """
 
     def __init__(
-        self, *, decoder_width: int, decoder_depth: int, decoder_num_heads: int, rngs: nnx.Rngs, **encoder: Any
+        self,
+        *,
+        decoder_width: int,
+        decoder_depth: int,
+        decoder_num_heads: int,
+        outputs: int = 0,
+        rngs: nnx.Rngs,
+        **encoder: Any,
     ):
         self.encoder = ViT(**encoder, rngs=rngs)
+        followed = _of_encoder(self.encoder, encoder)
         self.decoder = Decoder(
             width=decoder_width,
             depth=decoder_depth,
             num_heads=decoder_num_heads,
             attention=encoder.get("attention"),
-            **_of_encoder(self.encoder, encoder),
+            **followed | ({"outputs": outputs} if outputs else {}),
             rngs=rngs,
         )
 
     def __call__(self, images: jax.Array, keep: jax.Array, restore: jax.Array) -> jax.Array:
-        """Normalised images `[B, H, W, C]`, visible patches `[B, K]`, order `[B, N]` -> `[B, N, P*P*C]`."""
+        """Normalised images `[B, H, W, C]`, visible patches `[B, K]`, order `[B, N]` -> `[B, N, outputs]`."""
         p = self.encoder.patch_size
         grid = (images.shape[1] // p, images.shape[2] // p)
         return self.decoder(self.encoder(images, keep), restore, grid)

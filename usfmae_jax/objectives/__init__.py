@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import jax
 from flax import nnx
 
+from usfmae_jax.interop.model import Model
+
 
 class Objective(Protocol):
     """What a model has to do to learn.
@@ -16,10 +18,13 @@ class Objective(Protocol):
     Attributes:
       mean: of the model's input, per channel; pixels are in [0, 1] before.
       std: likewise.
+      teacher: a model that is not trained, whose parameters `teach` takes; None = there is none, or it is the average
+        of the one that is trained.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    teacher: Model | None = None
 
     def describe(self) -> dict[str, Any]:
         """What tells a reader of a checkpoint how to build the model, JSON; see `interop.model.build`."""
@@ -39,8 +44,17 @@ class Objective(Protocol):
         """
         return {"image": images}, rng
 
+    def teach(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Adds to a batch from `prepare`, or a part of it, what a teacher makes of it; no gradient reaches the teacher.
+
+        Args:
+          params: of `teacher`; else the average of the model's, if the run has one.
+          batch: what `prepare` returns.
+        """
+        return batch
+
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(sum, count) of a batch from `prepare` or of a part of it; the quotient of the parts' sums is the loss."""
+        """(sum, count) of a batch from `teach`, all or a part of it; the quotient of the parts' sums is the loss."""
 
     def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array] | None:
         """Columns of pictures that show what the model does: uint8 `[B, H, W, C]` by caption; None if there are none.

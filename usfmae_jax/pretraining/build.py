@@ -16,11 +16,12 @@ from usfmae_jax.data import augment, pipeline
 from usfmae_jax.data.records import Shards
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.model import Lineage, flatten, open_model, preprocessing
+from usfmae_jax.interop.model import Lineage, Model, flatten, open_model, preprocessing
 from usfmae_jax.models.mae import num_visible
 from usfmae_jax.models.patches import check_patches
 from usfmae_jax.objectives import Objective
 from usfmae_jax.objectives.cross_mae import CrossMaskedAutoencoding
+from usfmae_jax.objectives.latent import LatentPrediction
 from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining import inspect
 from usfmae_jax.tasks import classification
@@ -31,12 +32,13 @@ from usfmae_jax.training.update import Update, make_update
 
 #: Fields that configs of earlier versions did not have, with what they stand for.
 ABSENT: dict[str, dict[str, Any]] = {
+    "latent": {"teacher": "ema", "everywhere": False},
     "mask": {"block": 1, "blur": 0.0, "share": 0.5},
     "optimizer": {"muon": False},
     "train": {"ema": 0.0},
 }
 #: Config fields that a resumed run may change.
-RESUMABLE = (*checkpoints.RESUMABLE, "probe")
+RESUMABLE = (*checkpoints.RESUMABLE, "probe", "latent.teacher")  # which may have moved; its fingerprint is compared
 
 
 def objective(config: ml_collections.ConfigDict) -> Objective:
@@ -50,8 +52,10 @@ def objective(config: ml_collections.ConfigDict) -> Objective:
     return OBJECTIVES[config.objective](config)
 
 
-def masked_autoencoding(config: ml_collections.ConfigDict, **more: Any) -> MaskedAutoencoding:
-    """The masked autoencoder of `config.model`, `.mask` and `.loss`; with `share`, that with a cross decoder."""
+def masked_autoencoding(
+    config: ml_collections.ConfigDict, kind: type[MaskedAutoencoding] = MaskedAutoencoding, **more: Any
+) -> MaskedAutoencoding:
+    """The masked autoencoder of `config.model`, `.mask` and `.loss`; or one of a kind that is told more."""
     model = config.model
     decoder = {name: model[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
     shape = encoder(config)
@@ -63,7 +67,7 @@ def masked_autoencoding(config: ml_collections.ConfigDict, **more: Any) -> Maske
     except ValueError as error:
         raise InputError(f"config.mask.ratio: {error}") from error
     checks.check_ranges(config.mask.to_dict(), {"block": (1, min(height, width) // patch), "blur": (0, 32)}, "mask.")
-    return (CrossMaskedAutoencoding if more else MaskedAutoencoding)(
+    return kind(
         shape,
         decoder,
         config.mask.ratio,
@@ -81,12 +85,31 @@ def cross_masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoen
     if not 0 < config.mask.share <= 1:
         raise InputError(f"config.mask.share={config.mask.share:g} must be more than 0 and at most 1")
     checks.check_least(config.model, {"decoder_depth": 1}, "model.")
-    return masked_autoencoding(config, share=config.mask.share)
+    return masked_autoencoding(config, CrossMaskedAutoencoding, share=config.mask.share)
+
+
+def latent_prediction(config: ml_collections.ConfigDict) -> MaskedAutoencoding:
+    """The same with features of `config.latent.teacher` to predict, an encoder or the model's own average."""
+    teacher, path = None, config.latent.teacher
+    if path != "ema":
+        try:
+            teacher = open_model(path).encoder()
+        except InputError as error:
+            raise InputError(f"config.latent.teacher: {error}") from error
+        channels = teacher.description["encoder"]["channels"]
+        if config.data.channels not in (1, channels):
+            raise InputError(
+                f"config.latent.teacher={path} is for images of {channels} channels, not {config.data.channels}"
+            )
+    elif not config.train.ema:
+        raise InputError("config.latent.teacher=ema is the average of the model itself: add --config.train.ema=0.996")
+    return masked_autoencoding(config, LatentPrediction, teacher=teacher, everywhere=config.latent.everywhere)
 
 
 OBJECTIVES: dict[str, Callable[[ml_collections.ConfigDict], Objective]] = {
     "mae": masked_autoencoding,
     "cross_mae": cross_masked_autoencoding,
+    "latent": latent_prediction,
 }
 
 
@@ -174,14 +197,16 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
     return sources, dataset
 
 
-def settings(config: ml_collections.ConfigDict, sources: list[Shards]) -> dict[str, Any]:
-    """The config as JSON and what tells the data apart, for checkpoints and `config.json`.
+def settings(config: ml_collections.ConfigDict, sources: list[Shards], teacher: Model | None = None) -> dict[str, Any]:
+    """The config as JSON and what tells the data apart, and the teacher, for checkpoints and `config.json`.
 
     Of absolute paths only the last part is kept: they tell who ran where, and the fingerprint tells the data better.
     """
-    public = checks.public_settings(config.to_json_best_effort(), ("init", "data.path", "probe.data.path"))
+    public = checks.public_settings(
+        config.to_json_best_effort(), ("init", "latent.teacher", "data.path", "probe.data.path")
+    )
     told = {"data_fingerprint": [s.fingerprint() for s in sources], "data_content": [s.content() for s in sources]}
-    return public | told
+    return public | told | ({"teacher_fingerprint": teacher.fingerprint} if teacher else {})
 
 
 def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int:
@@ -226,7 +251,7 @@ def make_step(config: ml_collections.ConfigDict, learn: Objective, graph: Any, m
     """
     optimizer, rate = make_optimizer(config)
     train = config.train
-    how = {"accumulate": train.accumulate, "skip": train.skip_nonfinite > 0, "ema": train.ema}
+    how = {"accumulate": train.accumulate, "skip": train.skip_nonfinite > 0, "ema": train.ema, "teach": learn.teach}
     return make_update(graph, learn.prepare, learn.loss, optimizer, rate, mesh, **how)
 
 
@@ -286,11 +311,16 @@ def _check_shapes(new: Any, own: Any, directory: str, part: str) -> None:
 
 
 def inspections(
-    config: ml_collections.ConfigDict, graph: Any, mesh: Mesh, sources: list[Shards], dataset: Any, workdir: str
+    config: ml_collections.ConfigDict,
+    learn: Objective,
+    graph: Any,
+    mesh: Mesh,
+    sources: list[Shards],
+    dataset: Any,
+    workdir: str,
 ) -> list[tuple[int, inspect.Look]]:
     """What looks at the run while it trains, with the steps between two looks."""
     found = []
-    learn = objective(config)
     if config.log.pictures_every:
         # Some pictures are drawn; every device needs as many.
         rows = -(-8 // mesh.size) * len(mesh.local_devices)

@@ -22,7 +22,7 @@ from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks, hardware
 from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
-from usfmae_jax.training.state import State, abstract_state, init_state, weights_of
+from usfmae_jax.training.state import State, abstract_state, init_state, teacher_state, weights_of
 from usfmae_jax.training.update import compile_update
 
 
@@ -46,7 +46,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     sources, dataset = build.open_data(config)
     total_steps = build.count_steps(config, sources)
     optimizer, _ = build.make_optimizer(config)
-    settings, about = build.settings(config, sources), build.about(config, objective)
+    settings, about = build.settings(config, sources, objective.teacher), build.about(config, objective)
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
     def accept(stored: dict[str, Any]) -> None:
@@ -67,8 +67,12 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             state, ancestors, taken = build.with_weights(state, config.init, config.model)
             print(taken, file=sys.stderr)
         if jax.process_index() == 0:  # now: a resumed run may not find its first weights any more
+            if objective.teacher:  # what it has seen is seen
+                ancestors = ancestors + [one | {"role": "teacher"} for one in objective.teacher.lineage]
             write_lineage(workdir, [*ancestors, stage(settings, total_steps, sources)])
-    looks = build.inspections(config, graph, mesh, sources, dataset, workdir)
+    if objective.teacher:
+        state |= teacher_state(objective.teacher.params, mesh)
+    looks = build.inspections(config, objective, graph, mesh, sources, dataset, workdir)
     damage = pipeline.DamageReport(sources, config.data.max_damaged, position["damaged"])
     batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
     update = build.make_step(config, objective, graph, mesh)
@@ -115,7 +119,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                 with report.pause():
                     position = {"next_batch": step, "damaged": sorted(damage.found), "skipped": report.skipped}
                     metadata = {"position": position, "config": settings, "about": about}
-                    checkpoints.save(saver, state, step, metadata, loss=report.mean_loss_since_save())
+                    kept = {name: part for name, part in state.items() if name != "teacher"}
+                    checkpoints.save(saver, kept, step, metadata, loss=report.mean_loss_since_save())
             if stop and step < total_steps:
                 report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
                 break
@@ -152,6 +157,8 @@ def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[An
         checks.check_batch(checks.flat(changed.to_dict()), mesh.size)
         optimizer, _ = build.make_optimizer(changed)
         state = abstract_state(objective.make, optimizer, mesh, ema=changed.train.ema > 0)
+        if objective.teacher:
+            state |= teacher_state(objective.teacher.params, mesh, abstract=True)
         update = build.make_step(changed, objective, model_graph(objective.make), mesh)
         flops = objective.flops() * changed.train.batch_size
         batch = build.abstract_batch(changed, mesh)

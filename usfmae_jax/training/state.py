@@ -1,7 +1,8 @@
 """The train state: a plain pytree `{step, params, opt_state, rng}`, born sharded.
 
 A model with running statistics (`nnx.BatchStat`) has them beside the parameters, as `stats`; a run that averages its
-parameters over time has the average as `ema`.
+parameters over time has the average as `ema`. A teacher that is not trained is beside them while a run lasts, as
+`teacher`; no checkpoint has it.
 """
 
 from collections.abc import Callable
@@ -91,6 +92,23 @@ def fill(state: State, loaded: dict[str, Any]) -> State:
         placed = {name: jax.device_put(leaf, old[name].sharding) for name, leaf in flatten(new).items()}
         filled[group] = unflatten(old | placed)
     return state | filled
+
+
+def teacher_state(params: Any, mesh: Mesh, *, abstract: bool = False) -> State:
+    """What a train state has more where a teacher stays as it is: its parameters on the mesh, split as all others.
+
+    Args:
+      params: of the teacher, nested, on the host.
+      mesh: from `mesh.make_mesh`.
+      abstract: shapes, dtypes and shardings alone.
+    """
+
+    def place(leaf: Any, sharding: Any) -> Any:
+        if abstract:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.device_put(leaf, sharding)
+
+    return {"teacher": jax.tree.map(place, params, state_sharding(mesh, params))}
 
 
 def weights_of(state: State) -> Any:

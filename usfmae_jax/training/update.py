@@ -43,6 +43,7 @@ def make_update(
     accumulate: int = 1,
     skip: bool = False,
     ema: float = 0.0,
+    teach: Callable[[Any, Any], Any] = lambda params, batch: batch,
 ) -> Update:
     """Builds the update `(state, batch, total_steps) -> (state, metrics)`.
 
@@ -60,6 +61,8 @@ def make_update(
         `skipped` is 1.
       ema: decay of the average of the parameters, `state["ema"]`; less in the beginning, (1 + step) / (10 + step), so
         that the first parameters are forgotten. 0 = there is none.
+      teach: `(parameters, arrays) -> arrays` for `loss`: what a teacher adds, of whom no gradient is computed. The
+        parameters are `state["teacher"]`, which stay as they are, or else the average.
     """
     sharding = batch_sharding(mesh)
 
@@ -81,13 +84,14 @@ def make_update(
         batch = jax.lax.with_sharding_constraint(batch, sharding)
         params, stats = state["params"], state.get("stats", {})
         part = pick(params, trained)
+        teacher = state.get("teacher", state.get("ema"))
         if accumulate == 1:
-            (total, (count, stats)), gradients = gradient(part, params, stats, batch, rng)
+            (total, (count, stats)), gradients = gradient(part, params, stats, teach(teacher, batch), rng)
         else:
 
             def add(carry: Any, micro: Any) -> tuple[Any, None]:
-                sums, stats = carry
-                (total, (count, stats)), gradients = gradient(part, params, stats, *micro)
+                (sums, stats), (batch, rng) = carry, micro
+                (total, (count, stats)), gradients = gradient(part, params, stats, teach(teacher, batch), rng)
                 return (jax.tree.map(jnp.add, sums, ((total, count), gradients)), stats), None
 
             zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, part))

@@ -1,0 +1,82 @@
+"""Latent targets: predict what a teacher makes of hidden patches, instead of their pixels.
+
+The teacher sees the whole image. It is an encoder that stays as it is, as in MILAN (Hou et al. 2022, arXiv 2208.06049),
+BEiT v2 (Peng et al. 2022, arXiv 2208.06366) and EVA (Fang et al. 2023, arXiv 2211.07636); or the running average of the
+model that is trained, as in data2vec (Baevski et al. 2022, arXiv 2202.03555) and I-JEPA (Assran et al. 2023, arXiv
+2301.08243).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from usfmae_jax.interop.model import Model, build, model_graph
+from usfmae_jax.models.mae import MAE, masked_error
+from usfmae_jax.models.patches import normalize_images
+from usfmae_jax.models.vit import vit_flops
+from usfmae_jax.objectives.mae import MaskedAutoencoding
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentPrediction(MaskedAutoencoding):
+    """As the masked autoencoder, but that patches of the teacher's last block are predicted, standardised each.
+
+    The average is also what is probed and exported, where it is the teacher. Nothing of a fixed teacher is.
+
+    Attributes:
+      teacher: a vision transformer that is not trained; None = the average of the model's own encoder. Images are
+        resized so that it divides them into as many patches as the model does.
+      everywhere: predict the visible patches too.
+    """
+
+    teacher: Model | None = None
+    everywhere: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """See `Objective`."""
+        outputs = self._teacher["encoder"]["width"]
+        return super().describe() | {"decoder": self.decoder | {"kind": "latent", "outputs": outputs}}
+
+    def make(self, rngs: nnx.Rngs) -> MAE:
+        """See `Objective`."""
+        outputs = self._teacher["encoder"]["width"]
+        return MAE(**self.encoder, **self.decoder, outputs=outputs, **self.computation, rngs=rngs)
+
+    def teach(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Adds `target`, float32 `[B, N, D]`: the teacher's features of all patches, as a layer norm leaves them."""
+        encoder = nnx.merge(model_graph(build(self._teacher, **self.computation)), params["encoder"])
+        mean, std = self.mean, self.std
+        if self.teacher:
+            mean, std = (tuple(self.teacher.preprocessing[name]) for name in ("mean", "std"))
+        images = normalize_images(batch["image"], mean, std)
+        size = [side // self.encoder["patch_size"] * encoder.patch_size for side in images.shape[1:3]]
+        if list(images.shape[1:3]) != size:
+            images = jax.image.resize(images, (images.shape[0], *size, images.shape[3]), "linear")
+        features = encoder(images, normalize=False)[:, 1:]
+        return batch | {"target": jax.nn.standardize(features, epsilon=1e-6)}
+
+    def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The squared error of the features of hidden patches, or all, and their number; nothing more is drawn."""
+        inputs = normalize_images(batch["image"], self.mean, self.std)
+        weight = jnp.ones_like(batch["mask"]) if self.everywhere else batch["mask"]
+        return masked_error(model(self.seen(inputs), batch["keep"], batch["restore"]), batch["target"], weight)
+
+    def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
+        """None: features cannot be looked at."""
+        return {}
+
+    def flops(self) -> float:
+        """See `Objective`; the teacher's arithmetic too, which has no backward pass."""
+        (height, width), patch = self.encoder["image_size"], self.encoder["patch_size"]
+        patches, about = (height // patch) * (width // patch), self._teacher["encoder"]
+        shape = {name: about[name] for name in ("width", "depth", "mlp_ratio")}
+        last = about["width"] - patch**2 * self.encoder["channels"]  # of the decoder, beside that of pixels
+        taught = vit_flops(patches, about["patch_size"] ** 2 * about["channels"], **shape)
+        return super().flops() + 6.0 * patches * self.decoder["decoder_width"] * last + taught
+
+    @property
+    def _teacher(self) -> dict[str, Any]:
+        return self.teacher.description if self.teacher else {"model": "vit", "encoder": self.encoder}
