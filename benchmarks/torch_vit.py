@@ -5,6 +5,7 @@ resized by OpenCV in the workers of a DataLoader. Files lie loose in a folder, a
 """
 
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,3 +150,41 @@ def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """uint8 `[B, C, H, W]` to float32; grey is repeated to as many channels as `mean` has."""
     shape = (1, -1, 1, 1)
     return (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def transformers() -> Any:
+    """Hugging Face's package; without torchvision, which it does not need here and which fails to be imported where it
+    was built for another PyTorch.
+    """
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+    import transformers
+
+    return transformers
+
+
+def vit_mae(config: Any) -> Any:
+    """Hugging Face's ViTMAE of the shape that a config of ours has, with random weights."""
+    model, library = config.model, transformers()
+    shape = library.ViTMAEConfig(
+        image_size=model.image_size[0],
+        patch_size=model.patch_size,
+        num_channels=model.channels,
+        hidden_size=model.width,
+        num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads,
+        intermediate_size=int(model.width * model.mlp_ratio),
+        decoder_hidden_size=model.decoder_width,
+        decoder_num_hidden_layers=model.decoder_depth,
+        decoder_num_attention_heads=model.decoder_num_heads,
+        decoder_intermediate_size=int(model.decoder_width * model.mlp_ratio),
+        mask_ratio=config.mask.ratio,
+        norm_pix_loss=config.loss.normalize_targets,
+        layer_norm_eps=1e-6,
+    )
+    built = library.ViTMAEForPreTraining(shape)
+    # Built from a config the position tables are left at zero; the published weights come with them.
+    for part in (built.vit.embeddings.patch_embeddings.projection, *built.parameters()):
+        part._is_hf_initialized = False
+    built.vit.embeddings.initialize_weights()
+    built.decoder.initialize_weights(built.vit.embeddings.patch_embeddings.num_patches)
+    return built
