@@ -254,15 +254,15 @@ def main() -> None:
         cached = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         environments = {name: (cached if args.allocators else {}) | side.get("environment", {})
                         for name, side in chosen.items()}  # fmt: skip
-        found = alternate.measure(
-            "benchmarks.train_step", environments, args, sys.argv[1:], fresh=args.allocators
-        )
+        found = alternate.measure("benchmarks.train_step", environments, args, sys.argv[1:], fresh=args.allocators)
     add_limits(found)
     columns = {"images": "images/s", "share": "% of its limit", "gflops": "GFLOP/s of one large product"}
     peer = _AS_IT_IS if args.allocators else alternate.OURS if args.ablate else _PEER
     text = alternate.table(found, columns | {"peak_gb": "peak memory, GB"}, "images", peer)
     shape = settings(args, "float32", False).model
-    title = f"step, {args.model}: width {shape.width}, depth {shape.depth}, {shape.image_size[0]} px, batch {args.batch}"
+    title = (
+        f"step, {args.model}: width {shape.width}, depth {shape.depth}, {shape.image_size[0]} px, batch {args.batch}"
+    )
     alternate.report(args, title, found, text)
 
 
