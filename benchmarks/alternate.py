@@ -91,7 +91,7 @@ class _Side:
     """The process of a side, from outside."""
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]):
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by `close`
         self._start = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -125,7 +125,7 @@ class _Side:
 
     def close(self) -> Result:
         """Lets it end; its life and the CPU seconds of it and the workers that it waited for."""
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.communicate(timeout=60)
         if self._process.poll() is None:
             self._process.kill()

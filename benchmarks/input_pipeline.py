@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -47,10 +48,10 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> int:
         patients = max(args.files // 4, 2)
         _build(folder / "simulated", "--dataset=phantom", f"--patients={patients}", "--frames=4")
     (folder / "png").mkdir()
-    frames = pipeline.open_sources(str(folder / "simulated"), "")[0] if not files else []
+    frames: Any = pipeline.open_sources(str(folder / "simulated"), "")[0] if not files else []
     for number in range(len(files or frames)):
         if files:
-            pixels = cv2.imread(str(files[number]), cv2.IMREAD_UNCHANGED)
+            pixels: Any = cv2.imread(str(files[number]), cv2.IMREAD_UNCHANGED)
         else:
             pixels = decode_image(decode_record(frames[number])["image"], 1)
         if args.rgb:

@@ -3,7 +3,8 @@
 import io
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -59,7 +60,7 @@ class Originals(torch.utils.data.Dataset):
 
 
 class Records(torch.utils.data.Dataset):
-    """Grey JPEG frames in ArrayRecord shards; crop, rotation and flips as one warp by OpenCV. uint8 `[1, size, size]`."""
+    """Grey JPEG frames in ArrayRecord shards; crop, rotation and flips are one warp. uint8 `[1, size, size]`."""
 
     def __init__(self, paths: Sequence[str], size: int, crop: tuple[float, float], rotation: tuple[float, float]):
         self.size, self.crop, self.rotation = size, crop, rotation
@@ -76,7 +77,7 @@ class Records(torch.utils.data.Dataset):
         if path not in self.readers:  # opened in the worker
             self.readers[path] = ArrayRecordReader(path, "readahead_buffer_size:0")
         encoded = np.frombuffer(image_of(self.readers[path].read([row])[0]), np.uint8)
-        image = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE)
+        image: Any = cv2.imdecode(encoded, cv2.IMREAD_GRAYSCALE)
         left, top, width, height = _crop(image.shape[1], image.shape[0], self.crop)
         angle = math.radians(random.uniform(*self.rotation))
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -88,6 +89,42 @@ class Records(torch.utils.data.Dataset):
         return torch.from_numpy(cv2.warpAffine(image, np.column_stack([matrix, shift]), (self.size,) * 2, flags=how))[
             None
         ]
+
+
+class Images(torch.utils.data.Dataset):
+    """Image files, decoded and resized whole or through a random view, with their labels.
+
+    Args:
+      files: paths.
+      labels: class of each file.
+      size: (height, width) of what comes out.
+      channels: 1 or 3.
+      view: takes the decoded uint8 image and returns what training sees of it; None resizes the whole.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        labels: Sequence[int],
+        size: tuple[int, int],
+        channels: int,
+        view: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        self.files, self.labels, self.size, self.channels, self.view = files, labels, size, channels, view
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        """uint8 `[C, H, W]`, and the label."""
+        flag = cv2.IMREAD_GRAYSCALE if self.channels == 1 else cv2.IMREAD_COLOR_RGB
+        pixels: Any = cv2.imread(self.files[index], flag)
+        if self.view is not None:
+            pixels = self.view(pixels)
+        else:
+            pixels = cv2.resize(pixels, self.size[::-1], interpolation=cv2.INTER_AREA)
+        pixels = pixels.reshape(*self.size, self.channels)
+        return torch.from_numpy(pixels.transpose(2, 0, 1)), self.labels[index]
 
 
 def image_of(example: bytes) -> bytes:

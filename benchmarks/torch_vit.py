@@ -1,15 +1,13 @@
-"""The PyTorch side of the benchmarks: the same vision transformer and data loading, as a careful person writes them.
+"""Models of the PyTorch sides: the same vision transformer as a careful person writes it, and Hugging Face's.
 
-Fused query-key-value, `scaled_dot_product_attention`, the patch embedding as a strided convolution, images decoded and
-resized by OpenCV in the workers of a DataLoader. Files lie loose in a folder, as PyTorch people keep them.
+Fused query-key-value, `scaled_dot_product_attention`, the patch embedding as a strided convolution.
 """
 
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from safetensors.numpy import load_file
@@ -102,48 +100,6 @@ def _translate(name: str, flat: dict[str, np.ndarray], shape: Sequence[int]) -> 
         width, channels, height, _ = shape
         return value.reshape(height, height, channels, width).transpose(3, 2, 0, 1)
     return value.T if leaf == "kernel" else value
-
-
-class Images(torch.utils.data.Dataset):
-    """Image files, decoded and resized whole or through a random view, with their labels.
-
-    Args:
-      files: paths.
-      labels: class of each file.
-      size: (height, width) of what comes out.
-      channels: 1 or 3.
-      view: takes the decoded uint8 image and returns what training sees of it; None resizes the whole.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[str],
-        labels: Sequence[int],
-        size: tuple[int, int],
-        channels: int,
-        view: Callable[[np.ndarray], np.ndarray] | None = None,
-    ):
-        self.files, self.labels, self.size, self.channels, self.view = files, labels, size, channels, view
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """uint8 `[C, H, W]`, and the label."""
-        flag = cv2.IMREAD_GRAYSCALE if self.channels == 1 else cv2.IMREAD_COLOR_RGB
-        pixels: Any = cv2.imread(self.files[index], flag)
-        if self.view is not None:
-            pixels = self.view(pixels)
-        else:
-            pixels = cv2.resize(pixels, self.size[::-1], interpolation=cv2.INTER_AREA)
-        pixels = pixels.reshape(*self.size, self.channels)
-        return torch.from_numpy(pixels.transpose(2, 0, 1)), self.labels[index]
-
-
-def single_threaded(_: int) -> None:
-    """For workers of a DataLoader: the parallelism is over them."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -16,7 +16,6 @@ import ast
 import contextlib
 import functools
 import glob
-import pathlib
 import sys
 import tempfile
 import time
@@ -44,7 +43,11 @@ _AS_IT_IS = "glibc as it is"
 def sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What is compared, by name: `who`; `cross`, `compiled`, `dtype`, `without`, `keep` and `environment`."""
     if args.allocators:
-        found = {_AS_IT_IS: {}, "as the project sets it": {"keep": True}, "large thresholds": {"environment": _LARGE}}
+        found: dict[str, dict[str, Any]] = {
+            _AS_IT_IS: {},
+            "as the project sets it": {"keep": True},
+            "large thresholds": {"environment": _LARGE},
+        }
         found |= {name: {"environment": {"LD_PRELOAD": path}} for name, path in allocators(args.libraries).items()}
         return {name: {"who": alternate.OURS, "keep": False} | more for name, more in found.items()}
     if args.ablate:
