@@ -8,6 +8,7 @@ beside one another or their start is part of what is measured, each round starts
 import argparse
 import contextlib
 import datetime
+import fnmatch
 import json
 import os
 import pathlib
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--minutes", type=float, default=5.0, help="no round begins later, but for the second")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
-    parser.add_argument("--sides", default="", help="only those that begin with one of these, separated by semicolons")
+    parser.add_argument("--sides", default="", help="only those that match one of these, as 'ours*;transformers'")
     parser.add_argument("--json", type=pathlib.Path, help="write all that was measured to this file, too")
     parser.add_argument("--cores", type=int, default=0, help="1 on a busy machine; 0 = all")
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
@@ -154,8 +155,8 @@ def measure(
       limit: seconds in which an answer must come.
     """
     pin(args.cores)
-    wanted = tuple(name.strip() for name in args.sides.split(";") if name.strip())
-    sides = {name: more for name, more in sides.items() if not wanted or name.startswith(wanted)}
+    wanted = (args.sides or "*").split(";")
+    sides = {name: more for name, more in sides.items() if any(fnmatch.fnmatchcase(name, one) for one in wanted)}
     found: Found = {name: {"about": {}, "rounds": [], "error": ""} for name in sides}
     alive: dict[str, _Side] = {}
 
