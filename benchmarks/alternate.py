@@ -221,7 +221,8 @@ def _short(result: Result) -> str:
 
 
 def table(found: Found, columns: Mapping[str, str], key: str, peer: str, *, less: bool = False) -> str:
-    """Markdown: a row for each side, medians over rounds with the lowest and highest, and how it compares.
+    """Markdown: a row for each side, medians over rounds with the lowest and highest (of memory the highest), and
+    how it compares.
 
     Args:
       found: of `measure`.
@@ -235,7 +236,9 @@ def table(found: Found, columns: Mapping[str, str], key: str, peer: str, *, less
         if not side["rounds"]:
             lines.append(f"| {name} | failed: {side['error']}" + " |" * (len(columns) + 1))
             continue
-        cells = [spread([one[column] for one in side["rounds"] if column in one]) for column in columns]
+        values = {column: [one[column] for one in side["rounds"] if column in one] for column in columns}
+        values |= {"peak_gb": [max(values["peak_gb"])]} if values.get("peak_gb") else {}
+        cells = [spread(values[column]) for column in columns]
         pairs = zip(side["rounds"], found.get(peer, side)["rounds"], strict=False)
         ratios = [theirs[key] / own[key] if less else own[key] / theirs[key] for own, theirs in pairs]
         cells.append("" if name == peer or peer not in found else spread(ratios))
