@@ -10,7 +10,7 @@ DEMO := data/demo
 # The tests of a file share what it makes once, so they stay in one process; files begin in the order of conftest.py.
 PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults lint format lock audit \
+.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults bench lint format lock audit \
 	licences docs clean
 
 help:  ## show this list
@@ -57,6 +57,9 @@ test-all: $(VENV)/.dev  ## run all tests
 
 faults: $(VENV)/.dev  ## kill and stop every long job at random moments, half an hour or more; prints what came of it
 	$(BIN)/python -m tests.faults
+
+bench: $(VENV)/.dev  ## measure beside PyTorch, after make install-interop, on a quiet machine; goes on where it was stopped
+	$(BIN)/python -m benchmarks
 
 # Of PyTorch the floor is tried by hand: its builds for the CPU come from an index of their own.
 test-floors:  ## run the tests with the lowest versions that the requirement files admit, on Python 3.11

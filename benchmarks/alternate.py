@@ -1,38 +1,46 @@
-"""Two programs that do the same, measured in turn in processes of their own."""
+"""Programs that do the same, measured in turn, each in a process of its own.
+
+A benchmark names its sides and calls `measure`; the process of a side calls `serve`. Processes stay alive and take
+turns, so that all are as warm as they get and a machine that slows down slows all; or, where their memory does not fit
+beside one another or their start is part of what is measured, each round starts them anew (`fresh`).
+"""
 
 import argparse
+import contextlib
+import datetime
+import fnmatch
 import json
 import os
+import pathlib
+import platform
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import psutil
 
 OURS, THEIRS = "ours", "PyTorch"
 Result = dict[str, Any]
+#: Of each side: `about`, what it said when it was ready; `rounds`, what it measured; `error`, why there is no more.
+Found = dict[str, dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds what both benchmarks ask."""
+    """Adds what all comparisons ask."""
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--cores", type=int, default=0, help="1 on a busy machine, and compare CPU seconds; 0 = all")
-    parser.add_argument("--workers", type=int, default=1, help="of PyTorch's DataLoader")
-    parser.add_argument("--compile", action="store_true", help="compile the PyTorch model")
-    parser.add_argument("--torch_python", default=sys.executable, help="a Python that has torch, OpenCV, scikit-learn")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no round begins later, but for the second")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
+    parser.add_argument("--sides", default="", help="only those that match one of these, as 'ours*;transformers'")
+    parser.add_argument("--json", type=pathlib.Path, help="write all that was measured to this file, too")
+    parser.add_argument("--cores", type=int, default=0, help="1 on a busy machine; 0 = all")
     parser.add_argument("--side", default="", help=argparse.SUPPRESS)
     parser.add_argument("--work", default="", help=argparse.SUPPRESS)
-
-
-def need_torch(python: str) -> None:
-    """Ends the program with a sentence when PyTorch is absent."""
-    if subprocess.run([python, "-c", "import torch"], stderr=subprocess.DEVNULL, check=False).returncode:
-        sys.exit(
-            f"{python} has no PyTorch, which nothing but this comparison needs: pip install torch "
-            "--index-url https://download.pytorch.org/whl/cpu, or name a Python that has it with --torch_python="
-        )
 
 
 def pin(cores: int) -> None:
@@ -45,42 +53,216 @@ def pin(cores: int) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 
 
-def run_side(python: str, module: str, side: str, arguments: Sequence[str]) -> Result:
-    """Runs `python -m module --side=SIDE`, of which the last line of output is JSON.
+def number_of_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    Adds `seconds`, the life of the process, and `cpu`, the CPU seconds of it and its workers.
+
+def peak_memory() -> float:
+    """GB that were resident at most since this process's program began, workers not counted."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:  # rusage counts what came before exec, too
+        return next(int(line.split()[1]) * 1024 / 1e9 for line in file if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def serve(prepare: Callable[[], tuple[Result, Callable[[], Result]]]) -> None:
+    """The life of a side: prepares, says so, and measures whenever it is asked.
+
+    Args:
+      prepare: returns what there is to say before the first round, and what measures a round.
     """
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [python, "-m", module, f"--side={side}", *arguments], stdout=subprocess.PIPE, text=True, check=False
-    )
-    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    if done.returncode:
-        sys.exit(f"the side {side!r} failed with status {done.returncode}")
-    return {"seconds": seconds, "cpu": cpu} | json.loads(done.stdout.splitlines()[-1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print what they like
+    start = time.perf_counter()
+
+    def say(result: Result) -> None:
+        print(json.dumps(result | {"peak_gb": peak_memory()}), file=answers, flush=True)
+
+    about, work = prepare()
+    say(about | {"prepared_s": time.perf_counter() - start})
+    for _ in sys.stdin:
+        say(work())
 
 
-def alternate(module: str, args: argparse.Namespace, arguments: Sequence[str]) -> Mapping[str, list[Result]]:
-    """Both sides in turn, the first one changing, so that neither has the quieter moments of the machine."""
-    found: dict[str, list[Result]] = {OURS: [], THEIRS: []}
-    pythons = {OURS: sys.executable, THEIRS: args.torch_python}
-    for number in range(args.rounds):
-        for side in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
-            found[side].append(run_side(pythons[side], module, side, arguments))
-            print(f"round {number + 1}, {side}: {found[side][-1]}", file=sys.stderr, flush=True)
+class _EndedError(Exception):
+    """A side's process ended, and why."""
+
+
+class _Side:
+    """The process of a side, from outside."""
+
+    def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]):
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by `close`
+        self._start = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, **environment},
+        )
+
+    def answer(self, limit: float) -> Result:
+        assert self._process.stdout is not None
+        timer = threading.Timer(limit, self._process.kill)
+        timer.start()
+        line = self._process.stdout.readline()
+        timer.cancel()
+        if line:
+            return json.loads(line)
+        status = self._process.wait()
+        self._log.seek(0)
+        said = self._log.read().strip().splitlines()
+        raise _EndedError(f"killed by signal {-status}, after {limit:.0f} s or for want of memory" if status < 0
+                          else said[-1] if said else f"status {status}")  # fmt: skip
+
+    def ask(self, limit: float) -> Result:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        return self.answer(limit)
+
+    def close(self) -> Result:
+        """Lets it end; its life and the CPU seconds of it and the workers that it waited for."""
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            self._process.communicate(timeout=60)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        return {"seconds": time.perf_counter() - self._start}
+
+
+def measure(
+    module: str,
+    sides: Mapping[str, Mapping[str, str]],
+    args: argparse.Namespace,
+    arguments: Sequence[str],
+    *,
+    fresh: bool = False,
+    limit: float = 1800.0,
+) -> Found:
+    """Measures all sides in turn, the first one changing, so that none has the quieter moments of the machine.
+
+    Args:
+      module: is run for each side as `python -m module --side=NAME ...`.
+      sides: names, with what is added to the environment of the process.
+      args: of `add_arguments`.
+      arguments: of the command line.
+      fresh: a process for each round, whose life and CPU seconds are measured too (`seconds`, `cpu`).
+      limit: seconds in which an answer must come.
+    """
+    pin(args.cores)
+    wanted = (args.sides or "*").split(";")
+    sides = {name: more for name, more in sides.items() if any(fnmatch.fnmatchcase(name, one) for one in wanted)}
+    found: Found = {name: {"about": {}, "rounds": [], "error": ""} for name in sides}
+    alive: dict[str, _Side] = {}
+
+    def start(name: str) -> None:
+        found[name]["about"] = {}
+        alive[name] = _Side(module, [*arguments, f"--side={name}"], sides[name])
+        found[name]["about"] = alive[name].answer(limit)
+        tell(f"{name}: {_short(found[name]['about'])}")
+
+    def one_round(name: str) -> Result:
+        if not fresh:
+            return alive[name].ask(limit)
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start(name)
+        result = alive[name].ask(limit)
+        result |= alive.pop(name).close()
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return result | {"cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
+
+    @contextlib.contextmanager
+    def noting_the_end(name: str) -> Iterator[None]:
+        try:
+            yield
+        except _EndedError as error:
+            found[name]["error"] = str(error)[:300]
+            alive.pop(name).close()
+            tell(f"{name}: {found[name]['error']}")
+
+    try:
+        for name in () if fresh else sides:
+            room = psutil.virtual_memory().available / 1e9
+            need = 1.3 * max((found[other]["about"]["peak_gb"] for other in alive), default=0)
+            if room < need:
+                found[name]["error"] = f"not begun: {room:.1f} GB free beside the others; --sides measures it apart"
+                tell(f"{name}: {found[name]['error']}")
+                continue
+            tell(f"{name}: starting ...")
+            with noting_the_end(name):
+                start(name)
+        begun = time.monotonic()
+        for number in range(args.rounds):
+            if number > 1 and time.monotonic() - begun > 60 * args.minutes:
+                break
+            for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
+                if not found[name]["error"]:
+                    with noting_the_end(name):
+                        found[name]["rounds"].append(one_round(name))
+                        tell(f"round {number + 1} of {args.rounds}, {name}: {_short(found[name]['rounds'][-1])}")
+    finally:
+        for side in alive.values():
+            side.close()
     return found
 
 
-def table(found: Mapping[str, list[Result]], rows: Mapping[str, str]) -> str:
-    """Markdown: a row per measured key, seconds of both sides and how many times faster ours is."""
-    lines = [
-        "| | ours, s (median) | PyTorch, s (median) | times faster (min, median, max) |",
-        "|---|---|---|---|",
-    ]
-    for key, title in rows.items():
-        ours, theirs = ([result[key] for result in found[side]] for side in (OURS, THEIRS))
-        ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-        spread = f"{ratios[0]:.2f}, {statistics.median(ratios):.2f}, {ratios[-1]:.2f}"
-        lines.append(f"| {title} | {statistics.median(ours):.1f} | {statistics.median(theirs):.1f} | {spread} |")
+def tell(text: str) -> None:
+    """Says how far it is."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _short(result: Result) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
+
+
+def table(found: Found, columns: Mapping[str, str], key: str, peer: str, *, less: bool = False) -> str:
+    """Markdown: a row for each side, medians over rounds with the lowest and highest (of memory the highest), and
+    how it compares.
+
+    Args:
+      found: of `measure`.
+      columns: titles of what was measured, by key; what a side does not have stays empty.
+      key: what is compared.
+      peer: with which side, round by round.
+      less: less of it is better.
+    """
+    lines = [f"| | {' | '.join(columns.values())} | times {peer} |", "|---" * (len(columns) + 2) + "|"]
+    for name, side in found.items():
+        if not side["rounds"]:
+            lines.append(f"| {name} | failed: {side['error']}" + " |" * (len(columns) + 1))
+            continue
+        values = {column: [one[column] for one in side["rounds"] if column in one] for column in columns}
+        values |= {"peak_gb": [max(values["peak_gb"])]} if values.get("peak_gb") else {}
+        cells = [spread(values[column]) for column in columns]
+        pairs = zip(side["rounds"], found.get(peer, side)["rounds"], strict=False)
+        ratios = [theirs[key] / own[key] if less else own[key] / theirs[key] for own, theirs in pairs]
+        cells.append("" if name == peer or peer not in found else spread(ratios))
+        note = f" (then failed: {side['error']})" if side["error"] else ""
+        lines.append(f"| {name}{note} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and lowest and highest where they differ, to three digits."""
+    if not values:
+        return ""
+    low, middle, high = (f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}" for value in (
+        min(values), statistics.median(values), max(values)))  # fmt: skip
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def report(args: argparse.Namespace, title: str, found: Any, text: str) -> None:
+    """Prints a table below a line that says what it is, and writes all to `--json`."""
+    machine = f"{platform.machine()}, {number_of_cores()} cores, load {os.getloadavg()[1]:.1f} in the last five minutes"
+    line = f"{title} ({machine})"
+    print(f"{line}\n\n{text}\n")
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        date = datetime.datetime.now(datetime.UTC).date().isoformat()
+        content = {"title": line, "date": date, "table": text, "measured": found}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")

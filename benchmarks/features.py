@@ -1,12 +1,13 @@
-"""Frozen features and a logistic regression on them: our evaluation beside a PyTorch and scikit-learn script.
+"""Frozen features and a logistic regression on them: our evaluation beside PyTorch and scikit-learn scripts.
 
     python -m benchmarks.features --data=data/bus_bra [--model=tiny] [--images=0] [--rounds=3]
+    python -m benchmarks.features --data=data/bus_bra --model=base --images=64
 
-Both sides see the same frames, the same (random) weights, the same folds and the same strengths of regularisation; each
-run is a process of its own, and rounds alternate. Prints seconds for the features (from files to an array, with what
-has to be compiled for it), for the regression (5 folds, 12 strengths), and for the whole process. PyTorch reads loose
-JPEG files, which are written before the clock starts; the largest difference between the two sides' features is
-printed, relative to their deviation. PyTorch is optional: this benchmark alone and that of fine-tuning ask for it.
+All sides see the same frames, the same (random) weights, the same folds and the same strengths of regularisation; each
+run is a process of its own, and rounds alternate. Measured are seconds for the features (from files to an array, with
+what has to be compiled for it), for the regression (5 folds, 12 strengths), and for the whole process. PyTorch reads
+loose JPEG files, which are written before the clock starts; the largest difference between our features and theirs is
+printed, relative to their deviation.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 
 from benchmarks import alternate
 
+LIBRARY = "transformers ViTModel"
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 GREY = {"mean": [0.5], "std": [0.25]}
 
@@ -34,6 +36,7 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     from usfmae_jax.data.records import decode_record
     from usfmae_jax.data.table import read_table
     from usfmae_jax.interop.model import Model, preprocessing, save_model
+    from usfmae_jax.interop.writing import write_hf
     from usfmae_jax.models.patches import sincos_table
     from usfmae_jax.models.vit import SIZES, ViT
     from usfmae_jax.tasks import classification
@@ -42,7 +45,10 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
     params = nnx.to_pure_dict(nnx.state(ViT(**architecture, rngs=nnx.Rngs(0))))
     pixels = preprocessing(architecture["image_size"], 1, **(IMAGENET if architecture["channels"] == 3 else GREY))
     description = {"model": "vit", "encoder": architecture}
-    save_model(str(folder / "encoder"), Model({"encoder": params}, description, pixels, []))
+    model = Model({"encoder": params}, description, pixels, [])
+    save_model(str(folder / "encoder"), model)
+    (folder / "hf").mkdir()
+    write_hf(model, str(folder / "hf"))
     grid = [side // architecture["patch_size"] for side in architecture["image_size"]]
     np.save(folder / "encoder/position.npy", np.asarray(sincos_table((grid[0], grid[1]), architecture["width"])))
     frames = classification.select(read_table(args.data))
@@ -54,7 +60,12 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
         files.append(str(folder / f"images/{row}.jpg"))
         pathlib.Path(files[-1]).write_bytes(record["image"])
     parts = [[part.tolist() for part in (fold.train, fold.validation, fold.test)] for fold in folds]
-    known = {"files": files, "labels": frames.label.tolist(), "names": [fold.name for fold in folds], "folds": parts}
+    known: dict[str, Any] = {
+        "files": files,
+        "labels": frames.label.tolist(),
+        "names": [fold.name for fold in folds],
+        "folds": parts,
+    }
     (folder / "frames.json").write_text(json.dumps(known))
 
 
@@ -107,8 +118,9 @@ def theirs(args: argparse.Namespace) -> alternate.Result:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from benchmarks import torch_vit
+    from benchmarks import torch_loaders, torch_vit
 
+    library = torch_vit.transformers().ViTModel if args.side == LIBRARY else None  # imported before the clock starts
     start = time.perf_counter()
     folder = pathlib.Path(args.work)
     known = json.loads((folder / "frames.json").read_text())
@@ -117,13 +129,18 @@ def theirs(args: argparse.Namespace) -> alternate.Result:
     count = args.images or len(known["files"])
     labels = np.array(known["labels"])
     size = tuple(architecture["image_size"])
-    images = torch_vit.Images(known["files"][:count], known["labels"], size, pixels["channels"])
+    images = torch_loaders.Images(known["files"][:count], known["labels"], size, pixels["channels"])
     loader = torch.utils.data.DataLoader(
-        images, args.batch, num_workers=args.workers, worker_init_fn=torch_vit.single_threaded
+        images, args.batch, num_workers=args.workers, worker_init_fn=torch_loaders.single_threaded
     )
-    model = torch_vit.load_encoder(torch_vit.ViT(architecture), folder / "encoder").eval()
-    if args.compile:
-        model = torch.compile(model)
+    model: Any
+    if library:
+        vit = library.from_pretrained(folder / "hf", add_pooling_layer=False).eval()
+
+        def model(x: torch.Tensor) -> torch.Tensor:
+            return vit(x).last_hidden_state[:, 1:].mean(dim=1)
+    else:
+        model = torch_vit.load_encoder(torch_vit.ViT(architecture), folder / "encoder").eval()
     found = []
     with torch.inference_mode():
         for batch, _ in loader:
@@ -157,28 +174,33 @@ def main() -> None:
     parser.add_argument("--model", default="tiny", help="a size of usfmae_jax.models.vit.SIZES")
     parser.add_argument("--images", type=int, default=0, help="only the features of so many frames; 0 = all, and fit")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=1, help="of PyTorch's DataLoader")
     alternate.add_arguments(parser, rounds=3)
     args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.images, args.batch = min(args.rounds, 1), 8, 4
     if args.side:
-        print(json.dumps(ours(args) if args.side == alternate.OURS else theirs(args)))
+        side = ours if args.side == alternate.OURS else theirs
+        alternate.serve(lambda: ({}, lambda: side(args)))
         return
-    alternate.need_torch(args.torch_python)
-    alternate.pin(args.cores)
     with tempfile.TemporaryDirectory() as folder:
         prepare(args, pathlib.Path(folder))
-        found = alternate.alternate("benchmarks.features", args, [*sys.argv[1:], f"--work={folder}"])
-        mine, other = (np.load(f"{folder}/features-{side}.npy") for side in (alternate.OURS, alternate.THEIRS))
-    print(f"{len(mine)} images, {args.model}, batch {args.batch}, {args.rounds} rounds; ", end="")
-    print(f"features differ by {np.abs(mine - other).max() / other.std():.1e} of their deviation at most")
-    rows = {
-        "features": "features of all frames",
-        "regression": "logistic regression",
-        "seconds": "whole process",
-        "cpu": "CPU of the whole process",
-    }
-    print(alternate.table(found, {key: title for key, title in rows.items() if key in found[alternate.OURS][0]}))
-    if not args.images:
-        print("AUROC: " + ", ".join(f"{side} {results[-1]['auroc']:.4f}" for side, results in found.items()))
+        sides: dict[str, dict[str, str]] = {alternate.OURS: {}, alternate.THEIRS: {}, LIBRARY: {}}
+        arguments = [*sys.argv[1:], f"--work={folder}"]
+        found = alternate.measure("benchmarks.features", sides, args, arguments, fresh=True)
+        arrays = {
+            side: np.load(file) for side in found if (file := pathlib.Path(folder, f"features-{side}.npy")).exists()
+        }
+    columns = {"features": "features, s", "regression": "logistic regression, s", "seconds": "whole process, s"}
+    columns |= {"cpu": "its CPU, s", "peak_gb": "peak memory, GB", "auroc": "AUROC"}
+    if args.images:
+        columns = {key: columns[key] for key in columns if key not in ("regression", "auroc")}
+    text = alternate.table(found, columns, "seconds" if not args.images else "features", LIBRARY, less=True)
+    mine = arrays.pop(alternate.OURS, None)
+    for name, other in arrays.items() if mine is not None else ():
+        text += f"\n\nFeatures of {name} differ by {np.abs(mine - other).max() / other.std():.1e} of their deviation."
+    count = args.images or len(next(iter(arrays.values()), []))
+    alternate.report(args, f"frozen features: {args.model}, {count} images, batch {args.batch}", found, text)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ run is a process of its own and rounds alternate. Ours is `python -m usfmae_jax.
 whole process includes intervals, checkpoints and the report, which the PyTorch loop has none of. `training` is the time
 from when the data is open to the last test, compiling included. Ours trains folds of a small model side by side, as
 many as there are cores, which is what the command does by itself; the PyTorch loop has one after the other, as such
-loops do, each on all cores. `--parallel=1` has ours do the same. PyTorch is optional: this benchmark and that
-of features alone ask for it.
+loops do, each on all cores. `--parallel=1` has ours do the same.
 """
 
 import argparse
@@ -110,7 +109,7 @@ def theirs(args: argparse.Namespace) -> alternate.Result:
 
     import torch
 
-    from benchmarks import torch_vit
+    from benchmarks import torch_loaders, torch_vit
     from usfmae_jax.data import augment
 
     config, folder = settings(args), pathlib.Path(args.work)
@@ -129,10 +128,10 @@ def theirs(args: argparse.Namespace) -> alternate.Result:
     def seed_worker(number: int) -> None:
         nonlocal rng
         rng = np.random.default_rng(torch.initial_seed() + number)
-        torch_vit.single_threaded(number)
+        torch_loaders.single_threaded(number)
 
     def take(rows: list[int], view: Any = None) -> Any:
-        return torch_vit.Images(
+        return torch_loaders.Images(
             [known["files"][row] for row in rows], labels[rows].tolist(), size, pixels["channels"], view
         )
 
@@ -200,25 +199,26 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--folds", type=int, default=0, help="how many of the folds; 0 = all")
     parser.add_argument("--parallel", type=int, default=0, help="folds of ours at a time; 0 = as the command does")
-    alternate.add_arguments(parser, rounds=3)
+    parser.add_argument("--workers", type=int, default=1, help="of PyTorch's DataLoader")
+    parser.add_argument("--compile", action="store_true", help="compile the PyTorch model")
+    alternate.add_arguments(parser, rounds=1)
     args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.epochs, args.folds, args.batch = 1, 1.0, 1, 8
     if args.side:
-        print(json.dumps(ours(args) if args.side == alternate.OURS else theirs(args)))
+        side = ours if args.side == alternate.OURS else theirs
+        alternate.serve(lambda: ({}, lambda: side(args)))
         return
-    alternate.need_torch(args.torch_python)
-    alternate.pin(args.cores)
     with tempfile.TemporaryDirectory() as folder:
         features.prepare(args, pathlib.Path(folder))
-        found = alternate.alternate("benchmarks.finetune", args, [*sys.argv[1:], f"--work={folder}"])
-    print(
-        f"{args.model}, batch {args.batch}, {args.epochs:g} epochs, {args.folds or 'all'} folds, {args.rounds} rounds"
-    )
-    print(
-        alternate.table(
-            found, {"training": "training and testing", "seconds": "whole process", "cpu": "CPU of the whole process"}
-        )
-    )
-    print("AUROC: " + ", ".join(f"{side} {results[-1]['auroc']:.4f}" for side, results in found.items()))
+        sides: dict[str, dict[str, str]] = {alternate.OURS: {}, alternate.THEIRS: {}}
+        arguments = [*sys.argv[1:], f"--work={folder}"]
+        found = alternate.measure("benchmarks.finetune", sides, args, arguments, fresh=True)
+    columns = {"training": "training and testing, s", "seconds": "whole process, s", "cpu": "its CPU, s"}
+    columns |= {"peak_gb": "peak memory, GB, one process", "auroc": "AUROC"}
+    text = alternate.table(found, columns, "seconds", alternate.THEIRS, less=True)
+    title = f"fine-tuning: {args.model}, batch {args.batch}, {args.epochs:g} epochs, {args.folds or 'all'} folds"
+    alternate.report(args, title, found, text)
 
 
 if __name__ == "__main__":

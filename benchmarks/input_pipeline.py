@@ -1,9 +1,11 @@
-"""How fast shards become batches: our pipeline beside a plain loop of Pillow calls doing the same work.
+"""How fast files become augmented batches: ours from shards, beside two loaders of PyTorch.
 
-    python -m benchmarks.input_pipeline --data=data/demo [--size=224] [--batches=20] [--rounds=5]
+    python -m benchmarks.input_pipeline --png=DIR [--rgb=560x470] [--size=224] [--workers=2]
 
-One thread each, so that the figures are images/s/core; rounds alternate. Pillow (`pip install pillow`) decodes, crops,
-resizes and flips in separate steps, as torchvision's transforms do.
+The reference loader reads the original PNG files as USF-MAE's public one does, in Pillow: resized to the nearest pixel,
+rotated, flipped, cropped and resized again, normalised. The tuned loader reads the same JPEG shards as ours, with
+OpenCV, and draws all of that as one warp; both leave uint8. All decode in `--workers`: ours threads or
+processes (`config.data.threads`, `.workers`), a DataLoader processes.
 
     python -m benchmarks.input_pipeline --records=1000000 --shards=1000
 
@@ -12,11 +14,14 @@ an epoch.
 """
 
 import argparse
-import io
+import glob
 import pathlib
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,38 +29,103 @@ import psutil
 from absl import flags
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from benchmarks import alternate
 from usfmae_jax.data import augment, pipeline
-from usfmae_jax.data.records import FIELDS, Shards, decode_record, encode_record
+from usfmae_jax.data.records import FIELDS, decode_image, decode_record, encode_record
+
+PROCESSES = f"{alternate.OURS}, processes instead of threads"
+REFERENCE, TUNED = "reference loader, PNG", "tuned loader, the same shards"
+CROP, ROTATION = (0.5, 1.0), (0.0, 90.0)  # of the published recipe, whose crops of more than the image cannot be
 
 
-def _ours(sources: list[Shards], size: int, batches: int, batch: int, seed: int) -> float:
-    load = pipeline.LoadView(pipeline.all_rows(sources), (size, size), 1, augment.Augmentation())
-    dataset = pipeline.training_batches(load, batch_size=batch, seed=seed)
-    start = time.perf_counter()
-    for step in range(batches):
-        dataset[step]
-    return batches * batch / (time.perf_counter() - start)
+def prepare(args: argparse.Namespace, folder: pathlib.Path) -> int:
+    """Fills `png/` with the original files and `shards/` with what a build makes of them; returns how many."""
+    files = sorted(pathlib.Path(args.png).rglob("*.png"))[: args.files] if args.png else []
+    if args.png and not files:
+        sys.exit(f"--png={args.png} has no PNG files")
+    if not files:
+        alternate.tell("no --png: simulating frames ...")
+        patients = max(args.files // 4, 2)
+        _build(folder / "simulated", "--dataset=phantom", f"--patients={patients}", "--frames=4")
+    (folder / "png").mkdir()
+    frames: Any = pipeline.open_sources(str(folder / "simulated"), "")[0] if not files else []
+    for number in range(len(files or frames)):
+        if files:
+            pixels: Any = cv2.imread(str(files[number]), cv2.IMREAD_UNCHANGED)
+        else:
+            pixels = decode_image(decode_record(frames[number])["image"], 1)
+        if args.rgb:
+            size = [int(side) for side in args.rgb.split("x")]
+            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_GRAY2BGR) if pixels.ndim == 2 else pixels[:, :, :3]
+        cv2.imwrite(str(folder / f"png/{number:05d}.png"), pixels)
+    alternate.tell("building shards ...")
+    _build(folder / "shards", "--dataset=folder", f"--input={folder / 'png'}", "--name=frames")
+    return len(list((folder / "png").iterdir()))
 
 
-def _pillow(sources: list[Shards], size: int, batches: int, batch: int, seed: int) -> float:
-    from PIL import Image
+def _build(output: pathlib.Path, *how: str) -> None:
+    off = ["--clean=off", "--thin=off", "--deduplicate=off"] if "--dataset=folder" in how else []
+    command = [sys.executable, "-m", "data_prep.build", f"--output={output}", *how, *off]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr.strip())
 
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(sources[0]))
-    start = time.perf_counter()
-    for step in range(batches):
-        views = []
-        for place in range(batch):
-            record = decode_record(sources[0][int(order[(step * batch + place) % len(order)])])
-            image = Image.open(io.BytesIO(record["image"])).convert("L")
-            left, top, w, h = augment.random_crop(rng, image.height, image.width, (0.2, 1.0), (3 / 4, 4 / 3))
-            image = image.crop((int(left), int(top), int(left + w), int(top + h)))
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-            if rng.random() < 0.5:
-                image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            views.append(np.asarray(image)[..., None])
-        np.stack(views)
-    return batches * batch / (time.perf_counter() - start)
+
+def ours(args: argparse.Namespace) -> Iterator[int]:
+    """Batches as the training loop takes them, decoded in as many threads or processes as the peers have."""
+    flags.FLAGS.mark_as_parsed()
+    sources = pipeline.open_sources(args.work + "/shards", "")
+    how = augment.Augmentation(crop_scale=CROP, rotation=ROTATION, hflip=0.5, vflip=0.5)
+    load = pipeline.LoadView(pipeline.all_rows(sources), (args.size, args.size), 1, how)
+    dataset = pipeline.training_batches(load, batch_size=args.batch, seed=0)
+    processes = args.workers if args.side == PROCESSES else 0
+    for batch in pipeline.iterate(dataset, 0, processes, args.workers):
+        yield len(batch["image"])
+
+
+def theirs(args: argparse.Namespace) -> Iterator[int]:
+    """Batches of a DataLoader, of the original files or of the shards."""
+    import torch
+
+    from benchmarks import torch_loaders
+
+    if args.side == REFERENCE:
+        images = torch_loaders.Originals(sorted(glob.glob(args.work + "/png/*.png")), args.size)
+    else:
+        paths = sorted(glob.glob(args.work + "/shards/**/*.array_record*", recursive=True))
+        images = torch_loaders.Records(paths, args.size, CROP, ROTATION)
+    loader = torch.utils.data.DataLoader(
+        images,
+        args.batch,
+        sampler=torch.utils.data.RandomSampler(images, replacement=True, num_samples=10**9),
+        num_workers=args.workers,
+        worker_init_fn=torch_loaders.single_threaded,
+        multiprocessing_context="spawn",  # array_record's threads do not survive a fork
+    )
+    for batch in loader:
+        yield len(batch)
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The process of a side: images/s of its batches, without those that wait already."""
+
+    def begin() -> tuple[alternate.Result, Callable[[], alternate.Result]]:
+        batches = (ours if args.side.startswith(alternate.OURS) else theirs)(args)
+        next(batches)
+
+        def turn() -> alternate.Result:
+            for _ in range(2 * args.workers + 2):  # were loaded while the other sides had their turns
+                next(batches)
+            start, images = time.perf_counter(), 0
+            while time.perf_counter() - start < args.seconds:
+                images += next(batches)
+            speed = images / (time.perf_counter() - start)
+            return {"images": speed, "per_core": speed / min(args.workers, alternate.number_of_cores())}
+
+        return {}, turn
+
+    alternate.serve(begin)
 
 
 def _write_many(folder: pathlib.Path, records: int, shards: int) -> None:
@@ -101,33 +171,42 @@ def _measure_many(folder: pathlib.Path, batch: int) -> None:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data/demo")
+    parser.add_argument("--png", default="", help="folder of PNG files; default: simulated ones")
+    parser.add_argument("--files", type=int, default=800, help="how many of them")
+    parser.add_argument("--rgb", default="", help="store them as colour of WIDTHxHEIGHT first, as 560x470")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--batches", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="processes of a DataLoader, threads of ours")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a turn")
     parser.add_argument("--records", type=int, default=0, help="of many tiny ones, see above")
     parser.add_argument("--shards", type=int, default=1000)
+    alternate.add_arguments(parser, rounds=5)
     args = parser.parse_args()
+    if args.quick:
+        args.files, args.size, args.batch, args.seconds, args.rounds = 8, 32, 4, 0.2, min(args.rounds, 2)
     if args.records:
         flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
         with tempfile.TemporaryDirectory() as folder:
             _write_many(pathlib.Path(folder), args.records, args.shards)
             _measure_many(pathlib.Path(folder), args.batch)
         return
-    sources = pipeline.open_sources(args.data, "train")
-    speeds: dict[str, list[float]] = {"ours": [], "Pillow": []}
-    for round_number in range(args.rounds + 1):
-        for name, measure in (("ours", _ours), ("Pillow", _pillow)):
-            speed = measure(sources, args.size, args.batches, args.batch, round_number)
-            if round_number:  # the first one warms up
-                speeds[name].append(speed)
-    ratios = sorted(a / b for a, b in zip(speeds["ours"], speeds["Pillow"], strict=True))
-    print(f"{len(sources[0])} records, views of {args.size} px, one thread, {args.rounds} rounds")
-    print("| | images/s/core (median) |\n|---|---|")
-    for name, values in speeds.items():
-        print(f"| {name} | {statistics.median(values):.0f} |")
-    print(f"| ratio (min, median, max) | {ratios[0]:.2f}, {statistics.median(ratios):.2f}, {ratios[-1]:.2f} |")
+    if args.side:
+        serve(args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        count = prepare(args, pathlib.Path(folder))
+        sides: dict[str, dict[str, str]] = {alternate.OURS: {}, PROCESSES: {}, REFERENCE: {}, TUNED: {}}
+        found = alternate.measure("benchmarks.input_pipeline", sides, args, [*sys.argv[1:], f"--work={folder}"])
+    columns = {"images": "images/s", "per_core": "images/s/core", "peak_gb": "peak memory, GB, without workers"}
+    text = alternate.table(found, columns, "images", REFERENCE)
+    if found.get(TUNED, {}).get("rounds") and found.get(alternate.OURS, {}).get("rounds"):
+        pairs = zip(found[alternate.OURS]["rounds"], found[TUNED]["rounds"], strict=False)
+        ratio = alternate.spread([own["images"] / other["images"] for own, other in pairs])
+        text += f"\n\nOurs is {ratio} times as fast as the {TUNED}."
+    what = f"of {args.rgb} in colour" if args.rgb else "as they are"
+    origin = "PNG files" if args.png else "simulated frames"
+    title = f"input: {count} {origin} {what}, views of {args.size} px, {args.workers} workers each"
+    alternate.report(args, title, found, text)
 
 
 if __name__ == "__main__":

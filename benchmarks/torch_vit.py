@@ -1,14 +1,13 @@
-"""The PyTorch side of the benchmarks: the same vision transformer and data loading, as a careful person writes them.
+"""Models of the PyTorch sides: the same vision transformer as a careful person writes it, and Hugging Face's.
 
-Fused query-key-value, `scaled_dot_product_attention`, the patch embedding as a strided convolution, images decoded and
-resized by OpenCV in the workers of a DataLoader. Files lie loose in a folder, as PyTorch people keep them.
+Fused query-key-value, `scaled_dot_product_attention`, the patch embedding as a strided convolution.
 """
 
 import pathlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from safetensors.numpy import load_file
@@ -103,49 +102,45 @@ def _translate(name: str, flat: dict[str, np.ndarray], shape: Sequence[int]) -> 
     return value.T if leaf == "kernel" else value
 
 
-class Images(torch.utils.data.Dataset):
-    """Image files, decoded and resized whole or through a random view, with their labels.
-
-    Args:
-      files: paths.
-      labels: class of each file.
-      size: (height, width) of what comes out.
-      channels: 1 or 3.
-      view: takes the decoded uint8 image and returns what training sees of it; None resizes the whole.
-    """
-
-    def __init__(
-        self,
-        files: Sequence[str],
-        labels: Sequence[int],
-        size: tuple[int, int],
-        channels: int,
-        view: Callable[[np.ndarray], np.ndarray] | None = None,
-    ):
-        self.files, self.labels, self.size, self.channels, self.view = files, labels, size, channels, view
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        """uint8 `[C, H, W]`, and the label."""
-        flag = cv2.IMREAD_GRAYSCALE if self.channels == 1 else cv2.IMREAD_COLOR_RGB
-        pixels: Any = cv2.imread(self.files[index], flag)
-        if self.view is not None:
-            pixels = self.view(pixels)
-        else:
-            pixels = cv2.resize(pixels, self.size[::-1], interpolation=cv2.INTER_AREA)
-        pixels = pixels.reshape(*self.size, self.channels)
-        return torch.from_numpy(pixels.transpose(2, 0, 1)), self.labels[index]
-
-
-def single_threaded(_: int) -> None:
-    """For workers of a DataLoader: the parallelism is over them."""
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
-
-
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 `[B, C, H, W]` to float32; grey is repeated to as many channels as `mean` has."""
     shape = (1, -1, 1, 1)
     return (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def transformers() -> Any:
+    """Hugging Face's package; without torchvision, which it does not need here and which fails to be imported where it
+    was built for another PyTorch.
+    """
+    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
+    import transformers
+
+    return transformers
+
+
+def vit_mae(config: Any) -> Any:
+    """Hugging Face's ViTMAE of the shape that a config of ours has, with random weights."""
+    model, library = config.model, transformers()
+    shape = library.ViTMAEConfig(
+        image_size=model.image_size[0],
+        patch_size=model.patch_size,
+        num_channels=model.channels,
+        hidden_size=model.width,
+        num_hidden_layers=model.depth,
+        num_attention_heads=model.num_heads,
+        intermediate_size=int(model.width * model.mlp_ratio),
+        decoder_hidden_size=model.decoder_width,
+        decoder_num_hidden_layers=model.decoder_depth,
+        decoder_num_attention_heads=model.decoder_num_heads,
+        decoder_intermediate_size=int(model.decoder_width * model.mlp_ratio),
+        mask_ratio=config.mask.ratio,
+        norm_pix_loss=config.loss.normalize_targets,
+        layer_norm_eps=1e-6,
+    )
+    built = library.ViTMAEForPreTraining(shape)
+    # Built from a config the position tables are left at zero; the published weights come with them.
+    for part in (built.vit.embeddings.patch_embeddings.projection, *built.parameters()):
+        part._is_hf_initialized = False
+    built.vit.embeddings.initialize_weights()
+    built.decoder.initialize_weights(built.vit.embeddings.patch_embeddings.num_patches)
+    return built

@@ -1,105 +1,272 @@
-"""What the choices inside the model buy: one training step with and without each of them, side by side.
+"""One pretraining step beside Hugging Face's ViTMAE with AdamW, eager and compiled, in float32 or bfloat16.
 
-    python -m benchmarks.train_step [--variant=tiny] [--batch=64] [--rounds=7]
+    python -m benchmarks.train_step --model=base --batch=16       # or ti128 --batch=256, or tiny --batch=64
+    python -m benchmarks.train_step --model=ti128 --batch=256 --dtypes=float32,bfloat16
+    python -m benchmarks.train_step --model=tiny --batch=64 --allocators
+    python -m benchmarks.train_step --model=tiny --batch=64 --ablate
 
-Prints images/s of every arrangement and its ratio to ours, each round measuring all of them in turn, so that a machine
-that slows down slows all. The floor is the time the matrix products alone need at the speed of one large product.
+A side is a process that keeps training on one batch of noise; sides take turns of `--seconds`. The limit is what its
+matrix products alone would allow at the speed of one large product, which each side measures in its turn: no step of
+this arithmetic is faster. With `--allocators` ours runs under several ways to keep memory, each in a new process every
+round; with `--ablate` without what the model does for speed, one thing at a time.
 """
 
 import argparse
+import ast
 import contextlib
-import statistics
+import functools
+import glob
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from benchmarks import alternate
 from configs.pretrain import get_config
-from usfmae_jax.models import layers, vit
-from usfmae_jax.pretraining import build
-from usfmae_jax.training.mesh import make_mesh
-from usfmae_jax.training.state import init_state
-from usfmae_jax.training.update import make_update
+
+_PEER = "transformers"
+_MODELS = ("base", "ti128", "tiny")
+_ABLATIONS = (
+    "products of [B, N, D], not flattened",
+    "GELU differentiated automatically",
+    "attention differentiated automatically",
+    "no GELU at all",
+)
+_LARGE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
+_AS_IT_IS = "glibc as it is"
+
+
+def sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What is compared, by name: `who`; `cross`, `compiled`, `dtype`, `without`, `keep` and `environment`."""
+    if args.allocators:
+        found: dict[str, dict[str, Any]] = {
+            _AS_IT_IS: {},
+            "as the project sets it": {"keep": True},
+            "large thresholds": {"environment": _LARGE},
+        }
+        found |= {name: {"environment": {"LD_PRELOAD": path}} for name, path in allocators(args.libraries).items()}
+        return {name: {"who": alternate.OURS, "keep": False} | more for name, more in found.items()}
+    if args.ablate:
+        found = {alternate.OURS: {}} | {what: {"without": what} for what in _ABLATIONS}
+        return {name: {"who": alternate.OURS} | more for name, more in found.items()}
+    all_sides: dict[str, dict[str, Any]] = {}
+    for dtype in args.dtypes.split(","):
+        kinds = {
+            alternate.OURS: {},
+            f"{alternate.OURS}, cross decoder": {"cross": True},
+            _PEER: {},
+            f"{_PEER}, compiled": {"compiled": True},
+        }
+        for name, more in kinds.items():
+            if not (args.quick and more.get("compiled")):  # takes minutes
+                full = name if dtype == "float32" else f"{name}, {dtype}"
+                all_sides[full] = {"who": name.partition(",")[0], "dtype": dtype} | more
+    return all_sides
+
+
+def allocators(folder: str) -> dict[str, str]:
+    """Libraries to be loaded first, by name, of those that this machine has in the usual places or in `folder`."""
+    found = {}
+    for name, pattern in (("tcmalloc", "libtcmalloc*.so*"), ("jemalloc", "libjemalloc*.so*")):
+        places = [folder] if folder else ["/usr/lib", "/usr/lib/*", "/usr/local/lib", "/usr/lib64", "/opt/*/lib"]
+        paths = [path for place in places for path in sorted(glob.glob(f"{place}/{pattern}"), key=len)]
+        if paths:
+            found[name] = paths[0]
+        else:
+            alternate.tell(f"{name}: not on this machine; --libraries=DIR names a folder that has {pattern}")
+    return found
+
+
+def settings(args: argparse.Namespace, dtype: str, cross: bool) -> Any:
+    """The run's config."""
+    config = get_config("base" if args.model == "ti128" else args.model)
+    if args.model == "ti128":
+        config.model.update(image_size=(128, 128), width=192, num_heads=3)
+        config.model.update(decoder_width=128, decoder_depth=2, decoder_num_heads=4)
+    if args.quick:
+        config.model.update(image_size=(32, 32), width=32, depth=2, num_heads=2, patch_size=8)
+        config.model.update(decoder_width=16, decoder_depth=1, decoder_num_heads=2)
+    config.model.update(dtype=dtype, scan=False)  # unrolled: what one does on a CPU
+    config.train.batch_size = args.batch
+    if cross:
+        config.objective = "cross_mae"
+    with config.unlocked():
+        for change in args.set:
+            name, _, value = change.partition("=")
+            with contextlib.suppress(ValueError, SyntaxError):
+                value = ast.literal_eval(value)
+            config.update_from_flattened_dict({name: value})
+    return config
+
+
+def noise(config: Any) -> np.ndarray:
+    """Images of a batch, uint8 `[B, H, W, C]`."""
+    shape = (config.train.batch_size, *config.model.image_size, config.data.channels)
+    return np.random.default_rng(0).integers(0, 255, shape, np.uint8)
+
+
+def ours(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Result, Callable[[], alternate.Result]]:
+    """The compiled step of `usfmae_jax.main`."""
+    from usfmae_jax.training import mesh as meshes
+
+    if side.get("keep", True):
+        meshes.keep_memory()
+    import jax
+    import jax.numpy as jnp
+
+    from usfmae_jax.pretraining import build
+    from usfmae_jax.training.state import init_state
+    from usfmae_jax.training.update import compile_update
+
+    config = settings(args, side.get("dtype", "float32"), side.get("cross", False))
+    objective, mesh = build.objective(config), meshes.make_mesh()
+    graph, state = init_state(objective.make, build.make_optimizer(config)[0], mesh, 0)
+    pixels, length = noise(config), jax.device_put(np.int32(1000), meshes.replicated(mesh))
+    with without(side.get("without", "")):
+        update = build.make_step(config, objective, graph, mesh)
+        start = time.perf_counter()
+        step = compile_update(update, state, meshes.global_batch(mesh, pixels), alternate.tell)
+        compiled = time.perf_counter() - start
+
+    def train() -> None:
+        nonlocal state
+        state, metrics = step(state, meshes.global_batch(mesh, pixels), length)
+        jax.block_until_ready(metrics)
+
+    large = jnp.ones((args.product, args.product), side.get("dtype", "float32"))
+    multiply = jax.jit(lambda a: a @ a)
+    warm = warm_up(train, args.warm)
+    about = {"compile_s": compiled, "gflop": objective.flops() / 1e9} | warm
+    return about, functools.partial(turn, args, train, lambda: multiply(large).block_until_ready())
 
 
 @contextlib.contextmanager
-def _as_is() -> Iterator[None]:
-    yield
+def without(what: str) -> Any:
+    """The model lacks one of the things that it does for speed, while it is compiled."""
+    import jax
+    from flax import nnx
+
+    from usfmae_jax.models import layers, vit
+
+    patch: Any = {
+        "": contextlib.nullcontext,
+        _ABLATIONS[0]: lambda: mock.patch.object(
+            layers.Linear, "__call__", lambda layer, x: nnx.Linear.__call__(layer, x)
+        ),
+        _ABLATIONS[1]: lambda: mock.patch.object(vit, "gelu", lambda x: jax.nn.gelu(x, approximate=False)),
+        _ABLATIONS[2]: lambda: mock.patch.object(layers, "attend", lambda q, k, v: layers._attend(q, k, v)[0]),
+        _ABLATIONS[3]: lambda: mock.patch.object(vit, "gelu", lambda x: x),
+    }[what]
+    with patch():
+        yield
 
 
-def _three_dimensional(layer: layers.Linear, x: jax.Array) -> jax.Array:
-    return nnx.Linear.__call__(layer, x)
+def theirs(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Result, Callable[[], alternate.Result]]:
+    """Hugging Face's ViTMAE of the same shape, and PyTorch's fused AdamW."""
+    import torch
+
+    from benchmarks import torch_vit
+
+    config = settings(args, side["dtype"], False)
+    torch.manual_seed(0)
+    model = torch_vit.vit_mae(config).train()
+    run = torch.compile(model) if side.get("compiled") else model
+    optimizer = torch.optim.AdamW(
+        model.parameters(), 1e-4, betas=(0.9, 0.95), weight_decay=config.optimizer.weight_decay, fused=True
+    )
+    images = torch.from_numpy(noise(config).transpose(0, 3, 1, 2).copy())
+    dtype = getattr(torch, side["dtype"])
+
+    def train() -> None:
+        pixels = torch_vit.normalize(images, config.model.mean, config.model.std)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = run(pixels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    large = torch.ones(args.product, args.product, dtype=dtype)
+    return warm_up(train, args.warm), functools.partial(turn, args, train, lambda: large @ large)
 
 
-ARRANGEMENTS: dict[str, Callable[[], Any]] = {
-    "ours": _as_is,
-    "products of [B, N, D], not flattened": lambda: mock.patch.object(layers.Linear, "__call__", _three_dimensional),
-    "GELU differentiated automatically": lambda: mock.patch.object(
-        vit, "gelu", lambda x: jax.nn.gelu(x, approximate=False)
-    ),
-    "attention differentiated automatically": lambda: mock.patch.object(
-        layers, "attend", lambda q, k, v: layers._attend(q, k, v)[0]
-    ),
-    "no GELU at all": lambda: mock.patch.object(vit, "gelu", lambda x: x),
-}
-
-
-def _compile(config: Any, batch: int) -> tuple[Any, Any, jax.Array]:
-    mesh = make_mesh()
-    objective = build.objective(config)
-    optimizer, learning_rate = build.make_optimizer(config)
-    graph, state = init_state(objective.make, optimizer, mesh, 0)
-    update = make_update(graph, objective.prepare, objective.loss, optimizer, learning_rate, mesh)
-    size = (batch, *build.encoder(config)["image_size"], config.data.channels)
-    images = jnp.asarray(np.random.default_rng(0).integers(0, 255, size, np.uint8))
-    return jax.jit(update).lower(state, images, 1000).compile(), state, images
-
-
-def _peak(rounds: int = 5) -> float:
-    """FLOP/s of a 2048 x 2048 product."""
-    a = jnp.ones((2048, 2048))
-    product = jax.jit(lambda a: a @ a)
-    product(a).block_until_ready()
+def warm_up(train: Callable[[], None], steps: int) -> alternate.Result:
+    """Some steps that do not count; the first one compiles where nothing did before."""
     times = []
-    for _ in range(rounds):
+    for _ in range(max(steps, 1)):
         start = time.perf_counter()
-        product(a).block_until_ready()
+        train()
         times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+    return {"first_step_s": times[0], "last_warm_step_s": times[-1]}
+
+
+def turn(args: argparse.Namespace, train: Callable[[], None], multiply: Callable[[], Any]) -> alternate.Result:
+    """Trains for some seconds; images/s, and GFLOP/s of the best of four large products."""
+    start, steps = time.perf_counter(), 0
+    while not steps or time.perf_counter() - start < args.seconds:
+        train()
+        steps += 1
+    seconds, times = time.perf_counter() - start, []
+    for _ in range(4):
+        start = time.perf_counter()
+        multiply()
+        times.append(time.perf_counter() - start)
+    return {"images": steps * args.batch / seconds, "steps": steps, "gflops": 2 * args.product**3 / min(times) / 1e9}
+
+
+def add_limits(found: alternate.Found) -> None:
+    """Adds to each round the share of its own limit, in percent."""
+    for name, side in found.items():
+        own = side if "gflop" in side["about"] else found.get(alternate.OURS, side)  # full decoders are the same work
+        gflop = own["about"].get("gflop")
+        best = max((one["gflops"] for one in side["rounds"]), default=0.0)
+        for one in side["rounds"] if gflop else ():
+            one["share"] = 100 * one["images"] * gflop / best
+        side["about"]["limit"] = best / gflop if gflop else None
+        alternate.tell(f"{name}: at most {side['about']['limit'] or 0:.3g} images/s at {best:.0f} GFLOP/s")
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="tiny")
+    parser.add_argument("--model", default="tiny", choices=_MODELS, help="ti128: ViT-Ti/16, 128 px, decoder 128 x 2")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtypes", default="float32", help="of the arithmetic, separated by commas")
+    parser.add_argument("--allocators", action="store_true", help="ours alone, under several ways to keep memory")
+    parser.add_argument("--libraries", default="", help="folder of the libraries of --allocators")
+    parser.add_argument("--ablate", action="store_true", help="ours alone, without one thing at a time")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a turn, at least one step")
+    parser.add_argument("--warm", type=int, default=3, help="steps before the first turn")
+    parser.add_argument("--product", type=int, default=2048, help="side of the large product")
+    parser.add_argument("--set", action="append", default=[], help="a field of ours, such as model.scan=True")
+    alternate.add_arguments(parser, rounds=6)
     args = parser.parse_args()
-    config = get_config(args.variant)
-    compiled = {}
-    for name, arrangement in ARRANGEMENTS.items():
-        with arrangement():
-            compiled[name] = _compile(config, args.batch)
-    speeds: dict[str, list[float]] = {name: [] for name in compiled}
-    for round_number in range(args.rounds + 1):
-        for name, (step, state, images) in compiled.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step(state, images, 1000))
-            if round_number:  # the first one warms up
-                speeds[name].append(args.batch / (time.perf_counter() - start))
-    floor = _peak() / build.objective(config).flops()
-    print(f"{jax.devices()[0].device_kind}, {args.variant}, batch {args.batch}, {args.rounds} rounds")
-    print("| arrangement | images/s (median) | ours / this (min, median, max) |\n|---|---|---|")
-    for name, values in speeds.items():
-        ratios = sorted(a / b for a, b in zip(speeds["ours"], values, strict=True))
-        spread = f"{ratios[0]:.2f}, {statistics.median(ratios):.2f}, {ratios[-1]:.2f}"
-        print(f"| {name} | {statistics.median(values):.0f} | {spread} |")
-    print(f"| floor: matrix products alone at the speed of one large product | {floor:.0f} | |")
+    if args.quick:
+        args.batch, args.seconds, args.product, args.rounds = 8, 0.2, 256, min(args.rounds, 2)
+    chosen = sides(args)
+    if args.side:
+        side = chosen[args.side]
+        alternate.serve(lambda: (ours if side["who"] == alternate.OURS else theirs)(args, side))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        # Where a process lasts one round it does not compile anew; where it lasts, what it compiles counts.
+        cached = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        environments = {name: (cached if args.allocators else {}) | side.get("environment", {})
+                        for name, side in chosen.items()}  # fmt: skip
+        found = alternate.measure("benchmarks.train_step", environments, args, sys.argv[1:], fresh=args.allocators)
+    add_limits(found)
+    columns = {"images": "images/s", "share": "% of its limit", "gflops": "GFLOP/s of one large product"}
+    peer = _AS_IT_IS if args.allocators else alternate.OURS if args.ablate else _PEER
+    text = alternate.table(found, columns | {"peak_gb": "peak memory, GB"}, "images", peer)
+    shape = settings(args, "float32", False).model
+    title = (
+        f"step, {args.model}: width {shape.width}, depth {shape.depth}, {shape.image_size[0]} px, batch {args.batch}"
+    )
+    alternate.report(args, title, found, text)
 
 
 if __name__ == "__main__":

@@ -119,6 +119,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.log = dict(
         every=50,  # steps between lines
         pictures_every=1000,  # steps between reconstructions; 0 = none
+        profile=(0, 0),  # first step and number of steps to trace, say (10, 3), into profile/ for ui.perfetto.dev
     )
     config.probe = dict(  # is it learning?
         data=dict(

@@ -1,7 +1,11 @@
 """The loop: what it refuses before anything is compiled, and what it does with what it is given."""
 
+import gzip
+import json
+import os
 import pathlib
 import shutil
+import socket
 
 import cv2
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import flatten, open_model
 from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining.loop import pretrain
-from usfmae_jax.training.monitor import DivergedError
+from usfmae_jax.training.monitor import _ABSOLUTE, DivergedError
 
 
 def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(config, tmp_path):
@@ -124,6 +128,37 @@ def test_pictures_and_probe_appear_in_the_logs(config, tmp_path, shards):
     assert set(probes) == {0, 4}
     assert probes[4]["probe/logistic_auroc"] > 0.9  # a bright disc or none: even a small model's features tell
     assert probes[4]["probe/rankme"] >= 1
+
+
+def test_some_steps_are_traced_without_a_word_of_the_machine(config, tmp_path):
+    config.train.steps = 4
+    config.log.profile = (2, 2)
+    assert pretrain(config, str(tmp_path))
+    (path,) = (tmp_path / "profile").iterdir()
+    assert path.name == "steps-2-3.json.gz"
+    text = gzip.decompress(path.read_bytes()).decode()
+    names = {event.get("name", "") for event in json.loads(text)["traceEvents"]}
+    assert any("fusion" in name or "dot" in name for name in names)
+    for private in (
+        socket.gethostname(),
+        str(tmp_path),
+        str(pathlib.Path(__file__).parents[2]),
+        os.path.expanduser("~"),
+    ):
+        assert private not in text
+
+
+@pytest.mark.parametrize("steps", [(2,), (-1, 2), (1.5, 2)])
+def test_a_profile_is_of_a_step_and_a_number_of_steps(config, tmp_path, steps):
+    with config.unlocked():
+        config.log = {**config.log, "profile": steps}
+    with pytest.raises(InputError, match=r"config\.log\.profile=.* must be the first step and a number of steps"):
+        pretrain(config, str(tmp_path))
+
+
+def test_paths_in_a_trace_keep_their_last_part():
+    text = '{"source":"/home/someone/code/vit.py:12","name":"jit(update)/vit/dot","other":"\\/a\\/b\\/c.py"}'
+    assert _ABSOLUTE.sub("", text) == '{"source":"vit.py:12","name":"jit(update)/vit/dot","other":"c.py"}'
 
 
 @pytest.mark.slow

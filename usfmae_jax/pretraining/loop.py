@@ -21,7 +21,7 @@ from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, 
 from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks, hardware
 from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, replicated
-from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
+from usfmae_jax.training.monitor import Monitor, Preemption, Profile, naming_records
 from usfmae_jax.training.state import State, abstract_state, init_state, teacher_state, weights_of
 from usfmae_jax.training.update import compile_update
 
@@ -40,7 +40,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
       InputError: something given cannot be used; raised before anything is compiled.
       DivergedError: loss or gradient norm is not finite; the last good checkpoint stays.
     """
-    objective = build.objective(config)
+    objective, profile = build.objective(config), Profile(workdir, config.log.profile)
     mesh = make_mesh(**config.mesh)
     checks.check_batch(checks.flat(config.to_dict()), mesh.size)
     sources, dataset = build.open_data(config)
@@ -91,7 +91,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     train_step, step = None, first_step
 
     named, stopping = naming_records(dataset, sources, workdir), Preemption()
-    with stopping as preemption, report, contextlib.closing(saver), contextlib.closing(batches), named:
+    with stopping as preemption, report, contextlib.closing(saver), contextlib.closing(batches), named, profile:
         if jax.process_index() == 0:
             epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         describe(report, config, mesh, sources, state, total_steps)
@@ -103,6 +103,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         else:
             inspect.look(looks, report, state, 0)
         for step in range(first_step + 1, total_steps + 1):
+            profile.begin(step)
             with report.waiting_for_input():
                 batch = next(batches)
                 for line in damage.update(damage_of_all(batch["damaged"])):
@@ -112,6 +113,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                 with report.pause():
                     train_step = compile_update(update, state, images, report.say)
             state, metrics = train_step(state, images, length)
+            with report.pause():
+                profile.end(step, metrics)
             report.update(step, metrics)
             stop = preemption.requested()
             if stop or step == total_steps or step % config.checkpoint.every == 0:

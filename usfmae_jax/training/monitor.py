@@ -1,11 +1,14 @@
 """What a person sees of a run: progress bar, throughput, logs; and the wish to stop that reaches it from outside."""
 
 import contextlib
+import gzip
 import json
 import math
 import os
+import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
@@ -21,6 +24,7 @@ from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from usfmae_jax.data.records import Shards
+from usfmae_jax.errors import InputError
 from usfmae_jax.reporting import progress
 from usfmae_jax.training.mesh import rows_of_all
 
@@ -43,6 +47,9 @@ PEAK_FLOPS = {
     "TPU v3": 61.5e12,
     "TPU v2": 22.5e12,
 }
+
+#: In JSON, what leads from the root of a file system to the last part of a path.
+_ABSOLUTE = re.compile(r'(?<=["\s:=(])\\?/(?:[^"\s:/\\]+\\?/)+')
 
 
 class DivergedError(RuntimeError):
@@ -269,6 +276,59 @@ class Monitor:
         mean = sum(self._losses) / max(len(self._losses), 1)
         self._losses.clear()
         return mean
+
+
+class Profile:
+    """Traces some steps of a loop into `<workdir>/profile/steps-FROM-TO.json.gz`, which https://ui.perfetto.dev opens.
+
+    What JAX writes beside it for TensorBoard names the machine and the folders of its programs and is not kept; of a
+    path in the trace only the last part is. Process 0 alone traces.
+
+    Args:
+      workdir: of the run.
+      steps: the first step, and how many; (0, 0) = none.
+
+    Raises:
+      InputError: they are no such numbers.
+    """
+
+    def __init__(self, workdir: str, steps: Sequence[int]):
+        if len(steps) != 2 or not all(isinstance(number, int) and number >= 0 for number in steps):
+            raise InputError(f"config.log.profile={tuple(steps)} must be the first step and a number of steps")
+        self._first, self._last = steps[0], steps[0] + steps[1] - 1
+        self._path = epath.Path(workdir) / "profile" / f"steps-{self._first}-{self._last}.json.gz"
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def begin(self, step: int) -> None:
+        """Before a step, the wait for its input included."""
+        if step == self._first <= self._last and jax.process_index() == 0:
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0
+            self._folder = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._folder.name, create_perfetto_trace=True, profiler_options=options)
+
+    def end(self, step: int, metrics: Any) -> None:
+        """After it, with its metrics, which are waited for at the last step."""
+        if step == self._last and self._folder:
+            jax.block_until_ready(metrics)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._folder is None:
+            return
+        jax.profiler.stop_trace()
+        (trace,) = epath.Path(self._folder.name).glob("plugins/profile/*/perfetto_trace.json.gz")
+        text = gzip.decompress(trace.read_bytes()).decode()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_bytes(gzip.compress(_ABSOLUTE.sub("", text).encode()))
+        self._folder.cleanup()
+        self._folder = None
 
 
 class _Page:
