@@ -88,9 +88,17 @@ class Parser(argparse.ArgumentParser):
         name, about = as_started(f"python -m {module}"), as_started(doc)
         super().__init__(name, description=about, formatter_class=how, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse."""
+        self._given = [str(one).partition("=")[0] for one in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raises: InputError, with what argparse says."""
         unknown = re.findall(r"--\w[\w-]*", message) if message.startswith("unrecognized") else []
+        if message.startswith("the following"):  # one that is missing may be there, misspelt
+            unknown = [one for one in self._given if one.startswith("--") and one not in self._option_string_actions]
+            message += "".join(f"; {one} is no option" for one in unknown)
         near = [name for one in unknown for name in difflib.get_close_matches(one, self._option_string_actions, n=1)]
         hint = f"; nearest is {', '.join(near)}" if near else ""
         raise InputError(f"{message}{hint}; --help shows examples")
