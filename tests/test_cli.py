@@ -203,8 +203,11 @@ def test_a_mistake_exits_2_without_a_traceback():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_devices_that_are_not_there_are_asked_for_in_vain_in_one_sentence():
-    command = [sys.executable, "-m", "usfmae_jax.main", "--config=pretrain:tiny", "--config.data.path=x"]
+@pytest.mark.parametrize(
+    "door", ["main --config=pretrain:tiny --config.data.path=x", "evaluate --config=evaluate --config.data.path=x"]
+)
+def test_devices_that_are_not_there_are_asked_for_in_vain_in_one_sentence(door):
+    command = [sys.executable, "-m", *f"usfmae_jax.{door}".split()]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cuda"})
     assert done.returncode == 2
     assert "error: JAX_PLATFORMS=cuda asks for devices that JAX does not find here" in done.stderr
