@@ -142,6 +142,11 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     )
     config.log = dict(
         every=20,  # steps between lines
+        tensorboard=True,  # event files in tensorboard/ of the workdir
+        # Weights & Biases: "offline" (in the workdir, for `wandb sync`), "online"; "" = off. Needs extra "tracking".
+        wandb="",
+        # MLflow: "offline" (in the workdir), "online" (the server that MLFLOW_TRACKING_URI names); "" = off. Likewise.
+        mlflow="",
     )
     config.evaluate = dict(
         batch_size=0,  # images per call; 0 = what suits the devices

@@ -120,6 +120,11 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         every=50,  # steps between lines
         pictures_every=1000,  # steps between reconstructions; 0 = none
         profile=(0, 0),  # first step and number of steps to trace, say (10, 3), into profile/ for ui.perfetto.dev
+        tensorboard=True,  # event files in tensorboard/ of the workdir
+        # Weights & Biases: "offline" (in the workdir, for `wandb sync`), "online"; "" = off. Needs extra "tracking".
+        wandb="",
+        # MLflow: "offline" (in the workdir), "online" (the server that MLFLOW_TRACKING_URI names); "" = off. Likewise.
+        mlflow="",
     )
     config.probe = dict(  # is it learning?
         data=dict(

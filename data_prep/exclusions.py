@@ -182,7 +182,6 @@ def duplicates_within(
     order = sorted(range(len(rows)), key=lambda k: (_SPLITS.get(rows[k].split, 2), rows[k].label < 0, k))
     dropped: dict[int, tuple[str, int]] = {}
     contradictions: list[tuple[int, int]] = []
-    across_splits = 0
     warnings: list[str] = []
     near = _near_pairs(rows, order, radius, warnings.append)
     for earlier, later, reason in itertools.chain(_equal_pairs(rows, order), near):
@@ -192,14 +191,11 @@ def duplicates_within(
             contradictions.append((earlier, later))
             continue
         dropped[later] = reason, earlier
-        across_splits += rows[earlier].split != rows[later].split
     if contradictions:
         one, other = (rows[k].frame for k in contradictions[0])
         warnings.append(
             f"pictures with two labels, which are all kept: {len(contradictions):,}, the first {one!r} and {other!r}"
         )
-    if across_splits:
-        warnings.append(f"frames that were dropped because another split has them: {across_splits:,}")
     return dropped, warnings
 
 

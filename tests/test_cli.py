@@ -1,6 +1,7 @@
 """The command line: quick help, and errors that name the nearest right thing."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -66,8 +67,8 @@ def test_names_for_a_tuple_need_no_quotes(value, expected):
         ([f"{CONFIG}:zzz"], "no variant 'zzz'; valid are base, paper, demo, tiny, small, large, huge"),
         ([CONFIG, "--config.optimizer.learning_rat=1"], "nearest are config.optimizer.learning_rate"),
         ([CONFIG, "--config.batch_size=1"], "config.train.batch_size"),
-        ([CONFIG, "--config.train.batch_size=many"], "config.train.batch_size=many"),
-        ([CONFIG, "--wrkdir=x"], "Did you mean: workdir"),
+        ([CONFIG, "--config.train.batch_size=many"], "config.train.batch_size=many: a whole number is wanted"),
+        ([CONFIG, "--wrkdir=x"], "--wrkdir is no option; nearest is --workdir"),
         ([CONFIG, "stray"], "'stray' is not understood"),
         ([CONFIG, "--noconfig.model.scam"], "nearest are config.model.scan"),
     ],
@@ -200,3 +201,14 @@ def test_a_mistake_exits_2_without_a_traceback():
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "door", ["main --config=pretrain:tiny --config.data.path=x", "evaluate --config=evaluate --config.data.path=x"]
+)
+def test_devices_that_are_not_there_are_asked_for_in_vain_in_one_sentence(door):
+    command = [sys.executable, "-m", *f"usfmae_jax.{door}".split()]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cuda"})
+    assert done.returncode == 2
+    assert "error: JAX_PLATFORMS=cuda asks for devices that JAX does not find here" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -35,6 +35,10 @@ from usfmae_jax.errors import (
     visible_output,
 )
 
+#: Of doors with a config the shipped one, the module, and a field that only their configs have.
+_DOORS = {"pretrain": "main", "finetune": "finetune", "evaluate": "evaluate"}
+_OWN = {"pretrain": "objective", "finetune": "mode", "evaluate": "protocol"}
+
 
 @visible_output()
 def run(
@@ -148,10 +152,19 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
         print(_help(doc, first.config or default_config, fields=first.config is not None, trains=trains))
         raise SystemExit(DONE)
     if first.config is None:
-        raise InputError(f"--config is missing; try --config={default_config}")
+        bare = next((one for one in argv[1:] if one.partition(":")[0] in _shipped()), default_config)
+        raise InputError(f"--config is missing; try --config={bare}")
+    if not first.config:
+        raise InputError(f"--config= is empty; its value follows without a blank, as in --config={default_config}")
     value = first.config.rstrip(":")
     file, *variant = value.split(":", 1)
-    fields = _fields(load_config(value))
+    config = load_config(value)
+    _check_door(config, value, default_config)
+    fields = _fields(config)
+    for one in argv[1:]:
+        bare = one.partition("=")[0].lstrip("-")
+        if one.startswith("-") and bare in fields:
+            raise InputError(f"{one.partition('=')[0]} is no option; fields of the config begin with --config.{bare}")
     for name in [found[1] for found in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, argv[1:]) if found]:
         _check_field(name, fields, value)  # ml_collections would raise a KeyError with the whole config
     # ml_collections wants a file, and before what it overrides
@@ -171,6 +184,15 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
     return values
 
 
+def _check_door(config: ml_collections.ConfigDict, value: str, default_config: str) -> None:
+    """Raises InputError if a config is for another door than the one whose own config is `default_config`."""
+    own = pathlib.PurePath(default_config).stem
+    if own in _OWN and _OWN[own] not in config:
+        doors = [module for name, module in _DOORS.items() if _OWN[name] in config]
+        other = f"is for python -m usfmae_jax.{doors[0]}" if doors else f"has no config.{_OWN[own]}"
+        raise InputError(f"--config={value} {other}; here try --config={own}")
+
+
 def _listed(argument: str, fields: Mapping[str, Any]) -> str:
     """An argument with names for a tuple quoted: ml_collections takes /a,/b for an expression that it cannot read."""
     name, sign, value = argument.partition("=")
@@ -188,9 +210,25 @@ def _read(values: flags.FlagValues, argv: Sequence[str], known_only: bool = Fals
     try:
         return values(argv, known_only)
     except flags.Error as error:
-        raise InputError(str(error).replace("flag --", "")) from error
+        raise InputError(_plain(str(error).replace("flag --", ""))) from error
     except (ValueError, TypeError) as error:
-        raise InputError(str(error).strip().splitlines()[-1]) from error
+        raise InputError(_plain(str(error).strip().splitlines()[-1])) from error
+
+
+#: What libraries say of an option or a value, and the same for people who do not write Python.
+_WORDS = (
+    (r"invalid literal for int\(\) with base 10: .*", "a whole number is wanted, such as 1000"),
+    (r"could not convert string to float: .*", "a number is wanted, such as 0.5 or 1e-3"),
+    (r"Unknown command line flag '(\S+)'\. Did you mean: (\S+) \?", r"--\1 is no option; nearest is --\2"),
+    (r"Unknown command line flag '(\S+)'", r"--\1 is no option; --help shows them"),
+    (r"Missing value for (\S+)", r"--\1 has no value; type --\1=VALUE"),
+)
+
+
+def _plain(said: str) -> str:
+    for pattern, words in _WORDS:
+        said = re.sub(pattern, words, said)
+    return said
 
 
 def command(module: str) -> str:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
@@ -54,7 +55,7 @@ def answer(action: Callable[[], int]) -> int:
     except FaultError as error:
         said, code = str(error), FAILED
     except Exception as error:
-        said = storage_fault(error)
+        said = storage_fault(error) or _absent_devices(error)
         if not said:
             raise
     print(f"error: {said}", file=sys.stderr)
@@ -88,9 +89,17 @@ class Parser(argparse.ArgumentParser):
         name, about = as_started(f"python -m {module}"), as_started(doc)
         super().__init__(name, description=about, formatter_class=how, **settings)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse."""
+        self._given = [str(one).partition("=")[0] for one in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Raises: InputError, with what argparse says."""
         unknown = re.findall(r"--\w[\w-]*", message) if message.startswith("unrecognized") else []
+        if message.startswith("the following"):  # one that is missing may be there, misspelt
+            unknown = [one for one in self._given if one.startswith("--") and one not in self._option_string_actions]
+            message += "".join(f"; {one} is no option" for one in unknown)
         near = [name for one in unknown for name in difflib.get_close_matches(one, self._option_string_actions, n=1)]
         hint = f"; nearest is {', '.join(near)}" if near else ""
         raise InputError(f"{message}{hint}; --help shows examples")
@@ -131,6 +140,17 @@ def storage_fault(error: BaseException | None) -> str:
             return f"{said}{place}; {remedy}, and the same command goes on from what was saved last"
         error = error.__cause__ or error.__context__
     return ""
+
+
+def _absent_devices(error: Exception) -> str:
+    """What to say when JAX does not find the devices that it is told to take; "" when the error is another."""
+    wanted, frames = os.environ.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
+    if not wanted or not frames or not frames[-1].filename.endswith("xla_bridge.py"):
+        return ""
+    return (
+        f"JAX_PLATFORMS={wanted} asks for devices that JAX does not find here; leave it out to take what there is, and "
+        "see requirements-cuda.txt and requirements-tpu.txt for what GPUs and TPUs need"
+    )
 
 
 # Characters that are not seen: they steer terminals, or turn the direction of writing, and a name looks like another.

@@ -62,7 +62,9 @@ def compare(argv: Sequence[str]) -> int:
         if args.resamples < 1:
             raise InputError(f"--resamples={args.resamples} must be 1 or more")
         a, b = comparison.read(args.a), comparison.read(args.b)
-        found = comparison.compare(a, b, args.positive or _positive(args.a), args.resamples)
+        task = _task(args.a)
+        positive, unit = args.positive or str(task.get("positive") or ""), str(task.get("unit") or "")
+        found = comparison.compare(a, b, positive, args.resamples, unit=unit)
         print(comparison.table(found))
         if args.output:
             _write(args.output, json.dumps(found, indent=2) + "\n")
@@ -71,13 +73,15 @@ def compare(argv: Sequence[str]) -> int:
     return answer(act)
 
 
-def _positive(workdir: str) -> str:
-    """The positive class that a run was evaluated for; "" where it does not say."""
+def _task(workdir: str) -> dict[str, Any]:
+    """What a run says of its task: the positive class, or the unit of a number; {} where it does not say."""
+    folder = pathlib.Path(workdir)
     try:
-        task = json.loads(pathlib.Path(workdir, "results.json").read_text(encoding="utf-8"))["task"]
-        return str(task.get("positive") or "")
-    except (OSError, ValueError, KeyError):
-        return ""
+        folder = folder.parent if folder.is_file() else folder
+        task = json.loads((folder / "results.json").read_text(encoding="utf-8"))["task"]
+        return task if isinstance(task, dict) else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _write(path: str, text: str) -> None:

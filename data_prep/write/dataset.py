@@ -179,13 +179,18 @@ def _choose(rows: list[parts.Row], plan: Plan, excluded: exclusions.Exclusions |
     # Excluded frames take part: what an excluded frame shows is no better under another name.
     looked_at = [position for position, reason in enumerate(reasons) if reason != work.THINNED]
     found, warnings = exclusions.duplicates_within([rows[position] for position in looked_at])
-    copies = 0
+    copies = across = 0
     for position, (reason, of) in found.items():
         here, kept = looked_at[position], reasons[looked_at[of]]
+        if reasons[here]:
+            continue  # left out anyway
         if kept or plan.deduplicate:
-            reasons[here] = reasons[here] or kept or reason
+            reasons[here] = kept or reason
+            across += not kept and rows[here].split != rows[looked_at[of]].split
         else:
             copies += 1
+    if across:
+        warnings.append(f"frames that were dropped because another split has them: {across:,}")
     if copies:
         warnings.append(f"frames that are there more than once: {copies:,}; --deduplicate=on would drop them")
     return reasons, warnings

@@ -161,7 +161,7 @@ def test_a_copy_in_the_test_split_or_with_a_label_is_kept_rather_than_the_first(
     rows = [Row("a", SHA, label=0), Row("b", SHA, split="test"), Row("c", OTHER_SHA), Row("d", OTHER_SHA, label=2)]
     dropped, warnings = within(rows)
     assert dropped == {0: "equal pixels", 2: "equal pixels"}
-    assert warnings == ["frames that were dropped because another split has them: 1"]
+    assert warnings == []
 
 
 def test_copies_with_two_labels_all_stay_and_a_person_is_told():

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from tests.evaluation.made import predictions
+from usfmae_jax import evaluate
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import classification, comparison, instances, multilabel, regression
 from usfmae_jax.evaluation.instances import InstancePredictions
@@ -152,7 +153,7 @@ def _others(rng, skill):
 
 
 @pytest.mark.parametrize(("kind", "lead"), [("numbers", "mae"), ("labels", "auroc"), ("instances", "map50")])
-def test_runs_of_every_task_are_compared_and_read_again(rng, tmp_path, kind, lead):
+def test_runs_of_every_task_are_compared_and_read_again(rng, tmp_path, kind, lead, capsys):
     good, bad = (_others(rng, skill)[kind] for skill in (3.0, 0.0))
     for name, run in (("good", good), ("bad", bad)):
         (tmp_path / name).mkdir()
@@ -169,6 +170,11 @@ def test_runs_of_every_task_are_compared_and_read_again(rng, tmp_path, kind, lea
     value = {"numbers": regression, "labels": multilabel, "instances": instances}[kind].score(good, np.ones((1, 80)))
     assert one["a"] == pytest.approx(float(value[lead][0]))
     assert found["names"][lead] in comparison.table(found)
+    if kind == "numbers":  # of which the table says in what they are
+        (tmp_path / "good" / "results.json").write_text('{"task": {"quantity": "depth", "unit": "mm"}}')
+        for place in ("good", "good/predictions.csv"):
+            assert evaluate.compare([str(tmp_path / place), str(tmp_path / "bad"), "--resamples=20"]) == 0
+            assert f"| {regression.titles('mm')['mae']} " in capsys.readouterr().out
     names = {"numbers": "truth", "labels": "truth", "instances": "drawn"}
     other = dataclasses.replace(bad, **{names[kind]: 1 - getattr(bad, names[kind])})
     with pytest.raises(InputError, match="something else is true of frame"):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from usfmae_jax.training import monitor as monitors
+from usfmae_jax.training import writers
 
 
 def _monitor(path, first_step=0, **options):
@@ -88,7 +89,9 @@ def test_a_clock_that_is_set_back_stops_no_bar_and_event_files_stay_in_order(tmp
     monkeypatch.setattr("tqdm.std.time", earlier)
     names: list[str] = []
     for first_step in (0, 1, 2):
-        with _monitor(tmp_path, first_step=first_step) as report:
+        log = {"tensorboard": True, "wandb": "", "mlflow": ""}
+        places = writers.open_writers(log, str(tmp_path), first_step, {})
+        with _monitor(tmp_path, first_step=first_step, writers=places) as report:
             report._bar.mininterval = 0.0
             for step in (first_step + 1, first_step + 2):
                 report.update(step, _metrics())

@@ -61,7 +61,12 @@ def read(path: str) -> Predictions:
 
 
 def compare(
-    a: Predictions, b: Predictions, positive: str = "", resamples: int = 2000, seed: int = intervals.SEED
+    a: Predictions,
+    b: Predictions,
+    positive: str = "",
+    resamples: int = 2000,
+    seed: int = intervals.SEED,
+    unit: str = "",
 ) -> dict[str, Any]:
     """Compares two runs on the frames that both were tested on.
 
@@ -77,6 +82,7 @@ def compare(
       positive: name of the positive class of two; "" = the last of `a`.
       resamples: bootstrap replicates.
       seed: of the bootstrap.
+      unit: of a quantity.
 
     Returns:
       `frames`, `patients`: shared; `only_a`, `only_b`: frames that one run alone was tested on; `classes`, `positive`;
@@ -92,7 +98,8 @@ def compare(
     if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
         return _compare_classes(a, b, positive, resamples, seed)
     if type(a) is type(b) and type(a) in _TASKS:
-        return _compare_others(a, b, resamples, seed)
+        found = _compare_others(a, b, resamples, seed)
+        return found | ({"names": regression.titles(unit)} if type(a) is QuantityPredictions else {})
     raise InputError("the runs are of two tasks; compare runs of the same task")
 
 

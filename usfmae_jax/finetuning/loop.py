@@ -27,7 +27,7 @@ from usfmae_jax.interop.model import Model, model_graph, save_model
 from usfmae_jax.models.layers import without_lora
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.tasks import Task
-from usfmae_jax.training import checkpoints, checks, hardware
+from usfmae_jax.training import checkpoints, checks, hardware, writers
 from usfmae_jax.training.forward import apply_batches, fitting_batch, mean_of_two
 from usfmae_jax.training.mesh import (
     batch_sharding,
@@ -64,6 +64,7 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     """
     mesh = make_mesh(**config.mesh)
     checks.check_batch(checks.flat(config.to_dict()), mesh.size)
+    writers.check(config.log.to_dict(), workdir)
     side_by_side.check(config.parallel, mesh)
     config = config.copy_and_resolve_references()
     config.evaluate.batch_size = fitting_batch(config.evaluate.batch_size, mesh, "config.evaluate.batch_size")
@@ -242,6 +243,7 @@ class Trainer:
         dataset = self.batches(member)
         batches = pipeline.iterate(dataset, position["next_batch"], config.data.workers, config.data.threads)
         length = jax.device_put(np.int32(member.total_steps), replicated(self.mesh))
+        settings = checks.flat(run.settings)
         monitor = Monitor(
             folder,
             total_steps=member.total_steps,
@@ -252,6 +254,7 @@ class Trainer:
             skippable=config.train.skip_nonfinite,
             name=f"{member.name} ({run.members.index(member) + 1}/{len(run.members)})",
             line=line,
+            writers=writers.open_writers(config.log.to_dict(), folder, first_step, settings, run.workdir),
         )
         monitor.skipped = position.get("skipped", 0)
         saved = first_step

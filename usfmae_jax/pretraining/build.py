@@ -62,6 +62,7 @@ def masked_autoencoding(
     _check_heads(model, "decoder_width", "decoder_num_heads")
     checks.check_least(model, {"decoder_depth": 0}, "model.")
     (height, width), patch = shape["image_size"], shape["patch_size"]
+    checks.check_ranges(config.mask, {"ratio": (0, 1)}, "mask.")
     try:
         num_visible((height // patch) * (width // patch), config.mask.ratio)
     except ValueError as error:
@@ -278,7 +279,9 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     """
     places = ("checkpoints", "architecture.json", "encoder/architecture.json")
     if not any((epath.Path(directory) / place).exists() for place in places):
-        raise InputError(f"{directory} is not an encoder directory, nor a run or what usfmae_jax.convert wrote")
+        raise InputError(
+            f"config.init: {directory} is not an encoder directory, nor a run or what usfmae_jax.convert wrote"
+        )
     weights = open_model(directory, whole=True)
     weights = weights if weights.kind in ("mae", "encoder") else weights.encoder()
     own, about = state["params"], weights.description["encoder"] | weights.preprocessing

@@ -19,7 +19,7 @@ from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
 from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, save_model, write_lineage
 from usfmae_jax.pretraining import build, inspect
-from usfmae_jax.training import checkpoints, checks, hardware
+from usfmae_jax.training import checkpoints, checks, hardware, writers
 from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption, Profile, naming_records
 from usfmae_jax.training.state import State, abstract_state, init_state, teacher_state, weights_of
@@ -43,6 +43,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     objective, profile = build.objective(config), Profile(workdir, config.log.profile)
     mesh = make_mesh(**config.mesh)
     checks.check_batch(checks.flat(config.to_dict()), mesh.size)
+    writers.check(config.log.to_dict(), workdir)
     sources, dataset = build.open_data(config)
     total_steps = build.count_steps(config, sources)
     optimizer, _ = build.make_optimizer(config)
@@ -85,6 +86,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         flops_per_image=objective.flops(),
         skippable=config.train.skip_nonfinite,
         page=True,
+        writers=writers.open_writers(config.log.to_dict(), workdir, first_step, checks.flat(settings)),
     )
     report.skipped = position.get("skipped", 0)
     length = jax.device_put(np.int32(total_steps), replicated(mesh))

@@ -112,6 +112,8 @@ def make_workdir(workdir: str) -> str:
       InputError: it cannot be written.
     """
     path = epath.Path(workdir)
+    if "://" not in workdir and path.is_file():
+        raise InputError(f"--workdir={workdir} cannot be written: it is a file, not a folder")
     try:
         path = path if "://" in workdir else path.resolve()
         path.mkdir(parents=True, exist_ok=True)

@@ -18,15 +18,13 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
 from tqdm import tqdm
 
 from usfmae_jax.data.records import Shards
 from usfmae_jax.errors import InputError
 from usfmae_jax.reporting import progress
 from usfmae_jax.training.mesh import rows_of_all
+from usfmae_jax.training.writers import Writer
 
 #: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
 PEAK_FLOPS = {
@@ -96,7 +94,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 class Monitor:
-    """Follows a loop and writes `metrics.jsonl`, TensorBoard event files and one progress bar.
+    """Follows a loop and writes `metrics.jsonl`, one progress bar, and what `writers` hand on.
 
     Numbers are those of the step before the one just dispatched, so that the device never waits for the log. Rates
     leave out pauses (saving, probing, drawing), which the loop marks with `pause`.
@@ -112,6 +110,7 @@ class Monitor:
       name: of the bar.
       line: of the terminal that the bar is on, from the cursor down, where several runs share one.
       page: keep `index.html` up to date, see `reporting.progress`.
+      writers: further places that get the numbers and pictures; they are closed with the monitor.
 
     Attributes:
       skipped: how many steps were; a resumed run sets it to what it was.
@@ -130,6 +129,7 @@ class Monitor:
         name: str = "pretrain",
         line: int = 0,
         page: bool = False,
+        writers: Sequence[Writer] = (),
     ):
         self._batch_size, self._every, self._flops = batch_size, every, flops_per_image
         self._peak = peak_flops(jax.devices()[0])
@@ -137,7 +137,7 @@ class Monitor:
         self._pending: tuple[int, Any] | None = None
         self._main = jax.process_index() == 0
         self._log = _JsonLines(epath.Path(workdir) / "metrics.jsonl", first_step) if self._main else None
-        self._events = _Events(epath.Path(workdir) / "tensorboard", first_step) if self._main else None
+        self._writers = writers
         interactive = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
@@ -163,8 +163,8 @@ class Monitor:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
-        if self._events:
-            self._events.close()
+        for writer in self._writers:
+            writer.close(exception[0] is not None)
         if self._page:
             self._page.close()
 
@@ -249,18 +249,18 @@ class Monitor:
         return rates
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds numbers to both logs."""
-        if self._log and self._events:
+        """Adds numbers to the log, and hands them on."""
+        if self._log:
             self._log.append({"step": step, **values})
             if self._page:
                 self._page.add({"step": step, **values}, self._batch_size)
-            for name, value in values.items():
-                self._events.add(step, summary.scalar(name, value))
+            for writer in self._writers:
+                writer.scalars(step, values)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds a uint8 `[H, W, 3]` picture to the event file."""
-        if self._events:
-            self._events.add(step, summary.image(name, image, dataformats="HWC"))
+        """Adds a uint8 `[H, W, 3]` picture to where pictures go."""
+        for writer in self._writers:
+            writer.image(step, name, image)
         if self._page:
             self._page.picture = image
 
@@ -354,39 +354,6 @@ class _Page:
         how: dict[str, Any] = {"total": self._total, "warnings": self.warnings, "picture": self.picture}
         progress.write(self._workdir, self._lines, seconds_left=left, **how)
         self._written = time.monotonic()
-
-
-class _Events:
-    """An event file for TensorBoard.
-
-    Written by the loop itself: the thread that tensorboardX's own writer has for it dies of a full disk without a word
-    to the loop, which then waits for it for ever; and the host's name is left out of the file's.
-    """
-
-    def __init__(self, folder: epath.Path, first_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads in the order of names, which has to be that of the starts though the clock may be set back.
-        stamps = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
-        stamp = max([time.time_ns() // 1000, *(int(one) + 1 for one in stamps if one.isdecimal())])
-        self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{stamp}.usfmae_jax"))
-        self._flushed = time.monotonic()
-        self._write(event_pb2.Event(file_version="brain.Event:2"))
-        # What a killed run wrote beyond its last checkpoint is not shown.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write(event_pb2.Event(step=first_step + 1, session_log=start))
-
-    def add(self, step: int, values: Any) -> None:
-        self._write(event_pb2.Event(step=step, summary=values))
-        if time.monotonic() - self._flushed > 30:
-            self._file.flush()
-            self._flushed = time.monotonic()
-
-    def _write(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self._file.write(event.SerializeToString())
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _JsonLines:

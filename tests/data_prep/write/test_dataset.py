@@ -97,6 +97,26 @@ def test_what_an_audit_lists_is_left_out(copies, tmp_path, capsys):
     }
 
 
+def test_a_copy_that_is_left_out_anyway_is_not_said_to_be_there(copies, tmp_path, capsys):
+    exclusions.write(tmp_path / "leaks.csv", [["in", "copies/2.png", "", "near", "benchmark", "x"]])
+    flags = "--deduplicate=off", "--clean=off", f"--exclude={tmp_path / 'leaks.csv'}"
+    assert run(*flags, output=tmp_path / "out", source=copies) == 0
+    assert [record["source"] for record in read(tmp_path / "out")] == ["1.png", "2.png", "3.png", "copies/1.bmp"]
+    assert "frames that are there more than once: 1; " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("choice", "kept", "said"), [("on", 3, "because another split has them: 2"), ("off", 5, "")])
+def test_copies_across_splits_are_said_to_be_dropped_where_they_are(copies, tmp_path, capsys, choice, kept, said):
+    rows = [[f"{name}.png", "train"] for name in "123"] + [["copies/1.bmp", "test"], ["copies/2.png", "test"]]
+    labels = write_csv(tmp_path / "l.csv", ["file", "split"], *rows)
+    flags = f"--labels={labels}", f"--deduplicate={choice}", "--clean=off"
+    assert run(*flags, output=tmp_path / "out", source=copies) == 0
+    assert len(read(tmp_path / "out")) == kept
+    told = capsys.readouterr().out
+    assert said in told
+    assert ("another split" in told) == bool(said)
+
+
 def test_what_is_excluded_does_not_come_back_as_its_copy(copies, tmp_path):
     write(tmp_path / "test/2.png", speckle(3)[0])
     out = tmp_path / "out"

@@ -1,0 +1,146 @@
+"""Runs are reported to trackers that are asked for, continued by a resumed run, and told neither who nor where."""
+
+import json
+import os
+import pathlib
+import sqlite3
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from tests.training.test_monitor import _metrics, _monitor
+from usfmae_jax.errors import InputError
+from usfmae_jax.pretraining.loop import pretrain
+from usfmae_jax.training import writers
+
+OFF = {"tensorboard": False, "wandb": "", "mlflow": ""}
+PICTURE = np.zeros((8, 8, 3), np.uint8)
+SECRETS = ("zqplanteduser", "zqplantedhost", "zqplantedgit")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A module in the place of wandb, which keeps what its runs are told."""
+    runs: list[types.SimpleNamespace] = []
+
+    def init(config, settings):
+        told: list[tuple] = []
+        run = types.SimpleNamespace(config=config, told=told, dir=f"{settings.root_dir}/wandb/files", settings=settings)
+        run.log = lambda values, step: told.append((step, values))
+        run.finish = lambda exit_code: told.append(("finished", exit_code))
+        runs.append(run)
+        return run
+
+    module = types.ModuleType("wandb")
+    module.Settings, module.init, module.Image = types.SimpleNamespace, init, lambda picture: picture.shape  # type: ignore[attr-defined]
+    module.errors = types.SimpleNamespace(Error=RuntimeError)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return runs
+
+
+def test_a_monitor_hands_on_its_numbers_and_pictures_and_closes_what_it_was_given(tmp_path, wandb):
+    log = OFF | {"wandb": "offline", "tensorboard": True}
+    places = writers.open_writers(log, str(tmp_path / "runs/x"), 0, {"seed": 3})
+    with _monitor(tmp_path / "runs/x", writers=places) as report:
+        report.update(1, _metrics(2.0))
+        report.flush()
+        report.write_image(1, "reconstruction", PICTURE)
+    (run,) = wandb
+    (step, numbers), picture, finished = run.told
+    assert (step, numbers["loss"]) == (1, 2.0)
+    assert picture == (1, {"reconstruction": (8, 8, 3)})
+    assert finished == ("finished", 0)
+    assert (run.config, run.settings.run_name, run.settings.mode) == ({"seed": 3}, "x", "offline")
+    assert list((tmp_path / "runs/x/tensorboard").iterdir())
+
+
+def test_a_resumed_run_goes_on_in_the_same_place_and_a_member_has_its_own(tmp_path, wandb):
+    for member in ("a", "a", "b"):
+        (tmp_path / member).mkdir(exist_ok=True)
+        writers.open_writers(OFF | {"wandb": "offline"}, str(tmp_path / member), 0, {}, str(tmp_path))
+    first, again, other = (run.settings.run_id for run in wandb)
+    assert first == again != other
+    assert [run.settings.run_name for run in wandb] == [f"{tmp_path.name}/{member}" for member in "aab"]
+
+
+def test_a_run_that_fails_is_marked_so(tmp_path, wandb):
+    places = writers.open_writers(OFF | {"wandb": "offline"}, str(tmp_path), 0, {})
+    with pytest.raises(RuntimeError), _monitor(tmp_path, writers=places):
+        raise RuntimeError
+    assert wandb[0].told == [("finished", 1)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_tracker_that_cannot_be_used_is_refused_with_one_sentence_before_data_are_read(
+    tmp_path, config, monkeypatch, name
+):
+    monkeypatch.setitem(sys.modules, name, None)
+    config.data.path = "nowhere"
+    config.log[name] = "online"
+    with pytest.raises(InputError, match=rf"config.log.{name} needs a package .* pip install 'usfmae_jax\[tracking\]'"):
+        pretrain(config, str(tmp_path / "x"))
+    config.log[name] = "yes"
+    with pytest.raises(InputError, match=f"config.log.{name}='yes' must be 'offline', 'online' or ''"):
+        pretrain(config, str(tmp_path / "x"))
+    with pytest.raises(InputError, match="offline writes into a folder"):
+        writers.check(OFF | {name: "offline"}, "gs://bucket/x")
+
+
+def _resumed(config, folder, monkeypatch, name):
+    """The folder of a run that was interrupted and continued, by somebody whose names are planted everywhere."""
+    for package in writers._PACKAGES[name]:
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install -r requirements-tracking.txt")
+    for variable in ("USER", "LOGNAME", "USERNAME"):
+        monkeypatch.setenv(variable, SECRETS[0])
+    monkeypatch.setenv("HOSTNAME", SECRETS[1])
+    monkeypatch.setattr("socket.gethostname", lambda: SECRETS[1])
+    monkeypatch.delenv("_MLFLOW_SERVER_ARTIFACT_ROOT", raising=False)
+    home = folder / SECRETS[0]
+    home.mkdir()
+    monkeypatch.chdir(home)
+    os.system(f"git init -q . && git remote add origin https://example.org/{SECRETS[2]}")
+    config.log.update(**{name: "offline", "pictures_every": 2, "tensorboard": False})
+    config.train.steps, config.checkpoint.every = 2, 1
+    assert pretrain(config, "runs/x")
+    known = (home / f"runs/x/{name}_id").read_text()
+    config.train.steps = 4
+    return home, known
+
+
+def _continue(config, home, monkeypatch, name, known):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("usfmae_jax.training.checkpoints.check_resumable", lambda *_: None)  # it has more steps now
+        assert pretrain(config, "runs/x")
+    assert (home / f"runs/x/{name}_id").read_text() == known
+    assert not (home / "runs/x/tensorboard").exists()
+    for path in (home / "runs/x").rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            secrets = (*SECRETS, str(home), str(pathlib.Path(__file__).parents[2]), os.uname().nodename)
+            for secret in secrets:
+                assert secret.encode() not in data, f"{secret} in {path}"
+
+
+def test_weights_and_biases_is_told_neither_who_nor_where_and_its_run_is_continued(config, tmp_path, monkeypatch):
+    home, known = _resumed(config, tmp_path, monkeypatch, "wandb")
+    _continue(config, home, monkeypatch, "wandb", known)
+    runs = sorted((home / "runs/x/wandb").glob("offline-run-*"))
+    assert {path.name.rpartition("-")[2] for path in runs} == {known.strip()}
+    assert b"images_per_second" in (runs[0] / f"run-{known.strip()}.wandb").read_bytes()
+    assert list((home / "runs/x/wandb").rglob("*.png"))
+
+
+def test_mlflow_is_told_neither_who_nor_where_and_its_run_is_continued(config, tmp_path, monkeypatch):
+    home, known = _resumed(config, tmp_path, monkeypatch, "mlflow")
+    _continue(config, home, monkeypatch, "mlflow", known)
+    with sqlite3.connect(home / "runs/x/mlflow/mlflow.db") as database:
+        assert database.execute("select run_uuid, status from runs").fetchall() == [(known.strip(), "FINISHED")]
+        steps = [step for (step,) in database.execute("select step from metrics where key='loss' order by step")]
+        assert steps == [1, 2, 3, 4]
+        params = dict(database.execute("select key, value from params"))
+        assert params["model.image_size"] == json.dumps(list(config.model.image_size))
+        ((uri,),) = database.execute("select artifact_uri from runs").fetchall()
+    path = home / "runs/x/mlflow/artifacts" / uri.removeprefix("mlflow-artifacts:/")
+    assert list(path.glob("*_2.png"))
