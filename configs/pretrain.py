@@ -16,6 +16,7 @@ Variants
   :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
   :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
   :tiny_cross   the same of :tiny
+  :shipped   :tiny for longer, for the weights that come along: usfmae_jax/weights/README.md; two CPU cores: 2 to 3 hours
 """
 
 import ml_collections
@@ -26,7 +27,8 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of weights, data order and masks
     config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", a lighter decoder
-    # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote;
+    # What to start from: "usfmae-tiny", which comes along, or an encoder directory; or, decoder included, a workdir or
+    # what usfmae_jax.convert wrote;
     config.init = ""  # "" starts from random weights
     config.model = dict(
         image_size=(224, 224),  # height, width; one number on the command line makes a square
@@ -204,4 +206,14 @@ def tiny_cross(config: ml_collections.ConfigDict) -> None:
     cross(config)
 
 
-VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross)}
+def shipped(config: ml_collections.ConfigDict) -> None:
+    """`:tiny` for longer, on real and simulated frames: `usfmae-tiny`, the weights that come along."""
+    tiny(config)
+    config.data.path = "data/shipped/*"
+    config.train.steps = 16000
+    config.checkpoint.every = 500
+    config.log.pictures_every = 2000
+    config.probe.update(data=dict(path="data/shipped/phantom", split="test"), every=1000)
+
+
+VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross, shipped)}
