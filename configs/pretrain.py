@@ -16,7 +16,7 @@ Variants
   :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
   :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
   :tiny_cross   the same of :tiny
-  :shipped   :tiny for longer, for the weights that come along: usfmae_jax/weights/README.md; two CPU cores: 2 to 3 hours
+  :shipped   :tiny for longer: the weights that come along, usfmae_jax/weights/README.md; two CPU cores: 2 to 3 hours
 """
 
 import ml_collections
