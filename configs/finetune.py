@@ -38,7 +38,8 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.task = "classification"  # what is learnt, see usfmae_jax/tasks
     config.seed = 0  # of the splits, and added to those below
     config.seeds = (0,)  # of initial weights, data order and label fractions: one member each
-    config.init = ""  # a workdir, an encoder or classifier directory, a ResNet-50 weights file; "" = random weights
+    # "usfmae-tiny", which comes along; a workdir, an encoder or classifier directory, a ResNet-50 weights file;
+    config.init = ""  # "" = random weights
     config.classes = ()  # expected names, in order; () = what the shards have
     config.positive = ""  # the positive one of two classes; "" = the last
     config.model = dict(

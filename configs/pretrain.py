@@ -17,6 +17,7 @@ Variants
   :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
   :tiny_cross   the same of :tiny
   :tiny_latent  :tiny, which predicts features of its own average (or of --config.latent.teacher=DIR) and no pixels
+  :shipped   :tiny for longer: the weights that come along, usfmae_jax/weights/README.md; two CPU cores: 2 to 3 hours
 """
 
 import ml_collections
@@ -27,9 +28,10 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of weights, data order and masks
     config.objective = (
-        "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", a lighter decoder, or "latent"
+        "mae"  # what is learnt, see usfmae_jax/objectives; "cross_mae" has a lighter decoder; or "latent"
     )
-    # What to start from: an encoder directory, or, decoder included, a workdir or what usfmae_jax.convert wrote;
+    # What to start from: "usfmae-tiny", which comes along, or an encoder directory; or, decoder included, a workdir or
+    # what usfmae_jax.convert wrote;
     config.init = ""  # "" starts from random weights
     config.model = dict(
         image_size=(224, 224),  # height, width; one number on the command line makes a square
@@ -225,4 +227,16 @@ def tiny_latent(config: ml_collections.ConfigDict) -> None:
     config.train.ema = 0.996
 
 
-VARIANTS = {f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross, tiny_latent)}
+def shipped(config: ml_collections.ConfigDict) -> None:
+    """`:tiny` for longer, on real and simulated frames: `usfmae-tiny`, the weights that come along."""
+    tiny(config)
+    config.data.path = "data/shipped/*"
+    config.train.steps = 16000
+    config.checkpoint.every = 500
+    config.log.pictures_every = 2000
+    config.probe.update(data=dict(path="data/shipped/phantom", split="test"), every=1000)
+
+
+VARIANTS = {
+    f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross, tiny_latent, shipped)
+}

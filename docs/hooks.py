@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import io
+import json
 import pathlib
 import re
 import textwrap
@@ -30,6 +31,7 @@ REFERENCE = (
     ("usfmae_jax.objectives", ("Objective",), "What is learnt without labels"),
     ("usfmae_jax.tasks", ("Task",), "What is learnt with labels"),
 )
+NOTEBOOKS = ROOT / "docs" / "notebooks"
 _LIST = re.compile(r"^(\S.*)\n((?:  .*\n)+)", re.MULTILINE)
 _SECTION = re.compile(r"(Args|Attributes|Returns|Yields|Raises):")
 
@@ -50,6 +52,7 @@ def pages() -> dict[str, str]:
     made["datasets/index.md"] = _datasets(entries)
     made |= {f"datasets/{entry.name}.md": sheet(entry) for entry in entries}
     made |= {f"configs/{name}.md": config_page(name) for name in CONFIGS}
+    made |= {f"notebooks/{path.stem}.md": notebook(path) for path in sorted(NOTEBOOKS.glob("*.ipynb"))}
     made["reference.md"] = reference()
     return made
 
@@ -70,6 +73,17 @@ def _whole(source: str) -> str:
         return f"`{text}`"
 
     return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", page, (ROOT / source).read_text(encoding="utf-8"))
+
+
+def notebook(path: pathlib.Path) -> str:
+    """A notebook as a page: its text and its code, and a link to the file."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        shown = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", text)
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else shown)
+    title, _, rest = parts[0].partition("\n")
+    return "\n\n".join([title, f"*This page is a [notebook]({path.name}) to run.*", rest, *parts[1:]]) + "\n"
 
 
 def _cell(text: object) -> str:

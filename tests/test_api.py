@@ -80,3 +80,52 @@ def test_the_config_that_is_given_stays_as_it_is(tmp_path):
     chosen, workdir = api.configured(config, {"train": {"steps": 7}}, "")
     assert (chosen.train.steps, workdir) == (7, "runs/run-base")
     assert config.train.steps != 7
+
+
+def test_frames_can_be_read_back_as_they_were_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = api.build_dataset("phantom", output="data", patients=20, frames=1, image_size=48, workers=1)
+    frames = list(api.read_dataset(data))
+    assert len(frames) == 20
+    assert all(min(frame["image"].shape) == 48 and frame["image"].dtype == np.uint8 for frame in frames)
+    assert {frame["label"] for frame in frames} <= {"none", "cyst", "solid_regular", "solid_irregular"}
+    masks = [frame for frame in frames if frame["mask"] is not None]
+    assert masks
+    assert all(frame["mask"].shape == frame["image"].shape for frame in masks)
+    assert next(api.read_dataset(data, colour=True))["image"].shape == (*frames[0]["image"].shape, 3)
+    split = [frame["patient"] for frame in api.read_dataset(data, "train")]
+    assert 0 < len(split) < 20
+    with pytest.raises(InputError, match="no shards match 'nothing'"):
+        next(api.read_dataset("nothing"))
+
+
+def test_a_run_reconstructs_images_of_any_size(shards, tmp_path, rng):
+    config = tiny_config(shards)
+    config.train.steps = 1
+    run = api.pretrain(config, workdir=str(tmp_path / "run"))
+    images = [rng.integers(0, 256, (40, 50), np.uint8), rng.integers(0, 256, (64, 32, 1), np.uint8)]
+    found = api.reconstruct(run, images)
+    assert {name: (one.shape, one.dtype) for name, one in found.items()} == dict.fromkeys(
+        ("input", "masked", "reconstruction", "pasted"), ((2, 32, 32, 1), np.uint8)
+    )
+    hidden = (found["masked"] == 128) & (found["input"] != 128)
+    assert 0.7 < hidden.mean() < 0.8
+    np.testing.assert_array_equal(found["pasted"][hidden], found["reconstruction"][hidden])
+    visible = found["masked"] != 128
+    np.testing.assert_array_equal(found["pasted"][visible], found["input"][visible])
+    assert (api.reconstruct(run, images, seed=1)["masked"] != found["masked"]).any()
+    with pytest.raises(InputError, match="has no decoder"):
+        api.reconstruct(f"{run}/encoder", images)
+
+
+def test_an_export_is_a_folder_that_can_be_loaded(shards, tmp_path):
+    config = tiny_config(shards)
+    config.train.steps = 1
+    run = api.pretrain(config, workdir=str(tmp_path / "run"))
+    folder = api.export(run, str(tmp_path / "out"))
+    images = np.zeros((1, 32, 32), np.uint8)
+    np.testing.assert_array_equal(
+        api.load_encoder(folder)(images).class_token, api.load_encoder(run)(images).class_token
+    )
+    with pytest.raises(InputError, match="format='timmm' must be one of"):
+        api.export(run, str(tmp_path / "out"), format="timmm")

@@ -55,9 +55,10 @@ def test_the_example_computes_features(config, tmp_path):
     config.train.steps = 1
     assert pretrain(config, str(tmp_path))
     names: dict = {}
-    exec(_example("load_encoder").replace("runs/pretrain-demo/encoder", str(tmp_path / "encoder")), names)
+    exec(_example("load_encoder").replace("usfmae-tiny", str(tmp_path / "encoder")), names)
     assert names["features"].class_token.shape == (2, config.model.width)
     assert names["features"].patch_grid.shape == (2, 4, 4, config.model.width)
+    assert names["maps"].shape == (2, 4, 4)
 
 
 @pytest.mark.parametrize(("form", "package"), [("timm", "timm"), ("hf", "transformers")])

@@ -46,6 +46,17 @@ def test_images_can_be_taken_as_they_are(encoder):
         encoder([np.zeros((16, 16), np.uint8), np.zeros((16, 24), np.uint8)], resized=False)
 
 
+def test_attention_is_a_map_of_the_patches(encoder, rng):
+    images = rng.integers(0, 256, (3, 50, 70, 1), np.uint8)
+    for pool in ("mean", "cls"):
+        maps = encoder.attention(images, pool=pool)
+        assert (maps.shape, maps.dtype) == ((3, 4, 4), np.float32)
+        assert np.isfinite(maps).all()
+        assert (maps >= 0).all()
+        assert (maps <= 1).all()
+    np.testing.assert_array_equal(encoder.attention(list(images[..., 0])), encoder.attention(images))
+
+
 @pytest.mark.parametrize(
     "images",
     [np.zeros((2, 32, 32, 1), np.float32), np.zeros((2, 32, 32, 4), np.uint8), np.zeros((2, 0, 32, 1), np.uint8), []],

@@ -148,6 +148,66 @@ def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **op
             return dict(found)
 
 
+def export(checkpoint: str, output: str, format: str = "safetensors") -> str:
+    """Writes weights for others to use and checks them, as `python -m usfmae_jax.export` does.
+
+    Args:
+      checkpoint: a run, an encoder or a classifier.
+      output: folder.
+      format: 'safetensors', 'timm', 'hf', 'mae', 'onnx' or 'stablehlo'.
+
+    Returns:
+      the folder, with the weights, their lineage and a model card.
+
+    Raises:
+      InputError: something given cannot be used, or the export differs from the model.
+    """
+    from usfmae_jax import export as door
+
+    if format not in door.FORMATS:
+        raise InputError(f"format={format!r} must be one of {', '.join(door.FORMATS)}")
+    with _ready():
+        door.export(checkpoint, output, form=format)
+    return output
+
+
+def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dict[str, np.ndarray]:
+    """What a masked autoencoder makes of images of which it sees a part.
+
+    Args:
+      run: a pretraining run, or what `usfmae_jax.convert` wrote of weights with a decoder.
+      images: uint8 `[B, H, W, C]` or `[B, H, W]`, or a list of different sizes.
+      seed: of the masks.
+
+    Returns:
+      `input`, `masked`, `reconstruction` and `pasted`, the prediction where it was masked: each uint8 `[B, H, W, C]`,
+      in the size of the model.
+
+    Raises:
+      InputError: there is no decoder, or images of another kind.
+    """
+    import jax
+    from flax import nnx
+
+    from usfmae_jax.interop.model import model_graph, open_model
+    from usfmae_jax.loading import Encoder
+    from usfmae_jax.pretraining import build
+
+    model = open_model(run, whole=True)
+    if model.kind != "mae":
+        raise InputError(f"{run} has no decoder, which reconstructions need; give the workdir of a pretraining run")
+    stored = json.loads(pathlib.Path(run, "config.json").read_text(encoding="utf-8"))
+    settings = cli.load_config("pretrain").to_dict()
+    settings |= {name: settings[name] | stored.get(name, {}) for name in ("model", "mask", "loss")}
+    settings["objective"] = stored.get("objective", settings["objective"])
+    objective = build.objective(ml_collections.ConfigDict(settings))
+    graph, encoder = model_graph(objective.make), Encoder(model.encoder())
+    prepared = np.stack([encoder.prepared(image) for image in images])
+    draw = jax.jit(lambda params, images: objective.pictures(nnx.merge(graph, params), images, jax.random.key(seed)))
+    found = draw(model.params, prepared) or {}
+    return {name: np.asarray(found[name]) for name in ("input", "masked", "reconstruction", "pasted")}
+
+
 def build_dataset(dataset: str, input: str = "", output: str = "data", **options: Any) -> str:
     """Makes shards of files, as `python -m data_prep.build` does.
 
@@ -169,6 +229,36 @@ def build_dataset(dataset: str, input: str = "", output: str = "data", **options
     said = {name: value for name, value in given.items() if value is not False and value != ""}
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in said.items()]
     return str(door.build_one(door.parse(words)).parent)
+
+
+def read_dataset(data: str, split: str = "", *, colour: bool = False) -> Iterator[dict[str, Any]]:
+    """The frames of shards, one after the other.
+
+    Args:
+      data: the folder of a dataset, a glob; several separated by commas.
+      split: only shards of this split, such as "train" or "test"; "" = all.
+      colour: images are read as RGB.
+
+    Yields:
+      of each frame `image`, uint8 `[H, W]` or, in colour, `[H, W, 3]`; `mask`, uint8 `[H, W]`, or None; `label`, by its
+      name, or ""; `dataset`, `patient`, `video`, `frame` and `source`.
+
+    Raises:
+      InputError: there are no such shards.
+      DamagedRecord: an image cannot be decoded.
+    """
+    from usfmae_jax.data import records, table
+
+    frames = table.read_table(data, split)
+    for row in range(len(frames)):
+        record = table.read_row(frames, row)
+        image = records.decode_image(record["image"], 3 if colour else 1)
+        yield {
+            "image": image if colour else image[..., 0],
+            "mask": records.decode_image(record["mask"])[..., 0] if record["mask"] else None,
+            "label": str(frames.label_name[row]),
+            **{name: record[name] for name in ("dataset", "patient", "video", "frame", "source")},
+        }
 
 
 def configured(config: Config, fields: Mapping[str, Any], workdir: str) -> tuple[ml_collections.ConfigDict, str]:

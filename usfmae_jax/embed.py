@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     parser = Parser("usfmae_jax.embed", __doc__ or "")
     parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="workdir, checkpoint, encoder/ or classifier/ directory"
+        "--checkpoint", required=True, metavar="DIR", help="workdir, checkpoint, encoder or classifier, or usfmae-tiny"
     )
     parser.add_argument(
         "--data", required=True, metavar="PATH", help="shards, or a folder with PNG, JPEG, BMP or TIFF files"

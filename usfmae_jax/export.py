@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from usfmae_jax import __version__
 from usfmae_jax.errors import DONE, InputError, Parser, answer, visible_output
+from usfmae_jax.weights import find
 
 if TYPE_CHECKING:
     from usfmae_jax.interop.model import Model
@@ -42,9 +43,8 @@ WRITTEN = (*_WEIGHTS, "README.md", *(f"{name}.json" for name in _JSON))
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the door; returns the exit status."""
     parser = Parser("usfmae_jax.export", __doc__ or "")
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="DIR", help="workdir of a run, encoder or classifier directory"
-    )
+    say = "workdir of a run, encoder or classifier directory, or usfmae-tiny"
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help=say)
     parser.add_argument("--step", type=int, help="of a run; default: the newest checkpoint")
     parser.add_argument("--format", default="safetensors", choices=FORMATS, help="default: %(default)s")
     parser.add_argument("--output", metavar="DIR", help="default: WORKDIR/encoder (or classifier), or DIR-FORMAT")
@@ -61,7 +61,8 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
     """Exports weights and says where they are and how far they are from the model that they came from.
 
     Args:
-      checkpoint: workdir of a run or of `usfmae_jax.convert`, or an encoder or classifier directory.
+      checkpoint: workdir of a run or of `usfmae_jax.convert`, an encoder or classifier directory, or the name of
+        weights that come along.
       output: directory; default `<workdir>/encoder` for safetensors, `<checkpoint>-<format>` for others.
       step: of a run; default is the newest checkpoint.
       form: one of `FORMATS`.
@@ -162,7 +163,7 @@ def _remove_weights(output: str) -> None:
 
 
 def _default_output(checkpoint: str, form: str) -> str:
-    inside = os.path.exists(os.path.join(checkpoint, "architecture.json"))
+    inside = os.path.exists(os.path.join(find(checkpoint), "architecture.json"))
     if form == "safetensors" and not inside:
         fine_tuned = any(os.path.isdir(os.path.join(checkpoint, name)) for name in ("classifier", "members"))
         kind = "classifier" if fine_tuned else "encoder"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ class Encoder:
     """
 
     def __init__(self, model: Model):
-        self.architecture, self.preprocessing = model.description["encoder"], model.preprocessing
+        self.architecture, self.preprocessing, self._model = model.description["encoder"], model.preprocessing, model
         graph, patch = model_graph(build(model.description)), self.architecture["patch_size"]
         mean, std = tuple(self.preprocessing["mean"]), tuple(self.preprocessing["std"])
 
@@ -67,7 +67,7 @@ class Encoder:
         Raises:
           InputError: images of another kind.
         """
-        prepared = [self._prepare(image, resized) for image in images]
+        prepared = [self.prepared(image, resized) for image in images]
         if not prepared:
             raise InputError("there are no images; give uint8 [B, H, W, C]")
         if len({image.shape for image in prepared}) > 1:
@@ -77,7 +77,34 @@ class Encoder:
         how: dict[str, Any] = {"batch_size": batch_size, "total": len(prepared), "desc": "features"}
         return Features(*apply_batches(self._mesh, self._apply, self._params, batches, **how))
 
-    def _prepare(self, image: np.ndarray, resized: bool) -> np.ndarray:
+    def attention(
+        self, images: np.ndarray | Sequence[np.ndarray], *, pool: Literal["mean", "cls"] = "mean"
+    ) -> np.ndarray:
+        """Which patches the features of images draw on, by attention rollout (Abnar & Zuidema 2020).
+
+        Args:
+          images: as above; they are resized.
+          pool: of which feature: `class_token` ("cls") or `mean_patch` ("mean").
+
+        Returns:
+          float32 `[B, rows, columns]`, each map scaled to [0, 1].
+        """
+        from usfmae_jax.training.inspect import rollout  # with scikit-learn behind it
+
+        follow = rollout(self._model, pool)
+        assert follow is not None  # this is a vision transformer
+        return follow(np.stack([self.prepared(image) for image in images]))
+
+    def prepared(self, image: np.ndarray, resized: bool = True) -> np.ndarray:
+        """An image in the size and channels that the model takes: uint8 `[H, W, C]`.
+
+        Args:
+          image: uint8 `[H, W, C]` or `[H, W]`.
+          resized: False leaves the size.
+
+        Raises:
+          InputError: an image of another kind.
+        """
         image = np.asarray(image)
         image = image[..., None] if image.ndim == 2 else image
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:

@@ -47,6 +47,17 @@ def licences(lineage: Lineage) -> list[tuple[str, str]]:
     return list(found)
 
 
+def citations(lineage: Lineage) -> list[tuple[str, str]]:
+    """(dataset, citation) of all training data with one, without repetition: what most licences want to be said."""
+    found = [
+        (str(data.get("dataset", "unnamed")), str(data["citation"]))
+        for stage in lineage
+        for data in stage.get("data", ())
+        if data.get("citation")
+    ]
+    return list(dict.fromkeys(found))
+
+
 def non_commercial(lineage: Lineage) -> bool:
     """Whether any ancestor's weights or data may be used without commerce only; what starts from them inherits that."""
     return any(
@@ -111,6 +122,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         beside=os.path.exists(os.path.join(directory, "model.safetensors")),  # of a program: its weights
         stages=[_stage(stage) for stage in model.lineage],
         licences=licences(model.lineage),
+        citations=citations(model.lineage),
         non_commercial=restricted,
     )
     with open(os.path.join(directory, "README.md"), "w") as file:

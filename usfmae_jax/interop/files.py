@@ -22,6 +22,7 @@ import safetensors
 from etils import epath
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.weights import find
 
 #: Names of weights in a directory, best first.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "mae.pth")
@@ -89,7 +90,7 @@ def check_output(output: str, written: Sequence[str]) -> None:
 
 
 def open_source(path: str, *, averaged: bool = False) -> Source:
-    """Opens a weights file, or a directory with one under a usual name.
+    """Opens a weights file, or a directory with one under a usual name, or weights that come along by theirs.
 
     Args:
       path: see above.
@@ -98,6 +99,7 @@ def open_source(path: str, *, averaged: bool = False) -> Source:
     Raises:
       InputError: nothing there, it cannot be read, or it holds no averaged weights.
     """
+    path = find(path)
     if os.path.isdir(path):
         found = [name for name in WEIGHTS if os.path.isfile(os.path.join(path, name))]
         if not found:

@@ -35,6 +35,7 @@ from usfmae_jax.models.mae import MAE, CrossMAE
 from usfmae_jax.models.queries import MaskTransformer
 from usfmae_jax.models.resnet import ResNet
 from usfmae_jax.models.vit import ViT
+from usfmae_jax.weights import find
 
 #: Changes when an older reader could no longer use what is written.
 FORMAT = 1
@@ -211,13 +212,14 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
     Args:
       path: a pretraining workdir (its `encoder/`, else its newest checkpoint), its `checkpoints/` or one checkpoint
         there; an encoder or classifier directory, or what `usfmae_jax.convert` wrote; one member of a fine-tuning run,
-        or a run with a single one.
+        or a run with a single one; the name of weights that come along, see `usfmae_jax.weights`.
       step: of a run's checkpoints; None takes `encoder/` if there is one, else the newest.
       whole: with the decoder where there is one, so of a workdir a checkpoint rather than `encoder/`.
 
     Raises:
       InputError: nothing there, or it cannot be read.
     """
+    path = find(path)
     root = epath.Path(path)
     root = root if "://" in path else root.expanduser().resolve()
     if not path or not root.is_dir():

@@ -29,6 +29,7 @@ from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.mesh import batch_sharding
 from usfmae_jax.training.state import State, fill
 from usfmae_jax.training.update import Update, make_update
+from usfmae_jax.weights import find
 
 #: Fields that configs of earlier versions did not have, with what they stand for.
 ABSENT: dict[str, dict[str, Any]] = {
@@ -267,8 +268,8 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
 
     Args:
       state: as initialised.
-      directory: an encoder directory; or the workdir of a run or what `usfmae_jax.convert` wrote, which give the
-        decoder too if they have one.
+      directory: an encoder directory, or the name of weights that come along; or the workdir of a run or what
+        `usfmae_jax.convert` wrote, which give the decoder too if they have one.
       model: `config.model` of this run.
 
     Returns:
@@ -278,7 +279,7 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
       InputError: shapes or numbers of heads differ; names the first that does.
     """
     places = ("checkpoints", "architecture.json", "encoder/architecture.json")
-    if not any((epath.Path(directory) / place).exists() for place in places):
+    if not any((epath.Path(find(directory)) / place).exists() for place in places):
         raise InputError(
             f"config.init: {directory} is not an encoder directory, nor a run or what usfmae_jax.convert wrote"
         )

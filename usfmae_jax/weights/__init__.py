@@ -1,0 +1,46 @@
+"""Weights by name: those that come along, each a folder beside this file, and where others are to be had.
+
+README.md says how they were made, with every command.
+"""
+
+import difflib
+import os
+import pathlib
+
+from usfmae_jax.errors import InputError
+
+FOLDER = pathlib.Path(__file__).parent
+
+#: Published weights that do not come along: where their file is. `convert` writes a folder of the same name.
+ELSEWHERE = {
+    "usfmae-base": "the checkpoint that the README of https://github.com/Yusufii9/USF-MAE links to",
+    "mae-base": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base_full.pth (CC BY-NC 4.0)",
+}
+
+
+def names() -> list[str]:
+    """The weights that come along."""
+    return sorted(path.parent.name for path in FOLDER.glob("*/model.safetensors"))
+
+
+def find(path: str) -> str:
+    """The folder that a name stands for; whatever else a checkpoint can be is given back as it is.
+
+    A file or folder of that name in the current directory comes first, as for any path.
+
+    Raises:
+      InputError: the name is of weights that do not come along, or nearly one of those that are known.
+    """
+    if os.path.exists(path):
+        return path
+    if path in names():
+        return str(FOLDER / path)
+    if path in ELSEWHERE:
+        raise InputError(
+            f"{path} does not come along; download {ELSEWHERE[path]}, and give it to "
+            f"python -m usfmae_jax.convert --input=FILE --output={path}, which makes a folder that has this name"
+        )
+    near = difflib.get_close_matches(path.lower(), [*names(), *ELSEWHERE], n=1)
+    if near and "/" not in path:
+        raise InputError(f"{path!r} is no folder, nor the name of weights that come along; nearest is {near[0]}")
+    return path
