@@ -27,9 +27,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
     config.seed = 0  # of weights, data order and masks
-    config.objective = (
-        "mae"  # what is learnt, see usfmae_jax/objectives; "cross_mae" has a lighter decoder; or "latent"
-    )
+    config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", or "latent"
     # What to start from: "usfmae-tiny", which comes along, or an encoder directory; or, decoder included, a workdir or
     # what usfmae_jax.convert wrote;
     config.init = ""  # "" starts from random weights
