@@ -14,6 +14,7 @@ Variants
   :small   ViT-S/16    22 M parameters, 0.2 times the arithmetic of B
   :large   ViT-L/16   303 M parameters, 2.1 times
   :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
+  :gigantic   ViT-G/14   1.84 billion parameters, 13 times; likewise
   :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
   :tiny_cross   the same of :tiny
   :tiny_latent  :tiny, which predicts features of its own average (or of --config.latent.teacher=DIR) and no pixels
@@ -207,6 +208,12 @@ def huge(config: ml_collections.ConfigDict) -> None:
     config.mesh.fsdp = 8
 
 
+def gigantic(config: ml_collections.ConfigDict) -> None:
+    """ViT-G/14 (Zhai et al. 2022)."""
+    config.model.update(patch_size=14, width=1664, depth=48, num_heads=16, mlp_ratio=8192 / 1664, remat="full")
+    config.mesh.fsdp = 8
+
+
 def cross(config: ml_collections.ConfigDict) -> None:
     """ViT-B/16, CrossMAE (Fu et al. 2024): half of the hidden patches are predicted, from the visible ones alone."""
     config.objective = "cross_mae"
@@ -236,5 +243,6 @@ def shipped(config: ml_collections.ConfigDict) -> None:
 
 
 VARIANTS = {
-    f.__name__: f for f in (base, paper, demo, tiny, small, large, huge, cross, tiny_cross, tiny_latent, shipped)
+    f.__name__: f
+    for f in (base, paper, demo, tiny, small, large, huge, gigantic, cross, tiny_cross, tiny_latent, shipped)
 }

@@ -1,0 +1,125 @@
+"""Compiles the training steps of the shipped configs for the hardware they name, none of which has to be here.
+
+    python -m benchmarks.scale [--only=huge,gigantic] [--output=runs/scale] [--list]
+
+Wants the TPU's compiler, and for GPUs CUDA's: see docs/launch.md. A row takes minutes; what is in `--output` already is
+not compiled again. Prints the table of docs/scale.md, and ends with status 1 if a step does not fit that should.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+from jax import tree_util
+
+from usfmae_jax import cli
+from usfmae_jax.models.layers import split_axis
+from usfmae_jax.pretraining import build
+from usfmae_jax.training.hardware import GIB
+from usfmae_jax.training.mesh import one_device
+from usfmae_jax.training.state import abstract_state
+
+#: Variant of `configs/pretrain.py`, target, and what is overridden.
+ROWS = [
+    ("demo", "v5e:2x2", ""),
+    ("tiny", "v5e:2x2", ""),
+    ("small", "v5e:2x4", ""),
+    ("base", "v5e:2x4", ""),
+    ("base", "v5e:2x4", "mesh.data=1 mesh.fsdp=8"),
+    ("base", "v5e:4x8", "train.batch_size=4096"),
+    ("base", "v6e:4x4", "train.batch_size=4096"),
+    ("base", "h200:1", ""),
+    ("base", "h100:8", ""),
+    ("base", "a100-80:8", ""),
+    ("cross", "v5e:2x4", ""),
+    ("large", "v5e:4x4", ""),
+    ("large", "h100:8", ""),
+    ("huge", "v5e:4x4", ""),
+    ("huge", "v5e:16x16", "train.batch_size=4096"),
+    ("huge", "h100:8", ""),
+    ("gigantic", "v5e:4x4", "train.batch_size=256"),
+    ("gigantic", "v5e:16x16", "train.batch_size=4096"),
+    ("gigantic", "v5p:16x16x16", "train.batch_size=16384"),
+]
+
+
+def main() -> None:
+    """Compiles what is asked for and not there yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="variants, separated by commas; default: all")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/scale"))
+    parser.add_argument("--list", action="store_true", help="say what there is, and the commands")
+    args = parser.parse_args()
+    rows = [row for row in ROWS if not args.only or row[0] in args.only.split(",")]
+    table, fits = [], True
+    for variant, target, overridden in rows:
+        fields = [f"--config.{field}" for field in overridden.split()]
+        workdir = args.output / "-".join([variant, *overridden.replace("=", "").split()])
+        door = ["-m", "usfmae_jax.main", f"--config=pretrain:{variant}", f"--compile_for={target}", *fields]
+        if args.list:
+            print("python", shlex.join(door))
+            continue
+        found = workdir / f"compiled_for_{target.replace(':', '_')}.json"
+        if not found.exists():
+            print(shlex.join(door), file=sys.stderr, flush=True)
+            subprocess.run([sys.executable, *door, f"--workdir={workdir}"], check=False, stdout=sys.stderr)
+        if not found.exists():  # it has said why
+            fits = False
+            continue
+        said = json.loads(found.read_text())
+        fits &= said["fits"]
+        table.append(row(variant, overridden, said))
+    if args.list:
+        return
+    print("| variant | devices | mesh | batch | remat | state, GiB | in all, of, GiB | sent, MB | times the least |")
+    print("|---|---|---|---|---|---|---|---|---|", *table, sep="\n")
+    sys.exit(not fits)
+
+
+def row(variant: str, overridden: str, said: dict[str, Any]) -> str:
+    """One row of the table, of what the door has found."""
+    config = cli.load_config(f"pretrain:{variant}")
+    config.update_from_flattened_dict({name: json.loads(value) for name, value in _pairs(overridden)})
+    memory, mesh = said["memory"], said["mesh"]
+    needed = "?" if memory["needed"] is None else f"{memory['needed'] / GIB:.2f}"
+    fits = "" if said["fits"] else " **no**"
+    sent, ratio = "", ""
+    if said["collectives"] is not None:
+        whole = sum(kind["sent"] for kind in said["collectives"].values())
+        least = least_sent(config, mesh["data"], mesh["fsdp"])
+        sent, ratio = f"{whole / 1e6:,.0f}", f"{whole / least:.2f}" if least else ""
+    cells = [variant, said["target"], f"{mesh['data']} x {mesh['fsdp']}", str(said["images"]), config.model.remat]
+    cells += [f"{memory['arguments'] / GIB:.2f}", f"{needed}, {memory['available'] / GIB:.1f}{fits}", sent, ratio]
+    return f"| {' | '.join(cells)} |"
+
+
+def _pairs(overridden: str) -> list[list[str]]:
+    return [one.split("=") for one in overridden.split()]
+
+
+def least_sent(config: Any, data: int, fsdp: int) -> float:
+    """Bytes that a device must send in a step, on rings, if every matrix is split over `fsdp` devices (ZeRO-3).
+
+    A matrix that is split is gathered for the forward and for the backward pass, its gradient reduced in parts and the
+    parts over `data`, all in the compute dtype; what is not split has its gradient reduced whole.
+    """
+    optimizer, _ = build.make_optimizer(config)
+    params = abstract_state(build.objective(config).make, optimizer, one_device())["params"]
+    number = 2 if config.model.dtype == "bfloat16" else 4
+    total = 0.0
+    for path, leaf in tree_util.tree_leaves_with_path(params):
+        shape = leaf.shape[int(any(key.key == "stack" for key in path)) :]
+        size = number * leaf.size
+        if split_axis(shape, fsdp) is None:
+            total += size * 2 * (data * fsdp - 1) / (data * fsdp)
+        else:
+            total += size * 3 * (fsdp - 1) / fsdp + size / fsdp * 2 * (data - 1) / data
+    return total * config.train.accumulate
+
+
+if __name__ == "__main__":
+    main()
