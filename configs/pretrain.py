@@ -49,7 +49,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
         scan=True,  # compile one block and loop over it
         # What the backward pass computes again to save memory: "none", "dots" (all but products with matrices) or
-        remat="none",  # "full", all: a third more arithmetic
+        remat="dots",  # "full", all: a third more arithmetic
     )
     config.mask = dict(
         ratio=0.75,  # share of the patches that are hidden
@@ -167,9 +167,8 @@ def paper(config: ml_collections.ConfigDict) -> None:
 
 def tiny(config: ml_collections.ConfigDict) -> None:
     """A small model on small grey images, for a CPU."""
-    config.model.update(
-        image_size=(96, 96), patch_size=8, channels=1, mean=(0.25,), std=(0.2,), dtype="float32", scan=False
-    )
+    config.model.update(image_size=(96, 96), patch_size=8, channels=1, mean=(0.25,), std=(0.2,), dtype="float32")
+    config.model.update(scan=False, remat="none")
     config.model.update(width=192, depth=6, num_heads=3, decoder_width=128, decoder_depth=2, decoder_num_heads=4)
     config.optimizer.learning_rate = 3e-3  # 7.5e-4 at batch 64
     config.train.update(batch_size=64, steps=3000)

@@ -17,6 +17,7 @@ def test_every_variant_builds_and_steps_under_eval_shape(variant):
     config = pretrain.get_config(variant)
     mesh = meshes.make_mesh(**config.mesh)
     checks.check_batch(checks.flat(config.to_dict()), mesh.size)
+    checks.check_augmentation(config.augment)
     objective = build.objective(config)
     state = abstract_state(objective.make, build.make_optimizer(config)[0], mesh, ema=config.train.ema > 0)
     step = build.make_step(config, objective, model_graph(objective.make), mesh)
@@ -33,7 +34,9 @@ def _parameters(variant):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state["params"]["encoder"]))
 
 
-@pytest.mark.parametrize(("variant", "millions"), [("base", 86), ("small", 22), ("large", 303), ("huge", 631)])
+@pytest.mark.parametrize(
+    ("variant", "millions"), [("base", 86), ("small", 22), ("large", 303), ("huge", 631), ("gigantic", 1844)]
+)
 def test_models_have_the_published_sizes(variant, millions):
     assert round(_parameters(variant) / 1e6) == pytest.approx(millions, rel=0.01)
 

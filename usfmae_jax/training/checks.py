@@ -52,8 +52,10 @@ def check_augmentation(fields: Mapping[str, Any]) -> None:
         if name in ("crop_ratio", "contrast", "gamma") and pair[0] <= 0:
             raise InputError(f"config.augment.{name}={pair} must be two positive numbers")
     low, high = fields["crop_scale"]
-    if not 0 < low <= high <= 1:
-        raise InputError(f"config.augment.crop_scale=({low:g}, {high:g}) must be two shares of the area, up to 1")
+    # The higher one may be more than 1, as in the published recipe: of crops that do not fit none is drawn.
+    if not 0 < low <= 1:
+        pair = f"({low:g}, {high:g})"
+        raise InputError(f"config.augment.crop_scale={pair} must be two shares of the area, the lower one up to 1")
     check_ranges(fields, dict.fromkeys(("hflip", "vflip"), (0, 1)), "augment.")
     if fields["interpolation"] not in augment.INTERPOLATION:
         raise InputError(f"config.augment.interpolation must be one of {', '.join(augment.INTERPOLATION)}")
