@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 FLOORS := .venv-floors
 TOOLS := .venv-tools
+TARGETS := .venv-targets
 DEMO := data/demo
 # The tests of a file share what it makes once, so they stay in one process; files begin in the order of conftest.py.
 PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults bench lint format lock audit \
-	licences docs clean
+.PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults bench test-targets lint \
+	format lock audit licences docs clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -71,6 +72,19 @@ test-floors:  ## run the tests with the lowest versions that the requirement fil
 		$$(sed -nE 's/^timm>=([^,]+).*/timm==\1/p' requirements-interop.txt)
 	$(FLOORS)/bin/python -m pytest $(PARALLEL) -m "not slow"
 
+# CUDA's compiler alone: its libraries, gigabytes of them, are only for running. Beside the TPU's, in a place of their own,
+# since JAX takes what it finds to be there.
+$(TARGETS)/.done: requirements-tpu.txt
+	$(PYTHON) -m venv $(TARGETS)
+	$(TARGETS)/bin/python -m pip install --quiet -r requirements-tpu.txt
+	version=$$($(TARGETS)/bin/python -c 'import jax; print(jax.__version__)') && $(TARGETS)/bin/python -m pip install --quiet \
+		--no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink \
+		nvidia-cuda-runtime
+	@touch $@
+
+test-targets: $(TARGETS)/.done demo-data  ## compile every config for the TPUs and GPUs it names, none of which is needed; an hour
+	$(TARGETS)/bin/python -m benchmarks.scale
+
 lint: $(VENV)/.dev  ## check style and types
 	$(BIN)/ruff check --output-format=concise .
 	$(BIN)/ruff format --check .
@@ -109,4 +123,4 @@ docs: $(VENV)/.docs  ## build the documentation into site/; to read it with its 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 clean:  ## remove the virtual environment and caches; keeps data/ and runs/
-	rm -rf $(VENV) $(FLOORS) $(TOOLS) site .cache .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(FLOORS) $(TOOLS) $(TARGETS) site .cache .pytest_cache .ruff_cache .mypy_cache

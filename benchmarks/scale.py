@@ -1,6 +1,6 @@
 """Compiles the training steps of the shipped configs for the hardware they name, none of which has to be here.
 
-    python -m benchmarks.scale [--only=huge,gigantic] [--output=runs/scale] [--list]
+    python -m benchmarks.scale [--data=data/demo] [--only=pretrain:huge] [--output=runs/scale] [--list]
 
 Wants the TPU's compiler, and for GPUs CUDA's: see docs/launch.md. A row takes minutes; what is in `--output` already is
 not compiled again. Prints the table of docs/scale.md, and ends with status 1 if a step does not fit that should.
@@ -23,43 +23,53 @@ from usfmae_jax.training.hardware import GIB
 from usfmae_jax.training.mesh import one_device
 from usfmae_jax.training.state import abstract_state
 
-#: Variant of `configs/pretrain.py`, target, and what is overridden.
+#: Config, target, and what is overridden.
 ROWS = [
-    ("demo", "v5e:2x2", ""),
-    ("tiny", "v5e:2x2", ""),
-    ("small", "v5e:2x4", ""),
-    ("base", "v5e:2x4", ""),
-    ("base", "v5e:2x4", "mesh.data=1 mesh.fsdp=8"),
-    ("base", "v5e:4x8", "train.batch_size=4096"),
-    ("base", "v6e:4x4", "train.batch_size=4096"),
-    ("base", "h200:1", ""),
-    ("base", "h100:8", ""),
-    ("base", "a100-80:8", ""),
-    ("cross", "v5e:2x4", ""),
-    ("large", "v5e:4x4", ""),
-    ("large", "h100:8", ""),
-    ("huge", "v5e:4x4", ""),
-    ("huge", "v5e:16x16", "train.batch_size=4096"),
-    ("huge", "h100:8", ""),
-    ("gigantic", "v5e:4x4", "train.batch_size=256"),
-    ("gigantic", "v5e:16x16", "train.batch_size=4096"),
-    ("gigantic", "v5p:16x16x16", "train.batch_size=16384"),
+    ("pretrain:demo", "v5e:2x2", ""),
+    ("pretrain:tiny", "v5e:2x2", ""),
+    ("pretrain:small", "v5e:2x4", ""),
+    ("pretrain:base", "v5e:2x4", ""),
+    ("pretrain:base", "v5e:2x4", "mesh.data=1 mesh.fsdp=8"),
+    ("pretrain:base", "v5e:4x8", "train.batch_size=4096"),
+    ("pretrain:base", "v6e:4x4", "train.batch_size=4096"),
+    ("pretrain:base", "h200:1", ""),
+    ("pretrain:base", "h100:8", ""),
+    ("pretrain:base", "a100-80:8", ""),
+    ("pretrain:cross", "v5e:2x4", ""),
+    ("pretrain:paper", "h100:1", ""),
+    ("pretrain:large", "v5e:4x4", ""),
+    ("pretrain:large", "h100:8", ""),
+    ("pretrain:huge", "v5e:4x4", ""),
+    ("pretrain:huge", "v5e:16x16", "train.batch_size=4096"),
+    ("pretrain:huge", "h100:8", ""),
+    ("pretrain:gigantic", "v5e:4x4", ""),
+    ("pretrain:gigantic", "v5e:16x16", "train.batch_size=4096"),
+    ("pretrain:gigantic", "v5p:16x16x16", "train.batch_size=16384"),
+    ("finetune:folder", "v5e:2x2", ""),
+    ("finetune:folder", "h100:1", ""),
+    ("segment:folder", "v5e:2x2", ""),
 ]
+#: Of fine-tuning: a model of the reference's size, and shards for their classes.
+_FINETUNE = "model.arch=base data.path={data}"
 
 
 def main() -> None:
     """Compiles what is asked for and not there yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="variants, separated by commas; default: all")
+    parser.add_argument("--only", default="", help="configs, as pretrain:base, separated by commas; default: all")
+    parser.add_argument("--data", default="data/demo", help="labelled shards for fine-tuning; default: %(default)s")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/scale"))
     parser.add_argument("--list", action="store_true", help="say what there is, and the commands")
     args = parser.parse_args()
     rows = [row for row in ROWS if not args.only or row[0] in args.only.split(",")]
     table, fits = [], True
-    for variant, target, overridden in rows:
-        fields = [f"--config.{field}" for field in overridden.split()]
-        workdir = args.output / "-".join([variant, *overridden.replace("=", "").split()])
-        door = ["-m", "usfmae_jax.main", f"--config=pretrain:{variant}", f"--compile_for={target}", *fields]
+    for config, target, overridden in rows:
+        pretrains = config.startswith("pretrain")
+        said_fields = overridden if pretrains else f"{overridden} {_FINETUNE.format(data=args.data)}"
+        fields = [f"--config.{field}" for field in said_fields.split()]
+        workdir = args.output / "-".join([config.replace(":", "-"), *overridden.replace("=", "").split()])
+        door = ["-m", f"usfmae_jax.{'main' if pretrains else 'finetune'}", f"--config={config}"]
+        door += [f"--compile_for={target}", *fields]
         if args.list:
             print("python", shlex.join(door))
             continue
@@ -72,17 +82,17 @@ def main() -> None:
             continue
         said = json.loads(found.read_text())
         fits &= said["fits"]
-        table.append(row(variant, overridden, said))
+        table.append(row(config, overridden, said))
     if args.list:
         return
-    print("| variant | devices | mesh | batch | remat | state, GiB | in all, of, GiB | sent, MB | times the least |")
+    print("| config | devices | mesh | batch | remat | state, GiB | in all, of, GiB | sent, MB | times the least |")
     print("|---|---|---|---|---|---|---|---|---|", *table, sep="\n")
     sys.exit(not fits)
 
 
-def row(variant: str, overridden: str, said: dict[str, Any]) -> str:
+def row(name: str, overridden: str, said: dict[str, Any]) -> str:
     """One row of the table, of what the door has found."""
-    config = cli.load_config(f"pretrain:{variant}")
+    config = cli.load_config(name)
     config.update_from_flattened_dict({name: json.loads(value) for name, value in _pairs(overridden)})
     memory, mesh = said["memory"], said["mesh"]
     needed = "?" if memory["needed"] is None else f"{memory['needed'] / GIB:.2f}"
@@ -90,9 +100,10 @@ def row(variant: str, overridden: str, said: dict[str, Any]) -> str:
     sent, ratio = "", ""
     if said["collectives"] is not None:
         whole = sum(kind["sent"] for kind in said["collectives"].values())
-        least = least_sent(config, mesh["data"], mesh["fsdp"])
-        sent, ratio = f"{whole / 1e6:,.0f}", f"{whole / least:.2f}" if least else ""
-    cells = [variant, said["target"], f"{mesh['data']} x {mesh['fsdp']}", str(said["images"]), config.model.remat]
+        sent = f"{whole / 1e6:,.0f}"
+        if name.startswith("pretrain") and mesh["fsdp"] > 1:
+            ratio = f"{whole / least_sent(config, mesh['data'], mesh['fsdp']):.2f}"
+    cells = [name, said["target"], f"{mesh['data']} x {mesh['fsdp']}", str(said["images"]), config.model.remat]
     cells += [f"{memory['arguments'] / GIB:.2f}", f"{needed}, {memory['available'] / GIB:.1f}{fits}", sent, ratio]
     return f"| {' | '.join(cells)} |"
 
