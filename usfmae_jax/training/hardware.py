@@ -104,6 +104,7 @@ def devices_of(name: str) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")  # devices that are here stay free for others
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud which machine this is
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used that two programs could not share
     try:
         if chip.axes:
             return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
