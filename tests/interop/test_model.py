@@ -190,7 +190,7 @@ def test_how_it_is_computed_is_chosen_when_it_is_built():
         nnx.Rngs(0)
     )
     assert (model.drop_path, model.freeze, model.encoder.dtype) == (0.1, 1, jnp.bfloat16)
-    assert (model.encoder.blocks.scan, model.encoder.blocks.remat) == (False, True)
+    assert (model.encoder.blocks.scan, model.encoder.blocks.remat) == (False, "full")
     assert build(RESNET, freeze=4)(nnx.Rngs(0)).freeze == 4
 
 
