@@ -1,5 +1,6 @@
 """Where numbers and pictures of a run go beside its own log: TensorBoard's event files, Weights & Biases, MLflow."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import cv2
+import filelock
 import jax
 import numpy as np
 from etils import epath
@@ -53,6 +55,8 @@ def check(log: Mapping[str, Any], workdir: str) -> None:
             raise InputError(f"config.log.{name}={log[name]!r} must be 'offline', 'online' or '' for none")
         if log[name] == "offline" and "://" in workdir:
             raise InputError(f"config.log.{name}=offline writes into a folder, which --workdir={workdir} is not")
+        if name == "mlflow" and log[name] == "offline" and "?" in os.path.abspath(workdir):
+            raise InputError(f"config.log.mlflow=offline cannot write into {workdir}: a ? in a path ends it there")
         if log[name]:
             try:
                 for package in packages:
@@ -209,6 +213,7 @@ class Mlflow:
 
         self._metric, self._error = entities.Metric, exceptions.MlflowException
         self._artifacts: str | None = None
+        self._lock: contextlib.AbstractContextManager = contextlib.nullcontext()
         uri = os.environ.get("MLFLOW_TRACKING_URI", "")
         if online and not uri:
             raise InputError("config.log.mlflow=online needs a server: set MLFLOW_TRACKING_URI, or say offline")
@@ -216,16 +221,29 @@ class Mlflow:
             folder = os.path.join(os.path.abspath(workdir), "mlflow")
             self._artifacts = os.path.join(folder, "artifacts")
             os.makedirs(self._artifacts, exist_ok=True)
+            # Members that are trained side by side share the database: two would make its tables at the same time.
+            self._lock = filelock.FileLock(os.path.join(folder, ".lock"))
             uri = f"sqlite:///{folder}/mlflow.db"
             # Else the database names the folder that the run was started in.
             os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
         try:
-            self._client = tracking.MlflowClient(tracking_uri=uri)
-            if known:
-                self._client.update_run(known, status="RUNNING")
-            self.id = known or self._new(os.environ.get("MLFLOW_EXPERIMENT_NAME", "usfmae_jax"), name, settings)
+            with self._lock:
+                self._client = tracking.MlflowClient(tracking_uri=uri)
+                experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "usfmae_jax")
+                self.id = self._continued(known) or self._new(experiment, name, settings)
         except self._error as error:
             raise InputError(f"config.log.mlflow: {str(error).splitlines()[0]}") from error
+
+    def _continued(self, known: str) -> str:
+        """The id, if a run goes on under it; "" where it is of another server or folder."""
+        try:
+            if known:
+                self._client.update_run(known, status="RUNNING")
+            return known
+        except self._error as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return ""
 
     def _new(self, experiment: str, name: str, settings: Mapping[str, Any]) -> str:
         from mlflow import entities
@@ -249,9 +267,11 @@ class Mlflow:
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """See `Writer`."""
-        file = f"{_plain(name)}_{step}.png"
+        self._try(lambda: self._keep(f"{_plain(name)}_{step}.png", picture))
+
+    def _keep(self, file: str, picture: np.ndarray) -> None:
         if self._artifacts is None:
-            self._try(lambda: self._client.log_image(self.id, picture, artifact_file=file))
+            self._client.log_image(self.id, picture, artifact_file=file)
             return
         # As a server would: it finds them by the run.
         number = self._client.get_run(self.id).info.experiment_id
@@ -264,7 +284,8 @@ class Mlflow:
         if not self.id:
             return
         try:
-            action()
+            with self._lock:
+                action()
         except self._error as error:
             print(f"warning: MLflow gets no more numbers: {str(error).splitlines()[0]}", file=sys.stderr)
             self.id = ""
