@@ -18,7 +18,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import flatten, open_model
 from usfmae_jax.objectives.mae import MaskedAutoencoding
 from usfmae_jax.pretraining.loop import pretrain
-from usfmae_jax.training.monitor import _ABSOLUTE, DivergedError
+from usfmae_jax.training.monitor import _ABSOLUTE, DivergedError, Profile
 
 
 def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(config, tmp_path):
@@ -148,7 +148,26 @@ def test_some_steps_are_traced_without_a_word_of_the_machine(config, tmp_path):
         assert private not in text
 
 
-@pytest.mark.parametrize("steps", [(2,), (-1, 2), (1.5, 2)])
+def test_of_the_steps_to_trace_those_that_a_start_does_are_and_none_are_told_of(config, tmp_path, capsys):
+    config.train.steps = 3
+    config.log.profile = (2, 5)
+    assert pretrain(config, str(tmp_path / "cut"))
+    assert [path.name for path in (tmp_path / "cut/profile").iterdir()] == ["steps-2-3.json.gz"]
+    resumed = Profile(str(tmp_path), (2, 5))
+    assert resumed.between(4, 8) == ""
+    for step in range(5, 9):
+        resumed.begin(step)
+        resumed.end(step, jnp.zeros(step) + 1)
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["steps-5-6.json.gz"]
+    capsys.readouterr()
+    config.log.profile = (4, 2)
+    assert pretrain(config, str(tmp_path / "none"))
+    assert "log.profile=(4, 2) traces nothing: this start does steps 1 to 3" in capsys.readouterr().err
+    assert pretrain(config, str(tmp_path / "none"))
+    assert "traces nothing" not in capsys.readouterr().err  # it was finished
+
+
+@pytest.mark.parametrize("steps", [(2,), (-1, 2), (1.5, 2), (0, 2)])
 def test_a_profile_is_of_a_step_and_a_number_of_steps(config, tmp_path, steps):
     with config.unlocked():
         config.log = {**config.log, "profile": steps}

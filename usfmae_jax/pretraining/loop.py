@@ -98,6 +98,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         describe(report, config, mesh, sources, state, total_steps)
         report.say(f"workdir: {workdir}")
+        if unseen := profile.between(first_step, total_steps):
+            report.say(unseen)
         if aside:
             report.say(f"warning: {aside}")
         if first_step:

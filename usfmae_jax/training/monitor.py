@@ -286,18 +286,29 @@ class Profile:
 
     Args:
       workdir: of the run.
-      steps: the first step, and how many; (0, 0) = none.
+      steps: the first step, from 1 on, and how many; (0, 0) = none.
 
     Raises:
       InputError: they are no such numbers.
     """
 
     def __init__(self, workdir: str, steps: Sequence[int]):
-        if len(steps) != 2 or not all(isinstance(number, int) and number >= 0 for number in steps):
-            raise InputError(f"config.log.profile={tuple(steps)} must be the first step and a number of steps")
-        self._first, self._last = steps[0], steps[0] + steps[1] - 1
-        self._path = epath.Path(workdir) / "profile" / f"steps-{self._first}-{self._last}.json.gz"
+        whole = len(steps) == 2 and all(isinstance(number, int) and number >= 0 for number in steps)
+        if not whole or (steps[1] and not steps[0]):
+            raise InputError(
+                f"config.log.profile={tuple(steps)} must be the first step and a number of steps, counted from 1"
+            )
+        self._workdir, self._steps = workdir, tuple(steps)
+        self._first, self._last, self._reached = steps[0], steps[0] + steps[1] - 1, 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def between(self, done: int, total: int) -> str:
+        """Leaves out steps that are done, or that the run has not; what to say if none are left, else ""."""
+        asked = self._first <= self._last
+        self._first, self._last = max(self._first, done + 1), min(self._last, total)
+        if not asked or self._first <= self._last or done >= total:
+            return ""
+        return f"warning: config.log.profile={self._steps} traces nothing: this start does steps {done + 1} to {total}"
 
     def __enter__(self) -> "Profile":
         return self
@@ -307,6 +318,7 @@ class Profile:
 
     def begin(self, step: int) -> None:
         """Before a step, the wait for its input included."""
+        self._reached = step
         if step == self._first <= self._last and jax.process_index() == 0:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0
@@ -325,8 +337,9 @@ class Profile:
         jax.profiler.stop_trace()
         (trace,) = epath.Path(self._folder.name).glob("plugins/profile/*/perfetto_trace.json.gz")
         text = gzip.decompress(trace.read_bytes()).decode()
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_bytes(gzip.compress(_ABSOLUTE.sub("", text).encode()))
+        path = epath.Path(self._workdir) / "profile" / f"steps-{self._first}-{self._reached}.json.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(_ABSOLUTE.sub("", text).encode()))
         self._folder.cleanup()
         self._folder = None
 
