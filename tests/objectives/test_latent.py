@@ -69,6 +69,16 @@ def test_the_loss_is_that_of_features_of_the_whole_sharp_image(latent, everywher
     np.testing.assert_allclose(total, (error * mask).sum(), rtol=1e-4)
 
 
+def test_of_the_visible_patches_too_those_in_the_sector(latent):
+    latent.latent.everywhere = True
+    latent.mask.fan_aware = True
+    learn = build.objective(latent)
+    images = _images().at[:, :16].set(0)
+    batch, rng = learn.prepare(images, jax.random.key(0))
+    batch["target"] = jnp.zeros((4, 16, 32))
+    assert learn.loss(learn.make(nnx.Rngs(0)), batch, rng)[1] == 32
+
+
 def test_a_teacher_with_other_patches_sees_the_image_in_its_own_size_and_colours(latent, teacher):
     latent.latent.teacher = teacher
     learn = build.objective(latent)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from usfmae_jax.interop.model import Model, build, model_graph
-from usfmae_jax.models.mae import MAE, masked_error
+from usfmae_jax.models.mae import MAE, masked_error, sector_patches
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.models.vit import vit_flops
 from usfmae_jax.objectives.mae import MaskedAutoencoding
@@ -29,7 +29,7 @@ class LatentPrediction(MaskedAutoencoding):
     Attributes:
       teacher: a vision transformer that is not trained; None = the average of the model's own encoder. Images are
         resized so that it divides them into as many patches as the model does.
-      everywhere: predict the visible patches too.
+      everywhere: predict the visible patches too, with `fan_aware` those in the imaged sector.
     """
 
     teacher: Model | None = None
@@ -61,7 +61,10 @@ class LatentPrediction(MaskedAutoencoding):
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The squared error of the features of hidden patches, or all, and their number; nothing more is drawn."""
         inputs = normalize_images(batch["image"], self.mean, self.std)
-        weight = jnp.ones_like(batch["mask"]) if self.everywhere else batch["mask"]
+        weight = batch["mask"]
+        if self.everywhere:
+            patch, ones = self.encoder["patch_size"], jnp.ones_like(weight)
+            weight = sector_patches(batch["image"], patch).astype(weight.dtype) if self.fan_aware else ones
         return masked_error(model(self.seen(inputs), batch["keep"], batch["restore"]), batch["target"], weight)
 
     def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
