@@ -1,6 +1,7 @@
 """The doors as functions: what they return, one after the other, and mistakes as one sentence."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -59,7 +60,10 @@ def test_from_a_dataset_to_predictions(tmp_path, monkeypatch):
         (lambda: api.pretrain("pretrain:tny"), "tny"),
         (lambda: api.pretrain("pretrein"), "nearest is --config=pretrain"),
         (lambda: api.pretrain(data={"pat": "x"}), r"config\.data\.pat is no field of pretrain:tiny; nearest are"),
-        (lambda: api.pretrain(train={"steps": "many"}), r"config\.train\.steps='many'"),
+        (lambda: api.pretrain(train={"steps": "many"}), r"config\.train\.steps='many': a whole number is wanted"),
+        (lambda: api.pretrain(train={"ema": "no"}), r"config\.train\.ema='no': a number is wanted"),
+        (lambda: api.pretrain(model={"remat": True}), r"config\.model\.remat=True: a text is wanted"),
+        (lambda: api.pretrain(model={"mean": 0.5}), r"config\.model\.mean=0\.5: several values are wanted"),
         (lambda: api.finetune(data=3), r"config\.data is no field"),
         (lambda: api.evaluate(checkpoint=""), r"config\.checkpoint is missing"),
         (lambda: api.embed("nothing", "data", "x.csv"), r"must end in \.npz"),
@@ -114,8 +118,28 @@ def test_a_run_reconstructs_images_of_any_size(shards, tmp_path, rng):
     visible = found["masked"] != 128
     np.testing.assert_array_equal(found["pasted"][visible], found["input"][visible])
     assert (api.reconstruct(run, images, seed=1)["masked"] != found["masked"]).any()
+    np.testing.assert_array_equal(api.reconstruct(f"{run}/checkpoints/1", images)["pasted"], found["pasted"])
     with pytest.raises(InputError, match="has no decoder"):
         api.reconstruct(f"{run}/encoder", images)
+    for nothing in (lambda: api.reconstruct(run, []), lambda: api.load_encoder(run).attention([])):
+        with pytest.raises(InputError, match="there are no images"):
+            nothing()
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        api.reconstruct(f"{run}/checkpoints", images)
+
+
+def test_a_run_of_version_0_1_which_said_otherwise_how_it_computes_reconstructs():
+    old = pathlib.Path(__file__).parent / "interop" / "version_0_1" / "run"
+    assert api.reconstruct(str(old), np.zeros((1, 8, 8), np.uint8))["pasted"].shape == (1, 8, 8, 1)
+
+
+def test_a_run_that_predicts_features_has_nothing_to_reconstruct(shards, tmp_path):
+    config = tiny_config(shards)
+    config.update(objective="latent")
+    run = api.pretrain(config, train={"steps": 1, "ema": 0.9}, workdir=str(tmp_path / "run"))
+    with pytest.raises(InputError, match="features and no pixels"):
+        api.reconstruct(run, np.zeros((1, 32, 32), np.uint8))
 
 
 def test_an_export_is_a_folder_that_can_be_loaded(shards, tmp_path):

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, TypeVar
 import ml_collections
 import numpy as np
 from absl import flags
+from etils import epath
 
 from usfmae_jax import cli
 from usfmae_jax.errors import InputError
@@ -175,7 +176,7 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
     """What a masked autoencoder makes of images of which it sees a part.
 
     Args:
-      run: a pretraining run, or what `usfmae_jax.convert` wrote of weights with a decoder.
+      run: a pretraining run, or one of its checkpoints; or what `usfmae_jax.convert` wrote of weights with a decoder.
       images: uint8 `[B, H, W, C]` or `[B, H, W]`, or a list of different sizes.
       seed: of the masks.
 
@@ -184,7 +185,7 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
       in the size of the model.
 
     Raises:
-      InputError: there is no decoder, or images of another kind.
+      InputError: there is no decoder of pixels, or no images, or images of another kind.
     """
     import jax
     from flax import nnx
@@ -196,16 +197,25 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
     model = open_model(run, whole=True)
     if model.kind != "mae":
         raise InputError(f"{run} has no decoder, which reconstructions need; give the workdir of a pretraining run")
-    stored = json.loads(pathlib.Path(run, "config.json").read_text(encoding="utf-8"))
+    if model.description["decoder"].get("kind") == "latent":
+        raise InputError(f"{run} was pretrained to predict features and no pixels; there is nothing to reconstruct")
+    place = epath.Path(run).expanduser().resolve()  # or its checkpoints, or one of them
+    places = [one / "config.json" for one in (place, *list(place.parents)[:2])]
+    found = next((one for one in places if one.exists()), None)
+    if found is None:
+        raise InputError(f"{run} has no config.json, which says how patches are hidden")
+    stored = json.loads(found.read_text())
     settings = cli.load_config("pretrain").to_dict()
+    # How it was computed there need not be possible here, and earlier versions said it in other words.
+    stored["model"] = {name: one for name, one in stored["model"].items() if name not in ("attention", "scan", "remat")}
     settings |= {name: settings[name] | stored.get(name, {}) for name in ("model", "mask", "loss")}
     settings["objective"] = stored.get("objective", settings["objective"])
     objective = build.objective(ml_collections.ConfigDict(settings))
     graph, encoder = model_graph(objective.make), Encoder(model.encoder())
-    prepared = np.stack([encoder.prepared(image) for image in images])
+    prepared = encoder.batch(images)
     draw = jax.jit(lambda params, images: objective.pictures(nnx.merge(graph, params), images, jax.random.key(seed)))
-    found = draw(model.params, prepared) or {}
-    return {name: np.asarray(found[name]) for name in ("input", "masked", "reconstruction", "pasted")}
+    drawn = draw(model.params, prepared)
+    return {name: np.asarray(drawn[name]) for name in ("input", "masked", "reconstruction", "pasted")}
 
 
 def build_dataset(dataset: str, input: str = "", output: str = "data", **options: Any) -> str:

@@ -222,6 +222,11 @@ _WORDS = (
     (r"Unknown command line flag '(\S+)'\. Did you mean: (\S+) \?", r"--\1 is no option; nearest is --\2"),
     (r"Unknown command line flag '(\S+)'", r"--\1 is no option; --help shows them"),
     (r"Missing value for (\S+)", r"--\1 has no value; type --\1=VALUE"),
+    (r"Could not override .* to type <class 'int'>", "a whole number is wanted, such as 1000"),
+    (r"Could not override .* to type <class 'float'>", "a number is wanted, such as 0.5 or 1e-3"),
+    (r"Could not override .* to type <class 'str'>", "a text is wanted, in quotes"),
+    (r"Could not override .* to type <class 'bool'>", "True or False is wanted"),
+    (r"Could not override .* to type <class 'tuple'>", "several values are wanted, such as (1, 2)"),
 )
 
 
@@ -299,7 +304,7 @@ def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name:
         try:
             config.update_from_flattened_dict({field: value})
         except (TypeError, ValueError) as error:
-            raise InputError(f"config.{field}={value!r}: {str(error).splitlines()[-1]}") from error
+            raise InputError(f"config.{field}={value!r}: {_plain(str(error).splitlines()[-1])}") from error
 
 
 def _flat(fields: Mapping[str, Any], parent: str = "") -> dict[str, Any]:

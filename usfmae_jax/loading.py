@@ -67,13 +67,9 @@ class Encoder:
         Raises:
           InputError: images of another kind.
         """
-        prepared = [self.prepared(image, resized) for image in images]
-        if not prepared:
-            raise InputError("there are no images; give uint8 [B, H, W, C]")
-        if len({image.shape for image in prepared}) > 1:
-            raise InputError("images of different sizes have to be resized: leave out resized=False")
+        prepared = self.batch(images, resized)
         batch_size = min(batch_size, len(prepared))
-        batches = (np.stack(prepared[start : start + batch_size]) for start in range(0, len(prepared), batch_size))
+        batches = (prepared[start : start + batch_size] for start in range(0, len(prepared), batch_size))
         how: dict[str, Any] = {"batch_size": batch_size, "total": len(prepared), "desc": "features"}
         return Features(*apply_batches(self._mesh, self._apply, self._params, batches, **how))
 
@@ -93,7 +89,24 @@ class Encoder:
 
         follow = rollout(self._model, pool)
         assert follow is not None  # this is a vision transformer
-        return follow(np.stack([self.prepared(image) for image in images]))
+        return follow(self.batch(images))
+
+    def batch(self, images: np.ndarray | Sequence[np.ndarray], resized: bool = True) -> np.ndarray:
+        """Images as the model takes them: uint8 `[B, H, W, C]`.
+
+        Args:
+          images: as above.
+          resized: False leaves the size.
+
+        Raises:
+          InputError: there are none, of different sizes, or of another kind.
+        """
+        prepared = [self.prepared(image, resized) for image in images]
+        if not prepared:
+            raise InputError("there are no images; give uint8 [B, H, W, C]")
+        if len({image.shape for image in prepared}) > 1:
+            raise InputError("images of different sizes have to be resized: leave out resized=False")
+        return np.stack(prepared)
 
     def prepared(self, image: np.ndarray, resized: bool = True) -> np.ndarray:
         """An image in the size and channels that the model takes: uint8 `[H, W, C]`.
