@@ -90,7 +90,7 @@ def settings(args: argparse.Namespace, dtype: str, cross: bool) -> Any:
     if args.quick:
         config.model.update(image_size=(32, 32), width=32, depth=2, num_heads=2, patch_size=8)
         config.model.update(decoder_width=16, decoder_depth=1, decoder_num_heads=2)
-    config.model.update(dtype=dtype, scan=False)  # unrolled: what one does on a CPU
+    config.model.update(dtype=dtype, scan=False, remat="none")  # unrolled: what one does on a CPU; all is kept there
     config.train.batch_size = args.batch
     if cross:
         config.objective = "cross_mae"

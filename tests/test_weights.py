@@ -77,6 +77,7 @@ def test_a_folder_of_that_name_comes_first(shipped):
         ("usfmae-bse", "nearest is usfmae-base"),
         ("runs/usfmae-tiny", "'runs/usfmae-tiny' is no folder; give the workdir of a run"),
         ("quite other", "'quite other' is no folder; give the workdir of a run"),
+        ("mae_base.pth", r"'mae_base\.pth' is no folder; give the workdir of a run"),
     ],
 )
 def test_other_names_say_what_to_do(name, says, shards):
@@ -87,6 +88,11 @@ def test_other_names_say_what_to_do(name, says, shards):
             api.pretrain(tiny_config(shards), init=name, workdir="run")
         with pytest.raises(InputError, match=says):
             open_source(name)
+
+
+def test_a_file_that_is_not_there_is_no_misspelt_name():
+    with pytest.raises(InputError, match=r"--input=mae_base\.pth does not exist; give a file of weights"):
+        open_source("mae_base.pth")
 
 
 def test_what_convert_writes_under_the_name_of_published_weights_is_found_by_it(shipped):

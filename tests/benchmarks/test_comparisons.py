@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from benchmarks import alternate
+from benchmarks import alternate, train_step
 from tests.helpers import record
 from tests.interop.torch_models import need
 from usfmae_jax.data.records import encode_record
@@ -79,3 +79,9 @@ def test_every_comparison_runs(command, rows, tmp_path, shards):
     assert table in done.stdout
     assert rows <= {row.split(" | ")[0].removeprefix("| ") for row in table.splitlines()}
     assert "failed" not in table
+
+
+@pytest.mark.parametrize("model", ["base", "ti128", "tiny"])
+def test_a_step_beside_one_that_keeps_all_its_values_recomputes_none(model):
+    args = argparse.Namespace(model=model, batch=8, quick=False, set=[])
+    assert train_step.settings(args, "float32", cross=False).model.remat == "none"

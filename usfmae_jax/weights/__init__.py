@@ -41,6 +41,6 @@ def find(path: str) -> str:
             f"python -m usfmae_jax.convert --input=FILE --output={path}, which makes a folder that has this name"
         )
     near = difflib.get_close_matches(path.lower(), [*names(), *ELSEWHERE], n=1)
-    if near and "/" not in path:
+    if near and not {"/", "."}.intersection(path):  # of a file, the door knows better what it lacks
         raise InputError(f"{path!r} is no folder, nor the name of weights that come along; nearest is {near[0]}")
     return path
