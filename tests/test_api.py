@@ -124,6 +124,10 @@ def test_a_run_reconstructs_images_of_any_size(shards, tmp_path, rng):
     for nothing in (lambda: api.reconstruct(run, []), lambda: api.load_encoder(run).attention([])):
         with pytest.raises(InputError, match="there are no images"):
             nothing()
+    with pytest.raises(InputError, match="pool='max' must be"):
+        api.load_encoder(run).attention(images, pool="max")
+    with pytest.raises(InputError, match="pool='max' must be"):
+        api.embed(run, shards, pool="max")
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(InputError, match=r"has no config\.json"):
         api.reconstruct(f"{run}/checkpoints", images)

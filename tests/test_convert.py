@@ -45,6 +45,13 @@ def test_parameters_lie_where_ours_do(converted):
     np.testing.assert_array_equal(patch, found["patch_embed.proj.weight"].read().transpose(2, 3, 1, 0))
 
 
+def test_a_hidden_width_whose_quotient_is_rounded_down_is_kept(tmp_path):
+    assert int(61 / 28 * 28) == 60
+    made.write(tmp_path / "x.safetensors", made.tensors(decoder=False, width=28, mlp_ratio=2.1786))
+    assert run(tmp_path / "x.safetensors", tmp_path / "out", "--num_heads=4") == 0
+    assert all_parameters(tmp_path / "out")["encoder.blocks.stack.fc1.bias"].shape == (2, 61)
+
+
 @pytest.mark.parametrize(
     ("kind", "form"),
     [

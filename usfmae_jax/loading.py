@@ -84,7 +84,12 @@ class Encoder:
 
         Returns:
           float32 `[B, rows, columns]`, each map scaled to [0, 1].
+
+        Raises:
+          InputError: there is no such feature, no image, or images of another kind.
         """
+        if pool not in ("mean", "cls"):
+            raise InputError(f"pool={pool!r} must be 'mean' or 'cls'")
         from usfmae_jax.training.inspect import rollout  # with scikit-learn behind it
 
         follow = rollout(self._model, pool)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -149,7 +150,7 @@ def _settings(source: Source, found: Tensors, options: Options, notes: list[str]
         "width": width,
         "depth": _depth(found, "blocks"),
         "num_heads": heads,
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": _ratio(hidden, width),
     }
     eps = options.norm_eps or own["architecture"].get("norm_eps") or config.get("layer_norm_eps", NORM_EPS)
     if not isinstance(eps, float) or not 0 < eps < 1:
@@ -172,6 +173,12 @@ def _settings(source: Source, found: Tensors, options: Options, notes: list[str]
         else:
             description["classes"] = _classes(own, config, found)
     return Model({}, description, _preprocessing(source, channels, own["image_size"] or size, options, notes), [])
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio whose product with the width is the hidden width when it is cut to an integer, as `ViT` does."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _own_settings(source: Source) -> dict[str, Any]:
