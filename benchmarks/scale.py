@@ -14,13 +14,12 @@ import subprocess
 import sys
 from typing import Any
 
-from jax import tree_util
+import jax
 
 from usfmae_jax import cli
-from usfmae_jax.models.layers import split_axis
 from usfmae_jax.pretraining import build
 from usfmae_jax.training.hardware import GIB
-from usfmae_jax.training.mesh import one_device
+from usfmae_jax.training.mesh import one_device, place_to_split
 from usfmae_jax.training.state import abstract_state
 
 #: Config, target, and what is overridden.
@@ -122,10 +121,9 @@ def least_sent(config: Any, data: int, fsdp: int) -> float:
     params = abstract_state(build.objective(config).make, optimizer, one_device())["params"]
     number = 2 if config.model.dtype == "bfloat16" else 4
     total = 0.0
-    for path, leaf in tree_util.tree_leaves_with_path(params):
-        shape = leaf.shape[int(any(key.key == "stack" for key in path)) :]
+    for path, leaf in jax.tree.leaves_with_path(params):
         size = number * leaf.size
-        if split_axis(shape, fsdp) is None:
+        if place_to_split(path, leaf, fsdp) is None:
             total += size * 2 * (data * fsdp - 1) / (data * fsdp)
         else:
             total += size * 3 * (fsdp - 1) / fsdp + size / fsdp * 2 * (data - 1) / data

@@ -1,6 +1,10 @@
 """What several test files build."""
 
+import contextlib
+import itertools
 import pathlib
+from collections.abc import Iterator
+from unittest import mock
 
 import cv2
 import ml_collections
@@ -10,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from configs.pretrain import get_config
 from usfmae_jax.data import records
 from usfmae_jax.data.tfrecord import frame_tfrecord
+from usfmae_jax.training.monitor import Preemption
 
 #: For `jax.jit`: compiles as users do, where conftest.py has all else compiled without LLVM's optimisation.
 OPTIMIZED = {"xla_backend_optimization_level": 3}
@@ -80,3 +85,11 @@ def tiny_config(shards: str) -> ml_collections.ConfigDict:
     config.log.update(every=1, pictures_every=0)
     config.probe.data.update(path="", split="")
     return config
+
+
+@contextlib.contextmanager
+def stopping(after: int) -> Iterator[None]:
+    """Whatever trains is asked to stop when it looks whether it was for the `after`-th time."""
+    answers = itertools.chain(itertools.repeat(False, after - 1), [True], itertools.repeat(False))
+    with mock.patch.object(Preemption, "requested", side_effect=answers):
+        yield

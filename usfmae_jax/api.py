@@ -142,7 +142,7 @@ def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **op
 
     if output and not output.endswith(".npz"):
         raise InputError(f"output={output!r} must end in .npz")
-    if pool not in ("mean", "cls", "patches"):
+    if pool not in door.POOLS:
         raise InputError(f"pool={pool!r} must be 'mean', 'cls' or 'patches'")
     with _ready(), tempfile.TemporaryDirectory() as folder:
         path = output or os.path.join(folder, "features.npz")

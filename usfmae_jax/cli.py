@@ -35,9 +35,8 @@ from usfmae_jax.errors import (
     visible_output,
 )
 
-#: Of doors with a config the shipped one, the module, and a field that only their configs have.
-_DOORS = {"pretrain": "main", "finetune": "finetune", "evaluate": "evaluate"}
-_OWN = {"pretrain": "objective", "finetune": "mode", "evaluate": "protocol"}
+#: Of the config that a door comes with, the door's module, and a field that only its configs have.
+_DOORS = {"pretrain": ("main", "objective"), "finetune": ("finetune", "mode"), "evaluate": ("evaluate", "protocol")}
 
 
 @visible_output()
@@ -187,9 +186,9 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
 def _check_door(config: ml_collections.ConfigDict, value: str, default_config: str) -> None:
     """Raises InputError if a config is for another door than the one whose own config is `default_config`."""
     own = pathlib.PurePath(default_config).stem
-    if own in _OWN and _OWN[own] not in config:
-        doors = [module for name, module in _DOORS.items() if _OWN[name] in config]
-        other = f"is for python -m usfmae_jax.{doors[0]}" if doors else f"has no config.{_OWN[own]}"
+    if own in _DOORS and _DOORS[own][1] not in config:
+        doors = [module for module, field in _DOORS.values() if field in config]
+        other = f"is for python -m usfmae_jax.{doors[0]}" if doors else f"has no config.{_DOORS[own][1]}"
         raise InputError(f"--config={value} {other}; here try --config={own}")
 
 

@@ -23,6 +23,8 @@ from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, l
 #: Picture files that a folder may hold.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 _NAMED = 5  # files that are passed over
+#: What the features of an image are: the mean of its patch tokens, its class token, or all patch tokens.
+POOLS = ("mean", "cls", "patches")
 #: Columns beside `features`, in order.
 COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
 
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--data", required=True, metavar="PATH", help="shards, or a folder with PNG, JPEG, BMP or TIFF files"
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="ends in .npz or .parquet")
-    parser.add_argument("--pool", default="mean", choices=["mean", "cls", "patches"], help="default: %(default)s")
+    parser.add_argument("--pool", default="mean", choices=POOLS, help="default: %(default)s")
     parser.add_argument("--split", default="", help="only shards of this TFDS split; default: all")
     parser.add_argument(
         "--batch_size", type=int, default=0, metavar="N", help="images per call; default: what suits the devices"

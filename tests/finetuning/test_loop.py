@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from configs import finetune as configs
-from tests.helpers import write_shards
+from tests.helpers import stopping, write_shards
 from tests.pretraining.runs import metrics
 from usfmae_jax.data.table import images as table_images
 from usfmae_jax.data.table import read_table
@@ -21,7 +21,7 @@ from usfmae_jax.finetuning.loop import better, finetune
 from usfmae_jax.interop.model import Model, flatten, open_model, save_model
 from usfmae_jax.tasks.classification import Classification
 from usfmae_jax.training.forward import head_function
-from usfmae_jax.training.monitor import DivergedError, Preemption
+from usfmae_jax.training.monitor import DivergedError
 
 Trainer = supervised.Trainer
 
@@ -133,12 +133,8 @@ def test_evaluations_are_logged_and_the_best_is_what_is_tested(undisturbed):
 
 # Before a checkpoint; in the next member; on a checkpoint; at the end of a member.
 @pytest.mark.parametrize("after", [1, 13, *(pytest.param(after, marks=pytest.mark.slow) for after in (4, 10))])
-def test_a_stopped_run_ends_bitwise_as_the_undisturbed_one(
-    undisturbed, config, tmp_path, monkeypatch, after, no_report
-):
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(None) or len(asked) == after)
+def test_a_stopped_run_ends_bitwise_as_the_undisturbed_one(undisturbed, config, tmp_path, after, no_report):
+    with stopping(after):
         done = finetune(config, str(tmp_path))
     assert not done
     config.data.threads = 1  # may change
@@ -163,7 +159,7 @@ def test_a_killed_run_starts_at_its_last_checkpoint(undisturbed, config, tmp_pat
     assert _left(tmp_path) == _left(undisturbed)
 
 
-def test_a_finished_run_takes_more_seeds_fractions_and_folds(config, tmp_path, capfd, monkeypatch):
+def test_a_finished_run_takes_more_seeds_fractions_and_folds(config, tmp_path, capfd):
     config.split.only = ("1",)
     config.train.steps = 2
     assert finetune(config, str(tmp_path))
@@ -268,16 +264,14 @@ def test_it_starts_from_an_encoder_and_warns_when_that_has_seen_the_test_data(co
 
 
 @pytest.mark.slow
-def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, monkeypatch, no_report):
+def test_a_resnet_with_running_statistics_resumes_bitwise(config, tmp_path, no_report):
     config.model.update(arch="resnet50", width=4, depth=1, channels=1, patch_size=0, num_heads=0)
     config.split.only = ("1",)
     config.train.steps = 4
     assert finetune(config, str(tmp_path / "whole"))
     stats = flatten(open_model(str(tmp_path / "whole" / "members" / "fold-1" / "classifier")).stats)
     assert any(np.abs(value).max() > 0 for name, value in stats.items() if name.endswith("mean"))
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(None) or len(asked) == 2)
+    with stopping(2):
         assert not finetune(config, str(tmp_path / "stopped"))
     assert finetune(config, str(tmp_path / "stopped"))
     assert _left(tmp_path / "stopped") == _left(tmp_path / "whole")

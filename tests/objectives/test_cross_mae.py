@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf, softmax
 
+from tests.helpers import stopping
 from tests.interop.torch_models import need
 from usfmae_jax.errors import InputError
 from usfmae_jax.export import export
@@ -17,7 +18,6 @@ from usfmae_jax.models import mae
 from usfmae_jax.models.patches import patchify, sincos_table
 from usfmae_jax.pretraining import build
 from usfmae_jax.pretraining.loop import pretrain
-from usfmae_jax.training.monitor import Preemption
 
 SIZE = {"image_size": (32, 32), "patch_size": 8, "channels": 1, "width": 16, "depth": 3, "num_heads": 2}
 DECODER = {"decoder_width": 8, "decoder_depth": 2, "decoder_num_heads": 2}
@@ -156,7 +156,7 @@ def test_it_is_cheaper_than_the_decoder_that_looks_at_everything(config):
     assert _objective(config, share=1 / 3).flops() / whole == pytest.approx(0.56, abs=0.04)  # a quarter of all patches
 
 
-def test_it_trains_is_resumed_shown_probed_and_exported(config, shards, tmp_path, monkeypatch, capsys):
+def test_it_trains_is_resumed_shown_probed_and_exported(config, shards, tmp_path, capsys):
     config.objective = "cross_mae"
     config.mask.update(share=0.5, block=2, blur=0.8)
     config.train.ema = 0.9
@@ -168,9 +168,7 @@ def test_it_trains_is_resumed_shown_probed_and_exported(config, shards, tmp_path
     assert list((tmp_path / "whole" / "reconstructions").glob("*.png"))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").open() if '"loss"' in line]
     assert np.isfinite(losses).all()
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 3)
+    with stopping(3):
         assert not pretrain(config, stopped)
     assert pretrain(config, stopped)
     ends = [open_model(path, whole=True) for path in (whole, stopped)]

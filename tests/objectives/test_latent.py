@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.helpers import stopping
 from usfmae_jax.errors import InputError
 from usfmae_jax.export import export
 from usfmae_jax.interop.model import Model, flatten, model_graph, open_model, preprocessing, save_model
@@ -17,7 +18,6 @@ from usfmae_jax.pretraining import build
 from usfmae_jax.pretraining.loop import pretrain
 from usfmae_jax.training import checkpoints
 from usfmae_jax.training import mesh as meshes
-from usfmae_jax.training.monitor import Preemption
 from usfmae_jax.training.state import init_state, teacher_state
 
 #: Of another width, patch and image size than the model, and of colour.
@@ -140,7 +140,7 @@ def test_eight_devices_that_split_it_compute_what_one_does_in_parts_too(latent, 
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_it_trains_is_resumed_bitwise_and_exported(latent, shards, teacher, tmp_path, monkeypatch, capsys, fixed):
+def test_it_trains_is_resumed_bitwise_and_exported(latent, shards, teacher, tmp_path, capsys, fixed):
     if fixed:
         latent.latent.teacher, latent.train.ema = teacher, 0.0
     latent.log.pictures_every = 4  # there are none
@@ -149,9 +149,7 @@ def test_it_trains_is_resumed_bitwise_and_exported(latent, shards, teacher, tmp_
     assert pretrain(latent, whole)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").open() if '"loss"' in line]
     assert np.isfinite(losses).all()
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 3)
+    with stopping(3):
         assert not pretrain(latent, stopped)
     if fixed:  # the teacher has moved
         save_model(str(tmp_path / "moved"), open_model(teacher))

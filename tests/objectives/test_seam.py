@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.helpers import stopping
 from tests.interop.torch_models import need
 from usfmae_jax import load_encoder
 from usfmae_jax.export import export
@@ -21,7 +22,6 @@ from usfmae_jax.models.vit import ViT
 from usfmae_jax.objectives import Objective
 from usfmae_jax.pretraining import build
 from usfmae_jax.pretraining.loop import pretrain
-from usfmae_jax.training.monitor import Preemption
 
 
 class Brightness(nnx.Module):
@@ -68,9 +68,7 @@ def test_a_new_objective_trains_resumes_and_exports(config, shards, tmp_path, mo
     assert losses[-1] < losses[0]
     assert load_parameters(whole)[1]["about"]["kind"] == "brightness"
 
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 3)
+    with stopping(3):
         assert not pretrain(config, stopped)
     assert pretrain(config, stopped)
     ends = [open_model(path) for path in (whole, stopped)]

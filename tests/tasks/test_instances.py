@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from configs.segment import get_config
 from tests.data.tables import write_records
-from tests.helpers import record
+from tests.helpers import record, stopping
 from usfmae_jax.data.augment import Augmentation
 from usfmae_jax.data.pipeline import LoadView
 from usfmae_jax.data.table import read_table
@@ -22,7 +22,6 @@ from usfmae_jax.finetuning import build, tasks
 from usfmae_jax.finetuning.loop import finetune
 from usfmae_jax.interop.model import open_model
 from usfmae_jax.tasks.instances import detections, drawn_masks, instances_of, matched, numbered, set_loss
-from usfmae_jax.training.monitor import Preemption
 
 
 def frame(number, side=48):
@@ -187,12 +186,10 @@ def test_fields_that_do_not_fit_are_refused(folder, tmp_path, fields, match):
         build.prepare(config, str(tmp_path / "run"))
 
 
-def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path, monkeypatch):
+def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path):
     config = _config(folder, steps=6)
     config.stop.every, config.save_masks = 0.5, True
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 3)
+    with stopping(3):
         assert not finetune(config, str(tmp_path))
     assert finetune(config, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())

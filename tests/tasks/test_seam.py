@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from configs.finetune import get_config
+from tests.helpers import stopping
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.intervals import bootstrap_chunks
 from usfmae_jax.evaluation.predictions import Predictions
@@ -20,7 +21,6 @@ from usfmae_jax.finetuning.loop import finetune
 from usfmae_jax.interop.model import open_model
 from usfmae_jax.reporting import run
 from usfmae_jax.tasks import Task
-from usfmae_jax.training.monitor import Preemption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,7 @@ def test_a_new_task_is_fine_tuned_and_scored_through_the_same_loop(shards, tmp_p
         finetune(config, str(tmp_path))
     config.stop.metric = "mae"
     config.evaluate.update(batch_size=16, bootstrap=20)
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 5)
+    with stopping(5):
         assert not finetune(config, str(tmp_path))
     assert finetune(config, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())

@@ -13,7 +13,7 @@ from flax import nnx
 
 from configs import evaluate as evaluation
 from configs import segment as configs
-from tests.helpers import record
+from tests.helpers import record, stopping
 from usfmae_jax.data import annotations, augment, records
 from usfmae_jax.data.pipeline import LoadView, Rows
 from usfmae_jax.data.table import read_table
@@ -26,7 +26,6 @@ from usfmae_jax.interop.model import flatten, open_model
 from usfmae_jax.probing import patches
 from usfmae_jax.probing.loop import evaluate
 from usfmae_jax.tasks import segmentation
-from usfmae_jax.training.monitor import Preemption
 
 SIZE = (48, 64)
 
@@ -75,11 +74,9 @@ def small(path, variant="folder"):
     return config
 
 
-def test_a_segmenter_is_trained_resumed_scored_and_opened_again(masked, tmp_path, monkeypatch):
+def test_a_segmenter_is_trained_resumed_scored_and_opened_again(masked, tmp_path):
     config = small(masked)
-    asked = []
-    with monkeypatch.context() as patch:
-        patch.setattr(Preemption, "requested", lambda self: asked.append(1) or len(asked) == 4)
+    with stopping(4):
         assert not finetune(config, str(tmp_path))
     assert finetune(config, str(tmp_path))
     results = json.loads((tmp_path / "results.json").read_text())

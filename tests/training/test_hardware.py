@@ -249,16 +249,10 @@ def test_devices_that_split_parameters_send_each_other_matrices_and_their_gradie
     config.train.batch_size = 64  # activations are larger than parameters
     sent = compile_for(config, "v5e:2x4", jax.devices())["collectives"]
     params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(build.objective(config).make(nnx.Rngs(0)), nnx.Param)))
-    split = [
-        leaf for path, leaf in jax.tree.leaves_with_path(params) if layers.split_axis(_one(path, leaf), 8) is not None
-    ]
+    places = jax.tree.leaves_with_path(params)
+    split = [leaf for path, leaf in places if mesh.place_to_split(path, leaf, 8) is not None]
     matrices = sum(4 * leaf.size for leaf in split)
     assert sent["all-gather"]["bytes"] < 2.1 * matrices
     assert sent["reduce-scatter"]["bytes"] > 0.8 * matrices
     assert sent.keys() <= {"all-gather", "reduce-scatter", "all-reduce"}
     assert sent["all-reduce"]["bytes"] < 0.2 * matrices
-
-
-def _one(path, leaf):
-    """The shape of an array, of stacked blocks that of one."""
-    return leaf.shape[int(any(key.key == "stack" for key in path)) :]

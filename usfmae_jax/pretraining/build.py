@@ -63,12 +63,12 @@ def masked_autoencoding(
     _check_heads(model, "decoder_width", "decoder_num_heads")
     checks.check_least(model, {"decoder_depth": 0}, "model.")
     (height, width), patch = shape["image_size"], shape["patch_size"]
-    checks.check_ranges(config.mask, {"ratio": (0, 1)}, "mask.")
+    ranges = {"ratio": (0, 1), "block": (1, min(height, width) // patch), "blur": (0, 32)}
+    checks.check_ranges(config.mask.to_dict(), ranges, "mask.")
     try:
         num_visible((height // patch) * (width // patch), config.mask.ratio)
     except ValueError as error:
         raise InputError(f"config.mask.ratio: {error}") from error
-    checks.check_ranges(config.mask.to_dict(), {"block": (1, min(height, width) // patch), "blur": (0, 32)}, "mask.")
     return kind(
         shape,
         decoder,

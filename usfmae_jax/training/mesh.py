@@ -139,10 +139,17 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def place_to_split(path: Sequence[Any], leaf: Any, parts: int) -> int | None:
+    """The axis along which the array at a path of a state is split, or None; of stacked blocks each by itself."""
+    first = int(any(getattr(key, "key", None) == "stack" for key in path))
+    axis = split_axis(leaf.shape[first:], parts)
+    return None if axis is None else first + axis
+
+
 def state_sharding(mesh: Mesh, state: Any) -> Any:
     """Where each array of a train state lives: one rule for parameters and the optimiser's moments alike.
 
-    An array is split over `fsdp` along the axis that `models.layers.split_axis` says; of stacked blocks each by itself.
+    An array is split over `fsdp` along the axis that `place_to_split` says.
 
     Args:
       mesh: from `make_mesh`.
@@ -154,11 +161,8 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     fsdp = mesh.shape["fsdp"]
 
     def place(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        first = int(any(getattr(key, "key", None) == "stack" for key in path))
-        axis = split_axis(leaf.shape[first:], fsdp)
-        if axis is None:
-            return replicated(mesh)
-        return NamedSharding(mesh, PartitionSpec(*[None] * (first + axis), "fsdp"))
+        axis = place_to_split(path, leaf, fsdp)
+        return replicated(mesh) if axis is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, "fsdp"))
 
     return jax.tree.map_with_path(place, state)
 
