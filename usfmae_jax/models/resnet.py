@@ -22,8 +22,8 @@ def resnet_flops(size: tuple[int, int], width: int, depths: Sequence[int]) -> fl
 class BatchNorm(nnx.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last, with torch's numerics.
 
-    Statistics are float32. The batch is normalised with its biased variance and the running variance follows the
-    unbiased one, as torch does. In a batch spread over devices the statistics are those of the whole batch.
+    Statistics are float32 at least. The batch is normalised with its biased variance and the running variance follows
+    the unbiased one, as torch does. In a batch spread over devices the statistics are those of the whole batch.
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
@@ -35,7 +35,7 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: jax.Array, train: bool, momentum: float = 0.9, epsilon: float = 1e-5) -> jax.Array:
         """Normalises with the batch's statistics and remembers them (`train`), or with those remembered."""
         if train:
-            pixels = x.astype(jnp.float32)
+            pixels = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             axes = tuple(range(x.ndim - 1))
             mean, var = pixels.mean(axes), pixels.var(axes)
             count = x.size // x.shape[-1]
@@ -115,7 +115,9 @@ class ResNet(nnx.Module):
             setattr(self, f"layer{stage + 1}", Chain(blocks))
         # torch's own start of a linear layer, uniform within 1 / sqrt(inputs).
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.head = nnx.Linear(inputs, num_classes, kernel_init=init, dtype=jnp.float32, rngs=rngs)
+        self.head = nnx.Linear(
+            inputs, num_classes, kernel_init=init, dtype=jnp.promote_types(dtype, jnp.float32), rngs=rngs
+        )
 
     def __call__(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> jax.Array:
         """Logits.
@@ -140,7 +142,7 @@ class ResNet(nnx.Module):
                 x = block(x, train and stage >= self.freeze)
             if stage + 1 == self.freeze:
                 x = jax.lax.stop_gradient(x)
-        return x.astype(jnp.float32).mean(axis=(1, 2))
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean(axis=(1, 2))
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
