@@ -25,7 +25,7 @@ import psutil
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WARM_UP = 5  # minutes
+WARM_UP = 15  # minutes: what is freed is kept and divided anew, so that the peak is reached after some probes
 _BATCH = 16
 _EVENTS = ("checkpoint.every", "probe.every", "log.pictures_every")
 

@@ -32,7 +32,7 @@ import numpy as np
 from data_prep import exclusions, isolate
 from data_prep.exclusions import Match, match_ids
 from usfmae_jax.data import fingerprints
-from usfmae_jax.errors import DamagedRecord, InputError, Parser, visible, visible_output
+from usfmae_jax.errors import STOPPED, DamagedRecord, InputError, Parser, visible, visible_output
 
 _RECORDS = 256  # read per task
 _PAIRS = 1024  # compared per task
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return STOPPED
     return 2
 
 

@@ -37,7 +37,7 @@ from data_prep import catalog
 from data_prep.catalog.schema import Entry
 from data_prep.plan import PHANTOM, plan_files, plan_phantoms
 from data_prep.write.manifest import check_same, print_summary, put_back
-from usfmae_jax.errors import InputError, Parser, as_started, visible_output
+from usfmae_jax.errors import STOPPED, InputError, Parser, as_started, visible_output
 
 
 @visible_output()
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+        return STOPPED
 
 
 def build_one(args: argparse.Namespace) -> pathlib.Path:

@@ -54,8 +54,16 @@ def run(
 
     def act() -> int:
         parsed = parse(sys.argv, doc, default_config, trains)
-        return action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
+        try:
+            return action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
+        except KeyboardInterrupt:  # before the loop, after it, or a second time within it
+            if not trains or _one_of_several():
+                raise
+            print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+            return PREEMPTED
 
+    if trains:  # a scheduler starts again what ends with that code; the loop sees to it by itself that it is saved
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     lost = False
     try:
         code = answer(act)

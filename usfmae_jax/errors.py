@@ -13,8 +13,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
-#: Exit codes: done, failed, bad input or config, stopped by preemption after a saved checkpoint.
-DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+#: Exit codes: done; failed; bad input or config; stopped, and to be started again; stopped by Ctrl-C for good.
+DONE, FAILED, BAD_INPUT, PREEMPTED, STOPPED = 0, 1, 2, 75, 130
 
 
 class InputError(ValueError):
@@ -45,7 +45,7 @@ def answer(action: Callable[[], int]) -> int:
 
     Returns:
       the exit code; `BAD_INPUT` after an `InputError`, and when the disk is full or gone; `FAILED` after a
-      `FaultError`.
+      `FaultError`; `STOPPED` after Ctrl-C.
     """
     code = BAD_INPUT
     try:
@@ -54,6 +54,9 @@ def answer(action: Callable[[], int]) -> int:
         said = str(error)
     except FaultError as error:
         said, code = str(error), FAILED
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
     except Exception as error:
         said = storage_fault(error) or _absent_devices(error)
         if not said:

@@ -31,11 +31,11 @@ from tests.pretraining.runs import command, environment
 
 JOBS = ("pretrain", "finetune", "evaluate", "build")
 HITS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
-#: Exit codes of a job that was hit: killed, done before it was hit, stopped after saving, ended by the signal.
+#: Exit codes of a job that was hit: killed, done before it was hit, stopped, ended by the signal before it listened.
 EXPECTED = {
     "SIGKILL": {-9, 0},
-    "SIGTERM": {75, 0, -15},  # -15: before the loop listens, or where there is none
-    "Ctrl-C": {75, 0, 130, -2, 1},
+    "SIGTERM": {75, 0, -15},
+    "Ctrl-C": {75, 0, 130, -2},
 }
 CHECKPOINT, COMPILE = "inside a checkpoint write", "inside the first compile"
 #: Of every twenty moments so many are of these kinds, for jobs that have them; the others are random.

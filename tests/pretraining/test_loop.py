@@ -277,7 +277,21 @@ def _turn_a_bit(step):
     file.write_bytes(data)
 
 
+def _metadata(old, new):
+    def change(step):
+        file = step / "_CHECKPOINT_METADATA"
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new, 1))
+
+    return change
+
+
 DAMAGE = {
+    "a bit of the place in the data": (_metadata('"next_batch": 4', '"next_batch": 6'), "its metadata is missing or"),
+    "a bit of the seed": (_metadata('"seed": 0', '"seed": 8'), "its metadata is missing or damaged"),
+    "a bit of the hash's name": (_metadata('"digest"', '"digesu"'), "its metadata is missing or damaged"),
+    "a bit of a name of Orbax's": (_metadata('"item_handlers"', '"item_handlars"'), "its metadata is missing or"),
     "a bit of a parameter": (_turn_a_bit, "its checksum is wrong"),
     "no metadata": (lambda step: (step / "_CHECKPOINT_METADATA").unlink(), "its metadata is missing or damaged"),
     "empty metadata": (lambda step: (step / "_CHECKPOINT_METADATA").write_text(""), "its metadata is missing or"),
@@ -297,7 +311,7 @@ def twice_saved(shards, tmp_path_factory):
     return workdir, config
 
 
-QUICK = ("no metadata", "half of the data", "a bit of a parameter")
+QUICK = ("no metadata", "half of the data", "a bit of a parameter", "a bit of the seed", "a bit of a name of Orbax's")
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in DAMAGE if name not in QUICK]
 
 

@@ -1,6 +1,7 @@
 """The parameters in a checkpoint, without the rest of the train state."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -47,7 +48,7 @@ def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any],
     context.array.saving.use_compression = False  # float32 weights hardly shrink, and it takes most of the time
     with context:
         saver = _open(folder)
-        metadata = {"position": {}, "config": config, "about": about}
+        metadata = signed({"position": {}, "config": config, "about": about})
         saver.save_async(0, {"params": params}, metrics={"loss": 0.0}, custom_metadata=metadata)
         saver.close()
         without_paths(folder)
@@ -73,7 +74,10 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
     folder = next((one for one in (root / "checkpoints", root) if holds_checkpoints(one)), None)
     if folder is None:
         raise InputError(f"{workdir} has no checkpoints; give the workdir of a run or what usfmae_jax.convert wrote")
-    saver = _open(folder)
+    try:
+        saver = _open(folder)
+    except Exception as error:
+        raise InputError(f"a checkpoint in {workdir} cannot be read: {reason(error)}; remove it") from error
     try:
         steps = [checkpoint.step for checkpoint in saver.checkpoints]
         if not steps or (step is not None and step not in steps):
@@ -81,8 +85,9 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
         step = steps[-1] if step is None else step
         with quiet():
             metadata = saver.metadata(step)
-        if metadata.metadata is None or not metadata.custom_metadata:
-            raise ValueError("its metadata is missing or damaged")
+        check_metadata(metadata.custom_metadata)
+        if metadata.metadata is None:
+            raise ValueError(_DAMAGED)
         name = "ema" if "ema" in metadata.metadata else "params"  # the average is what is tested and exported
         stored = metadata.metadata[name]
         context = orbax.Context()
@@ -101,6 +106,28 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
         raise InputError(f"checkpoint {step} in {workdir} cannot be read: {reason(error)}; try another step") from error
     finally:
         saver.close()
+
+
+_DAMAGED = "its metadata is missing or damaged"
+_FIELDS = {"position", "config", "about", "checksums", "digest"}
+
+
+def signed(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What is stored beside the arrays of a checkpoint, with a hash of it: Orbax has none, and it says what goes on."""
+    return metadata | {"digest": _digest(metadata)}
+
+
+def check_metadata(stored: dict[str, Any] | None) -> None:
+    """Raises ValueError unless what `signed` gave has come back as it was; earlier versions wrote no hash."""
+    if not stored or not {"position", "config"} <= stored.keys() <= _FIELDS:
+        raise ValueError(_DAMAGED)
+    if "digest" in stored and stored["digest"] != _digest(stored):
+        raise ValueError(_DAMAGED)
+
+
+def _digest(metadata: dict[str, Any]) -> str:
+    text = json.dumps({name: value for name, value in metadata.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _place(checksums: list[int], stored: dict[str, Any], name: str) -> list[int]:

@@ -137,7 +137,8 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             report.say(f"{len(damage.found)} damaged records were skipped in all")
     if step < total_steps:
         return False
-    export(about, weights_of(state)["encoder"], workdir, total_steps)
+    with Preemption():  # what is left takes seconds: a signal does not stop it
+        export(about, weights_of(state)["encoder"], workdir, total_steps)
     return True
 
 

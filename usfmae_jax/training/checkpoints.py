@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as orbax
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop.checkpoint import quiet, reason, without_paths
+from usfmae_jax.interop.checkpoint import check_metadata, quiet, reason, signed, without_paths
 from usfmae_jax.training.checks import flat
 from usfmae_jax.training.mesh import on_first_process, replicated
 from usfmae_jax.training.state import State
@@ -35,6 +35,12 @@ RESUMABLE = (
     "model.remat",
     "model.attention",
 )
+
+#: What Orbax writes of a checkpoint.
+_ORBAX_FIELDS = {
+    *("item_handlers", "metrics", "performance_metrics", "init_timestamp_nsecs", "commit_timestamp_nsecs"),
+    "custom_metadata",
+}
 
 
 def open_checkpoints(
@@ -58,13 +64,19 @@ def open_checkpoints(
         policies.append(keep.EveryNSteps(keep_every))
     if keep_best:
         policies.append(keep.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=keep_best))
-    return _Checkpointer(
+    start = functools.partial(
+        _Checkpointer,
         epath.Path(directory),
         # The loop decides when; asking again here would refuse the save on preemption.
         save_decision_policy=orbax.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=keep.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
     )
+    try:
+        return start()
+    except Exception:  # whatever the bytes of damaged metadata happen to spell
+        on_first_process(lambda: _put_metadata_aside(epath.Path(directory)))
+        return start()
 
 
 def _mend_ranks(directory: epath.Path) -> None:
@@ -74,6 +86,17 @@ def _mend_ranks(directory: epath.Path) -> None:
             math.isfinite(json.loads(path.read_text())["loss"])
         except (ValueError, LookupError, TypeError):
             path.write_text('{"loss": Infinity}')
+
+
+def _put_metadata_aside(directory: epath.Path) -> None:
+    """Without metadata a checkpoint counts as damaged; with such as Orbax cannot read it would not open the others."""
+    for path in directory.glob("*/_CHECKPOINT_METADATA"):
+        try:
+            damaged = not json.loads(path.read_text()).keys() <= _ORBAX_FIELDS
+        except (ValueError, AttributeError):
+            damaged = True
+        if damaged:
+            path.rename(path.parent / f"{path.name}.damaged")
 
 
 class _Checkpointer(orbax.training.Checkpointer):
@@ -103,7 +126,7 @@ def save(
     """
     if checkpoints.latest is not None and checkpoints.latest.step == step:
         return  # saved already, by schedule, before the run was told to stop
-    metadata = metadata | {"checksums": _checksums(state)}
+    metadata = signed(metadata | {"checksums": _checksums(state)})
     checkpoints.save_async(step, state, metrics={"loss": loss}, custom_metadata=metadata)
 
 
@@ -160,9 +183,8 @@ def resume(
     for place, step in reversed(list(enumerate(steps))):
         try:
             with quiet():
-                stored = checkpoints.metadata(step).custom_metadata or {}
-            if not {"position", "config"} <= stored.keys():
-                raise ValueError("its metadata is missing or damaged")
+                stored: Any = checkpoints.metadata(step).custom_metadata
+            check_metadata(stored)
             accept(stored["config"])
             with quiet():
                 state = checkpoints.load(step, wanted)

@@ -272,8 +272,11 @@ class Monitor:
             self._page.warnings.append(text.removeprefix("warning: "))
 
     def mean_loss_since_save(self) -> float:
-        """Mean loss since this was last asked, or since the start: less noisy than one step's, to rank checkpoints."""
-        mean = sum(self._losses) / max(len(self._losses), 1)
+        """Mean loss since this was last asked, or since the start: less noisy than one step's, to rank checkpoints.
+
+        Infinite where every step was skipped.
+        """
+        mean = sum(self._losses) / len(self._losses) if self._losses else math.inf
         self._losses.clear()
         return mean
 
