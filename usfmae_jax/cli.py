@@ -128,12 +128,13 @@ def compile_for(loop: Callable[[str, list[Any]], dict[str, Any]], target: str, w
     """
     from etils import epath
 
+    from usfmae_jax import files
     from usfmae_jax.training import checks, hardware
 
     devices = hardware.devices_of(target)
     path = epath.Path(checks.make_workdir(workdir), f"compiled_for_{target.replace(':', '_')}.json")
     found = loop(target, devices)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    files.write(path, json.dumps(found, indent=2) + "\n")
     print(f"{hardware.describe(found)}\n{path}")
     return DONE if found["fits"] else BAD_INPUT
 

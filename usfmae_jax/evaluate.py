@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 
-from usfmae_jax import cli
+from usfmae_jax import cli, files
 from usfmae_jax.errors import DONE, InputError, Parser, answer, visible_output
 
 
@@ -78,7 +78,7 @@ def _task(workdir: str) -> dict[str, Any]:
     folder = pathlib.Path(workdir)
     try:
         folder = folder.parent if folder.is_file() else folder
-        task = json.loads((folder / "results.json").read_text(encoding="utf-8"))["task"]
+        task = files.parse((folder / "results.json").read_bytes())["task"]
         return task if isinstance(task, dict) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from usfmae_jax import cli
+from usfmae_jax import cli, files
 from usfmae_jax.errors import BAD_INPUT, answer, storage_fault
 from usfmae_jax.interop.model import open_model
 from usfmae_jax.pretraining.loop import pretrain
@@ -46,9 +46,19 @@ def test_a_disk_that_is_full_at_a_checkpoint_is_one_sentence_and_the_run_goes_on
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_a_disk_that_is_full_at_a_small_file_is_one_sentence(config, tmp_path, capfd):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").symlink_to("/dev/full")
+    (tmp_path / "run" / "config.json.incomplete").symlink_to("/dev/full")
     assert run(config, tmp_path / "run") == BAD_INPUT
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: No space left on device")
+    assert not (tmp_path / "run" / "config.json").exists()  # a later start would read what there is of it
+
+
+def test_a_file_is_written_whole_or_stays_what_it_was(tmp_path):
+    path = tmp_path / "config.json"
+    files.write(path, "before")
+    (tmp_path / "config.json.incomplete").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        files.write(path, "after")
+    assert path.read_text() == "before"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from etils import epath
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from usfmae_jax import files
 from usfmae_jax.evaluation import intervals
 from usfmae_jax.evaluation.predictions import Predictions
 
@@ -90,16 +91,14 @@ class InstancePredictions(Predictions):
         """Writes the CSV, after the JSON file beside it."""
         path = epath.Path(path)
         beside = {"classes": self.classes, "truth": self.truth.tolist(), "detections": self.detections.tolist()}
-        partial = path.parent / (path.stem + ".json.partial")
-        partial.write_text(json.dumps(beside) + "\n")
-        partial.replace(path.parent / (path.stem + ".json"))
+        files.write(path.parent / (path.stem + ".json"), json.dumps(beside) + "\n")
         super().write(path)
 
     @classmethod
     def beside(cls, path: epath.Path) -> dict[str, Sequence[Any]]:
         """What lies beside the CSV."""
         try:
-            found = json.loads((path.parent / (path.stem + ".json")).read_text())
+            found = files.parse((path.parent / (path.stem + ".json")).read_bytes())
         except OSError as error:
             raise KeyError(f"the file {path.stem}.json beside it") from error
         if not isinstance(found, dict):

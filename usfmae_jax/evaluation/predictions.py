@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from etils import epath
 
+from usfmae_jax import files
 from usfmae_jax.data import cells
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
@@ -123,10 +124,7 @@ class Predictions:
         columns |= self.columns()
         # repr, which csv uses for floats, is the shortest text that reads back as the same number.
         cells.write(text, columns, zip(*columns.values(), strict=True))
-        path = epath.Path(path)
-        partial = path.parent / (path.name + ".partial")
-        partial.write_bytes(text.getvalue().encode())
-        partial.replace(path)
+        files.write(path, text.getvalue())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

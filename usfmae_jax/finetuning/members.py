@@ -99,7 +99,7 @@ def write_splits(workdir: str, table: Table, folds: Sequence[Fold], groups: Any,
     folder.mkdir(parents=True, exist_ok=True)
     whole, new = folder / "splits.csv", folder / ".splits.csv.new"
     splits.write_splits(new, table, folds, groups)
-    if whole.exists() and whole.read_text() != new.read_text():
+    if whole.exists() and whole.read_bytes() != new.read_bytes():
         new.unlink()
         raise InputError(f"{workdir}/splits/splits.csv holds another split than this run's; choose another --workdir")
     new.replace(whole)

@@ -3,14 +3,17 @@
 import functools
 import json
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from usfmae_jax import files
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.table import images as decode
+from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.finetuning.build import Run, check_resumable
 from usfmae_jax.finetuning.members import Member, write_splits
@@ -45,13 +48,26 @@ def start(run: Run) -> None:
     def write() -> None:
         root = epath.Path(run.workdir)
         if (root / "config.json").exists():
-            stored = json.loads((root / "config.json").read_text())
-            check_resumable(run, stored)
+            check_resumable(run, _stored(root / "config.json"))
         write_splits(run.workdir, run.table, run.folds, run.groups, run.members)
-        (root / "config.json").write_text(json.dumps(run.settings, indent=2) + "\n")
+        files.write(root / "config.json", json.dumps(run.settings, indent=2) + "\n")
         write_lineage(run.workdir, run.lineage)
 
     on_first_process(write)
+
+
+def _stored(path: epath.Path) -> dict[str, Any]:
+    """The settings that a run has left; raises InputError where they are damaged."""
+    try:
+        stored = files.parse(path.read_bytes())
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name, {}), dict) for name in ("augment", "split")):
+        raise InputError(
+            f"{path} is damaged; remove it to go on with the settings that the run began with, or choose another "
+            "--workdir"
+        )
+    return stored
 
 
 def describe(run: Run, mesh: Mesh, batch_size: int, unfinished: int, at_a_time: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from usfmae_jax import files
 from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
 from usfmae_jax.reporting.masks import Coco, put, safe_path, write_png
@@ -70,9 +71,7 @@ class Folder:
         self.warnings: set[str] = set()
         check(path, about)
         self._root.mkdir(parents=True, exist_ok=True)
-        partial = self._root / (ABOUT + ".incomplete")
-        partial.write_text(json.dumps(about, indent=2) + "\n")
-        os.replace(partial, self._root / ABOUT)
+        files.write(self._root / ABOUT, json.dumps(about, indent=2) + "\n")
         self.finished = _read_finished(self._root / FINISHED)
 
     def is_finished(self, name: str, stamp: str) -> bool:
@@ -168,9 +167,7 @@ class Folder:
     def _table(self, name: str, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
         text = io.StringIO(newline="")
         cells.write(text, header, rows)
-        partial = self._root / (name + ".incomplete")
-        partial.write_bytes(text.getvalue().encode())
-        os.replace(partial, self._root / name)
+        files.write(self._root / name, text.getvalue())
 
 
 def check(path: str, about: Mapping[str, Any]) -> None:
@@ -182,7 +179,7 @@ def check(path: str, about: Mapping[str, Any]) -> None:
     others = sorted(there - set(WRITTEN))
     if not others and there - {".lock"}:
         try:
-            before = json.loads((root / ABOUT).read_text(encoding="utf-8"))
+            before = files.parse((root / ABOUT).read_bytes())
             if before["weights"] != about["weights"]:
                 raise InputError(f"--output={path} holds predictions of another checkpoint; name a new folder")
             for name, value in about["read"].items():

@@ -13,7 +13,7 @@ from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 
-from usfmae_jax import __version__
+from usfmae_jax import __version__, files
 from usfmae_jax.data import pipeline
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
@@ -95,7 +95,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     named, stopping = naming_records(dataset, sources, workdir), Preemption()
     with stopping as preemption, report, contextlib.closing(saver), contextlib.closing(batches), named, profile:
         if jax.process_index() == 0:
-            epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            files.write(epath.Path(workdir, "config.json"), json.dumps(settings, indent=2) + "\n")
         describe(report, config, mesh, sources, state, total_steps)
         report.say(f"workdir: {workdir}")
         if unseen := profile.between(first_step, total_steps):

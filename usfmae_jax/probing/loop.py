@@ -10,6 +10,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from usfmae_jax import files
 from usfmae_jax.data import provenance, splits
 from usfmae_jax.data.table import Table
 from usfmae_jax.evaluation.predictions import concatenate, identify
@@ -284,7 +285,7 @@ def report(
     looks = [outcome.looks[number] for number in best]
     (rows, mapped, space), strata = outcome.mapped, task.strata(table)
     validation = [one.validation for one in tested if one.validation is not None]
-    epath.Path(workdir, "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    files.write(epath.Path(workdir, "config.json"), json.dumps(settings, indent=2) + "\n")
     found = task.finish(
         workdir,
         concatenate([one.predictions for one in tested]),

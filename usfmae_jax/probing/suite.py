@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from usfmae_jax import files
 from usfmae_jax.data.table import Table, read_row
 from usfmae_jax.data.targets import known, read_targets
 from usfmae_jax.errors import InputError
@@ -201,12 +202,12 @@ def _test(config: ml_collections.ConfigDict, folder: str, checkpoint: str, made_
     single, root = _one(config, checkpoint=checkpoint), epath.Path(folder)
     made_of = made_of | {"settings": json.loads(json.dumps(build.settings(single)))}
     try:
-        if json.loads((root / _MADE_OF).read_text()) == made_of:
-            return json.loads((root / "results.json").read_text())
+        if files.parse((root / _MADE_OF).read_bytes()) == made_of:
+            return files.parse((root / "results.json").read_bytes())
     except (OSError, ValueError):
         pass
     found = evaluate(single, folder, "")
-    on_first_process(lambda: (root / _MADE_OF).write_text(json.dumps(made_of, indent=1) + "\n"))
+    on_first_process(lambda: files.write(root / _MADE_OF, json.dumps(made_of, indent=1) + "\n"))
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from markupsafe import Markup
 
+from usfmae_jax import files
 from usfmae_jax.errors import visible
 
 _LONG = 24  # letters of a word from which on it may be broken anywhere
@@ -22,9 +23,9 @@ _NAME = 44  # letters of a file name that are shown
 
 
 def write(path: pathlib.Path | epath.Path, template: str, **values: Any) -> None:
-    """Writes a page from a template; invisible characters, wherever they come from, are shown as codes."""
+    """Writes a page, whole or not at all, from a template; invisible characters in whatever it shows become codes."""
     page = visible(_ENVIRONMENT.get_template(template).render(values))
-    path.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+    files.write(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def part(name: str, *values: Any, template: str = "macros.html", **options: Any) -> Markup:

@@ -46,9 +46,8 @@ def write(
     if probed:
         headline["probe AUROC"] = f"{probed[-1]['probe/logistic_auroc']:.3f}"
     path = epath.Path(workdir) / "index.html"
-    partial = path.parent / (path.name + ".incomplete")
     pages.write(
-        partial,
+        path,
         "progress.html",
         title="done" if done else "stopped" if seconds_left is None else "in training",
         again=0 if seconds_left is None else AGAIN,
@@ -58,7 +57,6 @@ def write(
         picture=pages.jpeg(picture) if picture is not None else "",
         speed=_speed(last),
     )
-    partial.replace(path)
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 from markupsafe import Markup
 
+from usfmae_jax import files
 from usfmae_jax.evaluation import tables
 from usfmae_jax.reporting import charts, pages
 from usfmae_jax.reporting.pages import part
@@ -85,9 +86,9 @@ def finish(
     written = json.dumps(held, indent=1, allow_nan=False, ensure_ascii=False)
     held = json.loads(written)
     names, root = {name: one.title for name, one in measures.items()}, epath.Path(workdir)
-    (root / "results.json").write_bytes((written + "\n").encode())
+    files.write(root / "results.json", written + "\n")
     page = tables.page(held, names, headline[0], main or headline, text or {})
-    (root / "results.md").write_bytes(page.encode())
+    files.write(root / "results.md", page)
     write_page(root / "report.html", held, measures, headline, main or headline, sections or {})
     return held
 

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 from markupsafe import Markup
 
+from usfmae_jax import files
 from usfmae_jax.evaluation import classification, regression, segmentation, tables
 from usfmae_jax.reporting import pages, run
 from usfmae_jax.reporting.pages import part
@@ -23,8 +24,8 @@ def write(workdir: str, found: Mapping[str, Any]) -> None:
       found: what `probing.suite.run` gives.
     """
     root = epath.Path(workdir)
-    (root / "suite.json").write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    (root / "suite.md").write_text(text(found) + "\n")
+    files.write(root / "suite.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    files.write(root / "suite.md", text(found) + "\n")
     columns = found["columns"]
     tests = {}
     for kind, rows in _by_kind(found).items():

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from usfmae_jax import files
 from usfmae_jax.errors import FaultError, InputError
 
 NAME = ".lock"  # hidden: no part of what a run leaves
@@ -104,8 +105,10 @@ def _take(descriptor: int, path: pathlib.Path, workdir: str) -> None:
 def _read(path: pathlib.Path) -> str:
     """The note as it is now: opening a file asks the server of a shared file system for it."""
     try:
-        text = path.read_text()
-        return text if {"machine", "process", "renewed"} <= json.loads(text).keys() else ""
+        text = path.read_text(encoding="utf-8")
+        note = files.parse(text)
+        whole = note.keys() >= {"machine", "process", "renewed"} and isinstance(note["process"], int)
+        return text if whole else ""
     except (OSError, ValueError, AttributeError):
         return ""
 
@@ -135,7 +138,7 @@ def _digest(text: str) -> str:
 def _ended(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no number of a process
         return True
     except OSError:
         return False

@@ -20,6 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from usfmae_jax import files
 from usfmae_jax.data.records import Shards
 from usfmae_jax.errors import InputError
 from usfmae_jax.reporting import progress
@@ -82,7 +83,7 @@ def naming_records(dataset: Any, sources: Sequence[Shards], workdir: str) -> Ite
         places = [sources[source].locate(record) for source, record in rows.tolist()]
         found = [f"{os.path.basename(path)},{number}" for path, number in places]
         if jax.process_index() == 0:
-            epath.Path(workdir, "diverged.csv").write_text("\n".join(["shard,record", *found]) + "\n")
+            files.write(epath.Path(workdir, "diverged.csv"), "\n".join(["shard,record", *found]) + "\n")
         some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         said = f"{error}, whose batch is in diverged.csv (shard,record: {some})"
         raise DivergedError(said, error.step) from error
@@ -342,7 +343,7 @@ class Profile:
         text = gzip.decompress(trace.read_bytes()).decode()
         path = epath.Path(self._workdir) / "profile" / f"steps-{self._first}-{self._reached}.json.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.compress(_ABSOLUTE.sub("", text).encode()))
+        files.write(path, gzip.compress(_ABSOLUTE.sub("", text).encode()))
         self._folder.cleanup()
         self._folder = None
 
@@ -382,7 +383,10 @@ class _JsonLines:
                 with contextlib.suppress(ValueError, KeyError):  # a killed run may leave half a line
                     if json.loads(line)["step"] <= first_step:
                         self._lines.append(line)
-        self._path.write_text("".join(line + "\n" for line in self._lines))
+        self._write()
+
+    def _write(self) -> None:
+        files.write(self._path, "".join(line + "\n" for line in self._lines))
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self._lines]
@@ -391,7 +395,7 @@ class _JsonLines:
         line = json.dumps({k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})
         self._lines.append(line)
         if "://" in os.fspath(self._path):
-            self._path.write_text("".join(line + "\n" for line in self._lines))
+            self._write()
         else:
             with self._path.open("a") as file:
                 file.write(line + "\n")

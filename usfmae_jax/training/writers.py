@@ -21,6 +21,7 @@ from tensorboardX import summary
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
+from usfmae_jax import files
 from usfmae_jax.errors import InputError
 
 #: What trackers that are not part of the core need.
@@ -91,9 +92,10 @@ def open_writers(
     for field, make in (("wandb", Wandb), ("mlflow", Mlflow)):
         if log[field]:
             place = epath.Path(folder) / f"{field}_id"  # a random one: a name would tell what it is a run of
-            known = place.read_text().strip() if place.exists() else ""
+            kept = place.read_bytes().decode(errors="replace").strip() if place.exists() else ""
+            known = kept if re.fullmatch(r"[\w-]{1,128}", kept, re.ASCII) else ""  # a damaged one is none
             writer = make(top, name, known, settings, online=log[field] == "online")
-            place.write_text(writer.id + "\n")
+            files.write(place, writer.id + "\n")
             found.append(writer)
     return found
 
