@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -211,6 +212,76 @@ def test_the_better_evaluation_has_the_better_metric_then_the_lower_loss():
     assert is_better("auroc", {"auroc": 0.7, "log_loss": 0.9}, {"auroc": 0.7, "log_loss": 1.0})
     assert not is_better("auroc", {"auroc": 0.7, "log_loss": 1.0}, {"auroc": 0.7, "log_loss": 1.0})
     assert is_better("brier", {"brier": 0.1, "log_loss": 1.0}, {"brier": 0.2, "log_loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("config.json", b"", r"config\.json is damaged; remove it"),
+        ("config.json", b"[1]", r"config\.json is damaged; remove it"),
+        ("config.json", b'{"augment": 5}', r"config\.json is damaged; remove it"),
+        ("splits/splits.csv", b"\xff", r"splits\.csv holds another split"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_sentence(undisturbed, config, tmp_path, monkeypatch, name, text, says):
+    monkeypatch.setattr(supervised.side_by_side, "train", lambda *args: pytest.fail("trained before refusing"))
+    copy = shutil.copytree(undisturbed, tmp_path / "run")
+    (copy / name).write_bytes(text)
+    with pytest.raises(InputError, match=says):
+        finetune(config, str(copy))
+
+
+def _turn_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 0x40
+    path.write_bytes(data)
+
+
+def _lines(keep):
+    return lambda path: path.write_text("".join(keep(path.read_text().splitlines(keepends=True))))
+
+
+FINISHED = {
+    "cut": _lines(lambda lines: lines[:4]),
+    "header alone": _lines(lambda lines: lines[:1]),
+    "repeated": _lines(lambda lines: lines + lines[-1:]),
+    "other order": _lines(lambda lines: [lines[0], *lines[:0:-1]]),
+}
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+@pytest.mark.parametrize("name", ["predictions", "validation"])
+@pytest.mark.parametrize("damage", FINISHED)
+def test_a_finished_member_is_believed_only_as_it_was_left(
+    undisturbed, config, tmp_path, monkeypatch, damage, name, sealed
+):
+    monkeypatch.setattr(supervised.side_by_side, "train", lambda *args: pytest.fail("trained before refusing"))
+    copy = shutil.copytree(undisturbed, tmp_path / "run")
+    member = copy / "members" / "fold-2"
+    FINISHED[damage](member / f"{name}.csv")
+    if not sealed:  # by an earlier version
+        (member / "checksums.json").unlink()
+    said = rf"{name}\.csv is damaged" if sealed else rf"rows of {name}\.csv are not the \d+ frames of the member's"
+    with pytest.raises(
+        InputError, match=rf"{said}.*; remove that folder, and the same command trains the member again"
+    ):
+        finetune(config, str(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("classifier/model.safetensors", _turn_a_bit),
+        ("predictions.csv", _turn_a_bit),
+        ("classifier/model.safetensors", lambda path: path.unlink()),
+        ("checksums.json", lambda path: path.write_bytes(b"[1]\xff")),
+    ],
+)
+def test_a_bit_turned_in_a_finished_member_is_noticed(undisturbed, config, tmp_path, name, damage):
+    copy = shutil.copytree(undisturbed, tmp_path / "run")
+    damage(copy / "members" / "fold-2" / name)
+    with pytest.raises(InputError, match=rf"fold-2: \S*{name.rpartition('/')[2]} is damaged"):
+        finetune(config, str(copy))
 
 
 def test_resuming_with_another_config_names_the_fields(undisturbed, config):

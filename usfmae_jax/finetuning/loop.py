@@ -333,6 +333,7 @@ class Trainer:
             masks.write()
         for name, rows, predicted in (("validation", fold.validation, validation), ("predictions", fold.test, tested)):
             self.record(member, rows, predicted).write(directory / f"{name}.csv")
+        results.seal(directory, model.kind)
         if not config.checkpoint.keep_finished:
             (directory / "checkpoints").rmtree()
 

@@ -1,7 +1,9 @@
 """What a fine-tuning run writes and says: settings, splits and lineage before, results after."""
 
 import functools
+import hashlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -15,6 +17,7 @@ from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
+from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.finetuning.build import Run, check_resumable
 from usfmae_jax.finetuning.members import Member, write_splits
 from usfmae_jax.interop.model import Model, open_model, write_lineage
@@ -25,6 +28,9 @@ from usfmae_jax.training.mesh import on_first_process, one_device
 
 #: Most confident errors that the report shows.
 EXAMPLES = 12
+#: What a finished member has left, and the SHA-256 of each file.
+CHECKSUMS = "checksums.json"
+_AGAIN = "remove that folder, and the same command trains the member again"
 
 
 def say(text: str) -> None:
@@ -38,11 +44,64 @@ def is_finished(run: Run, member: Member) -> bool:
     return (epath.Path(run.folder(member)) / "predictions.csv").exists()
 
 
-def start(run: Run) -> None:
-    """Writes settings, lineage and splits.
+def seal(folder: epath.Path, kind: str) -> None:
+    """Leaves checksums of what a member has written, by which a bit that a disk turns later is noticed.
+
+    Args:
+      folder: of the member.
+      kind: name of the folder of its model.
+    """
+    written = sorted(path for part in (f"{kind}/*", "predictions.*", "validation.*") for path in folder.glob(part))
+    found = {os.fspath(path.relative_to(folder)): _digest(path) for path in written}
+    files.write(folder / CHECKSUMS, json.dumps(found, indent=1) + "\n")
+
+
+def _digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def check_finished(run: Run, member: Member) -> None:
+    """Raises InputError unless a finished member is as it was left; one of an earlier version has no checksums."""
+    folder = epath.Path(run.folder(member))
+    try:
+        known = files.parse((folder / CHECKSUMS).read_bytes()) if (folder / CHECKSUMS).exists() else {}
+        wrong = [name for name, digest in known.items() if _digest(folder / name) != digest]
+    except FileNotFoundError as error:
+        wrong = [os.path.basename(error.filename)]
+    except (ValueError, TypeError, AttributeError):
+        wrong = [CHECKSUMS]
+    if wrong:
+        raise InputError(f"{folder}: {wrong[0]} is damaged, or no more what the member left; {_AGAIN}")
+    read_finished(run, member)
+
+
+def read_finished(run: Run, member: Member) -> tuple[Predictions, Predictions]:
+    """What a finished member predicted of its test part and of its validation part.
 
     Raises:
-      InputError: the workdir holds a run with other settings or another split.
+      InputError: the files are damaged, or hold other rows.
+    """
+    folder, fold = epath.Path(run.folder(member)), member.fold
+    found = []
+    for name, part, rows in (("predictions", "test", fold.test), ("validation", "validation", fold.validation)):
+        said = predictions.read(folder / f"{name}.csv", run.task.predictions)
+        ids = predictions.identify(run.table, rows, fold.name, member.seed, member.fraction)
+        ids.pop("copied")  # which earlier versions did not write
+        if any(getattr(said, column).tolist() != values.tolist() for column, values in ids.items()):
+            raise InputError(
+                f"{folder}: the {len(said)} rows of {name}.csv are not the {len(rows)} frames of the member's {part} "
+                f"part; {_AGAIN}"
+            )
+        found.append(said)
+    return found[0], found[1]
+
+
+def start(run: Run) -> None:
+    """Writes settings, lineage and splits, and looks whether finished members are as they were left.
+
+    Raises:
+      InputError: the workdir holds a run with other settings or another split, or a finished member is damaged.
     """
 
     def write() -> None:
@@ -52,6 +111,9 @@ def start(run: Run) -> None:
         write_splits(run.workdir, run.table, run.folds, run.groups, run.members)
         files.write(root / "config.json", json.dumps(run.settings, indent=2) + "\n")
         write_lineage(run.workdir, run.lineage)
+        for member in run.members:
+            if is_finished(run, member):
+                check_finished(run, member)
 
     on_first_process(write)
 
@@ -99,10 +161,7 @@ def finish(run: Run, command: str, resamples: int, batch_size: int) -> None:
       batch_size: images per call of what the report looks at.
     """
     task, table, init = run.task, run.table, run.init
-    tested, validation = (
-        [predictions.read(epath.Path(run.folder(member)) / f"{name}.csv", task.predictions) for member in run.members]
-        for name in ("predictions", "validation")
-    )
+    tested, validation = zip(*(read_finished(run, member) for member in run.members), strict=True)
     chosen = inspect.foremost(run.members)
     models = {number: open_model(run.folder(run.members[number])) for number in chosen}
     looks = [task.look(functools.partial(predict, run, models[number]), models[number]) for number in chosen]
