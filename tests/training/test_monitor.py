@@ -48,6 +48,25 @@ def test_a_resumed_log_drops_what_the_checkpoint_does_not_know(tmp_path):
     assert _lines(tmp_path)[-1]["loss"] == 9.0
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [b"5", b"[" * 100_000, b"\0" * 200, b'{"step": 1, "los\xf3": 1.0}', b'{"step": "1", "loss": 1.0}', b'{"loss": 1.0}',
+     b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": null}', b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
+     b'{"step": true}', b'{"step": 1, "loss": 1e400, "images_per_second": 1, "input_wait": 0}', b'{"step": 1, "loss": 1.0}', b'{"step": 1, "lgss": 1.0, "images_per_second": 4}'],
+    ids=lambda line: line[:40],
+)  # fmt: skip
+def test_a_line_that_is_no_record_of_numbers_is_passed_over_in_log_and_page(tmp_path, damaged):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "validation/auroc": NaN}\n' + damaged + b"\n")
+    with _monitor(tmp_path, first_step=1, page=True) as report:
+        assert _lines(tmp_path)[0]["step"] == 1
+        report.update(2, _metrics(9.0))
+        report.flush()
+    assert _lines(tmp_path)[-1]["loss"] == 9.0
+    assert "9.0000" in (tmp_path / "index.html").read_text()
+    with _monitor(tmp_path, first_step=1, page=True):  # nothing is left to do
+        pass
+
+
 @pytest.mark.parametrize("bad", [{"loss": float("nan")}, {"loss": float("inf")}, {"norm": float("nan")}])
 def test_a_number_that_is_none_stops_and_names_the_step(tmp_path, bad):
     with _monitor(tmp_path) as report:

@@ -12,6 +12,7 @@ from usfmae_jax.reporting import charts, pages
 
 #: Seconds after which a browser looks again.
 AGAIN = 15
+_TRAINED = {"loss", "images_per_second", "input_wait"}  # what a line of a training step has
 _PROBES = {"logistic": "Logistic regression", "knn": "Nearest neighbours"}
 
 
@@ -34,7 +35,7 @@ def write(
       warnings: sentences.
       picture: uint8 RGB `[H, W, 3]`, the newest of what the model does.
     """
-    trained = [line for line in lines if "loss" in line]
+    trained = [line for line in lines if line.keys() >= _TRAINED]
     last = trained[-1] if trained else {}
     step, done = int(last.get("step", 0)), bool(trained) and last["step"] >= total
     headline = {"steps": f"{step:,} of {total:,}"}

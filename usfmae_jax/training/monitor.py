@@ -379,10 +379,10 @@ class _JsonLines:
     def __init__(self, path: epath.Path, first_step: int):
         self._path, self._lines = path, []
         if path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError, KeyError):  # a killed run may leave half a line
-                    if json.loads(line)["step"] <= first_step:
-                        self._lines.append(line)
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line, and a disk anything
+                    if _is_record(found := files.parse(line)) and found["step"] <= first_step:
+                        self._lines.append(line.decode())
         self._write()
 
     def _write(self) -> None:
@@ -399,6 +399,13 @@ class _JsonLines:
         else:
             with self._path.open("a") as file:
                 file.write(line + "\n")
+
+
+def _is_record(found: Any) -> bool:
+    """Whether this is a line of the log: numbers by name, which floats can hold, at a step."""
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return False
+    return all(type(one) is float or (type(one) is int and abs(one) < 2**63) for one in found.values())
 
 
 class Preemption:
