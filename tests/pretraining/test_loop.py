@@ -17,7 +17,7 @@ from tests.pretraining.runs import losses, metrics
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import flatten, open_model
 from usfmae_jax.objectives.mae import MaskedAutoencoding
-from usfmae_jax.pretraining.loop import pretrain
+from usfmae_jax.pretraining.loop import keep_lineage, pretrain
 from usfmae_jax.training.monitor import _ABSOLUTE, DivergedError, Profile
 
 
@@ -370,6 +370,26 @@ def test_a_run_goes_on_before_a_damaged_checkpoint_if_asked_to(twice_saved, tmp_
     _halve(copy / "checkpoints" / "2")
     with pytest.raises(InputError, match=r"checkpoint 2 in .* there is no earlier one; remove it to start anew"):
         pretrain(config, str(copy))
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b'{"stages": [\xff]}', b'{"stages": [5]}', b'{"stages": []}', b"[" * 100_000, None]
+)
+def test_a_damaged_lineage_is_written_anew_or_refused_when_other_weights_came_before(
+    twice_saved, tmp_path, damaged, monkeypatch, capfd
+):
+    copy = shutil.copytree(twice_saved[0], tmp_path / "run")
+    before, lineage = open_model(str(copy)).lineage, copy / "lineage.json"
+    lineage.unlink() if damaged is None else lineage.write_bytes(damaged)
+    shutil.rmtree(copy / "encoder")
+    assert pretrain(twice_saved[1], str(copy))
+    assert "warning: lineage.json was missing or damaged and is written anew" in capfd.readouterr().err
+    assert open_model(str(copy)).lineage == before
+    lineage.unlink() if damaged is None else lineage.write_bytes(damaged)
+    with pytest.raises(
+        InputError, match=r"lineage\.json, which says where encoder came from, is missing or damaged; put"
+    ):
+        keep_lineage(str(copy), "encoder", before)
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "3", '{"loss": "x"}', '{"other": 1}'])

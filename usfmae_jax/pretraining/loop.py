@@ -17,10 +17,11 @@ from usfmae_jax import __version__, files
 from usfmae_jax.data import pipeline
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
+from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, save_model, write_lineage
 from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks, hardware, writers
-from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, replicated
+from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, on_first_process, replicated
 from usfmae_jax.training.monitor import Monitor, Preemption, Profile, naming_records
 from usfmae_jax.training.state import State, abstract_state, init_state, teacher_state, weights_of
 from usfmae_jax.training.update import compile_update
@@ -50,16 +51,22 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     settings, about = build.settings(config, sources, objective.teacher), build.about(config, objective)
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
+    begun: dict[str, Any] = {}  # the settings of the run that is resumed
+
     def accept(stored: dict[str, Any]) -> None:
+        begun.update(stored)
         absent = {"objective": "mae", "data_content": settings["data_content"]}  # from versions that did not say
         grown = {group: fields | stored.get(group, {}) for group, fields in build.ABSENT.items()}
         checkpoints.check_resumable(absent | stored | grown, settings, workdir, build.RESUMABLE)
 
+    seen = objective.teacher.lineage if objective.teacher else []  # what a teacher has seen is seen
+    first_stages = [*(one | {"role": "teacher"} for one in seen), stage(settings, total_steps, sources)]
     averaged = config.train.ema > 0
     abstract = functools.partial(abstract_state, objective.make, optimizer, mesh, ema=averaged)
     found = checkpoints.resume(saver, abstract, accept, fallback=config.checkpoint.fallback)
     if found:
         graph, (state, first_step, position, aside) = model_graph(objective.make), found
+        on_first_process(lambda: keep_lineage(workdir, begun.get("init", ""), first_stages))
     else:
         aside, first_step, position = "", 0, {"next_batch": 0, "damaged": []}
         ancestors: Lineage = []
@@ -68,9 +75,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             state, ancestors, taken = build.with_weights(state, config.init, config.model)
             print(taken, file=sys.stderr)
         if jax.process_index() == 0:  # now: a resumed run may not find its first weights any more
-            if objective.teacher:  # what it has seen is seen
-                ancestors = ancestors + [one | {"role": "teacher"} for one in objective.teacher.lineage]
-            write_lineage(workdir, [*ancestors, stage(settings, total_steps, sources)])
+            write_lineage(workdir, [*ancestors, *first_stages])
     if objective.teacher:
         state |= teacher_state(objective.teacher.params, mesh)
     looks = build.inspections(config, objective, graph, mesh, sources, dataset, workdir)
@@ -201,6 +206,31 @@ def stage(settings: dict[str, Any], total_steps: int, sources: list[Shards]) -> 
     code = f"usfmae_jax {__version__}"
     data = describe_data(sources)
     return {"job": "pretrain", "code": code, "step": total_steps, "config": settings, "data": data}
+
+
+def keep_lineage(workdir: str, init: str, stages: Lineage) -> None:
+    """Makes sure that a resumed run knows where its weights come from; without other weights before it, they tell.
+
+    Args:
+      workdir: of the run.
+      init: the weights that it began with; "" = random ones.
+      stages: what the run itself adds to the lineage.
+
+    Raises:
+      InputError: lineage.json is missing or damaged, and what came before the run is not known.
+    """
+    try:
+        if read_lineage(workdir):
+            return
+    except InputError:  # it says something else than a lineage
+        pass
+    if init:
+        raise InputError(
+            f"{workdir}/lineage.json, which says where {init} came from, is missing or damaged; put a copy of it back, "
+            "or choose another --workdir to start anew"
+        )
+    write_lineage(workdir, stages)
+    print("warning: lineage.json was missing or damaged and is written anew", file=sys.stderr)
 
 
 def export(about: dict[str, Any], params: Any, workdir: str, step: int) -> None:
