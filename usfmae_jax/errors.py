@@ -44,8 +44,8 @@ def answer(action: Callable[[], int]) -> int:
       action: returns the exit code.
 
     Returns:
-      the exit code; `BAD_INPUT` after an `InputError`, and when the disk is full or gone; `FAILED` after a
-      `FaultError`; `STOPPED` after Ctrl-C.
+      the exit code; `BAD_INPUT` after an `InputError`, when the disk is full or gone, and when something else is where
+      a file or folder is to be; `FAILED` after a `FaultError`; `STOPPED` after Ctrl-C.
     """
     code = BAD_INPUT
     try:
@@ -58,7 +58,7 @@ def answer(action: Callable[[], int]) -> int:
         print("stopped", file=sys.stderr)
         return STOPPED
     except Exception as error:
-        said = storage_fault(error) or _absent_devices(error)
+        said = storage_fault(error) or _in_the_way(error) or _absent_devices(error)
         if not said:
             raise
     print(f"error: {said}", file=sys.stderr)
@@ -143,6 +143,17 @@ def storage_fault(error: BaseException | None) -> str:
             return f"{said}{place}; {remedy}, and the same command goes on from what was saved last"
         error = error.__cause__ or error.__context__
     return ""
+
+
+def _in_the_way(error: Exception) -> str:
+    """What to say of a file where a folder is to be, or the reverse; "" when the error is another."""
+    name = getattr(error, "filename", None)
+    if not isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError) or not isinstance(name, str):
+        return ""
+    path = pathlib.Path(name)
+    place = next((one for one in (path, *path.parents) if one.exists()), path)
+    kind, wanted = ("folder", "file") if place.is_dir() else ("file", "folder")
+    return f"{place} is a {kind}, where a {wanted} is to be; move it away, and start again"
 
 
 def _absent_devices(error: Exception) -> str:

@@ -137,6 +137,18 @@ def test_a_workdir_that_vanishes_ends_the_run_which_goes_on_when_it_is_back(
     assert open_model(str(workdir)).fingerprint == undisturbed
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", "index.html", "config.json"])
+def test_what_is_in_the_way_of_a_file_or_folder_is_one_sentence(config, tmp_path, capfd, name):
+    config.train.steps, workdir = 2, tmp_path / "run"
+    workdir.mkdir()
+    (workdir / name).mkdir() if "." in name else (workdir / name).touch()
+    assert run(config, workdir) == BAD_INPUT
+    kind = ("folder", "file") if "." in name else ("file", "folder")
+    assert f"{workdir / name} is a {kind[0]}, " in (text := said(capfd))
+    assert f"a {kind[1]} " in text
+    assert "move it away" in text
+
+
 @pytest.mark.parametrize("how", ["removed", "read-only"])
 def test_an_output_that_vanishes_ends_a_build_with_one_sentence(disk, monkeypatch, capfd, how):
     flags = ["--dataset=phantom", "--patients=8", "--frames=1", "--image_size=64", "--workers=1", f"--output={disk}/o"]
