@@ -1,5 +1,6 @@
 """Any file to a table, masks and outlines; members together; what was finished stays."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from usfmae_jax.data import annotations, cells
 from usfmae_jax.data.records import decode_image, decode_record, encode_record, open_shards
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.data.table import read_table
+from usfmae_jax.errors import InputError
 from usfmae_jax.finetuning import results
 from usfmae_jax.interop.model import Model, build, open_model, preprocessing, save_model
+from usfmae_jax.prediction import output
 from usfmae_jax.prediction.kinds import detected, measured, segmented
 from usfmae_jax.reporting.masks import safe_path
 from usfmae_jax.tasks.classification import probabilities
@@ -37,6 +40,9 @@ SEGMENTER = {
     "outputs": ["lesion", "cyst"],
     "head": {"kind": "linear"},
 }
+
+
+DEEP = "[" * 100_000
 
 
 def save(directory, description, seed=0, **more):
@@ -272,6 +278,44 @@ def test_a_second_start_takes_what_is_new_or_changed_and_what_was_cut_off(classi
     assert before.splitlines()[2:] == (tmp_path / "out" / "predictions.csv").read_text().splitlines()[2:5]
     monkeypatch.setattr(predict, "_answer", None)  # nothing is left to do
     assert run(classifier, tmp_path / "in", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rows", None), ("rows", 5), ("rows", [5]), ("rows", [{}]), ("rows", [{"file": "a", "frame": 0, "x": 1}]),
+     ("problems", 5), ("problems", [5]), ("problems", [["a", 5]]), ("name", ["x"]), ("stamp", 5), ("masks", 5),
+     ("masks", [5]), ("masks", [{"name": "a", "size": [1], "found": []}]), ("film", DEEP), ("about", DEEP)],
+    ids=lambda value: str(value)[:30],
+)  # fmt: skip
+def test_a_damaged_file_in_the_folder_is_one_sentence(tmp_path, field, value):
+    about = {"weights": ["1"], "read": {}}
+    row = {"file": "a.png", "frame": 0, "predicted": "benign"}
+    lines = [json.dumps(dataclasses.asdict(output.Source(name, "1", [row]))) for name in ("a", "b")]
+    output.Folder(str(tmp_path), about, False)
+    (tmp_path / "finished.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert output.Folder(str(tmp_path), about, False).is_finished("b", "1")
+    if field == "about":
+        (tmp_path / "prediction.json").write_text(value)
+    else:
+        changed = value if value == DEEP else json.dumps(json.loads(lines[0]) | {field: value})
+        (tmp_path / "finished.jsonl").write_text(f"{changed}\n{lines[1]}\n")
+    said = "holds something else" if field == "about" else r"finished\.jsonl is damaged; remove it, and everything is"
+    with pytest.raises(InputError, match=said):
+        output.Folder(str(tmp_path), about, False)
+
+
+def test_an_output_that_vanishes_is_named_by_its_option(classifier, files, tmp_path, monkeypatch, capsys):
+    answered = predict._answer
+
+    def vanish(*args):
+        answered(*args)
+        shutil.rmtree(tmp_path / "out")
+
+    monkeypatch.setattr(predict, "_answer", vanish)
+    assert run(classifier, files / "two.bmp", tmp_path / "out") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: --output={tmp_path}/out vanished")
+    assert "--workdir" not in said
 
 
 def test_shards_are_predicted_record_by_record(segmenter, tmp_path, capsys):

@@ -118,10 +118,8 @@ def predict(
     run = _Ensemble(models, kind, make_mesh(), batch_size, flip)
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock.hold(output))
+            stack.enter_context(lock.hold(output, "--output"))
             folder = writing.Folder(output, about, overlays)
-        except InputError as error:
-            raise InputError(str(error).replace("--workdir", "--output")) from error
         except OSError as error:
             raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
         _run(found, run, folder)

@@ -95,7 +95,11 @@ def test_a_run_on_another_machine_is_told_from_what_it_left_by_its_note(tmp_path
             assert time.monotonic() - begun >= 0.5
 
 
-@pytest.mark.parametrize("left", ["", "{", "[1]", '{"machine": 1}', "\0" * 100])
+NOTES = ["", "{", "[1]", '{"machine": 1}', "\0" * 100, "[" * 100_000]
+NOTES += [f'{{"machine": "{lock._machine()}", "process": {number}, "renewed": 0}}' for number in ('"1"', 10**30)]
+
+
+@pytest.mark.parametrize("left", NOTES, ids=lambda left: left[:20])
 def test_a_note_that_nobody_can_read_holds_nobody_up(tmp_path, left):
     (tmp_path / lock.NAME).write_text(left)
     begun = time.monotonic()

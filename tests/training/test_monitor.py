@@ -52,7 +52,8 @@ def test_a_resumed_log_drops_what_the_checkpoint_does_not_know(tmp_path):
     "damaged",
     [b"5", b"[" * 100_000, b"\0" * 200, b'{"step": 1, "los\xf3": 1.0}', b'{"step": "1", "loss": 1.0}', b'{"loss": 1.0}',
      b'{"step": 1, "loss": "x"}', b'{"step": 1, "loss": null}', b'{"step": 1, "loss": 1' + b"0" * 400 + b"}",
-     b'{"step": true}', b'{"step": 1, "loss": 1e400, "images_per_second": 1, "input_wait": 0}', b'{"step": 1, "loss": 1.0}', b'{"step": 1, "lgss": 1.0, "images_per_second": 4}'],
+     b'{"step": true}', b'{"step": 1, "loss": 1e400, "images_per_second": 1, "input_wait": 0}',
+     b'{"step": 1, "loss": 1.0}', b'{"step": 1, "lgss": 1.0, "images_per_second": 4}'],
     ids=lambda line: line[:40],
 )  # fmt: skip
 def test_a_line_that_is_no_record_of_numbers_is_passed_over_in_log_and_page(tmp_path, damaged):

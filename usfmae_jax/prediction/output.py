@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -206,10 +206,51 @@ def _read_finished(path: pathlib.Path) -> dict[str, Source]:
         with open(path, "r+b") as file:
             file.truncate(len(data))
     try:
-        sources = [Source(**json.loads(line)) for line in data.splitlines()]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is damaged; remove it, and everything is predicted again") from error
+        lines = [files.parse(line) for line in data.splitlines()]
+        sources = [Source(**line) for line in lines if _is_source(line)]
+    except (ValueError, TypeError):
+        lines, sources = [None], []
+    columns = {tuple(row) for source in sources for row in source.rows}
+    if len(sources) < len(lines) or len(columns) > 1:
+        raise InputError(f"{path} is damaged; remove it, and everything is predicted again")
     return {source.name: source for source in sources}
+
+
+def _is_source(line: Any) -> bool:
+    """Whether a line of finished.jsonl says what `Folder.write` asks of it."""
+
+    def lists_of(name: str, check: Callable[[Any], bool]) -> bool:
+        return isinstance(line.get(name, []), list) and all(map(check, line.get(name, [])))
+
+    return (
+        isinstance(line, dict)
+        and isinstance(line.get("name"), str)
+        and isinstance(line.get("stamp", ""), str)
+        and lists_of("rows", _is_row)
+        and lists_of("problems", lambda one: isinstance(one, list) and [type(part) for part in one] == [str, str])
+        and lists_of("masks", _is_mask)
+    )
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and row.keys() >= {"file", "frame"}
+        and all(isinstance(cell, str | int | float) for cell in row.values())
+    )
+
+
+def _is_mask(mask: Any) -> bool:
+    try:
+        whole = isinstance(mask["name"], str) and _is_size(mask["size"])
+        coded = [(one["class"], one["mask"]["size"], one["mask"]["counts"]) for one in mask["found"]]
+    except (TypeError, KeyError):
+        return False
+    return whole and all(type(c) is int and _is_size(s) and isinstance(code, str) for c, s, code in coded)
+
+
+def _is_size(size: Any) -> bool:
+    return isinstance(size, list) and [type(side) for side in size] == [int, int] and min(size) > 0
 
 
 class Film:

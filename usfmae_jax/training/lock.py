@@ -27,8 +27,8 @@ _WATCHED = 4 * _RENEWED
 
 
 @contextlib.contextmanager
-def hold(workdir: str) -> Iterator[None]:
-    """Holds the working directory of a run, which is created.
+def hold(workdir: str, option: str = "--workdir") -> Iterator[None]:
+    """Holds the working directory of a run, which is created; an option of the door names it.
 
     A bucket, `gs://` or the like, knows no locks: nothing guards it, and it is for the person to start one run in it.
 
@@ -45,7 +45,7 @@ def hold(workdir: str) -> Iterator[None]:
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _open(folder / NAME, workdir)
+        descriptor = _open(folder / NAME, workdir, option)
     except OSError:  # a folder that cannot be written, which the run says itself
         descriptor = -1
     with contextlib.ExitStack() as stack:
@@ -54,7 +54,7 @@ def hold(workdir: str) -> Iterator[None]:
             return
         stack.callback(_remove_empty, made)
         stack.callback(os.close, descriptor)
-        _take(descriptor, folder / NAME, workdir)
+        _take(descriptor, folder / NAME, workdir, option)
         stack.callback(_remove, folder / NAME)  # before it is closed, so that it is never another's
         stop = threading.Event()
         renewing = threading.Thread(target=_renew, args=(descriptor, stop), daemon=True)
@@ -66,13 +66,13 @@ def hold(workdir: str) -> Iterator[None]:
             yield
         except Exception as error:
             if _vanished(folder, entered):  # whatever it is that failed for it
-                raise FaultError(_gone(workdir)) from error
+                raise FaultError(_gone(workdir, option)) from error
             raise
         if _vanished(folder, entered):
-            raise FaultError(_gone(workdir))
+            raise FaultError(_gone(workdir, option))
 
 
-def _open(path: pathlib.Path, workdir: str) -> int:
+def _open(path: pathlib.Path, workdir: str, option: str) -> int:
     """Opens the file that is there and locks it, if nobody else has it and the file system knows locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -80,7 +80,7 @@ def _open(path: pathlib.Path, workdir: str) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise InputError(_taken(workdir)) from None
+            raise InputError(_taken(workdir, option)) from None
         except OSError:
             pass  # no locks here: the note decides
         with contextlib.suppress(FileNotFoundError):
@@ -89,7 +89,7 @@ def _open(path: pathlib.Path, workdir: str) -> int:
         os.close(descriptor)  # the run before has removed it meanwhile
 
 
-def _take(descriptor: int, path: pathlib.Path, workdir: str) -> None:
+def _take(descriptor: int, path: pathlib.Path, workdir: str, option: str) -> None:
     """Makes sure that the run whose note is there has ended."""
     left = _read(path)
     note: dict[str, Any] = json.loads(left) if left else {}
@@ -99,7 +99,7 @@ def _take(descriptor: int, path: pathlib.Path, workdir: str) -> None:
     while time.monotonic() < end:
         time.sleep(_RENEWED / 3)
         if _read(path) not in ("", left):
-            raise InputError(_taken(workdir))
+            raise InputError(_taken(workdir, option))
 
 
 def _read(path: pathlib.Path) -> str:
@@ -167,12 +167,12 @@ def _remove_empty(folders: list[pathlib.Path]) -> None:
             folder.rmdir()
 
 
-def _taken(workdir: str) -> str:
-    return f"another run is at work in --workdir={workdir}; wait for it, or choose another --workdir"
+def _taken(workdir: str, option: str) -> str:
+    return f"another run is at work in {option}={workdir}; wait for it, or choose another {option}"
 
 
-def _gone(workdir: str) -> str:
+def _gone(workdir: str, option: str) -> str:
     return (
-        f"--workdir={workdir} vanished while the run was at work, or another folder took its place; bring it back, and "
+        f"{option}={workdir} vanished while the run was at work, or another folder took its place; bring it back, and "
         "the same command goes on from what was saved last"
     )
