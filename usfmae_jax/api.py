@@ -187,11 +187,13 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
       in the size of the model.
 
     Raises:
-      InputError: there is no decoder of pixels, or no images, or images of another kind.
+      InputError: there is no decoder of pixels, or no images, or images of another kind; or `config.json` of the run
+        says what none can be, or something else than the checkpoint.
     """
     import jax
     from flax import nnx
 
+    from usfmae_jax.interop import schema
     from usfmae_jax.interop.model import model_graph, open_model
     from usfmae_jax.loading import Encoder
     from usfmae_jax.pretraining import build
@@ -206,12 +208,10 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
     found = next((one for one in places if one.exists()), None)
     if found is None:
         raise InputError(f"{run} has no config.json, which says how patches are hidden")
-    stored = json.loads(found.read_text())
     settings = cli.load_config("pretrain").to_dict()
-    # How it was computed there need not be possible here, and earlier versions said it in other words.
-    stored["model"] = {name: one for name, one in stored["model"].items() if name not in ("attention", "scan", "remat")}
-    settings |= {name: settings[name] | stored.get(name, {}) for name in ("model", "mask", "loss")}
-    settings["objective"] = stored.get("objective", settings["objective"])
+    stored = schema.read_run(found, model.description, model.preprocessing)
+    settings |= {name: settings[name] | stored[name] for name in ("model", "mask", "loss")}
+    settings["objective"] = stored["objective"]
     objective = build.objective(ml_collections.ConfigDict(settings))
     graph, encoder = model_graph(objective.make), Encoder(model.encoder())
     prepared = encoder.batch(images)

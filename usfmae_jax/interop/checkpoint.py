@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -55,12 +55,16 @@ def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any],
     (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, Any], dict[str, Any], int]:
+def load_parameters(
+    workdir: str, step: int | None = None, check: Callable[[dict[str, Any], dict[str, Any]], None] | None = None
+) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Reads the parameters of one checkpoint as numpy arrays, whatever it was trained on and with.
 
     Args:
       workdir: of a run, with `checkpoints/` in it; or a folder of checkpoints.
       step: default is the newest.
+      check: is called with what was stored beside the parameters and with their names, nested, which lead to `shape`
+        and `dtype`, before memory is taken for them; raises InputError, whose sentence begins with what is wrong.
 
     Returns:
       the parameters; what was stored with them: `config` and, but for checkpoints of version 0.1, `about`, see
@@ -85,21 +89,27 @@ def load_parameters(workdir: str, step: int | None = None) -> tuple[dict[str, An
         step = steps[-1] if step is None else step
         with quiet():
             metadata = saver.metadata(step)
-        check_metadata(metadata.custom_metadata)
+        said = metadata.custom_metadata
+        check_metadata(said)
         if metadata.metadata is None:
             raise ValueError(_DAMAGED)
         name = "ema" if "ema" in metadata.metadata else "params"  # the average is what is tested and exported
         stored = metadata.metadata[name]
+        if check is not None:
+            try:
+                check(said, stored)
+            except InputError as error:
+                raise InputError(f"checkpoint {step} in {workdir} {error}") from error
         context = orbax.Context()
         context.memory.read_concurrent_bytes = CONCURRENT
         context.pytree.loading.partial_load = True  # the optimiser's moments are twice as large, and not asked for
         with context, quiet():
             abstract = {name: jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
             params = saver.load(step, abstract)[name]
-        known = metadata.custom_metadata.get("checksums")  # earlier versions wrote none
+        known = said.get("checksums")  # earlier versions wrote none
         if known is not None and _place(known, metadata.metadata, name) != list(map(checksum, jax.tree.leaves(params))):
             raise ValueError("its checksum is wrong")
-        return params, metadata.custom_metadata, step
+        return params, said, step
     except InputError:
         raise
     except Exception as error:  # whatever damaged bytes happen to spell

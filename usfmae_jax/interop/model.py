@@ -373,7 +373,7 @@ def _from_directory(directory: str) -> Model:
 def _shapes(about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a description; nothing is allocated."""
     network = nnx.eval_shape(lambda: build(about)(nnx.Rngs(0)))
-    kinds = {"" if _has_head(about) else "encoder.": nnx.Param, _STATS: nnx.BatchStat}
+    kinds = {"" if _has_head(about) or "decoder" in about else "encoder.": nnx.Param, _STATS: nnx.BatchStat}
     states = {prefix: flatten(nnx.to_pure_dict(nnx.state(network, kind))) for prefix, kind in kinds.items()}
     return {prefix + name: tuple(leaf.shape) for prefix, state in states.items() for name, leaf in state.items()}
 
@@ -386,20 +386,43 @@ def _described(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str
 
 def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Model:
     """The model in a checkpoint of a pretraining run."""
-    params, said, step = load_parameters(os.fspath(directory), step)
+    found: dict[str, Any] = {}
+    params, _, step = load_parameters(
+        os.fspath(directory), step, lambda said, stored: found.update(_checked_about(said, stored))
+    )
     try:
-        about = said.get("about") or _about_0_1(said["config"], params)
-        description, pixels = about["description"], about["preprocessing"]
-        if _has_head(description):
+        lineage = read_lineage(os.fspath(directory.parent))
+    except InputError as error:
+        raise InputError(f"checkpoint {step} in {directory} cannot be used: {error}") from error
+    lineage[-1:] = [stage | {"step": step} for stage in lineage[-1:]]
+    params = jax.tree.map(lambda value: np.asarray(value, np.float32), params)
+    model = Model(params, found["description"], found["preprocessing"], lineage)
+    return model if whole else model.encoder()
+
+
+def _checked_about(said: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The description and the preprocessing that a checkpoint of a pretraining run says of itself.
+
+    Raises:
+      InputError: it is of another run, says what none can be, or has other arrays than it says.
+    """
+    try:
+        about = said.get("about") or _about_0_1(said["config"], stored)
+        about = {name: about[name] for name in ("description", "preprocessing")}
+        if _has_head(about["description"]):
             raise KeyError("pool")
     except KeyError as error:
-        raise InputError(
-            f"checkpoint {step} in {directory} is not of a pretraining run; finish the run to get its classifier/"
-        ) from error
-    lineage = read_lineage(os.fspath(directory.parent))
-    lineage[-1:] = [stage | {"step": step} for stage in lineage[-1:]]
-    model = Model(jax.tree.map(lambda value: np.asarray(value, np.float32), params), description, pixels, lineage)
-    return model if whole else model.encoder()
+        raise InputError("is not of a pretraining run; finish the run to get its classifier/") from error
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"cannot be used: what it says of itself is not what a run writes ({error})") from error
+    description = about["description"]
+    try:
+        schema.check_description(description, "its description", decoder=True)
+        schema.check_preprocessing(about["preprocessing"], description, "its preprocessing")
+        schema.check_shapes(_shapes(description), flatten(stored), "it", "its description")
+    except InputError as error:
+        raise InputError(f"cannot be used: {error}") from error
+    return about
 
 
 def _about_0_1(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
@@ -407,6 +430,7 @@ def _about_0_1(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
 
     Raises:
       KeyError: it is not of a pretraining run.
+      TypeError, AttributeError: the config is none.
     """
     if "head" in params:
         raise KeyError("head")

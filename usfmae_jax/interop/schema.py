@@ -1,76 +1,115 @@
-"""What the JSON files of an encoder or classifier directory may say: they may be a stranger's.
+"""What the JSON files of a model or a run may say, and what a checkpoint says of itself: they may be a stranger's.
 
 Whatever they declare is bounded before anything is built from it, and then has to fit the tensors.
 """
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from etils import epath
 
 from usfmae_jax.errors import InputError
 
 _SIDE, _PATCHES, _CELLS = 4096, 1 << 14, 1 << 26  # of the position table: images, patches, numbers
 _WIDTH, _DEPTH, _OUTPUTS, _TEXT = 1 << 13, 256, 100_000, 1 << 20
+_LARGER = 8  # times the sides that a position table is made for, of images that it is interpolated to
 
 Check = Callable[[Any], bool]
 
 
-def check_description(about: Any) -> None:
-    """Raises InputError unless this is a description that `build` takes, of a model of a usual size."""
+def check_description(about: Any, where: str = "architecture.json", decoder: bool = False) -> None:
+    """Raises InputError unless this is a description that `build` takes, of a model of a usual size.
+
+    Args:
+      about: the description.
+      where: it stands.
+      decoder: whether it may have one, as that of a pretraining run.
+    """
     _fields(
         about,
-        "architecture.json",
+        where,
         {"model": _one_of(*_NETWORKS)},
-        _HEAD | dict.fromkeys(("encoder", "resnet", "unet"), _any),
+        _HEAD | dict.fromkeys(("encoder", "resnet", "unet", *["decoder"] * decoder), _any),
     )
     name, fields = _NETWORKS[about["model"]]
     if name not in about:
-        raise InputError(f"architecture.json lacks {name}")
-    _fields(about[name], f"{name} of architecture.json", *fields)
+        raise InputError(f"{where} lacks {name}")
+    _fields(about[name], f"{name} of {where}", *fields)
     if "head" in about:
-        _fields(about["head"], "head of architecture.json", *_PIXELS)
-    _check_scale(about)
+        _fields(about["head"], f"head of {where}", *_PIXELS)
+    _check_scale(about, where)
     if name != "encoder":
         return
     encoder = about[name]
     if (head := about.get("head", {})).get("kind") == "queries":
         for field in ("width", "queries", "blocks"):
             if field not in head:
-                raise InputError(f"head of architecture.json lacks {field}")
+                raise InputError(f"head of {where} lacks {field}")
         if head["blocks"] > encoder["depth"]:
-            raise InputError(f"architecture.json: queries through {head['blocks']} of {encoder['depth']} blocks")
+            raise InputError(f"{where}: queries through {head['blocks']} of {encoder['depth']} blocks")
     sides, patch, width = encoder["image_size"], encoder["patch_size"], encoder["width"]
     patches = math.prod(side // patch for side in sides)
     if any(side % patch for side in sides) or not 0 < patches <= _PATCHES or patches * width > _CELLS:
-        raise InputError(f"architecture.json: images of {sides} in patches of {patch} are none that a model is for")
+        raise InputError(f"{where}: images of {sides} in patches of {patch} are none that a model is for")
     if width % encoder["num_heads"] or width % 4:
-        raise InputError(f"architecture.json: a width of {width} cannot be split among {encoder['num_heads']} heads")
+        raise InputError(f"{where}: a width of {width} cannot be split among {encoder['num_heads']} heads")
+    if "decoder" in about:
+        _check_decoder(about["decoder"], patches, where)
 
 
-def _check_scale(about: Mapping[str, Any]) -> None:
+def _check_decoder(decoder: Any, patches: int, where: str) -> None:
+    _fields(decoder, f"decoder of {where}", *_DECODER)
+    width, heads = decoder["decoder_width"], decoder["decoder_num_heads"]
+    if width % heads or width % 4:
+        raise InputError(f"decoder of {where}: a width of {width} cannot be split among {heads} heads")
+    if patches * width > _CELLS:
+        raise InputError(f"decoder of {where}: {patches} patches of a width of {width} are none that a model is for")
+    if (decoder.get("kind") == "latent") != ("outputs" in decoder):
+        raise InputError(f"decoder of {where}: outputs are of the kind latent, which needs them")
+    if decoder.get("kind") == "cross" and not decoder["decoder_depth"]:
+        raise InputError(f"decoder of {where}: one of the kind cross has a block")
+
+
+def _check_scale(about: Mapping[str, Any], where: str) -> None:
     """What gives the outputs of a regression their units: a mean and a deviation of each."""
     if about.get("task") != "regression":
         if "scale" in about:
-            raise InputError("architecture.json has a scale, which is for regression")
+            raise InputError(f"{where} has a scale, which is for regression")
         return
-    _fields(about, "architecture.json", {"outputs": _any, "scale": _any}, {}, closed=False)
-    _fields(about["scale"], "scale of architecture.json", *_SCALE)
+    _fields(about, where, {"outputs": _any, "scale": _any}, {}, closed=False)
+    _fields(about["scale"], f"scale of {where}", *_SCALE)
     lengths = {len(one) for one in about["scale"].values()}
     if lengths != {len(about["outputs"])}:
-        raise InputError("scale of architecture.json: mean, deviation and unit are not one for each of outputs")
+        raise InputError(f"scale of {where}: mean, deviation and unit are not one for each of outputs")
 
 
-def check_preprocessing(pixels: Any, about: Mapping[str, Any]) -> None:
-    """Raises InputError unless this says how pixels become the input of the model that `about` describes."""
+def check_preprocessing(pixels: Any, about: Mapping[str, Any], where: str = "preprocessing.json") -> None:
+    """Raises InputError unless this says how pixels become the input of the model that `about` describes.
+
+    Args:
+      pixels: see `interop.model.preprocessing`.
+      about: a description that `check_description` lets pass.
+      where: it stands.
+    """
     _fields(
         pixels,
-        "preprocessing.json",
+        where,
         {"image_size": _sides, "channels": _one_of(1, 3), "mean": _numbers(-1e3, 1e3), "std": _numbers(1e-6, 1e3)},
         {"resize": _text, "scale": _number(0, 1e3)},
     )
-    sides, patch = pixels["image_size"], about.get("encoder", {}).get("patch_size", 1)
-    if "encoder" in about and (any(s % patch for s in sides) or math.prod(s // patch for s in sides) > _PATCHES):
-        raise InputError(f"preprocessing.json: images of {sides} are none for patches of {patch}")
+    network = about[_NETWORKS[about["model"]][0]]
+    channels = network.get("channels", 3)
+    if pixels["channels"] not in (1, channels) or any(len(pixels[name]) != channels for name in ("mean", "std")):
+        raise InputError(f"{where}: channels, mean and std are none for a model of {channels} channels")
+    if about["model"] != "vit":
+        return
+    sides, patch = pixels["image_size"], network["patch_size"]
+    if any(side % patch for side in sides) or math.prod(side // patch for side in sides) > _PATCHES:
+        raise InputError(f"{where}: images of {sides} are none for patches of {patch}")
+    if any(side > _LARGER * own for side, own in zip(sides, network["image_size"], strict=True)):
+        raise InputError(f"{where}: images of {sides} are none for a model of images of {network['image_size']}")
 
 
 def check_lineage(stages: Any) -> None:
@@ -89,17 +128,60 @@ def check_lineage(stages: Any) -> None:
                 raise InputError(f"config of lineage.json: {name} is no object")
 
 
-def check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any]) -> None:
-    """Raises InputError unless the tensors are those of the network, by name and shape."""
+def read_run(path: epath.Path, about: Mapping[str, Any], pixels: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config.json` of a pretraining run says of what its model does, which has to be the model of its checkpoint.
+
+    Args:
+      path: of the file.
+      about: the description of the model, with a decoder of pixels, which `check_description` lets pass.
+      pixels: its preprocessing.
+
+    Returns:
+      `objective`, and `model`, `mask` and `loss` with those fields that files of all versions say in the same words.
+
+    Raises:
+      InputError: it is no JSON, says what none can be, or something else than the checkpoint.
+    """
+    try:
+        said = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); it is what the run left there") from error
+    # How it was computed there need not be possible here, and earlier versions said it in other words.
+    model = about["encoder"] | about["decoder"] | {name: pixels[name] for name in ("mean", "std")}
+    objective = "cross_mae" if model.pop("kind", "") == "cross" else "mae"
+    sides = model["image_size"]
+    same = {name: _one_of(value) for name, value in model.items()}
+    same |= {"mlp_ratio": lambda value: value == model.get("mlp_ratio"), "dtype": _one_of("float32", "bfloat16")}
+    same |= {"image_size": lambda value: value == sides or (value == sides[:1] and sides[0] == sides[1])}
+    try:
+        _fields(said, "config.json", {"model": _any}, {"objective": _one_of(objective)}, closed=False)
+        found: dict[str, Any] = {}
+        for group, fields in {"model": same, "mask": _MASK, "loss": _LOSS}.items():
+            _fields(said.get(group, {}), f"{group} of config.json", {}, fields, closed=False)
+            found[group] = {name: value for name, value in said.get(group, {}).items() if name in fields}
+    except InputError as error:
+        raise InputError(f"{path} does not belong to its checkpoint: {error}") from error
+    return found | {"objective": objective, "model": found["model"] | model}
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, Any],
+    holder: str = "model.safetensors",
+    where: str = "architecture.json",
+) -> None:
+    """Raises InputError unless the tensors in `holder` are those of the network that `where` describes, by name and
+    shape.
+    """
     for name, shape in expected.items():
         if name not in tensors:
-            raise InputError(f"model.safetensors lacks {name}")
+            raise InputError(f"{holder} lacks {name}")
         if tuple(tensors[name].shape) != shape:
             raise InputError(
-                f"{name} in model.safetensors is {list(tensors[name].shape)}, and architecture.json says {list(shape)}"
+                f"{name} in {holder} is {list(tensors[name].shape)}, and {where} says {list(shape)}"
             )
     if more := sorted(tensors.keys() - expected.keys()):
-        raise InputError(f"model.safetensors holds {more[0][:80]!r}, which architecture.json knows nothing of")
+        raise InputError(f"{holder} holds {more[0][:80]!r}, which {where} knows nothing of")
 
 
 def _fields(
@@ -182,6 +264,14 @@ _VIT: tuple[dict[str, Check], dict[str, Check]] = (
     },
     {"mlp_ratio": _number(1 / 64, 64), "learned_positions": _one_of(True, False), "norm_eps": _number(0, 1)},
 )
+_DECODER: tuple[dict[str, Check], dict[str, Check]] = (
+    {
+        "decoder_width": _whole(1, _WIDTH),
+        "decoder_depth": _whole(0, _DEPTH),
+        "decoder_num_heads": _whole(1, _WIDTH),
+    },
+    {"kind": _one_of("cross", "latent"), "outputs": _whole(1, _WIDTH)},
+)
 _RESNET: tuple[dict[str, Check], dict[str, Check]] = (
     {},
     {"width": _whole(1, _WIDTH), "depths": _list(_whole(1, _DEPTH), 4), "channels": _one_of(1, 3)},
@@ -191,6 +281,14 @@ _UNET: tuple[dict[str, Check], dict[str, Check]] = (
     {},
 )
 _NETWORKS = {"vit": ("encoder", _VIT), "resnet50": ("resnet", _RESNET), "unet": ("unet", _UNET)}
+_MASK: dict[str, Check] = {
+    "ratio": _number(0, 1),
+    "fan_aware": _one_of(True, False),
+    "block": _whole(1, _SIDE),
+    "blur": _number(0, 32),
+    "share": _number(0, 1),
+}
+_LOSS: dict[str, Check] = {"normalize_targets": _one_of(True, False)}
 _STAGE: dict[str, Check] = {
     **dict.fromkeys(("job", "code", "file", "member", "licence"), _text),
     "step": lambda value: value is None or _whole(0, 1 << 62)(value),
