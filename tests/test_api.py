@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -136,6 +137,36 @@ def test_a_run_reconstructs_images_of_any_size(shards, tmp_path, rng):
 def test_a_run_of_version_0_1_which_said_otherwise_how_it_computes_reconstructs():
     old = pathlib.Path(__file__).parent / "interop" / "version_0_1" / "run"
     assert api.reconstruct(str(old), np.zeros((1, 8, 8), np.uint8))["pasted"].shape == (1, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda said: "", "cannot be read as JSON"),
+        (lambda said: "[" * 100_000, "cannot be read as JSON"),
+        (lambda said: [1], "is no object"),
+        (lambda said: {}, "lacks model"),
+        (lambda said: said | {"model": [1]}, "model of config.json is no object"),
+        (lambda said: said | {"model": said["model"] | {"image_size": [1 << 15, 1 << 15]}}, "image_size is"),
+        (lambda said: said | {"model": said["model"] | {"width": "x"}}, "width is 'x'"),
+        (lambda said: said | {"model": said["model"] | {"width": 32}}, "width is '32'"),
+        (lambda said: said | {"model": said["model"] | {"dtype": ["x"]}}, "dtype is"),
+        (lambda said: said | {"mask": 5}, "mask of config.json is no object"),
+        (lambda said: said | {"mask": {"ratio": "x"}}, "ratio is 'x'"),
+        (lambda said: said | {"mask": {"ratio": 1}}, "mask.ratio"),
+        (lambda said: said | {"mask": {"block": 10**9}}, "block is"),
+        (lambda said: said | {"loss": {"normalize_targets": "x"}}, "normalize_targets is 'x'"),
+        (lambda said: said | {"objective": ["x"]}, "objective is"),
+        (lambda said: said | {"objective": "latent"}, "objective is 'latent'"),
+    ],
+)
+def test_what_a_strangers_run_says_of_its_model_is_that_of_its_checkpoint(tmp_path, change, sentence):
+    shutil.copytree(pathlib.Path(__file__).parent / "interop" / "version_0_1" / "run", tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    said = change(json.loads(config.read_text()))
+    config.write_text(said if isinstance(said, str) else json.dumps(said))
+    with pytest.raises(InputError, match=sentence):
+        api.reconstruct(str(tmp_path / "run"), np.zeros((1, 8, 8), np.uint8))
 
 
 def test_a_run_that_predicts_features_has_nothing_to_reconstruct(shards, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import yaml
 from flax import nnx
+from orbax.checkpoint import v1 as orbax
 
 from usfmae_jax import load_encoder
 from usfmae_jax.data.table import read_table
@@ -272,6 +273,7 @@ def _changed(folder, file, change):
         ("architecture", {"encoder": ENCODER | {"width": "32"}}, "width is '32'"),
         ("architecture", {"encoder": ENCODER | {"num_heads": 3}}, "cannot be split among 3 heads"),
         ("architecture", {"encoder": ENCODER | {"remat": "full"}}, "'remat', which is not known"),
+        ("architecture", {"decoder": MASKED["decoder"]}, "'decoder', which is not known"),
         ("architecture", {"encoder": [1]}, "encoder of architecture.json is no object"),
         (
             "architecture",
@@ -300,6 +302,9 @@ def _changed(folder, file, change):
         ("preprocessing", {"image_size": [32, 33]}, "none for patches of 8"),
         ("preprocessing", {"std": [0.0]}, "std is"),
         ("preprocessing", {"mean": "0"}, "mean is '0'"),
+        ("preprocessing", {"mean": [0.1, 0.2, 0.3]}, "none for a model of 1 channels"),
+        ("preprocessing", {"channels": 3}, "none for a model of 1 channels"),
+        ("preprocessing", {"image_size": [1024, 32]}, r"none for a model of images of \[32, 32\]"),
         ("lineage", {"stages": [1]}, "a stage of lineage.json is no object"),
         ("lineage", {"stages": [{"data": {"a": 1}}]}, "data is"),
         ("lineage", {"stages": [{"data": [{"frames": "many"}]}]}, "frames is 'many'"),
@@ -319,6 +324,74 @@ def test_what_a_strangers_directory_declares_is_bounded_and_fits_its_tensors(tmp
 def test_json_that_is_no_object_is_refused(tmp_path, file, content):
     with pytest.raises(InputError, match=r"no object|is not an encoder directory"):
         open_model(_changed(tmp_path, file, lambda _: content))
+
+
+def _at(place, value):
+    """A change to what is stored beside the parameters: `value` at a dotted place below `about`."""
+
+    def change(said):
+        *groups, last = f"about.{place}".strip(".").split(".")
+        for group in groups:
+            said = said[group]
+        said[last] = value
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """What looks like a pretraining run before its first step."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    about = {"kind": "mae", "description": MASKED, "preprocessing": PREPROCESSING}
+    save_parameters(str(folder), _made(MASKED).params, about, {"model": {}, "data": {"channels": 1}})
+    assert open_model(str(folder), whole=True).kind == "mae"
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "sentence"),
+    [
+        ("", [1], "what it says of itself is not what a run writes"),
+        ("", {}, "is not of a pretraining run"),  # of version 0.1, and the config lacks what that stored
+        ("description", [1], "what it says of itself is not what a run writes"),
+        ("description.model", "resnet50", "is not of a pretraining run"),
+        ("description.encoder", "x", "encoder of its description is no object"),
+        ("description.encoder.depth", 1, r"in it is \[2, .*, and its description says \[1, "),
+        ("description.encoder.width", 64, "and its description says"),
+        ("description.encoder.num_heads", 0, "num_heads is '0'"),
+        ("description.encoder.num_heads", "2", "num_heads is '2'"),
+        ("description.encoder.patch_size", 0, "patch_size is '0'"),
+        ("description.encoder.image_size", "32", "image_size is '32'"),
+        ("description.encoder.mlp_ratio", 1e9, "mlp_ratio is"),
+        ("description.encoder.mlp_ratio", 2.0, "and its description says"),
+        ("description.encoder.attention", "xla", "'attention', which is not known"),
+        ("description.decoder", "x", "decoder of its description is no object"),
+        ("description.decoder.decoder_depth", 2, "and its description says"),
+        ("description.decoder.decoder_num_heads", 3, "cannot be split among 3 heads"),
+        ("description.decoder.kind", "x", "kind is 'x'"),
+        ("description.decoder.kind", "latent", "outputs are of the kind latent"),
+        ("description.decoder.kind", "cross", "it lacks decoder"),
+        ("preprocessing", None, "its preprocessing is no object"),
+        ("preprocessing.image_size", [1024, 1024], r"none for a model of images of \[32, 32\]"),
+        ("preprocessing.channels", 7, "channels is '7'"),
+        ("preprocessing.channels", 3, "none for a model of 1 channels"),
+        ("preprocessing.mean", "abc", "mean is 'abc'"),
+        ("preprocessing.mean", [float("nan")], r"mean is '\[nan\]'"),
+        ("preprocessing.mean", [0.1, 0.2, 0.3], "none for a model of 1 channels"),
+        ("preprocessing.std", [0.0], "std is"),
+    ],
+)
+def test_what_a_strangers_checkpoint_says_of_itself_is_checked_before_memory_is_taken(
+    checkpoint, tmp_path, monkeypatch, place, value, sentence
+):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints" / "0" / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    _at(place, value)(metadata["custom_metadata"])
+    path.write_text(json.dumps(metadata))
+    monkeypatch.setattr(orbax.training.Checkpointer, "load", None)  # else the sentence would be another
+    with pytest.raises(InputError, match=f"^checkpoint 0 in .*{sentence}"):
+        open_model(str(tmp_path))
 
 
 def test_nothing_of_a_lineage_stands_live_in_the_model_card(tmp_path):

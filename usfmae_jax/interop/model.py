@@ -414,7 +414,7 @@ def _checked_about(said: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[s
     except KeyError as error:
         raise InputError("is not of a pretraining run; finish the run to get its classifier/") from error
     except (TypeError, AttributeError) as error:
-        raise InputError(f"cannot be used: what it says of itself is not what a run writes ({error})") from error
+        raise InputError("cannot be used: what it says of itself is not what a run writes") from error
     description = about["description"]
     try:
         schema.check_description(description, "its description", decoder=True)
