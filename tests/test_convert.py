@@ -170,6 +170,36 @@ def test_files_that_are_not_whole_are_refused(tmp_path, capsys, name, content, m
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config", "[" * 100_000, "cannot be read as JSON"),
+        ("config", {"model_args": [1]}, "config.json: model_args is"),
+        ("config", {"pretrained_cfg": {"mean": 1}}, "pretrained_cfg of config.json: mean is"),
+        ("config", {"image_size": 0.5}, "config.json: image_size is"),
+        ("config", {"image_size": [33, 32]}, "none that a model is for"),
+        ("config", {"layer_norm_eps": "x"}, "is no small positive number"),
+        ("preprocessor_config", {"image_mean": "abc"}, "image_mean is"),
+        ("preprocessor_config", {"image_mean": [0.5] * 3, "image_std": [0.0] * 3}, "std is"),
+        ("preprocessor_config", {"image_std": [float("nan")] * 3}, "image_std is"),
+        ("export", {"model": {"architecture": "x"}}, "model of export.json: architecture is"),
+        ("export", {"model": [1]}, "model of export.json is no object"),
+        ("export", {"model": {"decoder": [1]}}, "decoder is"),
+        ("architecture", {"encoder": [1]}, "architecture.json: encoder is"),
+        ("preprocessing", {"image_size": 32}, "preprocessing.json: image_size is"),
+        ("preprocessing", {"image_size": [1024, 1024]}, "none for a model of images of [32, 32]"),
+        ("preprocessing", {"channels": 7}, "channels is"),
+        ("lineage", {"stages": [{"licence": [1]}]}, "licence is"),
+    ],
+)
+def test_what_a_strangers_files_say_beside_weights_is_checked(tmp_path, capsys, name, content, message):
+    made.write(tmp_path / "model.safetensors", made.tensors(decoder=False))
+    (tmp_path / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    assert run(tmp_path, tmp_path / "out", *made.HEADS) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_heads_and_normalisation_that_no_file_tells_are_asked_for(tmp_path, capsys):
     source = made.write(tmp_path / "grey.safetensors", made.tensors(channels=1))
     assert run(source, tmp_path / "out") == 2

@@ -178,7 +178,7 @@ def _check_replaces_its_own(output: str, form: str) -> None:
     try:
         with open(os.path.join(output, "export.json")) as file:
             earlier = json.load(file)["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         # A run leaves its encoder without an export.json.
         ours = os.path.exists(os.path.join(output, "architecture.json"))
         earlier = "safetensors" if ours else "something else"

@@ -30,8 +30,8 @@ def describe_data(sources: Sequence[Shards]) -> list[dict[str, Any]]:
             {
                 "dataset": dataset,
                 "frames": sum(count for _, count in shards[dataset]),
-                "licence": manifest.get("licence", ""),
-                "citation": manifest.get("citation", ""),
+                "licence": _text(manifest.get("licence")),
+                "citation": _text(manifest.get("citation")),
                 "shards": shards[dataset],
             }
         )
@@ -42,7 +42,7 @@ def read_manifest(folder: epath.Path | str) -> dict[str, Any]:
     """The `manifest.json` of a build's folder; {} if there is none, or none that can be read."""
     try:
         manifest = json.loads((epath.Path(folder) / "manifest.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 
@@ -63,6 +63,12 @@ def seen_in(lineage: Sequence[dict[str, Any]], sources: Sequence[Shards]) -> dic
     seen: dict[str, list[str]] = collections.defaultdict(list)
     for stage in lineage:
         for data in stage.get("data", ()):
-            if data["dataset"] in names and stage["job"] not in seen[data["dataset"]]:
-                seen[data["dataset"]].append(stage["job"])
+            dataset, job = data.get("dataset", ""), stage.get("job", "unknown")
+            if dataset in names and job not in seen[dataset]:
+                seen[dataset].append(job)
     return dict(seen)
+
+
+def _text(value: Any) -> str:
+    """What a manifest, maybe a stranger's, says in words; a lineage has nothing else, and could not be read again."""
+    return value if isinstance(value, str) else ""

@@ -41,7 +41,7 @@ def licences(lineage: Lineage) -> list[tuple[str, str]]:
     found: dict[tuple[str, str], None] = {}
     for stage in lineage:
         if "licence" in stage:
-            found[f"weights of the job '{stage['job']}'", str(stage["licence"])] = None
+            found[f"weights of the job '{stage.get('job', 'unknown')}'", str(stage["licence"])] = None
         for data in stage.get("data", ()):
             found[f"data: {data.get('dataset', 'unnamed')}", str(data.get("licence", ""))] = None
     return list(found)

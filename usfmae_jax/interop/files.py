@@ -22,6 +22,7 @@ import safetensors
 from etils import epath
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.interop import schema
 from usfmae_jax.weights import find
 
 #: Names of weights in a directory, best first.
@@ -286,7 +287,7 @@ def _parts(index: str) -> list[str]:
     try:
         with open(index) as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index} is no index of safetensors files: {error}") from error
     # A name with a folder in it could point anywhere.
     parts = [os.path.join(os.path.dirname(index), os.path.basename(str(name))) for name in names]
@@ -305,8 +306,12 @@ def _read_settings(folder: str) -> dict[str, dict[str, Any]]:
         try:
             with open(file) as opened:
                 value = json.load(opened)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} cannot be read as JSON ({error}); download it again or move it away") from error
         if isinstance(value, dict):
+            try:
+                schema.check_settings(name, value)
+            except InputError as error:
+                raise InputError(f"{folder} cannot be used: {error}; download it again or move it away") from error
             settings[name] = value
     return settings

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.interop import names
+from usfmae_jax.interop import names, schema
 from usfmae_jax.interop.files import Source, Tensors, from_array
 from usfmae_jax.interop.model import Model, preprocessing, unflatten
 from usfmae_jax.models.layers import NORM_EPS
@@ -109,6 +109,8 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     if options.channels and options.channels != description["encoder"]["channels"]:
         model = _change_channels(model, options.channels)
         account.notes.append(f"patch kernels changed to {options.channels} channels; grey images keep their features")
+    schema.check_description(model.description, source.files[0], decoder=True)
+    schema.check_preprocessing(model.preprocessing, model.description, source.files[0])
     return model, account
 
 
@@ -240,7 +242,7 @@ def _preprocessing(
 def _classes(own: dict[str, Any], config: dict[str, Any], found: Tensors) -> list[str]:
     count = found["head.bias"].shape[0] if "head.bias" in found else 0
     named, labels = list(own["classes"] or ()), config.get("id2label")
-    if not named and isinstance(labels, dict) and all(key.isdigit() for key in labels):
+    if not named and isinstance(labels, dict) and all(key.isdecimal() for key in labels):
         named = [labels[key] for key in sorted(labels, key=int)]
     return list(map(str, named if len(named) == count else range(count)))
 
@@ -412,6 +414,11 @@ def _lineage(source: Source) -> list[dict[str, Any]]:
     if stages is None:
         try:
             stages = json.loads(source.metadata.get("lineage", "[]"))
-        except ValueError:
+        except (ValueError, RecursionError):
             stages = []
-    return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    try:
+        schema.check_lineage(stages)
+    except InputError as error:
+        raise InputError(f"{source.files[0]} does not say where it comes from as a lineage does: {error}") from error
+    return stages

@@ -112,6 +112,20 @@ def check_preprocessing(pixels: Any, about: Mapping[str, Any], where: str = "pre
         raise InputError(f"{where}: images of {sides} are none for a model of images of {network['image_size']}")
 
 
+def check_settings(name: str, said: Mapping[str, Any]) -> None:
+    """Raises InputError unless a JSON file beside somebody else's weights has, where it is looked at, values of a kind
+    that can be used; `name` is one of `config`, `preprocessor_config`, `export`, `architecture` and `preprocessing`.
+    """
+    if name == "export":
+        said = said.get("model") or {}
+        _fields(said, "model of export.json", {}, _SETTINGS["export"], closed=False)
+        name, said = "architecture", said.get("architecture", {})
+    _fields(said, f"{name}.json", {}, _SETTINGS.get(name, {}), closed=False)
+    for group in ("model_args", "pretrained_cfg", "encoder"):
+        if isinstance(said.get(group), Mapping):
+            _fields(said[group], f"{group} of {name}.json", {}, _SETTINGS[name], closed=False)
+
+
 def check_lineage(stages: Any) -> None:
     """Raises InputError unless these are stages of a lineage, as far as they are looked at."""
     if not isinstance(stages, list):
@@ -177,9 +191,7 @@ def check_shapes(
         if name not in tensors:
             raise InputError(f"{holder} lacks {name}")
         if tuple(tensors[name].shape) != shape:
-            raise InputError(
-                f"{name} in {holder} is {list(tensors[name].shape)}, and {where} says {list(shape)}"
-            )
+            raise InputError(f"{name} in {holder} is {list(tensors[name].shape)}, and {where} says {list(shape)}")
     if more := sorted(tensors.keys() - expected.keys()):
         raise InputError(f"{holder} holds {more[0][:80]!r}, which {where} knows nothing of")
 
@@ -202,6 +214,14 @@ def _fields(
 
 def _any(value: Any) -> bool:
     return True
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
 
 
 def _text(value: Any) -> bool:
@@ -281,6 +301,26 @@ _UNET: tuple[dict[str, Check], dict[str, Check]] = (
     {},
 )
 _NETWORKS = {"vit": ("encoder", _VIT), "resnet50": ("resnet", _RESNET), "unet": ("unet", _UNET)}
+#: What `reading` looks at in the files beside somebody else's weights, and in the objects inside of them.
+_SETTINGS: dict[str, dict[str, Check]] = {
+    "config": {
+        **dict.fromkeys(("model_args", "pretrained_cfg"), _or_none(_object)),
+        **dict.fromkeys(("image_size", "img_size"), lambda value: value is None or type(value) in (int, list)),
+        **dict.fromkeys(("mean", "std"), _or_none(_numbers(-1e3, 1e3))),
+    },
+    "preprocessor_config": dict.fromkeys(("image_mean", "image_std"), _or_none(_numbers(-1e3, 1e3))),
+    "export": {"architecture": _object, "decoder": _or_none(_object)}
+    | dict.fromkeys(("classes", "outputs"), _or_none(_list(_text))),
+    "architecture": {
+        "encoder": _object,
+        "image_size": _sides,
+        "patch_size": _whole(1, _SIDE),
+        "channels": _one_of(1, 3),
+        **dict.fromkeys(("classes", "outputs"), _or_none(_list(_text))),
+    },
+    "preprocessing": {"image_size": _sides, "channels": _one_of(1, 3)}
+    | dict.fromkeys(("mean", "std"), _numbers(-1e3, 1e3)),
+}
 _MASK: dict[str, Check] = {
     "ratio": _number(0, 1),
     "fan_aware": _one_of(True, False),
