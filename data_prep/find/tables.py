@@ -44,6 +44,7 @@ COLUMNS = ("file", "label", "patient", "video", "split", "mask", "spacing")  # o
 MAX_BYTES = 64 << 20
 _MAX_CELL = 100_000  # letters; in a cell of more, a quotation mark was left open and the rest of the file is in it
 _EXCEL = ".xlsx", ".xlsm"
+_NAMED = 12  # columns in a message
 _FOLD_VALUES = {"1": "train", "0": "validation"}
 
 Row = dict[str, str]
@@ -196,7 +197,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
     Raises:
       InputError: the table does not fit the files, or puts a patient into two splits.
     """
-    rows = _label_rows(labels)
+    rows, unused = _label_rows(labels)
     names = label_names((row["label"] for row in rows), f"in {labels}")
     numbers = {name: number for number, name in enumerate(names)}
     items: dict[str, Item] = {}
@@ -245,10 +246,12 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
     kept = [item for item in items.values() if item.source not in rejected]
     check_splits(kept, "give all frames of a patient the same split")
     unmasked = [one for one in problems["mask"] if one.source not in rejected]
-    return Collection(kept, names, problems["file"], unmasked=unmasked), stats
+    warnings = [f"--labels={labels} has columns that are not used: {_few(unused)}"] if unused else []
+    return Collection(kept, names, problems["file"], unmasked=unmasked, warnings=warnings), stats
 
 
-def _label_rows(labels: str) -> list[Row]:
+def _label_rows(labels: str) -> tuple[list[Row], list[str]]:
+    """The rows of a table of one's own, by `COLUMNS`, and the names of its other columns."""
     path = pathlib.Path(labels)
     if not path.is_file():
         raise InputError(f"--labels={labels} is neither 'parent' nor a file")
@@ -260,8 +263,30 @@ def _label_rows(labels: str) -> list[Row]:
         raise InputError(f"--labels={labels} lists no files")
     if "file" not in rows[0]:
         raise InputError(f"--labels={labels} has no column 'file', only {list(rows[0])}; it may have {list(COLUMNS)}")
+    unused = _unused(labels, rows)
     rows = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
-    return [row | {"label": one_line(row["label"])} for row in rows]
+    return [row | {"label": one_line(row["label"])} for row in rows], unused
+
+
+def _unused(labels: str, rows: list[Row]) -> list[str]:
+    """Columns that mean nothing here; raises InputError where one of them may well be the labels."""
+    there = list(dict.fromkeys(name for row in rows for name in row if name))
+    unused = [name for name in there if name not in COLUMNS]
+    if not unused or {"label", "mask"} & {*there}:
+        return unused
+    # Classes come again and again; what differs from row to row is a remark, a date or another name of the file.
+    classes = [name for name in unused if len({row.get(name, "") for row in rows}) <= len(rows) / 2]
+    if classes or len(there) == len(unused) + 1:
+        raise InputError(
+            f"--labels={labels} has no column 'label'; it has {_few(there)}: call the one with the classes 'label', "
+            "or add an empty column 'label' if there are none"
+        )
+    return unused
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:_NAMED])
+    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
 
 
 def _spacing(labels: str, row: Row) -> tuple[float, float]:

@@ -98,6 +98,14 @@ def test_a_labels_file_gives_everything_and_leaves_out_the_rest(tree, tmp_path, 
     assert "--config.data.path='" + str(tmp_path / "out/my_images_2") in printed
 
 
+def test_columns_of_a_labels_file_that_are_not_used_are_named(tree, tmp_path, capsys):
+    labels = write_csv(
+        tmp_path / "l.csv", ["file", "patient", "seen", ""], ["a/1.png", "p", "May", "1"], ["b/1.png", "p", "June", "2"]
+    )
+    assert run(f"--labels={labels}", output=tmp_path / "out", source=tree) == 0
+    assert "l.csv has columns that are not used: seen\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_a_labels_file_may_come_from_excel_on_windows(tree, tmp_path, separator):
     rows = [["file", "label"], ["a\\1.png", "x, left"], [str(tree / "b" / "1.png"), "y"]]
@@ -128,6 +136,11 @@ def test_integer_labels_are_in_the_order_of_their_values(tree, tmp_path):
         ([["file", "split", "patient"], ["a/1.png", "train", "p7"], ["b/1.png", "test", "p7"]], "patient 'p7' is in"),
         ([["file", "split", "video"], ["a/1.png", "train", "v"], ["b/1.png", "test", "v"]], "video 'v' is in"),
         ([["file"]], "lists no files"),
+        (
+            [["file", "diagnosis", "patient"], ["a/1.png", "x", "p"], ["b/1.png", "x", "q"]],
+            "l.csv has no column 'label'; it has file, diagnosis, patient: call the one with the classes 'label'",
+        ),
+        ([["file", "Label"], ["a/1.png", "x"]], "l.csv has no column 'label'; it has file, Label"),
     ],
 )
 def test_a_labels_file_that_does_not_fit_is_refused(tree, tmp_path, capsys, rows, sentence):
