@@ -131,8 +131,10 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
             raise InputError(f"{target} is up to date, and --linkage is written while it is built; add --overwrite")
         print(f"{target} is up to date")
         return target
+    from data_prep import isolate
     from data_prep.write import dataset
 
+    isolate.check_guard()
     started = time.monotonic()
     manifest = dataset.build(plan, target, downloaded, args)
     print_summary(target, manifest, plan.found.warnings, plan.tip, time.monotonic() - started)

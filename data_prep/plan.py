@@ -12,10 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 from data_prep.catalog.schema import Entry
-from data_prep.find.files import Collection
+from data_prep.find.files import Collection, printable
 from usfmae_jax.errors import InputError
 
 _CLASSES = 12  # folders, that may well be classes; more with numbers in their names are not
+# Of paths: the topmost folder; what stands before the first _ or - of a name, and before the last.
+_PATTERNS = (
+    "^(?P<patient>[^/]+)/",
+    *(f"(?P<patient>[^/{one}]+){one}[^/]*$" for one in "_-"),
+    "(?P<patient>[^/]+)[_-][^/]*$",
+)
+_LOOKED_AT = 10_000  # paths, for a pattern
 PHANTOM = {"patients": 500, "frames": 4, "seed": 0}
 
 
@@ -124,7 +131,7 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         make_work=functools.partial(_for_files, str(root), how),
         arguments=arguments,
         mask_colours=colours,
-        tip=_patient_tip(found.items, args.labels),
+        tip=_patient_tip(found.items, args.labels, private),
         thin=chosen["thin"],
         deduplicate=chosen["deduplicate"],
         salt=salt,
@@ -208,15 +215,25 @@ def _mask_colours(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _patient_tip(items: list[Any], labels: str) -> str:
-    """A pattern that may find patients in paths: folders that look like numbered patients, else names of files."""
-    folders = {item.path.split("/")[0] for item in items if "/" in item.path}
-    numbered = len(folders) > _CLASSES and all(re.search(r"\d", folder) for folder in folders)
+def _patient_tip(items: list[Any], labels: str, private: bool) -> str:
+    """A pattern that finds patients in these paths, with an example; without one, where patients could be said."""
     if labels not in ("", "parent"):
         return "The table may have a column 'patient'"
-    pattern = "^(?P<patient>[^/]+)/" if numbered and not labels else "(?P<patient>[^/_]+)_[^/]*$"
-    where = "folders are" if numbered and not labels else "names of files begin with"
-    return f"If {where} patients, add --pattern='{pattern}'"
+    paths = [printable(item.path) for item in items if not item.patient][:_LOOKED_AT]
+    folders = {path.split("/")[0] for path in paths if "/" in path}
+    numbered = len(folders) > _CLASSES and all(re.search(r"\d", folder) for folder in folders)
+    for pattern in _PATTERNS if numbered and not labels else _PATTERNS[1:]:
+        found = [(path, match["patient"]) for path in paths if (match := re.search(pattern, path))]
+        patients = {patient for _, patient in found}
+        # Words without a number are classes or views.
+        if 1 < len(patients) < len(found) == len(paths) and all(re.search(r"\d", patient) for patient in patients):
+            example = "" if private else f" ({found[0][0]} -> patient {found[0][1]})"  # logs are handed on, too
+            where = "folders are" if pattern == _PATTERNS[0] else "names of files begin with"
+            return f"If {where} patients, add --pattern='{pattern}'{example}"
+    return (
+        "If their paths name patients, add --pattern='...', a regular expression with a group (?P<patient>...), "
+        "or else give a table with the columns file,patient by --labels"
+    )
 
 
 def _private_warnings(clean: bool, args: argparse.Namespace, label_names: list[str]) -> list[str]:

@@ -45,6 +45,10 @@ _DEFAULTS = {
 
 Values = dict[str, str]
 
+_MASK_FOLDER = re.compile(
+    r"(?:[^/]+/)*?(?:masks?|labels?|annotations?|seg(?:mentation)?s?|gts?|ground[ _-]?truths?)(?:tr|ts)?/",
+    re.IGNORECASE,
+)
 _DATA_FILES = (".raw", ".zraw", ".img")  # of headers, which may begin with anything
 
 
@@ -119,6 +123,11 @@ def collect(
         used |= read
     used |= {*known, *(mask for item in found for mask in item.masks)}
     warnings += _count(entry, found, names)
+    if entry.generic and masks != "off":
+        warnings += _mask_folders(known)
+    patients = {item.patient for item in found}
+    if pattern and len(found) > len(patients) == 1 and patients != {""}:
+        warnings.append(f"--pattern gives all {len(found):,} files one patient, {printable(*patients)!r}: is it right?")
     return Collection(
         items=found,
         label_names=names,
@@ -156,6 +165,29 @@ def _beside(files: Iterable[str], paths: Iterable[str]) -> dict[str, tuple[str, 
     can_be = tuple(IMAGES | VOLUMES)
     found = find_masks(path for path in files if path.lower().endswith(can_be))
     return {path: found[path] for path in paths if path in found}
+
+
+def _mask_folders(frames: Iterable[str]) -> list[str]:
+    """A sentence about frames in folders that are called as those of masks are, beside others that are not."""
+    inside: dict[str, int] = collections.Counter()
+    others = False
+    for path in frames:
+        if called := _MASK_FOLDER.match(path):
+            inside[called[0]] += 1
+        others = others or not called
+    if not (inside and others):
+        return []
+    files, (first, *more) = sum(inside.values()), [printable(folder) for folder in inside]
+    where = first + (f" and {len(more)} folder{'s' * (len(more) > 1)} more" if more else "")
+    subject = (
+        "1 file in {} looks like a mask but matches"
+        if files == 1
+        else f"{files:,} files in {{}} look like masks but match"
+    )
+    return [
+        f"{subject.format(where)} no image by name, and became frames; name masks x_mask.png or masks/x.png for an "
+        "image x.png, or give the column 'mask' in --labels (--masks=off: they are images)"
+    ]
 
 
 def _check_arguments(entry: Entry, pattern: str, switches: Sequence[str]) -> None:

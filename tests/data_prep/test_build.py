@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import build, readers
+from data_prep import build, plan, readers
+from data_prep.find.files import Item
 from tests.data_prep.builds import ROOT, content, picture, read, read_rejected, refused, run, write, write_csv
 from usfmae_jax.data import records
 
@@ -104,6 +105,31 @@ def test_columns_of_a_labels_file_that_are_not_used_are_named(tree, tmp_path, ca
     )
     assert run(f"--labels={labels}", output=tmp_path / "out", source=tree) == 0
     assert "l.csv has columns that are not used: seen\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("names", "tip"),
+    [
+        (
+            ["bus_0001-l", "bus_0001-r", "bus_0002-l"],
+            "(?P<patient>[^/-]+)-[^/]*$' (bus_0001-l.png -> patient bus_0001)",
+        ),
+        (["7_1", "7_2", "8_1"], "(?P<patient>[^/_]+)_[^/]*$' (7_1.png -> patient 7)"),
+        (["bus_0001-l", "bus_0002-l"], "..."),
+        (["benign_1", "benign_2", "malignant_1"], "..."),
+    ],
+)
+def test_a_pattern_is_suggested_where_it_tells_patients_apart(names, tip):
+    said = plan._patient_tip([Item(f"{name}.png") for name in names], "", private=False)
+    assert f"--pattern='{tip}" in said
+
+
+def test_a_pattern_that_gives_one_patient_for_all_is_doubted(tmp_path, capsys):
+    for number, name in enumerate(["bus_1-l", "bus_1-r", "bus_2-l"]):
+        write(tmp_path / f"in/{name}.png", picture(number))
+    flags = "--pattern=(?P<patient>[^/_]+)_[^/]*$", "--clean=off"
+    assert run(*flags, output=tmp_path / "out", source=tmp_path / "in") == 0
+    assert "--pattern gives all 3 files one patient, 'bus'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])

@@ -1,12 +1,16 @@
 """A pool of processes that outlives what its workers meet."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
 from data_prep import isolate
+from tests.data_prep.builds import ROOT, refused
 from usfmae_jax.errors import InputError
 
 
@@ -74,3 +78,22 @@ def test_an_error_of_the_machine_is_raised():
 def test_workers_that_die_before_they_begin_end_the_map():
     with pytest.raises(InputError, match="use fewer --workers"):
         run(never_begins, [1])
+
+
+def test_a_script_without_a_main_guard_is_told_so_once(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from data_prep import isolate\n"
+        "list(isolate.isolated_map(len, ['a', 'b', 'c'], 2, limit=30, preload='data_prep.isolate'))\n"
+    )
+    there = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=there, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.splitlines()[-1].endswith(isolate._NO_GUARD)
+
+
+def test_a_build_begins_nothing_where_a_process_still_imports_the_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    assert 'below `if __name__ == "__main__":`' in refused(capsys, dataset="phantom", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

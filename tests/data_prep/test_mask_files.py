@@ -48,6 +48,17 @@ def table(tmp_path, **masks):
     return f"--labels={write_csv(tmp_path / 'l.csv', ['file', 'mask'], *rows)}"
 
 
+def test_frames_in_a_folder_of_masks_are_doubted(tmp_path, capsys):
+    for number in range(3):
+        write(tmp_path / f"in/Images/bus_{number}.png", picture(number))
+        write(tmp_path / f"in/Masks/mask_{number}.png", box(top=12 + number))
+    assert len(build(tmp_path, "--deduplicate=off")[0]) == 6
+    assert "3 files in Masks/ look like masks but match no image by name" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out")
+    build(tmp_path, "--deduplicate=off", "--masks=off")
+    assert "look like masks" not in capsys.readouterr().out
+
+
 def test_a_mask_of_another_size_is_resized_and_one_of_another_shape_is_left_out_by_name(tmp_path, capsys):
     large = box((192, 256), top=48, bottom=144, left=64, right=192)
     labels = table(tmp_path, a=large, b=box((49, 64)), c=box((48, 40)), d=box((64, 48)))
