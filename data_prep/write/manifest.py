@@ -24,6 +24,24 @@ MANIFEST = "manifest.json"
 _SCHEMA = 1
 _SHOWN = 20  # rejected files in the table; the rest is in rejected.csv
 _NONE = "(none)"
+_SWITCHES = "clean", "thin", "deduplicate"
+#: Arguments of which only a digest or a number is written, where both builds have them.
+_IN_WORDS = {
+    "labels": "with another table of --labels",
+    "exclude": "with another list of --exclude",
+    "entry": "with another version of the catalogue",
+    "masks_beside": "with another number of masks beside the images",
+    "salt": "with another secret (--salt)",
+}
+#: What an argument decides, or changes the digests of; labels only where they are given or left out.
+_FOLLOWS = {
+    "dataset": (*_SWITCHES, "entry", "anatomy"),
+    "entry": ("patient_key",),
+    "labels": (*_SWITCHES, "masks_beside"),
+    "masks": ("masks_beside",),
+    "encoding": ("quality",),
+    "salt": ("clean", "include", "pattern", "optional", "key", "entry", "labels", "exclude"),
+}
 
 
 def _count(rows: Iterable[Row], sizes: Mapping[str, int], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -152,24 +170,43 @@ def put_back(target: pathlib.Path) -> None:
 
 def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str) -> None:
     """Raises InputError unless `target` holds, complete, what these arguments and files would build."""
-    remedy = "add --overwrite to replace it, or choose another --output or --name"
+    remedy = "add --overwrite, or choose another --name"
     try:
         manifest = json.loads((target / MANIFEST).read_text())
         before, files_before, written = manifest["arguments"], manifest["input"]["fingerprint"], manifest["files"]
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{target} was not built by this tool; {remedy}") from error
     if before != arguments:
-        differences = [
-            f"{key} was {before.get(key)!r} and is now {arguments.get(key)!r}"
-            for key in sorted(before.keys() | arguments.keys())
-            if before.get(key) != arguments.get(key)
-        ]
-        raise InputError(f"{target} was built with other arguments ({', '.join(differences)}); {remedy}")
+        raise InputError(f"{target} was built {', '.join(_differences(before, arguments))}; {remedy}")
     if files_before != fingerprint:
         raise InputError(f"{target} was built from other files than --input holds now; {remedy}")
     for name, size in written.items():
         if not (target / name).exists() or (target / name).stat().st_size != size:
             raise InputError(f"{target / name} is missing or was changed after it was built; {remedy}")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """How a dataset was built, in words, where that differs from what is asked for now."""
+    before, now = ({**one, **one.get("options", {})} for one in (before, now))
+    differs = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - {"options"}
+    for cause, follows in _FOLLOWS.items():
+        if cause in differs and not (cause == "labels" and before.get(cause) and now.get(cause)):
+            differs -= {*follows}
+    hidden = {*_IN_WORDS, *(("include", "pattern", "optional", "key") if before.get("salt") else ())}
+    found = []
+    for key in sorted(differs):
+        value = before.get(key)
+        if key in _SWITCHES:
+            found.append(f"with --{key}={'on' if value else 'off'}")
+        elif value is None or value is False or value == "":
+            found.append(f"without --{'private' if key == 'salt' else key}")
+        elif key not in hidden or value == "parent":
+            found.append(f"with --{key}" if value is True else f"with --{key}={value}")
+        elif now.get(key):
+            found.append(_IN_WORDS.get(key, f"with another --{key}"))
+        else:
+            found.append(f"with --{'private' if key == 'salt' else key}")
+    return found
 
 
 def print_summary(

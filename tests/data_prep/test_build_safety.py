@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from data_prep import build, plan
 from data_prep.find.files import Item
-from data_prep.write import dataset, parts, shards
+from data_prep.write import dataset, manifest, parts, shards
 from tests.data_prep.builds import ROOT, content, picture, read, read_rejected, refused, run, write
 from usfmae_jax.data import records
 from usfmae_jax.errors import InputError
@@ -47,14 +47,32 @@ def test_another_build_into_the_same_place_is_refused_until_overwrite(tree, tmp_
     assert run(output=tmp_path / "out", source=tree) == 0
     before = content(tmp_path / "out")
     sentence = refused(capsys, "--image_size=16", output=tmp_path / "out", source=tree)
-    assert "image_size was 256 and is now 16" in sentence
-    assert "--overwrite" in sentence
+    assert "was built with --image_size=256; add --overwrite, or choose another --name" in sentence
+    said = refused(capsys, "--labels=parent", "--stride=2", output=tmp_path / "out", source=tree)
+    assert "1.0.0 was built without --labels, with --stride=1; add --overwrite" in said
     write(tree / "new.png", picture(7))
     assert "built from other files" in refused(capsys, output=tmp_path / "out", source=tree)
     assert content(tmp_path / "out") == before
     assert run("--image_size=16", "--overwrite", output=tmp_path / "out", source=tree) == 0
     assert [record["height"] for record in read(tmp_path / "out")] == [16] * 7
     assert [path.name for path in (tmp_path / "out/my_images_2").iterdir()] == ["1.0.0"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"labels": "", "clean": True, "thin": True}, {"labels": "sha256 a", "clean": False}, ["without --labels"]),
+        ({"labels": "sha256 a"}, {"labels": "sha256 b"}, ["with another table of --labels"]),
+        ({"labels": "parent"}, {"labels": "sha256 b"}, ["with --labels=parent"]),
+        ({"encoding": "jpeg", "quality": 95}, {"encoding": "png"}, ["with --encoding=jpeg"]),
+        ({"options": {"axis": 0}}, {"options": {"axis": None}}, ["with --axis=0"]),
+        ({"clean": False, "whole_frames": True}, {"clean": True}, ["with --clean=off", "with --whole_frames"]),
+        ({"salt": "", "entry": "a"}, {"salt": "1f", "entry": "hmac"}, ["without --private"]),
+        ({"salt": "1f", "pattern": "f12"}, {"salt": "1f", "pattern": "f34"}, ["with another --pattern"]),
+    ],
+)
+def test_what_another_build_was_given_is_said_as_it_was_typed(before, now, said):
+    assert manifest._differences(before, now) == said
 
 
 def test_a_lost_shard_is_noticed(tree, tmp_path, capsys):
