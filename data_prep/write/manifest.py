@@ -45,7 +45,7 @@ _FOLLOWS = {
 
 
 def _count(rows: Iterable[Row], sizes: Mapping[str, int], label_names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Frames, patients, videos, bytes and labels by split."""
+    """Frames, patients, videos, masks, bytes and labels by split."""
     by_split: dict[str, list[Row]] = collections.defaultdict(list)
     for row in rows:
         by_split[row.split].append(row)
@@ -56,6 +56,7 @@ def _count(rows: Iterable[Row], sizes: Mapping[str, int], label_names: Sequence[
             "patients": len({row.patient for row in some if row.patient_known}),
             "unknown_patients": len({row.patient for row in some if not row.patient_known}),
             "videos": len({row.video for row in some}),
+            "masks": sum(row.masked for row in some),
             "bytes": sizes[split],
             "labels": {
                 names[label]: number for label, number in sorted(collections.Counter(row.label for row in some).items())
@@ -215,12 +216,15 @@ def print_summary(
     """Prints what was built, what was not, and what to type next; `tip` says how patients would become known."""
     frames = manifest["kept"]
     print(f"{target}: {frames:,} frames in {seconds:.1f} s, {frames / seconds:,.0f} images/s\n")
-    print(f"{'split':12}{'frames':>10}{'patients':>10}{'unknown':>10}{'MB':>10}  labels")
+    masked = any(one["masks"] for one in manifest["splits"].values())
+    head, width = ("masks", 18) if masked else ("", 0)
+    print(f"{'split':12}{'frames':>10}{'patients':>10}{'unknown':>10}{'MB':>10}{head:>{width}}  labels")
     for split, one in manifest["splits"].items():
         labels = ", ".join(f"{name} {number:,}" for name, number in one["labels"].items())
+        masks = f"{one['masks']:,} of {one['frames']:,}" if masked else ""
         print(
             f"{split:12}{one['frames']:>10,}{one['patients']:>10,}{one['unknown_patients']:>10,}"
-            f"{one['bytes'] / 1e6:>10,.1f}  {labels}"
+            f"{one['bytes'] / 1e6:>10,.1f}{masks:>{width}}  {labels}"
         )
     unknown = sum(one["unknown_patients"] for one in manifest["splits"].values())
     if unknown:
@@ -247,6 +251,10 @@ def print_summary(
     print(f"\nLook:  {target / 'report.html'}")
     path = f"--config.data.path='{target.parent}'"
     print(f"Next:  python -m usfmae_jax.main --config=pretrain:tiny {path}")
+    if len({name for one in manifest["splits"].values() for name in one["labels"]} - {_NONE}) > 1:
+        print(f"       python -m usfmae_jax.finetune --config=finetune:folder {path}")
+    if masked:
+        print(f"       python -m usfmae_jax.finetune --config=segment:folder {path}")
 
 
 def _print_files(table: pathlib.Path, title: str, number: int) -> None:

@@ -51,6 +51,8 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
     manifest.setdefault("kept", look.records)
     splits, sheet = manifest.get("splits") or {}, _sheet(shards, look, manifest)
     several = len(look.anatomies) > 1
+    masked = any(one.get("masks") for one in splits.values())
+    counted = (*_COUNTED, "masks") if masked else _COUNTED
     arguments = [
         [name, value if isinstance(value, str) else json.dumps(value, sort_keys=True)]
         for name, value in sorted((manifest.get("arguments") or {}).items())
@@ -64,8 +66,9 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         look=look,
         headline=_headline(manifest),
         warnings=_warnings(manifest, look),
+        split_heads=["Split", "Frames", "Patients", "Patients not known", "Clips", *["Masks"] * masked, "MB"],
         splits=[
-            [name, *(one.get(key, 0) for key in _COUNTED), round(one.get("bytes", 0) / 1e6, 1)]
+            [name, *(one.get(key, 0) for key in counted), round(one.get("bytes", 0) / 1e6, 1)]
             for name, one in splits.items()
         ],
         label_heads=["Label", *splits, "all", ""],

@@ -56,6 +56,7 @@ class Row:
     source: str
     sha256: str
     hash: str  # perceptual, hex; empty for none
+    masked: bool = False
 
 
 @dataclasses.dataclass
@@ -226,6 +227,7 @@ def _row(stored: Any, size: int) -> Row:
         source=record["source"],
         sha256=record["sha256"],
         hash="" if stored.hash is None else np.asarray(stored.hash, "<u8").tobytes().hex(),
+        masked=bool(record["mask"]),
     )
 
 

@@ -73,7 +73,10 @@ def test_parent_folders_are_labels(tree, tmp_path, capsys):
     names = (tmp_path / "out/my_images_2/1.0.0/label.labels.txt").read_text().split()
     assert names == ["a", "b", "deep"]
     assert [record["label"] for record in found] == [0, 0, 2, 1, 1, 1, -1]
-    assert "1 hidden files and folders, 1 other files" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 hidden files and folders, 1 other files" in printed
+    assert "finetune --config=finetune:folder --config.data.path=" in printed
+    assert "segment:folder" not in printed  # there are no masks
 
 
 def test_a_labels_file_gives_everything_and_leaves_out_the_rest(tree, tmp_path, capsys):

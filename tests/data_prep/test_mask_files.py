@@ -67,6 +67,7 @@ def test_a_mask_of_another_size_is_resized_and_one_of_another_shape_is_left_out_
     assert masks["b.png"].shape == (48, 64)  # a row more, as rounding makes it
     assert masks["c.png"] is None
     assert masks["d.png"] is None
+    assert manifest["splits"]["train"]["masks"] == 2
     assert manifest["unmasked"] == {
         "mask: is 40 x 48 pixels, the image 64 x 48": 1,
         "mask: is 48 x 64 pixels, the image 64 x 48": 1,
@@ -77,8 +78,14 @@ def test_a_mask_of_another_size_is_resized_and_one_of_another_shape_is_left_out_
         'c.png,"mask: is 40 x 48 pixels, the image 64 x 48"',
         'd.png,"mask: is 48 x 64 pixels, the image 64 x 48"',
     ]
-    assert "Kept without a mask: 2 files" in capsys.readouterr().out
-    assert "c.png" in (folder / "report.html").read_text()
+    printed = capsys.readouterr().out
+    assert "Kept without a mask: 2 files" in printed
+    assert "2 of 4" in printed
+    assert f"finetune --config=segment:folder --config.data.path='{folder.parent}'" in printed
+    assert "finetune:folder" not in printed  # there are no labels
+    page = (folder / "report.html").read_text()
+    assert "c.png" in page
+    assert ">Masks</th>" in page
     _, masks, manifest, _ = build(tmp_path, labels, "--masks=required", "--overwrite")
     assert set(masks) == {"a.png", "b.png"}
     assert manifest["rejected"] == {
