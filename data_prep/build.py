@@ -116,8 +116,9 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
     """Builds what the arguments ask for, unless it is there already; returns where it is."""
     downloaded = _download(entry, source, args) if args.download else []
     if entry.name != "phantom" and not os.path.isdir(source):
-        missing = f"--input={source} is not a folder" if source else f"--dataset={entry.name} needs --input=DIR"
-        raise InputError(f"{missing}\n{catalog.describe(entry)}")
+        if source:
+            raise InputError(f"--input={source} is not a folder")
+        raise InputError(f"--dataset={entry.name} needs --input=DIR\n{catalog.describe(entry)}")
     plan = plan_phantoms(entry, args) if entry.name == "phantom" else plan_files(entry, source, args)
     if downloaded:
         from data_prep.fetch import download

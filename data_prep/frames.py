@@ -27,6 +27,7 @@ KEPT = "the frames before the damage are taken"  # ends the reason of a file tha
 
 _LIMIT = 60.0  # seconds for a frame
 _MOST = 8 << 30  # bytes of the frames of one file
+_NAMED = 5  # files that are passed over
 _NEEDED = {"dicom": "pydicom", "video": "av"}
 
 
@@ -55,7 +56,7 @@ class Held:
         return pathlib.Path(self.path).read_bytes()
 
 
-def find(given: Sequence[str], outside: str) -> tuple[list[Found], list[tuple[str, str]], int]:
+def find(given: Sequence[str], outside: str) -> tuple[list[Found], list[tuple[str, str]], str]:
     """All files that can be read.
 
     Args:
@@ -63,14 +64,14 @@ def find(given: Sequence[str], outside: str) -> tuple[list[Found], list[tuple[st
       outside: a folder that does not take part, even if it lies in one of those.
 
     Returns:
-      the files by name, (name, reason) of those that cannot be used, and how many others there are.
+      the files by name, (name, reason) of those that cannot be used, and a sentence about others, if there are any.
 
     Raises:
       InputError: something given is not there, or two files have the same name.
     """
     found: list[Found] = []
     rejected: list[tuple[str, str]] = []
-    others, without = 0, os.path.realpath(outside) + os.sep
+    others, without = list[str](), os.path.realpath(outside) + os.sep
     for one in given:
         root = pathlib.Path(one).expanduser()
         if root.is_file():
@@ -83,7 +84,12 @@ def find(given: Sequence[str], outside: str) -> tuple[list[Found], list[tuple[st
 
         def wanted(path: str, root: pathlib.Path = root) -> bool:
             full = os.path.join(root, path)
-            return not full.startswith(without) and _is_read(full)
+            if full.startswith(without):
+                return False
+            taken = _is_read(full)
+            if not taken:
+                others.append(printable(path))
+            return taken
 
         try:
             scan = scan_folder(root, wanted)
@@ -91,12 +97,18 @@ def find(given: Sequence[str], outside: str) -> tuple[list[Found], list[tuple[st
             raise InputError(str(error).replace("--input", "--data")) from error
         found += [Found(os.path.join(root, path), printable(path), _stamp(*of)) for path, of in scan.files.items()]
         rejected += [(file.source, file.reason) for file in scan.rejected]
-        others += sum(scan.left_out.values())
     found.sort(key=lambda file: file.name)
     for first, second in itertools.pairwise(found):
         if first.name == second.name:
             raise InputError(f"--data names two files {first.name}; give the folder that holds both of them")
-    return found, rejected, others
+    return found, rejected, _passed_over(sorted(others))
+
+
+def _passed_over(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMED]) + ", ..." * (len(names) > _NAMED)
+    if len(names) > 1:
+        return f"{len(names):,} files are passed over, since they are no images: {shown}"
+    return f"1 file is passed over, since it is no image: {shown}" if names else ""
 
 
 def _stamp(size: int, changed: int) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import shutil
 from types import SimpleNamespace
 
@@ -87,6 +88,12 @@ def run(checkpoint, data, output, *more):
     return predict.main([f"--checkpoint={checkpoint}", f"--data={data}", f"--output={output}", "--workers=1", *more])
 
 
+def test_a_script_without_a_main_guard_does_not_predict_again_in_its_workers(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(InputError, match="below `if __name__"):
+        predict._files([str(files)], str(tmp_path / "out"), 1, 1, 0)
+
+
 def test_files_of_any_kind_are_classified_and_what_cannot_be_read_is_named(classifier, files, tmp_path, capsys):
     assert run(classifier, files, tmp_path / "out", "--batch_size=8") == 0
     rows = rows_of(tmp_path / "out" / "predictions.csv")
@@ -103,7 +110,7 @@ def test_files_of_any_kind_are_classified_and_what_cannot_be_read_is_named(class
     (skipped,) = rows_of(tmp_path / "out" / "skipped.csv")
     assert skipped["file"] == "damaged.png"
     shown = capsys.readouterr().err
-    assert "1 other or hidden files and folders are passed over" in shown
+    assert "warning: 1 file is passed over, since it is no image: notes.txt\n" in shown
     assert "1 file or frame is left out" in shown
     everything = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert str(tmp_path).encode() not in everything

@@ -250,16 +250,18 @@ def _changed(path: str) -> int:
 def _files(data: Sequence[str], output: str, workers: int, stride: int, max_frames: int) -> _Found:
     """Files of any kind that the readers know."""
     from data_prep import frames as files
+    from data_prep import isolate
     from data_prep.readers import Options
     from usfmae_jax.prediction.output import Source
 
+    isolate.check_guard()  # before the lock of the output, which the process that started this one holds
     found, rejected, others = files.find(data, output)
     if not found:
         said = f": {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise InputError(f"--data={' '.join(data)} holds no file that can be read{said}")
     files.check_libraries(found)
     if others:
-        print(f"warning: {others} other or hidden files and folders are passed over", file=sys.stderr)
+        print(f"warning: {others}", file=sys.stderr)
 
     def opened(numbers: list[int]) -> "Iterator[tuple[Source, list[_Frame]]]":
         chosen = [found[number] for number in numbers]

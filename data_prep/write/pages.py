@@ -29,6 +29,7 @@ _SHEET = 60  # frames that are shown
 _THUMBNAIL = 176  # pixels of the long side
 _BLACK = 5  # of 255: what counts as black
 _COUNTED = ("frames", "patients", "unknown_patients", "videos")  # of each split
+_OWN = "yours to know"  # the licence of somebody's own files, in the catalogue
 _COLOUR = "colour", "class", "name"  # of masks
 _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 
@@ -57,6 +58,8 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         [name, value if isinstance(value, str) else json.dumps(value, sort_keys=True)]
         for name, value in sorted((manifest.get("arguments") or {}).items())
     ]
+    own, problems = manifest.get("licence") == _OWN, manifest.get("problems") or ()
+    labelled = bool((manifest.get("arguments") or {}).get("labels"))
     measured, sampled = f"{len(look.means):,} frames", look.records > len(look.means)
     pages.write(
         folder / "report.html",
@@ -65,7 +68,10 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         manifest=manifest,
         look=look,
         headline=_headline(manifest),
+        own=own,
         warnings=_warnings(manifest, look),
+        problems=() if own else problems,
+        tips=problems if own and not labelled else (),
         split_heads=["Split", "Frames", "Patients", "Patients not known", "Clips", *["Masks"] * masked, "MB"],
         splits=[
             [name, *(one.get(key, 0) for key in counted), round(one.get("bytes", 0) / 1e6, 1)]

@@ -66,6 +66,17 @@ def test_colour_is_stored_in_colour_and_grey_in_one_channel(tmp_path):
     assert second["image"].shape == (48, 64, 3)
 
 
+def test_the_page_of_ones_own_folder_has_a_tip_where_no_labels_were_given_and_no_licence(tree, tmp_path):
+    pages = []
+    for flags in ([], ["--labels=parent", "--overwrite"]):
+        assert run(*flags, output=tmp_path / "out", source=tree) == 0
+        pages.append((tmp_path / "out/my_images_2/1.0.0/report.html").read_text())
+    assert ["Tip: --labels=parent or" in page for page in pages] == [True, False]
+    for page in pages:
+        for word in ("Known problems", "yours to know", "Licence", "1 frames"):
+            assert word not in page
+
+
 def test_parent_folders_are_labels(tree, tmp_path, capsys):
     write(tree / "top.png", picture(9))
     assert run("--labels=parent", output=tmp_path / "out", source=tree) == 0
@@ -209,6 +220,11 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys,
     assert captured.err.count("error: ") == 1
     assert sentence in captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert run(output=tmp_path / "out", source=tmp_path / "gone") == 2
+    assert capsys.readouterr().err.splitlines() == [f"error: --input={tmp_path / 'gone'} is not a folder"]
 
 
 def test_a_folder_without_images_is_refused(tmp_path, capsys):

@@ -231,7 +231,7 @@ def histogram(name: str, what: str, values: Sequence[float], top: int) -> Markup
     marks = [_mark("path", "axis", d="M18 136.5h310"), _text(330, 10, f"tallest: {counts.max():,}", "end")]
     for i, (count, low, high) in enumerate(zip(counts, edges, edges[1:], strict=False)):
         height = 120 * count / counts.max()
-        tip = f"{low:.0f} to {high:.0f}: {count:,} frames"
+        tip = f"{low:.0f} to {high:.0f}: {_frames(count)}"
         marks.append(_mark("rect", "mark", tip, x=18 + 12.4 * i, y=136 - height, width=11.4, height=height))
     marks += [_text(18 + 310 * share, 154, f"{top * share:.0f}") for share in (0, 0.25, 0.5, 0.75, 1)]
     low, middle, high = np.percentile(values, (25, 50, 75))
@@ -253,11 +253,16 @@ def sizes(shown: Sequence[tuple[int, int]]) -> Markup:
         place: dict[str, Any] = dict(
             cx=38 + 70 * width / step, cy=136 - 30 * height / step, r=2.5 + 10 * np.sqrt(count / len(shown))
         )
-        marks.append(_mark("circle", "mark", f"{width} x {height} pixels: {count:,} frames", **place))
+        marks.append(_mark("circle", "mark", f"{width} x {height} pixels: {_frames(count)}", **place))
     common = ", ".join(f"{width} x {height} ({count / len(shown):.0%})" for (width, height), count in ranked[:3])
     more = f", and {len(ranked) - 3:,} others" if len(ranked) > 3 else ""
     says = f"Width (across) and height (up) in pixels. Most often {common}{more}."
     return _figure("Size", says, marks, height=160)
+
+
+def _frames(count: float) -> str:
+    shown = _count(count)
+    return f"{shown} frame" if shown == "1" else f"{shown} frames"
 
 
 def _figure(name: str, says: str, marks: Sequence[Markup], legend: Sequence[Any] = (), height: float = 268) -> Markup:
@@ -296,7 +301,7 @@ def _bars(counts: Sequence[float]) -> Iterator[Markup]:
         high = 0.3 * _HEIGHT * count / max(max(counts), 1)
         place: dict[str, Any] = dict(x=_LEFT + wide * i + 1, y=_TOP + _HEIGHT - high, width=wide - 2, height=high)
         if count:
-            yield _mark("rect", "count", f"{_count(count)} frames", **place)
+            yield _mark("rect", "count", _frames(count), **place)
 
 
 def _line(line: Line, x: Axis, y: Axis) -> Iterator[Markup]:
