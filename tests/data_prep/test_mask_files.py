@@ -218,7 +218,7 @@ def test_masks_beside_images_are_theirs_and_several_are_joined(tmp_path, capsys)
     assert "Masks: 3 files are taken for masks of the images beside them, by their names; --masks=off takes" in printed
     assert "Warning" not in printed
     before = content(folder)
-    assert "masks was None and is now 'off'" in refused(
+    assert "was built without --masks=off; add" in refused(
         capsys,
         "--labels=parent",
         "--masks=off",

@@ -223,7 +223,7 @@ def test_another_salt_gives_other_names_and_is_noticed(export, tmp_path, capsys)
     other.write_bytes(b"fedcba9876543210")
     other.chmod(0o600)
     sentence = refused(capsys, f"--salt={other}", output=tmp_path / "out", source=export, dataset="dicom")
-    assert "salt was" in sentence
+    assert "was built with another secret (--salt)" in sentence
     before = {record["patient"] for record in read(tmp_path / "out")}
     assert run(f"--salt={other}", "--overwrite", output=tmp_path / "out", source=export, dataset="dicom") == 0
     assert not before & {record["patient"] for record in read(tmp_path / "out")}
