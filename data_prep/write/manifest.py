@@ -200,7 +200,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if key in _SWITCHES:
             found.append(f"with --{key}={'on' if value else 'off'}")
         elif value is None or value is False or value == "":
-            wanted = "" if key in hidden or now.get(key) is True else f"={now.get(key)}"
+            wanted = "" if key in hidden or now.get(key) in (None, "", True) else f"={now[key]}"
             found.append(f"without --{'private' if key == 'salt' else key}{wanted}")
         elif key not in hidden or value == "parent":
             found.append(f"with --{key}" if value is True else f"with --{key}={value}")
