@@ -37,7 +37,7 @@ from data_prep import catalog
 from data_prep.catalog.schema import Entry
 from data_prep.plan import PHANTOM, plan_files, plan_phantoms
 from data_prep.write.manifest import check_same, print_summary, put_back
-from usfmae_jax.errors import STOPPED, InputError, Parser, as_started, visible_output
+from usfmae_jax.errors import STOPPED, InputError, Parser, as_started, check_guard, visible_output
 
 
 @visible_output()
@@ -132,10 +132,9 @@ def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
             raise InputError(f"{target} is up to date, and --linkage is written while it is built; add --overwrite")
         print(f"{target} is up to date")
         return target
-    from data_prep import isolate
     from data_prep.write import dataset
 
-    isolate.check_guard()
+    check_guard()
     started = time.monotonic()
     manifest = dataset.build(plan, target, downloaded, args)
     print_summary(target, manifest, plan.found.warnings, plan.tip, time.monotonic() - started)

@@ -22,15 +22,11 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import NO_GUARD, READER, UNGUARDED, InputError, check_guard
 
 _PATIENCE = 1.0  # seconds
 _TRIES = 2  # a crash may have been another program's hunger for memory; a second one at the same place is not
 _MEMORY = 8 << 30  # bytes that a worker may take: a file that asks for more fails alone, not the machine
-_NAME, _UNGUARDED = "reader of files", 78  # of worker processes, and the status of those that `check_guard` ends
-_NO_GUARD = (
-    'Put the calls below `if __name__ == "__main__":`, since they start worker processes that import the script again.'
-)
 _DEATHS = 3  # in a row, of workers that had not even begun
 
 #: `function(task, given_up, begin)`: `given_up` maps numbers of inputs to leave out to reasons, and `begin(number)`
@@ -52,7 +48,7 @@ class _Worker:
 
     def __init__(self, context: Any, function: Work):
         self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there, function), name=_NAME, daemon=True)
+        self.process = context.Process(target=_serve, args=(there, function), name=READER, daemon=True)
         self.process.start()
         there.close()
         self.job: _Job | None = None
@@ -84,25 +80,12 @@ class _Worker:
 
     def unguarded(self) -> bool:
         """Whether it met the call that had started it when it imported the script."""
-        return self.process.exitcode == _UNGUARDED
+        return self.process.exitcode == UNGUARDED
 
     def end(self) -> None:
         self.process.kill()
         self.process.join()
         self.pipe.close()
-
-
-def check_guard() -> None:
-    """Keeps a script without a main guard from starting again in the processes that it starts.
-
-    Raises:
-      InputError: this process still imports the script, and was started by something else.
-    """
-    process = multiprocessing.current_process()
-    if getattr(process, "_inheriting", False):
-        if process.name == _NAME:
-            os._exit(_UNGUARDED)  # the parent says it, once
-        raise InputError(_NO_GUARD)
 
 
 def isolated_map(
@@ -146,7 +129,7 @@ def isolated_map(
                     yield job.number, value
                 elif reason := worker.trouble(limit):
                     if worker.unguarded():
-                        raise InputError(_NO_GUARD)
+                        raise InputError(NO_GUARD)
                     worker.end()
                     deaths = deaths + 1 if job.at is None else 0
                     if deaths >= _DEATHS:

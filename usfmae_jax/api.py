@@ -25,7 +25,7 @@ from absl import flags
 from etils import epath
 
 from usfmae_jax import cli
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, check_guard
 from usfmae_jax.loading import load_encoder as load_encoder
 
 #: A config itself, or what `--config` of a door takes: NAME[:variant] or FILE.py[:variant].
@@ -292,6 +292,7 @@ def _ready() -> Iterator[None]:
     """What a door does before its work: the memory, and grain's flags, without which it starts no processes."""
     from usfmae_jax.training import mesh
 
+    check_guard()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     mesh.keep_memory()

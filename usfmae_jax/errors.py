@@ -108,6 +108,28 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}{hint}; --help shows examples")
 
 
+#: Names of processes that do a part of the work: they read files, train members, or load images.
+READER, TRAINER, LOADER = "reader of files", "trainer of members", "grain-"
+#: The status of those that `check_guard` ends, and what their parent says of it.
+UNGUARDED = 78
+NO_GUARD = (
+    'Put the calls below `if __name__ == "__main__":`, since they start worker processes that import the script again.'
+)
+
+
+def check_guard() -> None:
+    """Keeps a script without a main guard from starting again in the processes that it starts.
+
+    Raises:
+      InputError: this process still imports the script, and was started by something else.
+    """
+    process = multiprocessing.current_process()
+    if getattr(process, "_inheriting", False):
+        if process.name.startswith((READER, TRAINER, LOADER)):
+            os._exit(UNGUARDED)  # the parent says it, once
+        raise InputError(NO_GUARD)
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process; after a fault at once: what hangs may be a thread, which Python would wait for."""
     if code == FAILED:

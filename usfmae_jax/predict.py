@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from usfmae_jax import __version__
-from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, visible_output
+from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, check_guard, visible_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -250,11 +250,10 @@ def _changed(path: str) -> int:
 def _files(data: Sequence[str], output: str, workers: int, stride: int, max_frames: int) -> _Found:
     """Files of any kind that the readers know."""
     from data_prep import frames as files
-    from data_prep import isolate
     from data_prep.readers import Options
     from usfmae_jax.prediction.output import Source
 
-    isolate.check_guard()  # before the lock of the output, which the process that started this one holds
+    check_guard()  # before the lock of the output, which the process that started this one holds
     found, rejected, others = files.find(data, output)
     if not found:
         said = f": {rejected[0][0]}: {rejected[0][1]}" if rejected else ""

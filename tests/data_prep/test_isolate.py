@@ -11,7 +11,7 @@ import pytest
 
 from data_prep import isolate
 from tests.data_prep.builds import ROOT, refused
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import NO_GUARD, InputError
 
 
 def run(function, tasks, workers=2, limit=30.0):
@@ -80,17 +80,26 @@ def test_workers_that_die_before_they_begin_end_the_map():
         run(never_begins, [1])
 
 
-def test_a_script_without_a_main_guard_is_told_so_once(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from data_prep import isolate\n"
-        "list(isolate.isolated_map(len, ['a', 'b', 'c'], 2, limit=30, preload='data_prep.isolate'))\n"
-    )
+@pytest.mark.parametrize(
+    "call",
+    [
+        "data_prep.isolate.isolated_map(len, ['a', 'b', 'c'], 2, limit=30, preload='data_prep.isolate')",
+        pytest.param("[usfmae_jax.finetuning.side_by_side.train(print, [1, 2], 2)]", marks=pytest.mark.slow),
+        pytest.param(
+            "usfmae_jax.data.pipeline.iterate(grain.MapDataset.range(100).batch(2), 0, workers=1)",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_script_without_a_main_guard_is_told_so_once(tmp_path, call):
+    script, module = tmp_path / "script.py", call.strip("[").rpartition("(")[0].partition("(")[0].rpartition(".")[0]
+    flags = "from absl import flags\nimport grain\nflags.FLAGS.mark_as_parsed()\n" * ("grain" in call)
+    script.write_text(f"{flags}import {module}\nlist({call})\n")
     there = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=there, timeout=60)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
-    assert done.stderr.splitlines()[-1].endswith(isolate._NO_GUARD)
+    assert done.stderr.splitlines()[-1].endswith(NO_GUARD)
 
 
 def test_a_build_begins_nothing_where_a_process_still_imports_the_script(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ import numpy as np
 
 from usfmae_jax.data import augment
 from usfmae_jax.data.records import Record, Shards, decode_image, decode_record, open_shards
-from usfmae_jax.errors import DamagedRecord, FaultError, InputError
+from usfmae_jax.errors import LOADER, NO_GUARD, UNGUARDED, DamagedRecord, FaultError, InputError, check_guard
 
 #: How many records may be tried for one place in a batch before the data counts as unreadable.
 MAX_TRIES = 8
@@ -213,6 +213,7 @@ def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 
     """
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(2 * threads, 2))
     if workers:
+        check_guard()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     prepared = dataset[start:].to_iter_dataset(options)
     if workers:
@@ -261,6 +262,8 @@ def _within_patience(future: "concurrent.futures.Future[Loaded]") -> Loaded:
         if not str(error).startswith("Worker process was terminated"):
             raise
         code = str(error).partition("exit code ")[2].partition(".")[0]
+        if code == str(UNGUARDED):
+            raise InputError(NO_GUARD) from error
         raise FaultError(
             f"a process that loads images was killed (status {code}), often for want of memory, of which fewer "
             f"--config.data.workers need less; {how_to}"
@@ -269,7 +272,7 @@ def _within_patience(future: "concurrent.futures.Future[Loaded]") -> Loaded:
 
 def _kill_workers() -> None:
     for process in multiprocessing.active_children():
-        if process.name.startswith("grain-"):
+        if process.name.startswith(LOADER):
             process.kill()
 
 

@@ -19,7 +19,17 @@ from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from usfmae_jax.errors import BAD_INPUT, DONE, PREEMPTED, FaultError, InputError
+from usfmae_jax.errors import (
+    BAD_INPUT,
+    DONE,
+    NO_GUARD,
+    PREEMPTED,
+    TRAINER,
+    UNGUARDED,
+    FaultError,
+    InputError,
+    check_guard,
+)
 from usfmae_jax.finetuning.members import Member
 from usfmae_jax.training.mesh import keep_memory
 from usfmae_jax.training.monitor import DivergedError, Preemption
@@ -86,11 +96,14 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
     """
     if processes == 1 or not unfinished:
         return not unfinished or action(unfinished, 0)
+    check_guard()
     context = multiprocessing.get_context("spawn")  # JAX has threads, and a fork copies none of them
     failures, lock = context.SimpleQueue(), context.RLock()
     threads = max(_cores() // processes, 1)
     workers = [
-        context.Process(target=_work, args=(action, unfinished[line::processes], line, threads, lock, failures))
+        context.Process(
+            name=TRAINER, target=_work, args=(action, unfinished[line::processes], line, threads, lock, failures)
+        )
         for line in range(min(processes, len(unfinished)))
     ]
     told = False
@@ -116,6 +129,8 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
         print("stopped as asked; the same command continues it", file=sys.stderr, flush=True)
     if asked or not any(worker.exitcode for worker in workers):
         return not asked
+    if UNGUARDED in [worker.exitcode for worker in workers]:
+        raise InputError(NO_GUARD)
     told_to = (DONE, PREEMPTED, -signal.SIGTERM)
     codes = [worker.exitcode for worker in workers if worker.exitcode not in told_to] or [-signal.SIGTERM]
     raise FaultError(
