@@ -10,6 +10,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from xml.etree import ElementTree
+from xml.parsers import expat
 
 from data_prep.catalog.schema import Folds, Table, fill, glob_matcher
 from data_prep.find.files import (
@@ -43,6 +45,12 @@ from usfmae_jax.errors import InputError
 COLUMNS = ("file", "label", "patient", "video", "split", "mask", "spacing")  # of a table of one's own
 MAX_BYTES = 64 << 20
 _MAX_CELL = 100_000  # letters; in a cell of more, a quotation mark was left open and the rest of the file is in it
+_MAX_COLUMNS = 16_384  # as of spreadsheets
+_MAX_ROWS = 1 << 21
+_MAX_CELLS = 8_000_000  # which take up to 100 bytes each
+_MAX_ELEMENTS = 3_000_000  # of XML in a spreadsheet; a cell is two, and openpyxl holds up to 400 bytes for each
+_MAX_DENSITY = 8  # of them for each byte of the file; real ones have less than one
+_MAX_REPEATED = 64  # letters for each byte of a file that writes a text once and names it often
 _EXCEL = ".xlsx", ".xlsm"
 _NAMED = 12  # columns in a message
 _FOLD_VALUES = {"1": "train", "0": "validation"}
@@ -99,12 +107,12 @@ def read_table(path: pathlib.Path, columns: tuple[str, ...] = (), kind: str = ""
     try:
         kind = kind or path.suffix.lower()
         if kind == ".json":
-            return _coco_rows(json.loads(data))
+            return _coco_rows(json.loads(data), _most_letters(data))
         if kind == ".xml":
             return [{child.tag: stated(child.text or "") for child in parse_xml(data) if not len(child)}]
         lines = _xlsx_lines(data) if kind in _EXCEL else _text_lines(_decode(data), kind)
-        return _rows([[stated(cell) for cell in line] for line in lines], columns)
-    except (ValueError, TypeError, KeyError, AttributeError, csv.Error, RecursionError, zipfile.BadZipFile) as error:
+        return _rows(lines, columns)
+    except (ValueError, TypeError, KeyError, AttributeError, csv.Error, RecursionError) as error:
         raise InputError(f"table {path.name} is damaged or of another kind: {error}") from error
 
 
@@ -123,16 +131,17 @@ def _decode(data: bytes) -> str:
 def _text_lines(text: str, kind: str) -> Iterable[list[str]]:
     first = text.lstrip().split("\n", 1)[0]
     if kind == ".txt" and "," not in first:
-        return map(str.split, text.splitlines())
+        return (line.split(None, _MAX_COLUMNS) for line in io.StringIO(text, newline=None))
     separator = max(",;\t", key=first.count)
-    return map(_checked, csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+    return csv.reader(_narrow(io.StringIO(text, newline=""), separator), delimiter=separator)
 
 
-def _checked(cells: list[str]) -> list[str]:
-    # The csv module's own limit is the process's, and other libraries raise it.
-    if any(len(cell) > _MAX_CELL for cell in cells):
-        raise ValueError(f"a cell has more than {_MAX_CELL:,} letters: is a quotation mark left open?")
-    return cells
+def _narrow(lines: Iterable[str], separator: str) -> Iterator[str]:
+    """The lines; one with more columns than a cell in quotation marks explains is not split first."""
+    for line in lines:
+        if line.count(separator) > _MAX_COLUMNS + 10 * _MAX_CELL:
+            raise ValueError(f"more than {_MAX_COLUMNS:,} columns")
+        yield line
 
 
 class _PlainBuilder(ElementTree.TreeBuilder):
@@ -152,35 +161,88 @@ def parse_xml(data: bytes) -> ElementTree.Element:
         raise ValueError(error) from error
 
 
-def _xlsx_lines(data: bytes) -> Iterable[list[str]]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if sum(member.file_size for member in archive.infolist()) > 4 * MAX_BYTES:
-            raise ValueError("unpacks to more than it can hold")
+def _xlsx_lines(data: bytes) -> Iterator[list[str]]:
     try:
         import openpyxl
     except ImportError as error:
         raise MissingLibraryError("XLSX tables need openpyxl: pip install -r requirements-prep.txt") from error
-    book = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True)
-    for line in book.worksheets[0].iter_rows(values_only=True):
-        yield ["" if cell is None else str(cell) for cell in line]
+    cells, letters, most = 0, 0, _most_letters(data)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_parts(archive, min(_MAX_ELEMENTS, 100_000 + _MAX_DENSITY * len(data)))
+        sheet = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[0]
+        sheet.reset_dimensions()  # what it declares, it would be filled up to
+        for row in sheet.iter_rows(values_only=True):
+            line = ["" if cell is None else str(cell) for cell in row]
+            cells, letters = cells + len(line), letters + sum(map(len, line))
+            if cells > _MAX_CELLS or cells + letters > most:
+                raise ValueError(f"more than {_MAX_CELLS:,} cells, or one text in very many of them: save it as CSV")
+            yield line
+    except Exception as error:  # of three parsers, for whatever is wrong with XML or archives
+        raise ValueError(str(error).partition("\n")[0]) from error
 
 
-def _rows(lines: list[list[str]], columns: tuple[str, ...]) -> list[Row]:
-    lines = [line for line in lines if any(line)]
-    header, body = (list(columns), lines) if columns else (lines[0] if lines else [], lines[1:])
-    return [dict(zip(header, line, strict=False)) for line in body]
+def _check_parts(archive: zipfile.ZipFile, most: int) -> None:
+    """Raises ValueError if the XML of a spreadsheet takes more memory than a table does: openpyxl has no limits."""
+    if sum(member.file_size for member in archive.infolist()) > 4 * MAX_BYTES:
+        raise ValueError("unpacks to more than it can hold")
+    elements = itertools.count(1)
+
+    def count(*_: Any) -> None:
+        if next(elements) > most:
+            raise ValueError(f"more than {most:,} elements of XML: save it as CSV")
+
+    for member in archive.infolist():
+        parser = expat.ParserCreate()
+        parser.StartElementHandler, parser.StartDoctypeDeclHandler = count, _PlainBuilder.doctype
+        with archive.open(member) as part, contextlib.suppress(expat.ExpatError):  # a picture; or refused later
+            while block := part.read(1 << 16):
+                parser.Parse(block)
 
 
-def _coco_rows(data: Any) -> list[Row]:
+def _most_letters(data: bytes) -> int:
+    return min(MAX_BYTES, (1 << 20) + _MAX_REPEATED * len(data))
+
+
+def _rows(lines: Iterable[list[str]], columns: tuple[str, ...]) -> list[Row]:
+    stripped = ([stated(cell) for cell in line] for line in _checked(lines))
+    filled = (line for line in stripped if any(line))
+    header, rows, cells = list(columns) or next(filled, []), [], 0
+    for line in filled:
+        cells += len(line)
+        if cells > _MAX_CELLS:
+            raise ValueError(f"more than {_MAX_CELLS:,} cells")
+        rows.append(dict(zip(header, line, strict=False)))
+    return rows
+
+
+def _checked(lines: Iterable[list[str]]) -> Iterator[list[str]]:
+    for number, line in enumerate(lines):
+        if number >= _MAX_ROWS or len(line) > _MAX_COLUMNS:
+            raise ValueError(f"more than {_MAX_ROWS:,} rows or {_MAX_COLUMNS:,} columns")
+        # The csv module's own limit is the process's, and other libraries raise it.
+        if any(len(cell) > _MAX_CELL for cell in line):
+            raise ValueError(f"a cell has more than {_MAX_CELL:,} letters: is a quotation mark left open?")
+        yield line
+
+
+def _coco_rows(data: Any, most: int) -> list[Row]:
     names = {category["id"]: str(category["name"]) for category in data["categories"]}
     found = collections.defaultdict(list)
     for annotation in data["annotations"]:
         found[annotation["image_id"]].append(names[annotation["category_id"]])
-    return [
-        {"file_name": os.path.basename(image["file_name"]), "category": category}
-        for image in data["images"]
-        for category in found[image["id"]] or [""]
-    ]
+    rows: list[Row] = []
+    images = {image["id"]: image for image in data["images"]}
+    if len(images) < len(data["images"]):  # their annotations would be multiplied by them
+        raise ValueError("two images have one id")
+    for number, image in images.items():
+        categories = found.get(number, [""])
+        name = os.path.basename(image["file_name"])
+        most -= sum(map(len, categories)) + len(name) * len(categories)
+        if most < 0:
+            raise ValueError("it has one text for very many annotations")
+        rows += [{"file_name": name, "category": category} for category in categories]
+    return rows
 
 
 def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection, dict[str, tuple[int, int]]]:

@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import json
 import sys
+import tracemalloc
 import zipfile
 
+import openpyxl
 import pytest
 
 from data_prep import catalog, find
@@ -105,6 +108,97 @@ def test_a_spreadsheet_that_unpacks_to_more_than_it_can_hold_is_not_read(tmp_pat
     assert size < path.stat().st_size < 10_000
     with pytest.raises(InputError, match="unpacks to more"):
         tables.read_table(path)
+
+
+def _sheet(path, xml, more=""):
+    """An XLSX file with this XML as its first sheet, compressed."""
+    openpyxl.Workbook().save(path.with_suffix(".plain"))
+    with zipfile.ZipFile(path.with_suffix(".plain")) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in plain.namelist():
+            main = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+            sheet = f'{more}<worksheet xmlns="{main}">{xml}</worksheet>'
+            made.writestr(name, sheet if name == "xl/worksheets/sheet1.xml" else plain.read(name))
+    return path
+
+
+def _cell(place, text):
+    return f'<c r="{place}" t="inlineStr"><is><t>{text}</t></is></c>'
+
+
+def test_a_spreadsheet_is_not_filled_up_to_what_it_declares(tmp_path):
+    rows = f'<row r="1">{_cell("A1", "file")}</row><row r="900000">{_cell("A900000", "a.png")}</row>'
+    sheet = f'<dimension ref="A1:XFD1048576"/><sheetData>{rows}</sheetData>'
+    tracemalloc.start()
+    try:
+        assert tables.read_table(_sheet(tmp_path / "a.xlsx", sheet)) == [{"file": "a.png"}]
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # bytes; a row of what it declares takes 131,072
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("xml", "limits", "said"),
+    [
+        ('<row><c r="XFD1"/></row>' * 9, {"_MAX_CELLS": 100_000}, "more than 100,000 cells"),
+        ("<row>" + "<c/>" * 900 + "</row>", {"_MAX_ELEMENTS": 600}, "more than 600 elements"),
+        (f"<row>{_cell('A1', 'x' * 900)}</row>", {"_MAX_CELL": 800}, "a cell has more than 800 letters"),
+        ("<row>" + "<c/>" * 300_000 + "</row>", {}, "more than 1[0-9]{2},[0-9]{3} elements"),
+        ('<row><c t="s"><v>9</v></c></row>', {}, "index"),
+        ("<row>", {}, "mismatched tag"),
+        (f"<row>{_cell('A1', 'x' * 999)}</row>" * 2000, {}, "one text in very many"),
+    ],
+)
+def test_a_spreadsheet_that_would_fill_the_memory_or_is_broken_is_one_sentence(
+    tmp_path, monkeypatch, xml, limits, said
+):
+    for name, value in limits.items():
+        monkeypatch.setattr(tables, name, value)
+    path = _sheet(tmp_path / "a.xlsx", f"<sheetData>{xml}</sheetData>")
+    with pytest.raises(InputError, match=f"table a.xlsx is damaged or of another kind: .*{said}"):
+        tables.read_table(path)
+
+
+def test_a_spreadsheet_with_entities_is_refused(tmp_path):
+    path = _sheet(tmp_path / "a.xlsx", "<sheetData/>", '<!DOCTYPE a [<!ENTITY e "x">]>')
+    with pytest.raises(InputError, match="declares entities"):
+        tables.read_table(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.txt"])
+def test_a_table_of_very_many_columns_rows_or_cells_is_one_sentence(tmp_path, monkeypatch, name):
+    separator = "," if name == "a.csv" else " "
+    with pytest.raises(InputError, match="more than 2,097,152 rows or 16,384 columns"):
+        tables.read_table(_table(tmp_path, "x y\n" + separator.join("x" * 16_385), name))
+    monkeypatch.setattr(tables, "_MAX_CELLS", 5)
+    with pytest.raises(InputError, match="more than 5 cells"):
+        tables.read_table(_table(tmp_path, f"a{separator}b\n" * 4, name))
+    monkeypatch.setattr(tables, "_MAX_ROWS", 3)
+    with pytest.raises(InputError, match="more than 3 rows"):
+        tables.read_table(_table(tmp_path, f"a{separator}b\n" * 4, name))
+
+
+def test_a_line_of_nothing_but_separators_is_not_split(tmp_path):
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="more than 16,384 columns"):
+            tables.read_table(_table(tmp_path, "a,b\n" + "," * 3_000_000))
+        assert tracemalloc.get_traced_memory()[1] < 20e6  # bytes; split it is 8 for each
+    finally:
+        tracemalloc.stop()
+
+
+def test_images_of_one_number_are_one_sentence_and_not_multiplied_by_its_annotations(tmp_path):
+    text = coco([("1.jpg", 2), ("2.jpg", 1)]).replace('"id": 1, "file', '"id": 0, "file')
+    with pytest.raises(InputError, match="two images have one id"):
+        tables.read_table(_table(tmp_path, text, "a.json"))
+
+
+def test_a_long_category_of_many_annotations_is_one_sentence(tmp_path):
+    images = [{"id": 0, "file_name": "a"}]
+    said = {"images": images, "annotations": [{"image_id": 0, "category_id": 0}] * 1000}
+    text = json.dumps(said | {"categories": [{"id": 0, "name": "x" * 20_000}]})
+    with pytest.raises(InputError, match="one text for very many annotations"):
+        tables.read_table(_table(tmp_path, text, "a.json"))
 
 
 def test_without_openpyxl_labels_are_left_out_with_a_warning(tmp_path, monkeypatch):
