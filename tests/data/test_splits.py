@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -113,6 +114,21 @@ def test_fractions_are_nested_and_have_every_class():
     assert shares[4] is fold
     other = splits.take_fraction(strata(frames), fold, groups, 0.25, seed=4)
     assert set(other.train) != set(shares[3].train)
+
+
+def test_classes_that_no_frame_has_cost_nothing_and_change_no_draw():
+    frames = many(100, classes=3)
+    groups, few = splits.groups(frames), strata(frames)
+    (fold,) = splits.single(few, groups, 0.2, 0.2, seed=3)
+    absent = splits.Strata(few.code, (*few.names, *map(str, range(50_000))))
+    tracemalloc.start()
+    try:
+        assert same(splits.single(absent, groups, 0.2, 0.2, seed=3), [fold])
+        with pytest.raises(InputError, match="class '0' has 0 patients"):
+            splits.group_folds(absent, groups, 2, 0.2, seed=3)
+        assert tracemalloc.get_traced_memory()[1] < 2e6  # bytes; a number for every group and class takes 40e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_class_that_is_always_a_minority_is_drawn_too():

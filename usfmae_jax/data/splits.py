@@ -85,7 +85,8 @@ def group_folds(strata: Strata, groups: np.ndarray, count: int, validation: floa
       InputError: a stratum has fewer groups than there are folds.
     """
     _check_share("validation", validation)
-    each = [len(np.unique(groups[strata.code == stratum])) for stratum in range(len(strata.names))]
+    held = np.unique(np.stack([strata.code, groups]), axis=1)[0]  # once for each group of a stratum
+    each = np.bincount(held, minlength=len(strata.names))
     fewest = int(np.argmin(each))
     if not 2 <= count <= each[fewest]:
         raise InputError(
@@ -160,15 +161,18 @@ def _draw(strata: Strata, rows: np.ndarray, groups: np.ndarray, share: float, se
     A group belongs to the stratum that most of its frames have. A larger share of the same seed contains a smaller one.
     """
     _, codes = np.unique(groups[rows], return_inverse=True)
-    counts = np.zeros((codes.max(initial=-1) + 1, len(strata.names)), np.int64)
-    np.add.at(counts, (codes, strata.code[rows]), 1)
-    order = np.random.default_rng(seed).permutation(len(counts))
-    chosen = np.zeros(len(counts), bool)
-    for stratum in range(counts.shape[1]):
-        own = order[counts[order].argmax(axis=1) == stratum]
+    order = np.random.default_rng(seed).permutation(codes.max(initial=-1) + 1)
+    chosen = np.zeros(len(order), bool)
+    # Only what is there: classes that no frame has, and pairs of a group and a class that it has not, cost nothing.
+    (group, stratum), counts = np.unique(np.stack([codes, strata.code[rows]]), axis=1, return_counts=True)
+    by_count = np.lexsort([stratum, -counts, group])
+    most = stratum[by_count[np.unique(group[by_count], return_index=True)[1]]]
+    ordered = order[np.argsort(most[order], kind="stable")]
+    for own in np.split(ordered, np.flatnonzero(np.diff(most[ordered])) + 1):
         chosen[own[: max(1, round(share * len(own)))]] = True
-        # A stratum that no group has most of comes with the first group that has it at all.
-        chosen[order[counts[order, stratum] > 0][:1]] = True
+    # A stratum that no group has most of comes with the first group that has it at all.
+    by_place = np.lexsort([np.argsort(order)[group], stratum])
+    chosen[group[by_place[np.unique(stratum[by_place], return_index=True)[1]]]] = True
     return chosen[codes]
 
 
