@@ -239,6 +239,21 @@ def test_a_split_is_chosen_by_name_and_folders_are_searched(tmp_path):
     assert len(records.open_shards(str(tmp_path))) == len(records.open_shards(str(tmp_path), "")) == 10
 
 
+@pytest.mark.parametrize("name", ["g[1]", "a*b", "what?"])
+def test_a_folder_whose_name_looks_like_a_pattern_is_itself(tmp_path, name):
+    place = tmp_path / name / "made"
+    (place / "1.0.0").mkdir(parents=True)
+    paths = write_shards(place / "1.0.0", 6)
+    for path in (tmp_path / name, place, place / "1.0.0", paths[0]):
+        assert records.open_shards(str(path)).paths[0] == paths[0], path
+    os.remove(paths[0])
+    with pytest.raises(InputError, match="1 of 2 shards of .* are missing"):
+        records.open_shards(str(place))
+    (place / "splits").mkdir()
+    (place / "splits" / "one.csv").touch()
+    assert [path.name for path in records.matches(place / "splits", "*.csv")] == ["one.csv"]
+
+
 def test_fingerprint_is_of_content_not_of_place(tmp_path):
     for folder, count in (("a", 6), ("b", 6), ("c", 8)):
         (tmp_path / folder).mkdir()

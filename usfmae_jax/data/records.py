@@ -384,7 +384,7 @@ def _expand(path: str) -> list[str]:
     if not path:
         return []
     roots = [path]
-    if glob.has_magic(path):
+    if _is_pattern(path):
         if "://" in path:
             head = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
             roots = [os.fspath(match) for match in epath.Path(head).glob(path[len(head) + 1 :])]
@@ -394,7 +394,7 @@ def _expand(path: str) -> list[str]:
     for root in sorted(roots):
         if epath.Path(root).is_dir():
             # Three levels reach NAME/VERSION/SHARD, and spare a bucket from being listed whole.
-            below = [os.fspath(file) for level in ("*", "*/*", "*/*/*") for file in epath.Path(root).glob(level)]
+            below = [os.fspath(file) for level in ("*", "*/*", "*/*/*") for file in matches(root, level)]
             # A builder that is still at work, or was killed, leaves '.incomplete' in the folder's name.
             files += [file for file in below if "incomplete" not in file[len(root) :]]
         elif epath.Path(root).exists():
@@ -402,8 +402,18 @@ def _expand(path: str) -> list[str]:
     return sorted(files)
 
 
+def _is_pattern(path: str) -> bool:
+    return glob.has_magic(path) and not epath.Path(path).exists()  # a folder may be called "data [1]"
+
+
+def matches(folder: str | os.PathLike[str], pattern: str) -> list[epath.Path]:
+    """What matches a pattern below a folder, whose own name is taken as it is: `epath` takes it for a pattern too."""
+    name = os.fspath(folder)
+    return list(epath.Path(name if "://" in name else glob.escape(name)).glob(pattern))
+
+
 def _check_complete(path: str, files: list[str]) -> None:
-    if glob.has_magic(path) or not epath.Path(path).is_dir():
+    if _is_pattern(path) or not epath.Path(path).is_dir():
         return  # the person chose single files
     counts: dict[tuple[str, int], set[int]] = collections.defaultdict(set)
     for file in files:

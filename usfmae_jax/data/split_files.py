@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from usfmae_jax.data import cells
+from usfmae_jax.data.records import matches
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
 
@@ -66,7 +67,7 @@ def read_splits(path: os.PathLike[str] | str, frames: Table, spare: int = 0) -> 
       InputError: no such file, missing columns, unknown frames or parts, or a frame in two parts of a fold.
     """
     root = epath.Path(path)
-    files = sorted(root.glob("*.csv")) if root.is_dir() else [root]
+    files = sorted(matches(root, "*.csv")) if root.is_dir() else [root]
     if not files:
         raise InputError(f"there is no .csv file in the folder of splits {os.fspath(path)!r}")
     folds: list[Fold] = []
@@ -110,7 +111,7 @@ def write_csv(path: os.PathLike[str] | str, header: Sequence[str], rows: Sequenc
 def official_tables(frames: Table) -> list[epath.Path]:
     """The `splits/*.csv` that a build left beside the shards; [] where shards lie in several folders."""
     folders = {epath.Path(path).parent for path in frames.shards.paths}
-    return sorted((folders.pop() / "splits").glob("*.csv")) if len(folders) == 1 else []
+    return sorted(matches(folders.pop() / "splits", "*.csv")) if len(folders) == 1 else []
 
 
 def official(frames: Table, name: str = "") -> tuple[str, list[Fold]]:

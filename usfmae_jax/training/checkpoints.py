@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as orbax
 
+from usfmae_jax.data.records import matches
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import check_metadata, quiet, reason, signed, without_paths
 from usfmae_jax.training.checks import flat
@@ -81,7 +82,7 @@ def open_checkpoints(
 
 def _mend_ranks(directory: epath.Path) -> None:
     """A loss that cannot be read any more costs its checkpoint the rank; Orbax would not open the others either."""
-    for path in directory.glob("*/metrics/metrics"):
+    for path in matches(directory, "*/metrics/metrics"):
         try:
             math.isfinite(json.loads(path.read_text())["loss"])
         except (ValueError, LookupError, TypeError):

@@ -22,6 +22,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from usfmae_jax import files
+from usfmae_jax.data.records import matches
 from usfmae_jax.errors import InputError
 
 #: What trackers that are not part of the core need.
@@ -110,7 +111,7 @@ class EventFile:
     def __init__(self, folder: epath.Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads in the order of names, which has to be that of the starts though the clock may be set back.
-        stamps = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")]
+        stamps = [path.name.split(".")[3] for path in matches(folder, "events.out.tfevents.*")]
         stamp = max([time.time_ns() // 1000, *(int(one) + 1 for one in stamps if one.isdecimal())])
         self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{stamp}.usfmae_jax"))
         self._flushed = time.monotonic()
