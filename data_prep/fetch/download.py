@@ -282,6 +282,6 @@ def _parts(target: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

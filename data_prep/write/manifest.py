@@ -175,7 +175,7 @@ def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str
     try:
         manifest = json.loads((target / MANIFEST).read_text())
         before, files_before, written = manifest["arguments"], manifest["input"]["fingerprint"], manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{target} was not built by this tool; {remedy}") from error
     if before != arguments:
         raise InputError(f"{target} was built {', '.join(_differences(before, arguments))}; {remedy}")

@@ -286,7 +286,7 @@ def _source(one: Mapping[str, Any]) -> list[Any]:
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder} has no manifest.json that can be read: build the dataset again") from error
     if not isinstance(manifest, dict):
         raise InputError(f"{folder / 'manifest.json'} is not a manifest: build the dataset again")

@@ -7,8 +7,9 @@ import pytest
 
 from tests.data.tables import made, table, write_classes, write_records
 from usfmae_jax.data import augment, records
-from usfmae_jax.data.table import images, read_row, read_table
+from usfmae_jax.data.table import images, names_beside, read_row, read_table
 from usfmae_jax.errors import InputError
+from usfmae_jax.tasks.classification import class_names
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,33 @@ def test_images_come_whole_in_the_order_that_was_asked_for(frames, threads, batc
     for place in (0, 24):
         whole = records.decode_image(read_row(frames, rows[place])["image"], 3)
         np.testing.assert_array_equal(pixels[place], augment.resize(whole, (16, 20)))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("label.labels.txt", b"\xff\xfe", "label.labels.txt is no text in UTF-8"),
+        ("label.labels.txt", b"a\n" * 100_001, "names 100,001 classes, more than 100,000"),
+        ("manifest.json", b'{"label_names": [' + b"1," * 100_000 + b"1]}", "names 100,001 classes"),
+    ],
+)
+def test_a_list_of_classes_that_is_none_is_one_sentence(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        names_beside(str(tmp_path))
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b'{"label_names": 5}', b'{"label_names": "ab"}', b"\xff"])
+def test_a_manifest_that_says_nothing_of_classes_is_passed_over(tmp_path, data):
+    (tmp_path / "manifest.json").write_bytes(data)
+    assert names_beside(str(tmp_path)) == ()
+
+
+def test_a_huge_label_costs_no_memory_and_is_no_class(tmp_path):
+    frames = read_table(str(write_records(tmp_path, [*made(1, label=1 << 40), *made(1, 1, label=0)])))
+    assert frames.label_name.tolist() == [str(1 << 40), "0"]
+    with pytest.raises(InputError, match="has the label 1099511627776"):
+        class_names(frames)
 
 
 def test_a_damaged_image_is_named(tmp_path):

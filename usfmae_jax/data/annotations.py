@@ -175,7 +175,12 @@ def _named(table: Table) -> dict[int, str]:
     found: dict[int, str] = {}
     for folder in folders(table):
         said = read_manifest(folder or ".").get("mask_colours") or ()
-        names = {int(one["class"]): str(one.get("name") or f"class {one['class']}") for one in said}
+        try:
+            names = {int(one["class"]): str(one.get("name") or f"class {one['class']}") for one in said}
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise InputError(
+                f"{folder or '.'}/manifest.json has mask_colours of another kind: build it again"
+            ) from error
         if found and names and names != found:
             raise InputError(
                 f"sources have masks of different classes: {_listed(found)} and {_listed(names)}; name one of them "

@@ -24,6 +24,7 @@ from usfmae_jax.errors import DamagedRecord, InputError
 _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 _TEXTS = ("dataset", "patient", "video", "frame", "source", "sha256")
 _COLUMNS = ("index", "label", "digest", "split", *_TEXTS)
+MAX_CLASSES = 100_000
 _MANY = 20_000  # records from which reading takes long enough to show progress
 
 
@@ -76,8 +77,9 @@ class Table:
     @functools.cached_property
     def label_name(self) -> np.ndarray:
         """Every label's name, or its number where it has none; empty without a label; str `[N]`."""
-        unnamed = range(len(self.label_names), self.label.max(initial=-1) + 1)
-        return np.asarray([*self.label_names, *map(str, unnamed), ""])[self.label]
+        labels, codes = np.unique(self.label, return_inverse=True)
+        named = [self.label_names[one] if 0 <= one < len(self.label_names) else str(one) for one in labels.tolist()]
+        return np.asarray(["" if one < 0 else name for one, name in zip(labels, named, strict=True)], np.str_)[codes]
 
     @functools.cached_property
     def video_key(self) -> np.ndarray:
@@ -165,13 +167,26 @@ def folders(frames: Table) -> list[str]:
 
 
 def names_beside(folder: str) -> tuple[str, ...]:
-    """Class names from the `label.labels.txt` or `manifest.json` beside shards; () where neither says."""
+    """Class names from the `label.labels.txt` or `manifest.json` beside shards; () where neither says.
+
+    Raises:
+      InputError: the file of names is no text, or has more than `MAX_CLASSES`.
+    """
     try:
         text = (epath.Path(folder or ".") / "label.labels.txt").read_text()
     except OSError:
         text = ""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return tuple(lines or map(str, read_manifest(folder or ".").get("label_names") or ()))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{folder or '.'}/label.labels.txt is no text in UTF-8: write a class name a line") from error
+    names: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    names = names or read_manifest(folder or ".").get("label_names")
+    if not isinstance(names, list):
+        return ()
+    if len(names) > MAX_CLASSES:
+        raise InputError(
+            f"{folder or '.'} names {len(names):,} classes, more than {MAX_CLASSES:,}: is it a class list?"
+        )
+    return tuple(map(str, names))
 
 
 def images(

@@ -12,7 +12,7 @@ from flax import nnx
 
 from usfmae_jax.data.pipeline import decode_ahead
 from usfmae_jax.data.splits import Strata
-from usfmae_jax.data.table import Table, folders, names_beside, whole_image
+from usfmae_jax.data.table import MAX_CLASSES, Table, folders, names_beside, whole_image
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import results as scoring
 from usfmae_jax.evaluation.classification import LOSSES, NAMES, defined, metrics, positive_class
@@ -75,6 +75,8 @@ def class_names(labelled: Table, expected: Sequence[str] = ()) -> tuple[str, ...
             "same in the same order"
         )
     highest = int(labelled.label.max())
+    if highest >= MAX_CLASSES:
+        raise InputError(f"config.data.path={labelled.path!r} has the label {highest}; build the shards again")
     names = first or tuple(expected) or tuple(map(str, range(highest + 1)))
     if highest >= len(names):
         raise InputError(
