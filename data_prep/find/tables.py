@@ -144,9 +144,13 @@ def _narrow(lines: Iterable[str], separator: str) -> Iterator[str]:
         yield line
 
 
+def _refuse_doctype(*_: Any) -> None:
+    raise ValueError("it declares entities, which could fill the memory")
+
+
 class _PlainBuilder(ElementTree.TreeBuilder):
     def doctype(self, *_: Any) -> None:
-        raise ValueError("it declares entities, which could fill the memory")
+        _refuse_doctype()
 
 
 def parse_xml(data: bytes) -> ElementTree.Element:
@@ -194,7 +198,7 @@ def _check_parts(archive: zipfile.ZipFile, most: int) -> None:
 
     for member in archive.infolist():
         parser = expat.ParserCreate()
-        parser.StartElementHandler, parser.StartDoctypeDeclHandler = count, _PlainBuilder.doctype
+        parser.StartElementHandler, parser.StartDoctypeDeclHandler = count, _refuse_doctype
         with archive.open(member) as part, contextlib.suppress(expat.ExpatError):  # a picture; or refused later
             while block := part.read(1 << 16):
                 parser.Parse(block)

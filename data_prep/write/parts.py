@@ -303,7 +303,7 @@ def finished(parts: Sequence[Part], folder: str | os.PathLike[str], salt: bytes 
     """Number and index of the parts that are complete, in order; one that is damaged has to be made again."""
     found = {}
     for part in parts:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             index = read_index(folder, part.number, salt)
             with _paths(folder, part.number)[0].open("rb") as file:
                 size, whole = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()

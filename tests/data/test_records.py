@@ -247,7 +247,7 @@ def test_a_folder_whose_name_looks_like_a_pattern_is_itself(tmp_path, name):
     for path in (tmp_path / name, place, place / "1.0.0", paths[0]):
         assert records.open_shards(str(path)).paths[0] == paths[0], path
     os.remove(paths[0])
-    with pytest.raises(InputError, match="1 of 2 shards of .* are missing"):
+    with pytest.raises(InputError, match=r"1 of 2 shards of .* are missing"):
         records.open_shards(str(place))
     (place / "splits").mkdir()
     (place / "splits" / "one.csv").touch()

@@ -257,6 +257,9 @@ def test_names_come_from_the_config_or_the_manifest(tmp_path):
     (tmp_path / "named" / "manifest.json").write_text(json.dumps({"mask_colours": colours[:1]}))
     with pytest.raises(InputError, match="masks hold the number 7, which the manifest beside the shards does not name"):
         annotations.classes(table, found)
+    (tmp_path / "named" / "manifest.json").write_text('{"mask_colours": [5]}')
+    with pytest.raises(InputError, match=r"manifest\.json has mask_colours of another kind"):
+        annotations.classes(table, found)
 
 
 def test_a_mask_of_one_thing_takes_the_class_of_its_frame(tmp_path):
