@@ -229,7 +229,7 @@ def test_empty_values_say_that_nothing_happened(dataset):
     assert "Nothing was removed" in words(pages.write_page(dataset))
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{"])
+@pytest.mark.parametrize("content", [None, "", "[]", "{", "[" * 100_000])
 def test_a_folder_without_a_manifest_is_refused(dataset, content):
     (dataset / "manifest.json").unlink()
     if content is not None:
