@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny_config
-from usfmae_jax import api
+from usfmae_jax import api, cli
 from usfmae_jax.errors import InputError
 
 MODEL = {"image_size": (32, 32), "patch_size": 8, "width": 32, "depth": 1, "num_heads": 2}
@@ -64,7 +64,6 @@ def test_from_a_dataset_to_predictions(tmp_path, monkeypatch):
         (lambda: api.pretrain(train={"steps": "many"}), r"config\.train\.steps='many': a whole number is wanted"),
         (lambda: api.pretrain(train={"ema": "no"}), r"config\.train\.ema='no': a number is wanted"),
         (lambda: api.pretrain(model={"remat": True}), r"config\.model\.remat=True: a text is wanted"),
-        (lambda: api.pretrain(model={"mean": 0.5}), r"config\.model\.mean=0\.5: several values are wanted"),
         (lambda: api.finetune(data=3), r"config\.data is no field"),
         (lambda: api.evaluate(checkpoint=""), r"config\.checkpoint is missing"),
         (lambda: api.embed("nothing", "data", "x.csv"), r"must end in \.npz"),
@@ -78,6 +77,21 @@ def test_mistakes_are_one_sentence(call, says, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=says):
         call()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "flag"),
+    [
+        ("pretrain:tiny", {"model": {"image_size": 64}}, "--config.model.image_size=64"),
+        ("pretrain:tiny", {"model": {"image_size": "64,96"}}, "--config.model.image_size=64,96"),
+        ("finetune", {"split": {"only": 1}}, "--config.split.only=1"),
+        ("finetune", {"split": {"only": "a,b"}}, "--config.split.only=a,b"),
+    ],
+)
+def test_a_keyword_takes_the_values_that_the_command_line_takes(config, fields, flag):
+    chosen, _ = api.configured(config, fields, "")
+    typed = cli.parse(["door", f"--config={config}", flag], "", f"configs/{config.partition(':')[0]}.py").config
+    assert chosen.to_dict() == typed.to_dict() != cli.load_config(config).to_dict()
 
 
 def test_the_config_that_is_given_stays_as_it_is(tmp_path):

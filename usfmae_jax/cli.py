@@ -22,6 +22,7 @@ from typing import Any
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from usfmae_jax.errors import (
     BAD_INPUT,
@@ -234,7 +235,6 @@ _WORDS = (
     (r"Could not override .* to type <class 'float'>", "a number is wanted, such as 0.5 or 1e-3"),
     (r"Could not override .* to type <class 'str'>", "a text is wanted, in quotes"),
     (r"Could not override .* to type <class 'bool'>", "True or False is wanted"),
-    (r"Could not override .* to type <class 'tuple'>", "several values are wanted, such as (1, 2)"),
 )
 
 
@@ -300,7 +300,7 @@ def load_config(value: str) -> ml_collections.ConfigDict:
 
 
 def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name: str) -> None:
-    """Sets fields of a config, groups of which are dicts.
+    """Sets fields of a config, groups of which are dicts; one value stands for a tuple of it, as on the command line.
 
     Raises:
       InputError: there is no such field (with the nearest names), or a value has another type.
@@ -308,8 +308,11 @@ def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name:
     known = _fields(config)
     for field, value in _flat(fields).items():
         _check_field(field, known, name)
-        value = tuple(value) if isinstance(value, list) else value
         try:
+            if isinstance(value, str):
+                value = _listed(f"{field}={value}", known).partition("=")[2]
+            if isinstance(known[field], tuple):
+                value = tuple(value) if isinstance(value, list) else tuple_parser.TupleParser().parse(value)
             config.update_from_flattened_dict({field: value})
         except (TypeError, ValueError) as error:
             raise InputError(f"config.{field}={value!r}: {_plain(str(error).splitlines()[-1])}") from error
