@@ -101,7 +101,7 @@ def train(loop: Callable[[], bool], kept: str) -> int:
 
     Args:
       loop: see above.
-      kept: the folder of its checkpoints, for what is said when the loss is no number any more.
+      kept: the folder of its checkpoints, for what is said when the loss is not a number (NaN).
     """
     from usfmae_jax.training.monitor import DivergedError
 
