@@ -1,6 +1,7 @@
 """Metrics under weights are scikit-learn's under sample weights; intervals are over patients."""
 
 import dataclasses
+import re
 import warnings
 
 import numpy as np
@@ -9,7 +10,7 @@ import sklearn.metrics as sk
 
 from tests.evaluation.made import bootstrap_weights, predictions
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import classification, intervals
+from usfmae_jax.evaluation import classification, comparison, intervals
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
 
@@ -26,6 +27,9 @@ def _expected(labels, probabilities, positive, weight):
         for average in ("macro", "weighted"):
             found[f"{name}_{average}"] = score(labels, predicted, average=average, **some)
         found[f"class_{name}"] = score(labels, predicted, average=None, **some)
+    found["class_precision"] = sk.precision_score(
+        labels, predicted, average=None, **(some | {"zero_division": np.nan})
+    )
     each = [(labels == c, probabilities[:, c], predicted == c) for c in classes]
     found["class_auroc"] = [sk.roc_auc_score(y, p, sample_weight=weight) for y, p, _ in each]
     found["class_average_precision"] = [sk.average_precision_score(y, p, sample_weight=weight) for y, p, _ in each]
@@ -89,6 +93,23 @@ def test_a_metric_that_needs_an_absent_class_is_not_defined():
     assert found["class_recall"][0] == pytest.approx([0.5, 1, np.nan], nan_ok=True)
     assert found["recall_weighted"] == pytest.approx(2 / 3)
     assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_what_is_never_predicted_has_no_precision(rng):
+    made = predictions(rng, patients=30)
+    none = dataclasses.replace(made, probabilities=np.tile([0.9, 0.1], (len(made), 1)))
+    found = classification.summarise(none, resamples=50)
+    for undefined in (found["metrics"]["ppv"], found["per_class"]["malignant"]["precision"]):
+        assert undefined == {"value": None, "ci95": None, "left_out": 50}
+    assert found["metrics"]["sensitivity"]["value"] == found["metrics"]["f1"]["value"] == 0
+    assert found["metrics"]["npv"]["value"] == pytest.approx(np.mean(made.label == 0))
+    assert found["metrics"]["precision_macro"]["value"] == pytest.approx(np.mean(made.label == 0) / 2)
+    for a, b in ((none, made), (made, none)):
+        compared = comparison.compare(a, b, resamples=50)
+        assert [compared["metrics"]["ppv"][key] for key in ("difference", "ci95", "p")] == [None] * 3
+        assert re.search(r"Positive predictive value +\|.* - \|.* - \|.* - \| +- \|", comparison.table(compared))
+    undefined = classification.metrics(made.label, none.probabilities[:, ::-1], 1)
+    assert np.isnan(undefined["npv"][0])
 
 
 def test_one_class_alone_has_accuracy_but_no_auroc():

@@ -1,7 +1,8 @@
 """How good predicted probabilities are, with intervals over patients; metrics are functions of frame weights.
 
-The predicted class is the most probable one. Metrics agree with scikit-learn's (`zero_division=0`), but are NaN where
-a class that they need has no frame.
+The predicted class is the most probable one. Metrics agree with scikit-learn's, but are NaN where a class that they
+need has no frame. The precision of a class that was never predicted is NaN too, and so are predictive values; in means
+over classes it counts 0 (`zero_division=0`).
 """
 
 import dataclasses
@@ -94,8 +95,9 @@ def metrics(
         "ece": expected_calibration_error(labels, probabilities, weights),
     }
     for name in ("precision", "recall", "f1"):
-        found[f"{name}_macro"] = each[name].mean(axis=1)
-        found[f"{name}_weighted"] = np.where(share > 0, share * each[name], 0.0).sum(axis=1)
+        counted = np.where((counts.sum(axis=1) == 0) & (share > 0), 0.0, each[name])
+        found[f"{name}_macro"] = counted.mean(axis=1)
+        found[f"{name}_weighted"] = np.where(share > 0, share * counted, 0.0).sum(axis=1)
     of_label = probabilities[np.arange(len(labels)), labels]
     smallest = np.finfo(np.float64).eps
     found["log_loss"] = -(weights @ np.log(np.clip(of_label, smallest, 1 - smallest))) / total
@@ -124,13 +126,13 @@ def confusion(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
 
 
 def _by_class(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """What the confusion matrices `[R, C, C]` say of each class: `[R, C]`, NaN for one without frames."""
+    """What the confusion matrices `[R, C, C]` say of each class: `[R, C]`, NaN where 0 frames would be divided by 0."""
     right = np.diagonal(counts, axis1=1, axis2=2)
     actual, called = counts.sum(axis=2), counts.sum(axis=1)
     others = actual.sum(axis=1, keepdims=True) - actual
     there = np.where(actual > 0, 1.0, np.nan)
     return {
-        "precision": there * right / np.maximum(called, 1e-300),  # 0 / 0 = 0: it was never predicted
+        "precision": np.where(called > 0, there * right / np.maximum(called, 1e-300), np.nan),
         "recall": there * right / np.maximum(actual, 1e-300),
         "f1": there * 2 * right / np.maximum(actual + called, 1e-300),
         "specificity": np.where(others > 0, (others - (called - right)) / np.maximum(others, 1e-300), np.nan),
@@ -186,7 +188,7 @@ def summarise(
 
     Returns:
       `metrics`, by name `{"value", "ci95"}` and, if so, `"left_out"`: how many replicates lacked a class that the
-      metric needs; None for what is not defined, as an interval over one patient; and `per_class`, by class and name.
+      metric needs, or never predicted it; None for what is not defined, as an interval over one patient; and `per_class`, by class and name.
       The interval of `ece` is centred on its value, which resampling would raise.
 
     Raises:

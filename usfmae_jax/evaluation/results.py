@@ -3,7 +3,8 @@
 `reporting.classification.finish` writes them: `results.json`, `results.md`, `predictions.csv` and `report.html`.
 
 results.json, format 1. A METRIC is `{"value": float | null, "ci95": [low, high] | null}`, with `"left_out": int` where
-bootstrap replicates lacked a class that the metric needs; null = not defined on this data. Fractions of 1, not percent.
+bootstrap replicates lacked a class that the metric needs, or never predicted it; null = not defined on this data.
+Fractions of 1, not percent.
 
     format       1
     task         what was done, as the loop says it:

@@ -238,6 +238,8 @@ def _measures(results: Mapping[str, Any]) -> dict[str, run.Measure]:
     for name, title in NAMES.items():
         meaning = _MEANS.get(name, "").format(positive=positive, negative=_other(classes, positive))
         meaning += f"; guessing gives {guesses[name]:.3g}" if guesses.get(name) else ""
+        if name in ("ppv", "npv") and name in results["metrics"] and _value(results, name) is None:
+            meaning += "; not defined, as none was called so"
         measures[name] = run.Measure(title, meaning, _SHORT.get(name, ""), bounded=name != "log_loss")
     return measures
 
