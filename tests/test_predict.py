@@ -504,10 +504,18 @@ def test_models_that_predict_nothing_known_are_refused(files, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("left", ["results.json", "suite.json"])
+def test_an_evaluation_keeps_no_model_to_predict_with(files, tmp_path, capsys, left):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / left).write_text("{}")
+    assert run(tmp_path / "probe", files / "two.bmp", tmp_path / "out") == 2
+    assert "probe is an evaluation, which keeps no model; give a fine-tuning run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"data": "nowhere"}, "no shards match 'nowhere'"),
+        ({"data": "nowhere"}, "--data: 'nowhere' is not there"),
         ({"data": "EMPTY"}, "holds no file that can be read"),
         ({"checkpoint": "nowhere"}, "is no folder"),
         ({"batch_size": "3"}, "--batch_size=3 must be a multiple of the 8 devices"),

@@ -126,14 +126,14 @@ class _Items(NamedTuple):
 
 def _shard_items(data: str, split: str) -> _Items | None:
     """The records of shards; None if there are no shards."""
-    from usfmae_jax.data.records import Shards, dataset_name, decode_record, open_shards
+    from usfmae_jax.data.records import NoShardsError, Shards, dataset_name, decode_record, open_shards
 
     paths: list[str] = []
     for path in data.split(","):
         try:
             paths += open_shards(path.strip(), split or None).paths
         except InputError as error:
-            if "no shards match" in str(error) and "," not in data and os.path.isdir(data):
+            if isinstance(error, NoShardsError) and "," not in data and os.path.isdir(data):
                 return None  # perhaps a folder of picture files
             raise InputError(f"--data: {error}; give shards, or a folder with PNG, JPEG, BMP or TIFF files") from error
     shards = Shards(list(dict.fromkeys(paths)))

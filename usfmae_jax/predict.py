@@ -10,6 +10,7 @@ keep their names; what is burnt into a frame stays in its overlay. Exit codes: 0
 """
 
 import contextlib
+import glob
 import os
 import re
 import sys
@@ -147,7 +148,16 @@ def open_members(checkpoint: str) -> "list[Model]":
 
     found = members(checkpoint)
     most = max(map(_fraction, found), default=0.0)
-    models = [open_model(path) for path in found if _fraction(path) == most] or [open_model(checkpoint)]
+    try:
+        models = [open_model(path) for path in found if _fraction(path) == most] or [open_model(checkpoint)]
+    except InputError as error:
+        tested = any(os.path.exists(os.path.join(checkpoint, name)) for name in ("results.json", "suite.json"))
+        if "holds neither" not in str(error) or not tested:
+            raise
+        raise InputError(
+            f"--checkpoint={checkpoint} is an evaluation, which keeps no model; give a fine-tuning run, or the encoder "
+            "that it tested"
+        ) from error
     same = [({**one.description, "scale": None}, one.preprocessing) for one in models]  # each has a scale of its own
     for one in same[1:]:
         if one != same[0]:
@@ -191,19 +201,29 @@ class _Found(NamedTuple):
 
 def _shards(data: Sequence[str]) -> _Found | None:
     """Shards, in pieces of some records; None if there are none."""
-    from usfmae_jax.data.records import Shards, dataset_name, decode_record, open_shards
+    from usfmae_jax.data.records import (
+        NoShardsError,
+        Shards,
+        dataset_name,
+        decode_record,
+        nearest_path,
+        open_shards,
+    )
     from usfmae_jax.prediction.output import Source
 
     paths: list[str] = []
     for one in [path.strip() for given in data for path in ([given] if os.path.exists(given) else given.split(","))]:
         try:
             paths += open_shards(one).paths
-        except InputError as error:
-            if "no shards match" not in str(error):
-                raise InputError(f"--data: {error}") from error
+        except NoShardsError as error:
             if not paths and all(map(os.path.exists, data)):
                 return None  # files of another kind
-            raise InputError(f"--data: {error}; give files, folders or shards that are there") from error
+            if "://" in one or glob.has_magic(one) or os.path.exists(one):
+                raise InputError(f"--data: {error}") from error
+            near = nearest_path(one)
+            raise InputError(f"--data: {one!r} is not there" + (f"; did you mean {near}?" if near else "")) from error
+        except InputError as error:
+            raise InputError(f"--data: {error}") from error
     shards = Shards(list(dict.fromkeys(paths)))
     if len(set(map(os.path.basename, shards.paths))) < len(shards.paths):
         raise InputError("--data holds shards of the same name in several folders; predict one after the other")

@@ -278,6 +278,26 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, prepare, message):
         records.open_shards(str(tmp_path), "train")
 
 
+def test_a_path_without_shards_is_answered_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "labelled").mkdir(parents=True)
+    write_shards(tmp_path / "data" / "labelled", 4)
+    for path in ("data/labeled", "dta/labelled", str(tmp_path / "data" / "labeled")):
+        meant = path.replace("labeled", "labelled").replace("dta", "data")
+        with pytest.raises(records.NoShardsError, match=f"no shards match .*; did you mean {meant}\\?$"):
+            records.open_shards(path)
+    (tmp_path / "my scans" / "a").mkdir(parents=True)
+    (tmp_path / "my scans" / "a" / "1.PNG").write_bytes(b"")
+    with pytest.raises(records.NoShardsError) as error:
+        records.open_shards("my scans")
+    assert str(error.value) == (
+        "'my scans' is a folder of images, not of shards; build it: "
+        "python -m data_prep.build --dataset=folder --input='my scans' --output=data"
+    )
+    for path in ("nothing like it", "data/l*", "gs://bucket/data/labeled"):
+        assert not records._no_shards(path).advised
+
+
 class _Bucket:
     """Stands for `epath.Path` of a bucket whose files lie in a local folder."""
 

@@ -27,9 +27,7 @@ def _expected(labels, probabilities, positive, weight):
         for average in ("macro", "weighted"):
             found[f"{name}_{average}"] = score(labels, predicted, average=average, **some)
         found[f"class_{name}"] = score(labels, predicted, average=None, **some)
-    found["class_precision"] = sk.precision_score(
-        labels, predicted, average=None, **(some | {"zero_division": np.nan})
-    )
+    found["class_precision"] = sk.precision_score(labels, predicted, average=None, **(some | {"zero_division": np.nan}))
     each = [(labels == c, probabilities[:, c], predicted == c) for c in classes]
     found["class_auroc"] = [sk.roc_auc_score(y, p, sample_weight=weight) for y, p, _ in each]
     found["class_average_precision"] = [sk.average_precision_score(y, p, sample_weight=weight) for y, p, _ in each]

@@ -212,6 +212,9 @@ def test_the_better_evaluation_has_the_better_metric_then_the_lower_loss():
     assert is_better("auroc", {"auroc": 0.7, "log_loss": 0.9}, {"auroc": 0.7, "log_loss": 1.0})
     assert not is_better("auroc", {"auroc": 0.7, "log_loss": 1.0}, {"auroc": 0.7, "log_loss": 1.0})
     assert is_better("brier", {"brier": 0.1, "log_loss": 1.0}, {"brier": 0.2, "log_loss": 1.0})
+    assert is_better("ppv", {"ppv": 0.1, "log_loss": 1.0}, {"ppv": np.nan, "log_loss": 0.5})  # nothing was called so
+    assert not is_better("ppv", {"ppv": np.nan, "log_loss": 0.5}, {"ppv": 0.1, "log_loss": 1.0})
+    assert is_better("ppv", {"ppv": np.nan, "log_loss": 0.5}, {"ppv": np.nan, "log_loss": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import bisect
 import collections
 import concurrent.futures
 import dataclasses
+import difflib
 import errno
 import glob
 import hashlib
@@ -17,8 +18,10 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import re
 import resource
+import shlex
 import struct
 import warnings
 from collections.abc import Sequence
@@ -54,6 +57,7 @@ FIELDS: Record = {
     "sha256": "",  # `pixel_hash` of the frame as it was decoded from its source
 }
 
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")  # the usual ones, for a sentence
 _SHARD = re.compile(
     r"(?:-(?P<split>[^-./]+))?\.(?P<format>array_record|tfrecord)(?:-(?P<index>\d+)-of-(?P<count>\d+))?$"
 )
@@ -236,6 +240,14 @@ def pixel_hash(pixels: np.ndarray) -> str:
     return digest.hexdigest()
 
 
+class NoShardsError(InputError):
+    """Nothing that a path names is a shard; `advised`: the message says what to do instead."""
+
+    def __init__(self, message: str, advised: bool):
+        super().__init__(message)
+        self.advised = advised
+
+
 @dataclasses.dataclass
 class Shards:
     """All records of some shard files, in file order: `shards[i]` is the bytes of record i."""
@@ -342,14 +354,15 @@ def open_shards(path: str, split: str | None = None, exclude: Sequence[str] = ()
       exclude: names of datasets whose shards are passed over.
 
     Raises:
-      InputError: nothing matches, the split does not exist, or a shard is missing, unreadable or of another schema.
+      NoShardsError: nothing matches.
+      InputError: the split does not exist, or a shard is missing, unreadable or of another schema.
     """
     try:
         found = [file for file in _expand(path) if _SHARD.search(file)]
     except ImportError as error:
         raise InputError(f"{path!r} needs another package: {error} (pip install gcsfs for gs://)") from error
     if not found:
-        raise InputError(f"no shards match {path!r}")
+        raise _no_shards(path)
     found = [file for file in found if dataset_name(file) not in exclude]
     if not found:
         raise InputError(f"{path!r} holds nothing but what is excluded: {', '.join(exclude)}")
@@ -370,6 +383,34 @@ def open_shards(path: str, split: str | None = None, exclude: Sequence[str] = ()
         except DamagedRecord:
             continue
     return shards
+
+
+def _no_shards(path: str) -> NoShardsError:
+    """What to say of a path without shards: how to build them of images there, or what path was meant."""
+    if os.path.isdir(path):
+        below = itertools.islice((name for _, _, names in os.walk(path) for name in names), 1000)
+        if any(name.lower().endswith(_IMAGES) for name in below):
+            build = f"python -m data_prep.build --dataset=folder --input={shlex.quote(path)} --output=data"
+            return NoShardsError(f"{path!r} is a folder of images, not of shards; build it: {build}", advised=True)
+    near = "" if "://" in path or glob.has_magic(path) else nearest_path(path)
+    return NoShardsError(f"no shards match {path!r}" + (f"; did you mean {near}?" if near else ""), advised=bool(near))
+
+
+def nearest_path(path: str) -> str:
+    """The path that is there and nearly called like one that is not; "" if there is none, or the path itself is there.
+
+    Args:
+      path: local.
+    """
+    found = pathlib.Path(path).anchor
+    for name in pathlib.Path(path).relative_to(found).parts:
+        if not os.path.exists(os.path.join(found, name)):
+            beside = os.listdir(found or ".") if os.path.isdir(found or ".") else []
+            name = next(iter(difflib.get_close_matches(name, beside, n=1)), "")
+        if not name:
+            return ""
+        found = os.path.join(found, name)
+    return "" if found == str(pathlib.Path(path)) else found
 
 
 def dataset_name(shard: str) -> str:

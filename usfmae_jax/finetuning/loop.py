@@ -409,9 +409,12 @@ class Trainer:
 
 
 def better(score: dict[str, float], best: dict[str, float], metric: str, tie: str, losses: frozenset[str]) -> bool:
-    """Whether an evaluation beats the best one so far: by `metric`, and among equals by `tie`; of `losses` less is."""
+    """Whether an evaluation beats the best one so far: by `metric`, and among equals by `tie`; of `losses` less is.
+
+    What is not defined (NaN) is worse than any number.
+    """
     if not best:
         return True
     names = [name for name in (metric, tie) if name]
     new, old = ([-one[name] if name in losses else one[name] for name in names] for one in (score, best))
-    return new > old
+    return np.nan_to_num(new, nan=-np.inf).tolist() > np.nan_to_num(old, nan=-np.inf).tolist()

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from usfmae_jax.data import augment, pipeline
-from usfmae_jax.data.records import Shards
+from usfmae_jax.data.records import NoShardsError, Shards
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Lineage, Model, flatten, open_model, preprocessing
@@ -183,6 +183,8 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
     try:
         sources = pipeline.open_sources(config.data.path, config.data.split, tuple(config.data.exclude))
     except InputError as error:
+        if isinstance(error, NoShardsError) and error.advised:
+            raise InputError(f"config.data.path: {error}") from error
         if "excluded" in str(error):
             how_to = "\n  To train on it all the same, add --config.data.exclude='()'"
         raise InputError(f"config.data.path: {error}." + how_to) from error

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from usfmae_jax.data import augment
+from usfmae_jax.data.records import NoShardsError
 from usfmae_jax.data.table import Table, read_table
 from usfmae_jax.errors import InputError
 
@@ -133,19 +134,16 @@ def read_frames(path: str, split: str) -> Table:
     Raises:
       InputError: there are none, with how to make some, or they cannot be used.
     """
-    last = path.rstrip("/").rpartition("/")[2]
-    public = last if last.isidentifier() else "bus_bra"
     how_to = (
         "\n  Prepare your own:  python -m data_prep.build --dataset=folder --input=DIR --labels=parent --output=data"
-        f"\n  or a public set:   python -m data_prep.build --dataset={public} --input=DIR --output=data"
+        "\n  or a public set:   python -m data_prep.build --list"
     )
     if not path:
         raise InputError("config.data.path names no labelled shards." + how_to)
     try:
         return read_table(path, split)
-    except InputError as error:
-        text = str(error)
-        raise InputError(f"config.data.path: {text}." + how_to if "no shards match" in text else text) from error
+    except NoShardsError as error:
+        raise InputError(f"config.data.path: {error}" + ("" if error.advised else "." + how_to)) from error
 
 
 def public_settings(settings: str, paths: tuple[str, ...]) -> dict[str, Any]:
