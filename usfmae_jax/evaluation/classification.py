@@ -188,8 +188,8 @@ def summarise(
 
     Returns:
       `metrics`, by name `{"value", "ci95"}` and, if so, `"left_out"`: how many replicates lacked a class that the
-      metric needs, or never predicted it; None for what is not defined, as an interval over one patient; and `per_class`, by class and name.
-      The interval of `ece` is centred on its value, which resampling would raise.
+      metric needs, or never predicted it; None for what is not defined, as an interval over one patient; and
+      `per_class`, by class and name. The interval of `ece` is centred on its value, which resampling would raise.
 
     Raises:
       InputError: `positive` is no class.

@@ -90,9 +90,9 @@ def p_value(value: float | None) -> str:
 
 
 def counted(count: float, what: str) -> str:
-    """A number and what it counts: "1 fold", "2,000 frames"."""
+    """A number and what it counts: "1 fold", "2,000 frames", "2 processes"."""
     shown = round(count)
-    return f"{shown:,} {what}{'s' * (shown != 1)}"
+    return f"{shown:,} {what}" + ("" if shown == 1 else "es" if what.endswith("s") else "s")
 
 
 def tested_on(counts: Mapping[str, int]) -> str:

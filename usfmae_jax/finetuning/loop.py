@@ -208,7 +208,7 @@ class Trainer:
             """What is kept of the best evaluation: the trained parameters and the statistics."""
             return {name: part(state[name]) if name == "params" else state[name] for name in kept}
 
-        results.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
+        results.say(f"Total: {parameter_overview.count_parameters(state['params']):,} parameters")
         self._update = compile_update(update, state, batch, results.say)
         self._start = state_maker(make_model, optimizer, self.mesh, part)
         self._abstract = state | {"best": best(state)}

@@ -16,7 +16,7 @@ from usfmae_jax import files
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import predictions
+from usfmae_jax.evaluation import predictions, tables
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.finetuning.build import Run, check_resumable
 from usfmae_jax.finetuning.members import Member, write_splits
@@ -137,9 +137,10 @@ def describe(run: Run, mesh: Mesh, batch_size: int, unfinished: int, at_a_time: 
     table, steps = run.table, [member.total_steps for member in run.members]
     summary = run.task.summary(table)
     say(
-        f"{jax.devices()[0].device_kind}: {mesh.size} devices as data={mesh.shape['data']} x "
-        f"fsdp={mesh.shape['fsdp']}, {jax.process_count()} processes\n"
-        f"data: {len(table)} frames of {len(np.unique(table.patient_key))} patients{summary and ': '}{summary}"
+        f"{jax.devices()[0].device_kind}: {tables.counted(mesh.size, 'device')} as data={mesh.shape['data']} x "
+        f"fsdp={mesh.shape['fsdp']}, {tables.counted(jax.process_count(), 'process')}\n"
+        f"data: {len(table)} frames of {tables.counted(len(np.unique(table.patient_key)), 'patient')}"
+        f"{summary and ': '}{summary}"
         + (f"; {table.left_out} without a label are left out" if table.left_out else "")
         + f"\nsplit: {run.split}\n"
         f"model: {run.title}\n"

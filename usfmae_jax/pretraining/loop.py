@@ -18,6 +18,7 @@ from usfmae_jax.data import pipeline
 from usfmae_jax.data.provenance import describe_data
 from usfmae_jax.data.records import Shards
 from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation import tables
 from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, save_model, write_lineage
 from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks, hardware, writers
@@ -189,14 +190,14 @@ def describe(
     total_steps: int,
 ) -> None:
     """Says what is about to run."""
-    report.say(parameter_overview.get_parameter_overview(state["params"], include_stats=False))
+    report.say(f"Total: {parameter_overview.count_parameters(state['params']):,} parameters")
     device = jax.devices()[0]
     frames = sum(map(len, sources))
     report.say(
-        f"{device.device_kind}: {mesh.size} devices as data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}, "
-        f"{jax.process_count()} processes\n"
-        f"data: {frames} frames from {len(sources)} sources; {total_steps} steps of {config.train.batch_size} "
-        f"= {total_steps * config.train.batch_size / frames:.1f} epochs\n"
+        f"{device.device_kind}: {tables.counted(mesh.size, 'device')} as data={mesh.shape['data']} x "
+        f"fsdp={mesh.shape['fsdp']}, {tables.counted(jax.process_count(), 'process')}\n"
+        f"data: {frames} frames from {tables.counted(len(sources), 'source')}; {total_steps} steps of "
+        f"{config.train.batch_size} = {total_steps * config.train.batch_size / frames:.1f} epochs\n"
         f"evaluation sets kept out of it: {', '.join(config.data.exclude) or 'none'}"
     )
 
