@@ -1,6 +1,7 @@
 """A suite: every encoder on every dataset, one table with paired differences, resumed where it was."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -48,6 +49,10 @@ def test_every_encoder_is_tested_on_everything_and_nothing_twice(config, tmp_pat
     assert "| other (Dice) " in said
     page = (tmp_path / "run" / "report.html").read_text()
     assert all(word in page for word in ("random is better than pixels in", "Outlines", "the command"))
+    assert all(word in page for word in ("random (untrained, size tiny)", "random - this: "))
+    links = re.findall('href="([^#"]+)"', page)
+    assert len(links) == 6
+    assert all((tmp_path / "run" / link).exists() for link in links)
     assert json.loads((tmp_path / "run" / "suite.json").read_text())["columns"] == ["random", "pixels"]
     assert (tmp_path / "run" / "other-masks" / "pixels" / "report.html").exists()
     monkeypatch.setattr(suite, "evaluate", lambda *_: pytest.fail("was there already"))

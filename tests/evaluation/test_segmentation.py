@@ -1,12 +1,15 @@
 """Agreement of outlines: cases computed by hand, another library, and the rules for what is empty."""
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import comparison, intervals, predictions, segmentation
+from usfmae_jax.evaluation import comparison, intervals, predictions, segmentation, tables
 from usfmae_jax.evaluation.segmentation import MaskPredictions, measure
+from usfmae_jax.reporting import segmentation as reporting
 
 
 def _square(top, left, side, size=40, number=1):
@@ -28,6 +31,30 @@ def _made(dice, patients, folds=None, seeds=None):
     own |= {"hd95_mm": np.full_like(dice, np.nan), "drawn": there, "predicted": there}
     names = tuple(f"c{i}" for i in range(dice.shape[1]))
     return MaskPredictions(**ids, classes=names, pixel_area=np.full(n, np.nan), **own)
+
+
+def test_a_page_of_nothing_predicted_says_so_once(tmp_path):
+    made = _made([0.0, 0.0, 0.0], ["a", "b", "c"])
+    made = dataclasses.replace(made, predicted=np.zeros_like(made.drawn))
+    drawn, whole = _square(4, 4, 8), np.zeros((40, 40, 3), np.uint8)
+    examples = [
+        {"whole": whole, "drawn": drawn, "map": drawn * 0, "group": group, "dice": 0.0, "frame": group}
+        for group in ("worst", "middle", "best")
+    ]
+    reporting.finish(str(tmp_path), made, about={"title": "t"}, context={}, resamples=0, examples=examples)
+    page = (tmp_path / "report.html").read_text()
+    assert "Nothing was predicted on 3 frames of 3 patients: Dice is 0, and HD95 the frame&#39;s diagonal" in page
+    assert "<h3>Nothing was predicted</h3>" in page
+    assert not any(word in page for word in ("The worst", "The best", "half are above", "-100%", "nothing of it"))
+
+
+def test_patients_that_nobody_names_are_not_counted_as_patients():
+    made = _made([0.5, 0.6], ["", ""])
+    assert tables.tested_on(made.counts()) == "2 frames (patients unknown)"
+    files = np.array(["a.png", "b.png"], object)
+    built = dataclasses.replace(made, patient=files, video=files, frame=files)
+    assert tables.tested_on(built.counts()) == "2 frames (patients unknown)"
+    assert tables.tested_on(_made([0.5, 0.6], ["a", "a"]).counts()) == "2 frames of 1 patient"
 
 
 def test_two_squares_by_hand():

@@ -30,7 +30,7 @@ def path(figure, kind):
 
 def test_lines_run_from_corner_to_corner_of_the_axes():
     at = re.findall(r"(-?[\d.]+) (-?[\d.]+)", path(draw([curve()]), "line"))
-    assert at[0] == ("44.0", "224.0")
+    assert at[0] == ("56.0", "224.0")
     assert at[-1] == ("328.0", "10.0")
 
 
@@ -51,6 +51,16 @@ def test_every_chart_is_well_formed_and_has_a_text_alternative():
         assert "nan" not in figure
 
 
+def test_whiskers_of_two_lines_at_one_step_stand_side_by_side():
+    two = [charts.Line(name, [0.5], [0.5], [0.2], [0.8], dots=True, colour=i) for i, name in enumerate("ab")]
+    across = [
+        float(one.get("d").partition(" ")[0][1:])
+        for one in parse(draw(two)).iter("path")
+        if "whisker" in one.get("class", "")
+    ]
+    assert sorted(across) == [189.0, 195.0]
+
+
 def test_what_is_not_defined_is_not_drawn():
     y = np.linspace(0, 1, 11)
     y[3:6] = np.nan
@@ -61,7 +71,7 @@ def test_what_is_not_defined_is_not_drawn():
 
 def test_values_beyond_an_axis_stay_within_the_picture():
     figure = draw([charts.Line("wild", [-1, 2], [-3, 4])])
-    assert path(figure, "line") == "M44.0 224.0L328.0 10.0"
+    assert path(figure, "line") == "M56.0 224.0L328.0 10.0"
 
 
 def test_long_lines_are_thinned_and_keep_their_steps():

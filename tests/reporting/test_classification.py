@@ -215,6 +215,14 @@ def test_features_with_nothing_to_see_give_no_points(features):
     assert points.shape == (0, 2)
 
 
+def test_a_map_of_one_kind_alone_is_left_out():
+    at = np.random.default_rng(0).random((6, 2))
+    two = {"points": at, "label": ["a", "b"] * 3, "dataset": ["one"] * 6}
+    assert "By class" in classification._feature_map(two, ("a", "b"))
+    assert "By dataset" not in classification._feature_map(two, ("a", "b"))
+    assert not classification._feature_map(two | {"label": ["a"] * 6}, ("a", "b"))
+
+
 def test_reports_fit_a_phone_and_a_desk_with_nothing_missing(pages, tmp_path):
     for found in layout(list(pages.values()), tmp_path):
         assert found["scrolled"] <= found["width"]

@@ -35,6 +35,7 @@ def test_it_says_where_the_run_is(tmp_path, lines, left, words):
     page = (tmp_path / "index.html").read_text()
     for word in words:
         assert word in page
+    assert f"<h1>{tmp_path.name}: " in page
     assert ('http-equiv="refresh"' in page) == (left is not None)
     assert not Reader(tmp_path / "index.html").all("script")
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]

@@ -10,7 +10,7 @@ import pytest
 from tests.evaluation.made import predictions, several
 from tests.html_pages import Reader, words
 from usfmae_jax.errors import InputError
-from usfmae_jax.evaluation import results
+from usfmae_jax.evaluation import results, tables
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate, read
 from usfmae_jax.reporting import classification, run
 
@@ -88,6 +88,12 @@ def test_a_reader_is_warned_of_few_patients_and_of_frames_that_count_twice(tmp_p
     assert second in results.table(found)
 
 
+def test_one_of_a_thing_is_no_plural():
+    assert [tables.counted(n, what) for n in (1, 2000) for what in ("device", "process")] == [
+        "1 device", "1 process", "2,000 devices", "2,000 processes"
+    ]  # fmt: skip
+
+
 def test_the_tables_say_what_a_reader_needs(tmp_path, made):
     robustness = {"speckle": {"auroc": [0.9, 0.8, 0.7, 0.6, 0.5, None]}}
     found = classification.finish(
@@ -129,7 +135,7 @@ def test_the_page_shows_what_the_results_are_of(made, rng):
     found = results.summarise(made, resamples=20)
     largest = made.select(made.fraction == 1)
     parts = {
-        "embedding": {"points": rng.random((9, 2)), "label": ["benign"] * 9, "dataset": ["made"] * 9},
+        "embedding": {"points": rng.random((9, 2)), "label": ["benign", *["malignant"] * 8], "dataset": ["made"] * 9},
         "examples": [{"image": np.zeros((9, 9), np.uint8), "label": "benign", "predicted": "malignant"}],
     }
     sections = classification.described(found, made, **parts)["sections"]

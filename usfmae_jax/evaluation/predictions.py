@@ -80,8 +80,13 @@ class Predictions:
         return np.where((self.patient != "") | (self.video != ""), known, self.frame_key)
 
     def counts(self) -> dict[str, int]:
-        """How many different frames, patients, videos, folds and seeds there are."""
-        return {
+        """How many different frames, patients, videos, folds and seeds there are.
+
+        With `patients_known`, 0, where each frame or clip is taken for a patient of its own since nobody is named.
+        """
+        file = np.array([name.partition("#")[0] for name in self.frame], object)
+        unknown = (self.patient == "") | (self.patient == self.video) & (self.patient == file)
+        return ({"patients_known": 0} if len(self) and unknown.all() else {}) | {
             "frames": len(set(self.frame_key)),
             "patients": len(set(self.patient_key)),
             "videos": len({*zip(self.dataset, self.video, strict=True)}),

@@ -15,7 +15,8 @@ Fractions of 1, not percent.
                  and added by `finish`:
                    classes    [name, ...] in the order of all lists below
                    positive   name of the positive class of a binary task, "" for more classes
-    counts       frames, patients, videos, folds, seeds: int, of the tested rows of `fraction`
+    counts       frames, patients, videos, folds, seeds: int, of the tested rows of `fraction`; `patients_known`: 0
+                 where no patient is named, and each frame or clip counts as one
     fraction     share of the training patients that the results are of: the largest that was run
     bootstrap    {"resamples": int, "unit": "patient", "seed": int}
     metrics      {NAME: METRIC}; names and their order as `classification.NAMES`. Pooled over the folds; of several

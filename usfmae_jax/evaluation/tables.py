@@ -99,6 +99,8 @@ def tested_on(counts: Mapping[str, int]) -> str:
     """How much was tested, in words: "1,875 frames of 1,064 patients"; "" if that is not known."""
     if not counts.get("frames"):
         return ""
+    if counts.get("patients_known") == 0:
+        return f"{counted(counts['frames'], 'frame')} (patients unknown)"
     of = f" of {counted(counts['patients'], 'patient')}" if counts.get("patients") else ""
     return counted(counts["frames"], "frame") + of
 

@@ -340,7 +340,10 @@ def inspections(
         trained_on = {shard for source in sources for shard in source.contents()}
         note = ""
         if trained_on.intersection(table.shards.contents()):
-            note = "warning: the probe's frames are also trained on, if without labels: no held-out result"
+            note = (
+                "warning: The probe's frames are also in the training data (without labels), so this is not a held-out "
+                "result."
+            )
         labelled = classification.labelled_images(
             table, size=checks.square(config.model.image_size), channels=config.data.channels, limit=config.probe.limit
         )

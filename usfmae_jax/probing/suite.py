@@ -224,7 +224,13 @@ def _row(
         column: comparison.compare(runs[first], runs[column], positive, resamples)["metrics"][lead] for column in others
     }
     counts = {unit: results[first]["counts"][unit] for unit in ("frames", "patients")}
+    nothing = [
+        column
+        for column, one in (results if kind == "masks" else {}).items()
+        if all(each["missed"] == each["frames"] and not each["invented"] for each in one["per_class"].values())
+    ]
     return {
+        "nothing_predicted": nothing,
         "dataset": dataset,
         "kind": kind,
         "protocol": protocol,

@@ -15,8 +15,9 @@ from markupsafe import Markup, escape
 from usfmae_jax.reporting.pages import part
 
 COLOURS = 10  # of page.html
-_LEFT, _TOP, _WIDTH, _HEIGHT = 44, 10, 284, 214  # of the plotted area, in a picture of 340 x 268
+_LEFT, _TOP, _WIDTH, _HEIGHT = 56, 10, 272, 214  # of the plotted area, in a picture of 340 x 268
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, *(n * 10.0**e for e in range(9) for n in (1, 2, 5)))
+_APART = 6  # between the whiskers of lines that were measured at the same place
 _MOST = 400  # points of a line: more cannot be seen
 
 
@@ -129,7 +130,9 @@ def lines(
     """
     marks = [*_bars(counts), *_axes(x, y)]
     marks += [_mark("path", "guide", meaning, d=_path(x.share(across), y.share(up))) for across, up, meaning in guides]
-    marks += [mark for line in reversed(shown) for mark in _line(line, x, y)]
+    whiskers = [line for line in shown if line.dots and len(line.low)]
+    aside = {id(line): _APART * (i - (len(whiskers) - 1) / 2) / _WIDTH for i, line in enumerate(whiskers)}
+    marks += [mark for line in reversed(shown) for mark in _line(line, x, y, aside.get(id(line), 0.0))]
     keys = [(_key(line), line.name, line.says) for line in shown]
     keys += [(_mark("path", "guide", d="M1 6h24"), meaning, "") for *_, meaning in guides if meaning]
     if len(counts):
@@ -304,8 +307,8 @@ def _bars(counts: Sequence[float]) -> Iterator[Markup]:
             yield _mark("rect", "count", _frames(count), **place)
 
 
-def _line(line: Line, x: Axis, y: Axis) -> Iterator[Markup]:
-    across, up = x.share(line.x), np.where(np.isfinite(line.y), y.share(np.nan_to_num(line.y)), np.nan)
+def _line(line: Line, x: Axis, y: Axis, aside: float) -> Iterator[Markup]:
+    across, up = x.share(line.x) + aside, np.where(np.isfinite(line.y), y.share(np.nan_to_num(line.y)), np.nan)
     keep = np.flatnonzero(np.isfinite(up))
     if not len(keep):
         return

@@ -406,8 +406,10 @@ def _feature_map(embedding: Mapping[str, Any] | None, classes: Sequence[str]) ->
         if len(groups) == len(at):
             known = [group for group in classes if group in groups] if key == "label" else []
             order = known + sorted(set(groups) - set(known))
-            says = says if len(order) > 1 else "All are of one, so that there is nothing to tell apart."
-            figures.append(charts.points(name, says, at, groups, order))
+            if len(order) > 1:  # of one kind alone there is nothing to tell apart
+                figures.append(charts.points(name, says, at, groups, order))
+    if not figures:
+        return Markup()
     says = "Each point is a frame; near points look alike to the encoder (t-SNE)."
     return part("led", says, part("charts", figures))
 

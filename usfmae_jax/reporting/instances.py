@@ -97,7 +97,7 @@ def outlined(picture: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
     shown = np.ascontiguousarray(picture)
     for one in example["drawn"]:
         for line in _lines(one, shown.shape):
-            cv2.polylines(shown, [line], True, _colour(one), 1, cv2.LINE_AA)
+            cv2.polylines(shown, [line], True, _colour(one), 2, cv2.LINE_AA)
     for one in example["detections"]:
         if one["score"] < FOUND:
             continue

@@ -50,7 +50,7 @@ def write(
     pages.write(
         path,
         "progress.html",
-        title="done" if done else "stopped" if seconds_left is None else "in training",
+        title=f"{epath.Path(workdir).name}: {'Done' if done else 'Stopped' if seconds_left is None else 'In training'}",
         again=0 if seconds_left is None else AGAIN,
         headline=headline,
         warnings=list(warnings),
@@ -85,7 +85,7 @@ def _loss(lines: Sequence[Mapping[str, Any]]) -> Markup:
     steps, losses = ([line[name] for line in lines] for name in ("step", "loss"))
     shown = charts.Line("loss", steps, losses, [], [], f"{losses[-1]:.3f}", 0)
     axis = charts.value_axis("", losses, high=np.inf)
-    return charts.lines("Loss", "Of the batch of a step; it may be below what it was and still be noise.", [shown],
+    return charts.lines("Loss", "Loss of single batches; small changes are noise.", [shown],
                         _steps(lines), axis)  # fmt: skip
 
 

@@ -114,7 +114,7 @@ def write_page(
         results rest on and how to repeat them always comes last.
     """
     task, context, counts = (results.get(key) or {} for key in ("task", "context", "counts"))
-    shown, notes = {}, {}
+    shown, notes, unknown = {}, {}, counts.get("patients_known") == 0
     for name in headline:
         metric = (results.get("metrics") or {}).get(name) or {}
         if metric.get("value") is not None:
@@ -138,7 +138,8 @@ def write_page(
         results=results,
         opening=opening,
         tested_on=tables.tested_on(counts),
-        headline=shown | {name: counts[name] for name in ("frames", "patients") if counts.get(name)},
+        headline=shown
+        | {name: counts[name] for name in ("frames", "patients")[: 1 if unknown else 2] if counts.get(name)},
         notes=notes,
         found=found,
         lineage=_lineage(context),

@@ -18,14 +18,16 @@ _SIDE = 320  # pixels of the long side of pictures
 _FEW = 10  # patients with a class, below which its intervals are too narrow as a rule
 #: Of the outlines of classes, RGB: seen on grey, told apart by people with colour blindness too.
 COLOURS = ((255, 176, 0), (86, 180, 233), (0, 200, 140), (240, 96, 160), (240, 228, 66), (170, 120, 255))
-_GROUPS = {"worst": "The worst", "middle": "In the middle", "best": "The best"}
+_GROUPS = {"worst": "The worst", "middle": "In the middle", "best": "The best", "none": "Nothing was predicted"}
 _MEANS = {
     "dice": "share of the outlined areas that drawn and predicted have in common; 1 is best",
     "iou": "the same by intersection over union",
     "boundary_f1": "share of the outlines that lie where the other is, to 0.75% of the frame's diagonal",
-    "hd95": "how far outlines lie apart where they are far, leaving out 5%; 0 is best",
+    "hd95": "how far outlines lie apart where they are far, leaving out 5%; the frame's diagonal where nothing was "
+    "predicted; 0 is best",
     "hd95_mm": "the same where the size of a pixel is known",
 }
+_NOTHING = "Nothing was predicted on {}: Dice is 0, and HD95 the frame's diagonal, the penalty for that."
 _SHORT = {"boundary_f1": "Boundary F1", "hd95": "HD95", "hd95_mm": "HD95 mm"}
 
 
@@ -58,12 +60,14 @@ def finish(
     warnings = [*context.get("warnings", []), *_warnings(results, predictions)]
     predictions.write(epath.Path(workdir) / "predictions.csv")
     main = intervals.by_fraction(predictions)[-1]
-    several = len(main.classes) > 1
+    several, nothing = len(main.classes) > 1, not main.predicted.any()
+    if nothing:  # none of them is better than another
+        examples = [{**one, "group": "none"} for one in examples]
     sections = {
-        "": part("sentences", verdict(results)),
+        "": part("sentences", [_NOTHING.format(tables.tested_on(results["counts"]))] if nothing else verdict(results)),
         "Outlines": gallery(examples, main.classes, _outlined_example),
-        "By patient and by size": part("charts", [_by_patient(main), *_areas(main)]),
-        "By class": _per_class(results) if several else _missed(results),
+        "By patient and by size": part("charts", [] if nothing else [_by_patient(main), *_areas(main)]),
+        "By class": _per_class(results) if several else Markup() if nothing else _missed(results),
     }
     return run.finish(
         workdir,
@@ -99,13 +103,14 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def outlined(picture: np.ndarray, drawn: np.ndarray | None, predicted: np.ndarray | None) -> np.ndarray:
+def outlined(picture: np.ndarray, drawn: np.ndarray | None, predicted: np.ndarray | None, thick: int = 1) -> np.ndarray:
     """Outlines over a picture: full as drawn, dotted as predicted.
 
     Args:
       picture: RGB, uint8 `[H, W, 3]`.
       drawn: class of each pixel, uint8 `[h, w]` of any size.
       predicted: likewise.
+      thick: pixels of a line.
     """
     shown = np.ascontiguousarray(picture)
     size = picture.shape[1::-1]
@@ -118,10 +123,10 @@ def outlined(picture: np.ndarray, drawn: np.ndarray | None, predicted: np.ndarra
             lines, _ = cv2.findContours((classes == c).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
             for line in lines:
                 if not dotted:
-                    cv2.polylines(shown, [line], True, colour, 1, cv2.LINE_AA)
+                    cv2.polylines(shown, [line], True, colour, thick, cv2.LINE_AA)
                     continue
-                for start in range(0, len(line), 7):  # white under colour, to be seen where both lie
-                    cv2.circle(shown, tuple(map(int, line[start, 0])), 1, (255, 255, 255), -1)
+                for start in range(0, len(line), 7 * thick):  # white on colour, to be seen where both lie
+                    cv2.circle(shown, tuple(map(int, line[start, 0])), thick, (255, 255, 255), -1)
     return shown
 
 
@@ -158,7 +163,7 @@ def gallery(
 
 
 def _outlined_example(picture: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
-    return outlined(picture, example["drawn"], example["map"])
+    return outlined(picture, example["drawn"], example["map"], thick=2)
 
 
 def _by_patient(predictions: MaskPredictions) -> Markup:
@@ -172,7 +177,7 @@ def _by_patient(predictions: MaskPredictions) -> Markup:
         _, member = np.unique(names[there], return_inverse=True)
         means = np.sort(np.bincount(member, values[there]) / np.bincount(member))
         at = (np.arange(len(means)) + 0.5) / len(means)
-        middle = f"half are above {np.median(means):.3f}"
+        middle = f"half are above {np.median(means):.3f}" if means.any() else "nothing was found"
         lines.append(charts.Line(name, at, means, says=middle, colour=c))
     return charts.lines(
         "Patients from the worst to the best",
@@ -206,6 +211,8 @@ def _areas(predictions: MaskPredictions) -> list[Markup]:
 
 
 def _bias(drawn: np.ndarray, predicted: np.ndarray) -> str:
+    if not predicted.any():
+        return "nothing was predicted"
     return f"predicted {100 * (predicted.sum() / max(drawn.sum(), 1e-12) - 1):+.0f}% on the whole"
 
 

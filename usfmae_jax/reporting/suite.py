@@ -32,13 +32,13 @@ def write(workdir: str, found: Mapping[str, Any]) -> None:
         lines: list[Sequence[Any]] = [
             [
                 part("hinted", row["dataset"], f"{tables.counted(row['patients'], 'patient')}, {NAMES[row['lead']]}"),
-                *(_cell(row, column, column == columns[0]) for column in columns),
+                *(_cell(row, column, columns[0]) for column in columns),
             ]
             for row in rows
         ]
         if len(rows) > 1:
             lines.append(["Mean", *(tables.number(found["means"][kind][column]) for column in columns)])
-        tests[_KINDS[kind]] = pages.table(["Dataset", *columns], lines, stack=True, most=len(lines))
+        tests[_KINDS[kind]] = pages.table(["Dataset", *map(_head, columns)], lines, stack=True, most=len(lines))
     warnings = sorted({warning for row in found["rows"] for warning in row["warnings"]})
     pages.write(
         root / "report.html",
@@ -103,9 +103,16 @@ def _by_kind(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
     return {kind: rows for kind in _KINDS if (rows := [row for row in found["rows"] if row["kind"] == kind])}
 
 
-def _cell(row: Mapping[str, Any], column: str, first: bool) -> Markup:
+def _head(column: str) -> str:
+    return "random (untrained, size tiny)" if column == "random" else column
+
+
+def _cell(row: Mapping[str, Any], column: str, first: str) -> Markup:
     value = run.measured(row["metrics"][column][row["lead"]])
-    return value if first else part("hinted", value, f"first - this: {_difference(row['differences'][column])}")
+    hints = ["nothing was predicted"] if column in row["nothing_predicted"] else []
+    hints += [] if column == first else [f"{first} - this: {_difference(row['differences'][column])}"]
+    report = f"{row['dataset']}-{row['kind']}/{column}/report.html"
+    return part("hinted", part("link", report, value), "; ".join(hints))
 
 
 def _difference(one: Mapping[str, Any]) -> str:
