@@ -34,7 +34,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of folds
     config.seeds = (0,)  # of label fractions and initial weights; several are averaged
-    # "usfmae-tiny", which comes along; a workdir, a checkpoint in it, an encoder/ or classifier/ directory; or the
+    # "usfmae-tiny", which is included; a workdir, a checkpoint in it, an encoder/ or classifier/ directory; or the
     # floor to beat: "pixels", "random".
     config.checkpoint = ""
     config.step = 0  # of a pretraining workdir's checkpoints; 0 = its encoder/, or else the newest

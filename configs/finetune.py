@@ -38,7 +38,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.task = "classification"  # what is learnt, see usfmae_jax/tasks
     config.seed = 0  # of the splits, and added to those below
     config.seeds = (0,)  # of initial weights, data order and label fractions: one member each
-    # "usfmae-tiny", which comes along; a workdir, an encoder or classifier directory, a ResNet-50 weights file;
+    # "usfmae-tiny", which is included; a workdir, an encoder or classifier directory, a ResNet-50 weights file;
     config.init = ""  # "" = random weights
     config.classes = ()  # expected names, in order; () = what the shards have
     config.positive = ""  # the positive one of two classes; "" = the last
@@ -123,7 +123,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         epochs=25.0,  # passes over the training images
         steps=0,  # updates; more than 0 overrules epochs
         min_steps=200,  # updates at least: few images are seen more often
-        skip_nonfinite=0,  # steps of a member whose loss or gradient is no number that may be skipped in all
+        skip_nonfinite=0,  # steps of a member with a loss or gradient that is not a number that may be skipped
     )
     config.stop = dict(
         metric="auroc",  # of the validation part; the weights that are best by it are tested

@@ -18,7 +18,7 @@ Variants
   :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
   :tiny_cross   the same of :tiny
   :tiny_latent  :tiny, which predicts features of its own average (or of --config.latent.teacher=DIR) and no pixels
-  :shipped   :tiny for longer: the weights that come along, usfmae_jax/weights/README.md; two CPU cores: 2 to 3 hours
+  :shipped   :tiny for longer: the weights that are included, usfmae_jax/weights/README.md; two CPU cores: 2 to 3 hours
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # of weights, data order and masks
     config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", or "latent"
-    # What to start from: "usfmae-tiny", which comes along, or an encoder directory; or, decoder included, a workdir or
+    # What to start from: "usfmae-tiny", which is included, or an encoder directory; or, decoder included, a workdir or
     # what usfmae_jax.convert wrote;
     config.init = ""  # "" starts from random weights
     config.model = dict(
@@ -101,7 +101,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
         accumulate=1,  # micro-batches of an update, which is that of the whole batch
         epochs=100,  # passes over the images
         steps=0,  # updates; more than 0 overrules epochs
-        skip_nonfinite=0,  # steps whose loss or gradient is no number that may be skipped in all
+        skip_nonfinite=0,  # steps with a loss or gradient that is not a number that may be skipped
         ema=0.0,  # decay of an average of the weights, which is then what is probed and exported; 0 = off
     )
     config.mesh = dict(
@@ -232,7 +232,7 @@ def tiny_latent(config: ml_collections.ConfigDict) -> None:
 
 
 def shipped(config: ml_collections.ConfigDict) -> None:
-    """`:tiny` for longer, on real and simulated frames: `usfmae-tiny`, the weights that come along."""
+    """`:tiny` for longer, on real and simulated frames: `usfmae-tiny`, the weights that are included."""
     tiny(config)
     config.data.path = "data/shipped/*"
     config.train.steps = 16000

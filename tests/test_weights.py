@@ -20,7 +20,7 @@ LIMIT = 12 * 2**20
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory, shards):
-    """A stand-in, made as the weights that come along are: two steps, and an export."""
+    """A stand-in, made as the weights that are included are: two steps, and an export."""
     folder = tmp_path_factory.mktemp("made")
     config = tiny_config(shards)
     config.train.steps = 2

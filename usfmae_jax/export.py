@@ -62,7 +62,7 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
 
     Args:
       checkpoint: workdir of a run or of `usfmae_jax.convert`, an encoder or classifier directory, or the name of
-        weights that come along.
+        weights that are included.
       output: directory; default `<workdir>/encoder` for safetensors, `<checkpoint>-<format>` for others.
       step: of a run; default is the newest checkpoint.
       form: one of `FORMATS`.

@@ -91,7 +91,7 @@ def check_output(output: str, written: Sequence[str]) -> None:
 
 
 def open_source(path: str, *, averaged: bool = False) -> Source:
-    """Opens a weights file, or a directory with one under a usual name, or weights that come along by theirs.
+    """Opens a weights file, or a directory with one under a usual name, or weights that are included by theirs.
 
     Args:
       path: see above.

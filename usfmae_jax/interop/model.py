@@ -212,7 +212,7 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
     Args:
       path: a pretraining workdir (its `encoder/`, else its newest checkpoint), its `checkpoints/` or one checkpoint
         there; an encoder or classifier directory, or what `usfmae_jax.convert` wrote; one member of a fine-tuning run,
-        or a run with a single one; the name of weights that come along, see `usfmae_jax.weights`.
+        or a run with a single one; the name of weights that are included, see `usfmae_jax.weights`.
       step: of a run's checkpoints; None takes `encoder/` if there is one, else the newest.
       whole: with the decoder where there is one, so of a workdir a checkpoint rather than `encoder/`.
 

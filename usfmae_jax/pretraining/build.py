@@ -270,7 +270,7 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
 
     Args:
       state: as initialised.
-      directory: an encoder directory, or the name of weights that come along; or the workdir of a run or what
+      directory: an encoder directory, or the name of weights that are included; or the workdir of a run or what
         `usfmae_jax.convert` wrote, which give the decoder too if they have one.
       model: `config.model` of this run.
 

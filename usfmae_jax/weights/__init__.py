@@ -1,4 +1,4 @@
-"""Weights by name: those that come along, each a folder beside this file, and where others are to be had.
+"""Weights by name: those that are included, each a folder beside this file, and where others are to be had.
 
 README.md says how they were made, with every command.
 """
@@ -11,7 +11,7 @@ from usfmae_jax.errors import InputError
 
 FOLDER = pathlib.Path(__file__).parent
 
-#: Published weights that do not come along: where their file is. `convert` writes a folder of the same name.
+#: Published weights that are not included: where their file is. `convert` writes a folder of the same name.
 ELSEWHERE = {
     "usfmae-base": "the checkpoint that the README of https://github.com/Yusufii9/USF-MAE links to",
     "mae-base": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base_full.pth (CC BY-NC 4.0)",
@@ -19,7 +19,7 @@ ELSEWHERE = {
 
 
 def names() -> list[str]:
-    """The weights that come along."""
+    """The weights that are included."""
     return sorted(path.parent.name for path in FOLDER.glob("*/model.safetensors"))
 
 
@@ -29,7 +29,7 @@ def find(path: str) -> str:
     A file or folder of that name in the current directory comes first, as for any path.
 
     Raises:
-      InputError: the name is of weights that do not come along, or nearly one of those that are known.
+      InputError: the name is of weights that are not included, or nearly one of those that are known.
     """
     if os.path.exists(path):
         return path
@@ -37,10 +37,10 @@ def find(path: str) -> str:
         return str(FOLDER / path)
     if path in ELSEWHERE:
         raise InputError(
-            f"{path} does not come along; download {ELSEWHERE[path]}, and give it to "
+            f"{path} is not included; download {ELSEWHERE[path]}, and give it to "
             f"python -m usfmae_jax.convert --input=FILE --output={path}, which makes a folder that has this name"
         )
     near = difflib.get_close_matches(path.lower(), [*names(), *ELSEWHERE], n=1)
     if near and not {"/", "."}.intersection(path):  # of a file, the door knows better what it lacks
-        raise InputError(f"{path!r} is no folder, nor the name of weights that come along; nearest is {near[0]}")
+        raise InputError(f"{path!r} is no folder, nor the name of weights that are included; nearest is {near[0]}")
     return path
