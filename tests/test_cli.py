@@ -199,7 +199,8 @@ def test_help_shows_the_config_and_its_fields_without_importing_jax():
 @pytest.mark.parametrize(("number", "trains", "code"), [("SIGTERM", 1, 75), ("SIGINT", 1, 75), ("SIGINT", 0, 130)])
 def test_what_is_stopped_outside_its_loop_says_so_and_may_be_started_again(number, trains, code):
     stop = f"lambda *_: signal.raise_signal(signal.{number}) or time.sleep(60)"
-    door = f"import signal, time; from usfmae_jax import cli; cli.run('', 'pretrain', {stop}, trains={trains})"
+    heard = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # what runs in the background may not hear it
+    door = f"import signal, time; from usfmae_jax import cli; {heard}; cli.run('', 'pretrain', {stop}, trains={trains})"
     done = subprocess.run([sys.executable, "-c", door, "--config=pretrain:demo"], capture_output=True, text=True)
     assert done.returncode == code
     assert done.stderr.count("\n") == 1

@@ -231,7 +231,7 @@ def test_a_classifier_that_may_have_seen_the_data_needs_a_split(probed, settings
         ({"attentive.epochs": 0}, "config.attentive.epochs=0"),
         ({"batch_size": 3}, "must be a multiple of the 8 devices"),
         ({"data.path": ""}, "config.data.path names no labelled shards"),
-        ({"data.path": "data/none"}, "data_prep.build --dataset=none"),
+        ({"data.path": "data/none"}, "no shards match 'data/none'"),
         ({"split.folds": 40}, "groups"),
         ({"split.only": ("9",)}, "there is no fold '9'"),
         ({"dtype": "float16"}, "config.dtype='float16'"),

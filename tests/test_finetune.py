@@ -50,7 +50,7 @@ def test_a_run_says_what_a_person_wants_to_know(undisturbed):
         "split: cross-validation by patient",
         "members: 4, of which 4 are to be trained",
         "2 members at a time",
-        "head/kernel",
+        "parameters",
         "compiling the training step took",
         "fold-2-seed-1 (4/4)",
         "best validation auroc",

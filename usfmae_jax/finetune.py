@@ -4,8 +4,8 @@
     python -m usfmae_jax.finetune --config=finetune:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
 
-Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config; 75 stopped by
-SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is not a number (NaN) among it.
+Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or
+config; 75 stopped by SIGTERM or Ctrl-C, to be started again; 1 anything else, as a loss of NaN.
 """
 
 import functools

@@ -5,8 +5,8 @@
     python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
     python -m usfmae_jax.main --config=pretrain --compile_for=v5e:4x4    # does it fit there?
 
-Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config; 75 stopped by
-SIGTERM or Ctrl-C after a saved checkpoint; 1 anything else, a loss that is not a number (NaN) among it.
+Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or
+config; 75 stopped by SIGTERM or Ctrl-C, to be started again; 1 anything else, as a loss of NaN.
 """
 
 import functools

@@ -45,7 +45,8 @@ def run(capsys, *flags, workers=1):
     """(status, stdout, stderr without the progress bars)."""
     status = audit.main([*flags, f"--workers={workers}"])
     out, err = capsys.readouterr()
-    said = [line for line in re.split("[\r\n]", err) if line and "%|" not in line and "?" not in line]
+    lines = re.split("[\r\n]", err)
+    said = [line for line in lines if line.startswith("error") or (line and "%|" not in line and "?" not in line)]
     return status, out.splitlines(), said
 
 

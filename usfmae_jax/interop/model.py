@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -419,7 +420,12 @@ def _checked_about(said: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[s
     try:
         schema.check_description(description, "its description", decoder=True)
         schema.check_preprocessing(about["preprocessing"], description, "its preprocessing")
-        schema.check_shapes(_shapes(description), flatten(stored), "it", "its description")
+        arrays, groups = flatten(stored), ("encoder", *["decoder"] * ("decoder" in description))
+        described = {name: one for name, one in arrays.items() if name.partition(".")[0] in groups}
+        schema.check_shapes(_shapes(description), described, "it", "its description")
+        sizes = [sum(math.prod(one.shape) for one in group.values()) for group in (arrays, described)]
+        if sizes[0] > 2 * sizes[1]:  # an objective of one's own may have parts that no description knows of
+            raise InputError("it holds more than twice what its description says")
     except InputError as error:
         raise InputError(f"cannot be used: {error}") from error
     return about

@@ -129,10 +129,11 @@ def test_no_tip_makes_a_class_a_patient(folder, tmp_path, capsys):
         assert run(flags, "--overwrite", output=tmp_path / "out", source=folder) == 0
         printed = capsys.readouterr().out
         assert "Unknown patients: 3." in printed
-        assert "--pattern='(?P<patient>[^/_]+)_[^/]*$'" in printed
+        assert "add --pattern='...', a regular expression" in printed
         assert "Warning" not in printed
     for number in range(13):
         write(tmp_path / f"many/case{number}/1.png", picture(number))
+    write(tmp_path / "many/case0/2.png", picture(13))
     assert run("--overwrite", output=tmp_path / "out", source=tmp_path / "many") == 0
     assert "--pattern='^(?P<patient>[^/]+)/'" in capsys.readouterr().out
 
