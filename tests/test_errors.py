@@ -1,13 +1,15 @@
-"""What doors print steers no terminal, whoever wrote it."""
+"""What doors print steers no terminal, whoever wrote it; too little memory is one sentence."""
 
 import io
 import sys
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tqdm
 
 from usfmae_jax import convert, embed, export
-from usfmae_jax.errors import visible, visible_output
+from usfmae_jax.errors import BAD_INPUT, answer, visible, visible_output
 
 HOSTILE = "\x1b[2J\x1b]52;c;aGk=\x07\x9b31m\u202e\u061c\ufeff\xad\u2028\u2029\U000e0041"
 
@@ -54,3 +56,9 @@ def test_no_door_prints_what_steers_a_terminal(door, capsys, tmp_path):
     assert status == 2
     assert "\\u001b[2J" in printed or "\\\\x1b" in printed or "\\x1b" in printed
     assert all(letter.isprintable() for letter in printed.replace("\n", ""))
+
+
+@pytest.mark.parametrize("ask", [lambda: jnp.zeros(1 << 44), lambda: np.zeros(1 << 56)])
+def test_too_little_memory_is_one_sentence(ask, capsys):
+    assert answer(ask) == BAD_INPUT
+    assert "there is not enough memory; smaller images or batches take less" in capsys.readouterr().err

@@ -44,8 +44,9 @@ def answer(action: Callable[[], int]) -> int:
       action: returns the exit code.
 
     Returns:
-      the exit code; `BAD_INPUT` after an `InputError`, when the disk is full or gone, and when something else is where
-      a file or folder is to be; `FAILED` after a `FaultError`; `STOPPED` after Ctrl-C.
+      the exit code; `BAD_INPUT` after an `InputError`, when the disk is full or gone, when something else is where a
+      file or folder is to be, and when there is not enough memory; `FAILED` after a `FaultError`; `STOPPED` after
+      Ctrl-C.
     """
     code = BAD_INPUT
     try:
@@ -58,7 +59,7 @@ def answer(action: Callable[[], int]) -> int:
         print("stopped", file=sys.stderr)
         return STOPPED
     except Exception as error:
-        said = storage_fault(error) or _in_the_way(error) or _absent_devices(error)
+        said = storage_fault(error) or _in_the_way(error) or _out_of_memory(error) or _absent_devices(error)
         if not said:
             raise
     print(f"error: {said}", file=sys.stderr)
@@ -176,6 +177,16 @@ def _in_the_way(error: Exception) -> str:
     place = next((one for one in (path, *path.parents) if one.exists()), path)
     kind, wanted = ("folder", "file") if place.is_dir() else ("file", "folder")
     return f"{place} is a {kind}, where a {wanted} is to be; move it away, and start again"
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What to say of a device, or a machine, that has too little memory; "" when the error is another."""
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    return (
+        "there is not enough memory; smaller images or batches take less, and --config.train.accumulate=2 computes a "
+        "training batch in two parts"
+    )
 
 
 def _absent_devices(error: Exception) -> str:

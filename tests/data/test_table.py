@@ -27,6 +27,14 @@ def frames(folder):
     return read_table(str(folder))
 
 
+def test_one_id_of_very_many_letters_does_not_cost_as_much_for_every_record(tmp_path):
+    records = made(30)
+    records[7]["patient"] = "p" * 3_000_000  # of which an array for all would take 360 MB
+    write_records(tmp_path / "made", records)
+    with pytest.raises(InputError, match=r"patient of a record in .* has 3,000,000 letters"):
+        read_table(str(tmp_path / "made"))
+
+
 def test_a_table_has_every_frame_with_its_ids(frames):
     assert len(frames) == 41
     assert (frames.left_out, frames.damaged) == (0, 0)

@@ -25,6 +25,7 @@ _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 _TEXTS = ("dataset", "patient", "video", "frame", "source", "sha256")
 _COLUMNS = ("index", "label", "digest", "split", *_TEXTS)
 MAX_CLASSES = 100_000
+_ROOM = 1 << 28  # bytes that a column may take whatever its texts are
 _MANY = 20_000  # records from which reading takes long enough to show progress
 
 
@@ -153,12 +154,22 @@ def read_table(paths: str, split: str = "") -> Table:
         index.append(number)
         label.append(record["label"])
         digests.append(hashlib.sha256(record["image"]).digest())
-    columns: dict[str, Any] = {name: np.asarray(values, np.str_) for name, values in texts.items()}
+    columns: dict[str, Any] = {name: _column(paths, name, values) for name, values in texts.items()}
     columns["index"], columns["label"] = np.asarray(index, np.int64), np.asarray(label, np.int64)
     columns["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
     table = Table(shards, **columns, damaged=len(shards) - len(index), path=paths)
     named = {names for folder in folders(table) if (names := names_beside(folder))}
     return dataclasses.replace(table, label_names=named.pop() if len(named) == 1 else ())
+
+
+def _column(paths: str, name: str, values: list[str]) -> np.ndarray:
+    """Texts as an array, in which each takes the room of the longest; raises InputError where that is no id."""
+    longest = max(map(len, values), default=0)
+    if 4 * longest * len(values) > _ROOM + 16 * sum(map(len, values)):
+        raise InputError(
+            f"{name} of a record in {paths} has {longest:,} letters, far more than those of the others: is it an id?"
+        )
+    return np.asarray(values, np.str_)
 
 
 def folders(frames: Table) -> list[str]:
