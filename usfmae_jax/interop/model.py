@@ -25,6 +25,7 @@ import safetensors.numpy
 from etils import epath
 from flax import nnx
 
+from usfmae_jax import files
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import schema
 from usfmae_jax.interop.checkpoint import holds_checkpoints, load_parameters
@@ -286,8 +287,8 @@ def save_model(directory: str, model: Model) -> None:
     flat = flatten(params) | {_STATS + name: value for name, value in flatten(model.stats).items()}
     root = epath.Path(directory)
     root.mkdir(parents=True, exist_ok=True)
-    (root / "architecture.json").write_text(json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
-    (root / "preprocessing.json").write_text(json.dumps(model.preprocessing, indent=2) + "\n")
+    files.write(root / "architecture.json", json.dumps({"format": FORMAT, **about}, indent=2) + "\n")
+    files.write(root / "preprocessing.json", json.dumps(model.preprocessing, indent=2) + "\n")
     write_lineage(directory, model.lineage)
     tensors = {name: from_array(np.asarray(value, np.float32)) for name, value in flat.items()}
     write_safetensors(root / "model.safetensors", tensors, {"lineage": json.dumps(model.lineage)})
@@ -295,7 +296,7 @@ def save_model(directory: str, model: Model) -> None:
 
 def write_lineage(directory: str, lineage: Lineage) -> None:
     """Writes `lineage.json`, into an encoder directory or a workdir."""
-    (epath.Path(directory) / "lineage.json").write_text(json.dumps({"stages": lineage}, indent=2) + "\n")
+    files.write(epath.Path(directory) / "lineage.json", json.dumps({"stages": lineage}, indent=2) + "\n")
 
 
 def read_lineage(directory: str) -> Lineage:
