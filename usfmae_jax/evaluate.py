@@ -80,7 +80,7 @@ def _task(workdir: str) -> dict[str, Any]:
         folder = folder.parent if folder.is_file() else folder
         task = files.parse((folder / "results.json").read_bytes())["task"]
         return task if isinstance(task, dict) else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 

@@ -19,13 +19,12 @@ pip install 'usfmae_jax[interop]'.
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from usfmae_jax import __version__
+from usfmae_jax import __version__, files
 from usfmae_jax.errors import DONE, InputError, Parser, answer, visible_output
 from usfmae_jax.weights import find
 
@@ -176,9 +175,9 @@ def _check_replaces_its_own(output: str, form: str) -> None:
     if not os.path.isdir(output) or not os.listdir(output):
         return
     try:
-        with open(os.path.join(output, "export.json")) as file:
-            earlier = json.load(file)["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        with open(os.path.join(output, "export.json"), "rb") as file:
+            earlier = files.parse(file.read())["format"]
+    except (OSError, ValueError, KeyError, TypeError):
         # A run leaves its encoder without an export.json.
         ours = os.path.exists(os.path.join(output, "architecture.json"))
         earlier = "safetensors" if ours else "something else"

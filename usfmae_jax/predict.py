@@ -148,16 +148,7 @@ def open_members(checkpoint: str) -> "list[Model]":
 
     found = members(checkpoint)
     most = max(map(_fraction, found), default=0.0)
-    try:
-        models = [open_model(path) for path in found if _fraction(path) == most] or [open_model(checkpoint)]
-    except InputError as error:
-        tested = any(os.path.exists(os.path.join(checkpoint, name)) for name in ("results.json", "suite.json"))
-        if "holds neither" not in str(error) or not tested:
-            raise
-        raise InputError(
-            f"--checkpoint={checkpoint} is an evaluation, which keeps no model; give a fine-tuning run, or the encoder "
-            "that it tested"
-        ) from error
+    models = [open_model(path) for path in found if _fraction(path) == most] or [open_model(checkpoint)]
     same = [({**one.description, "scale": None}, one.preprocessing) for one in models]  # each has a scale of its own
     for one in same[1:]:
         if one != same[0]:

@@ -1,12 +1,12 @@
 """Which data something was computed from: what weights carry with them, and how a test set is recognised in it."""
 
 import collections
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
+from usfmae_jax import files
 from usfmae_jax.data.records import Shards, dataset_name
 
 
@@ -41,8 +41,8 @@ def describe_data(sources: Sequence[Shards]) -> list[dict[str, Any]]:
 def read_manifest(folder: epath.Path | str) -> dict[str, Any]:
     """The `manifest.json` of a build's folder; {} if there is none, or none that can be read."""
     try:
-        manifest = json.loads((epath.Path(folder) / "manifest.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        manifest = files.parse((epath.Path(folder) / "manifest.json").read_bytes())
+    except (OSError, ValueError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

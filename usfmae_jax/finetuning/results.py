@@ -24,6 +24,7 @@ from usfmae_jax.interop.model import Model, open_model, write_lineage
 from usfmae_jax.reporting.masks import Coco, safe_path, write_png
 from usfmae_jax.training import inspect
 from usfmae_jax.training.forward import apply_batches, features_of, model_function
+from usfmae_jax.training.mesh import describe as describe_mesh
 from usfmae_jax.training.mesh import on_first_process, one_device
 
 #: Most confident errors that the report shows.
@@ -137,8 +138,7 @@ def describe(run: Run, mesh: Mesh, batch_size: int, unfinished: int, at_a_time: 
     table, steps = run.table, [member.total_steps for member in run.members]
     summary = run.task.summary(table)
     say(
-        f"{jax.devices()[0].device_kind}: {tables.counted(mesh.size, 'device')} as data={mesh.shape['data']} x "
-        f"fsdp={mesh.shape['fsdp']}, {tables.counted(jax.process_count(), 'process')}\n"
+        f"{describe_mesh(mesh)}\n"
         f"data: {len(table)} frames of {tables.counted(len(np.unique(table.patient_key)), 'patient')}"
         f"{summary and ': '}{summary}"
         + (f"; {table.left_out} without a label are left out" if table.left_out else "")

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as orbax
 
+from usfmae_jax import files
 from usfmae_jax.errors import InputError
 
 #: Bytes of a checkpoint that are on their way to or from the disk at any time.
@@ -52,7 +53,7 @@ def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any],
         saver.save_async(0, {"params": params}, metrics={"loss": 0.0}, custom_metadata=metadata)
         saver.close()
         without_paths(folder)
-    (root / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    files.write(root / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def load_parameters(

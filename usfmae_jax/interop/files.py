@@ -21,6 +21,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from usfmae_jax import files
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import schema
 from usfmae_jax.weights import find
@@ -285,9 +286,8 @@ def _open(path: str, averaged: bool) -> tuple[Tensors, dict[str, str], str]:
 
 def _parts(index: str) -> list[str]:
     try:
-        with open(index) as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        names = sorted(set(files.parse(epath.Path(index).read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is no index of safetensors files: {error}") from error
     # A name with a folder in it could point anywhere.
     parts = [os.path.join(os.path.dirname(index), os.path.basename(str(name))) for name in names]
@@ -304,9 +304,8 @@ def _read_settings(folder: str) -> dict[str, dict[str, Any]]:
         if not os.path.isfile(file):
             continue
         try:
-            with open(file) as opened:
-                value = json.load(opened)
-        except (OSError, ValueError, RecursionError) as error:
+            value = files.parse(epath.Path(file).read_bytes())
+        except (OSError, ValueError) as error:
             raise InputError(f"{file} cannot be read as JSON ({error}); download it again or move it away") from error
         if isinstance(value, dict):
             try:

@@ -247,6 +247,10 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
             return _from_checkpoint(directory, step, whole)
     if root.name.isdigit() and step is None:
         return _from_checkpoint(root.parent, int(root.name), whole)
+    if any((root / name).exists() for name in ("results.json", "suite.json")):
+        raise InputError(
+            f"{path} is an evaluation, which keeps no model; give a fine-tuning run, or the encoder that it tested"
+        )
     raise InputError(f"{path} holds neither an encoder or a classifier nor a finished checkpoint")
 
 
@@ -306,8 +310,8 @@ def read_lineage(directory: str) -> Lineage:
       InputError: it says something else than a lineage does.
     """
     try:
-        stages = list(json.loads((epath.Path(directory) / "lineage.json").read_text())["stages"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        stages = list(files.parse((epath.Path(directory) / "lineage.json").read_bytes())["stages"])
+    except (OSError, ValueError, KeyError, TypeError):
         return []
     schema.check_lineage(stages)
     return stages
@@ -347,11 +351,11 @@ def _fingerprint(params: Any, stats: Any, about: Sequence[Any]) -> str:
 def _from_directory(directory: str) -> Model:
     root, what = epath.Path(directory), "an encoder"
     try:
-        about = json.loads((root / "architecture.json").read_text())
+        about = files.parse((root / "architecture.json").read_bytes())
         what = "a classifier" if "model" in about or "classes" in about else what
-        pixels = json.loads((root / "preprocessing.json").read_text())
+        pixels = files.parse((root / "preprocessing.json").read_bytes())
         flat = safetensors.numpy.load((root / "model.safetensors").read_bytes())
-    except (OSError, ValueError, TypeError, RecursionError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(f"{directory} is not {what} directory: {error}") from error
     if not isinstance(about, dict):
         raise InputError(f"{directory} is not {what} directory: architecture.json is no object")

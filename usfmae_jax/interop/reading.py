@@ -1,13 +1,13 @@
 """From somebody else's tensors and settings to a `Model`, with an account of every tensor."""
 
 import dataclasses
-import json
 import math
 import re
 from typing import Any
 
 import numpy as np
 
+from usfmae_jax import files
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop import names, schema
 from usfmae_jax.interop.files import Source, Tensors, from_array
@@ -413,8 +413,8 @@ def _lineage(source: Source) -> list[dict[str, Any]]:
     stages = source.settings.get("lineage", {}).get("stages")
     if stages is None:
         try:
-            stages = json.loads(source.metadata.get("lineage", "[]"))
-        except (ValueError, RecursionError):
+            stages = files.parse(source.metadata.get("lineage", "[]"))
+        except ValueError:
             stages = []
     stages = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
     try:

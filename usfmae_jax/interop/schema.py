@@ -3,13 +3,13 @@
 Whatever they declare is bounded before anything is built from it, and then has to fit the tensors.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
 
+from usfmae_jax import files
 from usfmae_jax.errors import InputError
 
 _SIDE, _PATCHES, _CELLS = 4096, 1 << 14, 1 << 26  # of the position table: images, patches, numbers
@@ -157,8 +157,8 @@ def read_run(path: epath.Path, about: Mapping[str, Any], pixels: Mapping[str, An
       InputError: it is no JSON, says what none can be, or something else than the checkpoint.
     """
     try:
-        said = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        said = files.parse(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); it is what the run left there") from error
     # How it was computed there need not be possible here, and earlier versions said it in other words.
     model = about["encoder"] | about["decoder"] | {name: pixels[name] for name in ("mean", "std")}

@@ -23,6 +23,7 @@ from usfmae_jax.interop.model import Lineage, Model, model_graph, read_lineage, 
 from usfmae_jax.pretraining import build, inspect
 from usfmae_jax.training import checkpoints, checks, hardware, writers
 from usfmae_jax.training.mesh import damage_of_all, global_batch, make_mesh, on_first_process, replicated
+from usfmae_jax.training.mesh import describe as describe_mesh
 from usfmae_jax.training.monitor import Monitor, Preemption, Profile, naming_records
 from usfmae_jax.training.state import State, abstract_state, init_state, teacher_state, weights_of
 from usfmae_jax.training.update import compile_update
@@ -191,11 +192,9 @@ def describe(
 ) -> None:
     """Says what is about to run."""
     report.say(f"Total: {parameter_overview.count_parameters(state['params']):,} parameters")
-    device = jax.devices()[0]
     frames = sum(map(len, sources))
     report.say(
-        f"{device.device_kind}: {tables.counted(mesh.size, 'device')} as data={mesh.shape['data']} x "
-        f"fsdp={mesh.shape['fsdp']}, {tables.counted(jax.process_count(), 'process')}\n"
+        f"{describe_mesh(mesh)}\n"
         f"data: {frames} frames from {tables.counted(len(sources), 'source')}; {total_steps} steps of "
         f"{config.train.batch_size} = {total_steps * config.train.batch_size / frames:.1f} epochs\n"
         f"evaluation sets kept out of it: {', '.join(config.data.exclude) or 'none'}"

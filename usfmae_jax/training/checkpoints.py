@@ -1,7 +1,6 @@
 """Checkpoints: Orbax holds the state; the data position and the config travel inside the same checkpoint."""
 
 import functools
-import json
 import logging
 import math
 import sys
@@ -14,6 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as orbax
 
+from usfmae_jax import files
 from usfmae_jax.data.records import matches
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.checkpoint import check_metadata, quiet, reason, signed, without_paths
@@ -84,7 +84,7 @@ def _mend_ranks(directory: epath.Path) -> None:
     """A loss that cannot be read any more costs its checkpoint the rank; Orbax would not open the others either."""
     for path in matches(directory, "*/metrics/metrics"):
         try:
-            math.isfinite(json.loads(path.read_text())["loss"])
+            math.isfinite(files.parse(path.read_bytes())["loss"])
         except (ValueError, LookupError, TypeError):
             path.write_text('{"loss": Infinity}')
 
@@ -93,7 +93,7 @@ def _put_metadata_aside(directory: epath.Path) -> None:
     """Without metadata a checkpoint counts as damaged; with such as Orbax cannot read it would not open the others."""
     for path in directory.glob("*/_CHECKPOINT_METADATA"):
         try:
-            damaged = not json.loads(path.read_text()).keys() <= _ORBAX_FIELDS
+            damaged = not files.parse(path.read_bytes()).keys() <= _ORBAX_FIELDS
         except (ValueError, AttributeError):
             damaged = True
         if damaged:

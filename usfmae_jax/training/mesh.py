@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from usfmae_jax.errors import InputError
+from usfmae_jax.evaluation.tables import counted
 from usfmae_jax.models.layers import split_axis
 
 #: Seconds without a sign of life after which a process of a job counts as dead, and ends the others.
@@ -132,6 +133,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def describe(mesh: Mesh) -> str:
+    """The devices, how they are laid out, and the processes, for a person."""
+    devices, processes = counted(mesh.size, "device"), counted(jax.process_count(), "process")
+    layout = f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
+    return f"{jax.devices()[0].device_kind}: {devices} as {layout}, {processes}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
