@@ -132,7 +132,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
             path="",  # labelled shards; "" = no probe
             split="",  # only this TFDS split; "" = all
         ),
-        every=1000,  # steps between probes
+        every=1000,  # steps between probes; 0 = none
         limit=4000,  # labelled frames that are used, at most
     )
     VARIANTS[variant](config)

@@ -332,7 +332,7 @@ def inspections(
         rows = -(-8 // mesh.size) * len(mesh.local_devices)
         images, folder = dataset[0]["image"][:rows], epath.Path(workdir) / "reconstructions"
         found.append((config.log.pictures_every, inspect.pictures(learn, graph, mesh, images, folder, config.seed)))
-    if config.probe.data.path:
+    if config.probe.data.path and config.probe.every:
         try:
             table = read_table(config.probe.data.path, config.probe.data.split)
         except InputError as error:
@@ -347,6 +347,5 @@ def inspections(
         labelled = classification.labelled_images(
             table, size=checks.square(config.model.image_size), channels=config.data.channels, limit=config.probe.limit
         )
-        if config.probe.every:
-            found.append((config.probe.every, inspect.probe(learn, graph, mesh, labelled, note, config.seed)))
+        found.append((config.probe.every, inspect.probe(learn, graph, mesh, labelled, note, config.seed)))
     return found
