@@ -1,13 +1,13 @@
-r"""An encoder's features under a probe, or a fine-tuned classifier, on labelled frames: numbers with intervals.
+r"""Test an encoder (with a probe on its features) or a fine-tuned classifier on labelled frames, with intervals.
 
     python -m usfmae_jax.evaluate --config=evaluate:busbra --config.checkpoint=runs/pretrain-tiny
     python -m usfmae_jax.evaluate --config=evaluate:folder --config.checkpoint=DIR \
         --config.data.path=data/mine --config.protocol=knn --workdir=runs/mine-knn
 
-Leaves results.json, results.md, predictions.csv, report.html and splits/splits.csv in the workdir. Features are
-computed once and kept for the other protocols. For BUS-BRA's 1,875 frames and the tiny encoder, two CPU cores with
-other work beside took 10 to 20 s for the features, 5 s for logistic regression of all five folds, 10 s for the linear
-probe and 45 seconds a fold for the attentive one.
+Writes results.json, results.md, predictions.csv, report.html and splits/splits.csv to the workdir. Features are
+computed once and kept for the other protocols. For BUS-BRA's 1,875 frames and the tiny encoder, two CPU cores shared
+with other work took 10 to 20 s for the features, 5 s for logistic regression on all five folds, 10 s for the linear
+probe and 45 seconds per fold for the attentive one.
 
 Variants
   :folder   any labelled shards, --config.data.path=DIR
@@ -20,9 +20,9 @@ Protocols (`config.protocol`)
   knn        weighted vote of the nearest neighbours; their number is chosen on validation frames
   linear     MAE's linear probe: BatchNorm and a linear layer, LARS or AdamW
   attentive  one learned query attends to the frozen patch tokens
-  segmentation  of shards with masks: a linear layer from the frozen patch tokens to the classes of their pixels
-  regression  of a number from a table, --config.targets=FILE.csv: ridge regression, chosen on validation frames
-  finetuned  the classifier of a fine-tuning run as it is
+  segmentation  for shards with masks: a linear layer from the frozen patch tokens to the classes of their pixels
+  regression  for a number from a table, --config.targets=FILE.csv: ridge regression, chosen on validation frames
+  finetuned  the classifier of a fine-tuning run, unchanged
   auto       finetuned where the checkpoint has a classifier, else logistic
 """
 

@@ -5,28 +5,28 @@ r"""Fine-tune a model on labelled shards and test it on patients that it has not
     python -m usfmae_jax.finetune --config=finetune:folder_regression --config.data.path=data/mine \
         --config.targets=table.csv --config.target="ejection fraction"
 
-One command trains every member: each fold, seed and label fraction, and of a small model on a CPU as many at a time as
-there are cores. It ends with results.json, results.md, predictions.csv and report.html in the workdir; splits/ holds
-who was trained and tested on. The weights with the best validation score are the ones that are tested. More seeds,
-fractions or folds may be added to a finished run.
+One command trains every member (each fold, seed and label fraction); small models on a CPU train side by side, one per
+core. It writes results.json, results.md, predictions.csv and report.html to the workdir; splits/ says who was trained
+and tested on. The weights with the best validation score are the ones that are tested. More seeds, fractions or folds
+may be added to a finished run.
 
 Without --config.init the same model starts from random weights: the baseline to beat. Settings are meant for 500 to
 2,000 images and a small model on a CPU; they were tuned on no dataset.
 
-`config.task` is what is learnt: "classification", which of some classes the shards' labels name; "regression", a number
-of each frame; "multilabel", which of several labels, any number; "segmentation", see --config=segment. The numbers of
-the second and the labels of the third are columns of a CSV file, `config.targets`, whose column frame, source or file
-names the frames, and are called "name" or "name [unit]"; labels are 0, 1 or empty.
+`config.task` is what is learnt: "classification", the class that the shards' label names; "regression", a number for
+each frame; "multilabel", any subset of several labels; "segmentation", see --config=segment. The numbers for regression
+and the labels for multilabel are columns of a CSV file, `config.targets`, which are called "name" or "name [unit]"; its
+column frame, source or file names the frames. Labels are 0, 1 or empty.
 
 Variants
   :folder  any labelled shards (data_prep.build --labels); 5 folds by patient unless the shards bring a split
   :busbra  BUS-BRA, benign or malignant, its official 5 folds; 1,875 images
   :mmotu   MMOTU-2D, eight ovarian classes, its official train and test parts; 1,469 images
   :gist514 GIST514-DB, leiomyoma or GIST, its official 5 folds; 514 images
-  :folder_regression  a number from a table, any shards
-  :folder_multilabel  several labels of 0 and 1 from a table, any shards
+  :folder_regression  any shards, a number from a table
+  :folder_multilabel  any shards, several labels of 0 and 1 from a table
   :hc18    HC18, head circumference in mm from its table; 999 images
-  :folder_mae :busbra_mae :mmotu_mae :gist514_mae   the same with the fine-tuning recipe of MAE for ViT-B
+  :folder_mae :busbra_mae :mmotu_mae :gist514_mae   the same with MAE's fine-tuning recipe for ViT-B
 """
 
 import ml_collections

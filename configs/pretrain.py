@@ -2,23 +2,23 @@
 
     python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
 
-Hardware: any GPU or TPU with 40 GB (config.train.accumulate halves memory per doubling). 360,000 frames x 100 epochs
-are 2.1e18 FLOP: about 2 hours of one H200 at 30% of its bf16 peak (arithmetic: neither time nor outcome is measured
-yet). From random weights give it more epochs (400 to 800, as MAE took on ImageNet).
+Hardware: any GPU or TPU with 40 GB (each doubling of config.train.accumulate halves memory). 360,000 frames x 100
+epochs are 2.1e18 FLOP: about 2 hours on one H200 at 30% of its bf16 peak (calculated: neither time nor outcome has been
+measured yet). From random weights, give it more epochs (400 to 800, as MAE took on ImageNet).
 
 Variants
-  :paper   the settings published with USF-MAE, faults included; the same arithmetic per image
+  :paper   the settings published with USF-MAE, including their faults; the same arithmetic per image
   :demo    simulated frames (`make pretrain`); two CPU cores: 3 minutes, loss 0.85, probe AUROC 0.54 -> 0.77
-  :tiny    a small model for small data; two CPU cores: 25 to 35 minutes. 2,081 real frames: loss 0.78,
-           AUROC of BUS-BRA's malignancy by logistic regression 0.62 -> 0.76 (measured 2026-11-24)
+  :tiny    a small model for small data; two CPU cores: 25 to 35 minutes. On 2,081 real frames: loss 0.78,
+           AUROC for malignancy in BUS-BRA by logistic regression 0.62 -> 0.76 (measured 2026-11-24)
   :small   ViT-S/16    22 M parameters, 0.2 times the arithmetic of B
   :large   ViT-L/16   303 M parameters, 2.1 times
   :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
-  :gigantic   ViT-G/14   1.84 billion parameters, 13 times; likewise
-  :cross   ViT-B/16 with a decoder that attends across, to visible patches alone: 0.6 times
-  :tiny_cross   the same of :tiny
-  :tiny_latent  :tiny, which predicts features of its own average (or of --config.latent.teacher=DIR) and no pixels
-  :shipped   :tiny for longer: the weights that are included, usfmae_jax/weights/README.md; two CPU cores: 2 to 3 hours
+  :gigantic   ViT-G/14   1.84 billion parameters, 13 times; splits them likewise
+  :cross   ViT-B/16 with a decoder that cross-attends to the visible patches only: 0.6 times
+  :tiny_cross   :tiny with such a decoder
+  :tiny_latent  :tiny, predicting features of its own running average (or of --config.latent.teacher=DIR), not pixels
+  :shipped   :tiny, trained longer: the included weights (usfmae_jax/weights/README.md); two CPU cores: 2 to 3 hours
 """
 
 import ml_collections

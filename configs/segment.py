@@ -1,24 +1,24 @@
-"""Teach a model to outline what masks outline, and test it on patients that it has not seen.
+"""Teach a model to draw the outlines that masks show, and test it on patients that it has not seen.
 
     python -m usfmae_jax.finetune --config=segment:busbra --config.init=runs/pretrain-tiny
     python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=segment:busbra --config.model.arch=unet
 
-All of `configs/finetune.py` holds here too: folds, seeds, label fractions, resuming, what is left in the workdir. The
-numbers are Dice, IoU, boundary F1 and HD95 of each class, averaged by patient, with intervals; report.html shows the
-best, the middling and the worst outlines. Without --config.init the same model starts from random weights, and
---config.model.arch=unet is a small U-Net: the baselines to beat.
+Everything in `configs/finetune.py` applies here too: folds, seeds, label fractions, resuming, the files in the workdir.
+The metrics are Dice, IoU, boundary F1 and HD95 of each class, averaged by patient, with intervals; report.html shows
+the best, median and worst outlines. The baselines to beat: without --config.init the same model starts from random
+weights, and --config.model.arch=unet is a small U-Net.
 
 Variants
   :folder  any shards with masks (data_prep.build of images with masks beside them); 5 folds by patient
   :busbra  BUS-BRA, the lesion, its official 5 folds
   :hc18    HC18, the fetal head
   :camus   CAMUS, ventricle, myocardium and atrium
-  :mmotu   MMOTU-2D, eight classes of ovaries and what is in them, its official train and test parts
+  :mmotu   MMOTU-2D, eight classes of ovaries and their contents, its official train and test parts
   :phantom simulated frames with three classes of lesions: a small model on a CPU
-  :folder_linear :busbra_linear   one linear layer on the frozen encoder, the probe: minutes on a CPU
-  :folder_instances :mmotu_instances :phantom_instances   each lesion of a frame by itself: what is learnt are the
-           connected areas of a class, by queries on the encoder; the numbers are COCO's mAP, mAP@50 and mAP@75
+  :folder_linear :busbra_linear   one linear layer on the frozen encoder, as a probe: minutes on a CPU
+  :folder_instances :mmotu_instances :phantom_instances   each lesion of a frame separately: queries on the
+           encoder learn the connected areas of a class; the metrics are COCO's mAP, mAP@50 and mAP@75
 """
 
 import ml_collections

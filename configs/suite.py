@@ -1,17 +1,17 @@
-r"""One frozen encoder on every labelled and masked dataset there is, beside what it has to beat.
+r"""Test one frozen encoder on every labelled or masked dataset that you have, beside what it has to beat.
 
     python -m usfmae_jax.evaluate --config=suite \
         --config.suite.checkpoints=runs/pretrain-tiny,random,pixels --config.data.path=data/bus_bra,data/aul,data/hc18
 
-What a foundation model is asked for is to carry over from one anatomy to the next: this measures it. Each dataset is
-tested by logistic regression of its classes, by a linear layer for its masks, and by ridge regression of the numbers
-that a table has of it, --config.suite.targets=hc=HC.csv, as far as it has them; the table gives every encoder with its
-interval, and its difference to the first one under the same resampled patients. suite.md and report.html hold the
-table, DATASET-KIND/ENCODER the report of each test. The same command goes on where it was interrupted, and more
+A foundation model should carry over from one anatomy to the next; this measures whether it does. Whichever of these a
+dataset has is tested: its classes by logistic regression, its masks by a linear layer, and numbers from a table,
+--config.suite.targets=hc=HC.csv, by ridge regression. The resulting table gives a score with its interval for every
+encoder, and the difference from the first one under the same resampled patients. suite.md and report.html hold the
+table, DATASET-KIND/ENCODER the report of each test. The same command resumes where it was interrupted, and more
 encoders or datasets may be added to it.
 
-An encoder of another library is made ours by `usfmae_jax.convert` first. `random` is an untrained one (`random:base` of
-another size), `pixels` are raw pixels.
+To test an encoder from another library, convert it with `usfmae_jax.convert` first. `random` is an untrained encoder
+(`random:base` one of another size), `pixels` are raw pixels.
 """
 
 import ml_collections
