@@ -90,6 +90,10 @@ def embed(
         raise InputError(f"--output={output} must end in .npz or .parquet")
     if suffix == ".parquet" and pool == "patches":
         raise InputError("a table cannot hold patch tokens; use --output=FILE.npz with --pool=patches")
+
+    from usfmae_jax.training.mesh import keep_memory, make_mesh  # after the flags are known to be right
+
+    keep_memory()
     if suffix == ".parquet":
         _pyarrow()
     try:
@@ -98,9 +102,8 @@ def embed(
         raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
 
     from usfmae_jax.interop.model import open_model
-    from usfmae_jax.probing.features import extractor, image_format  # after the flags are known to be right
+    from usfmae_jax.probing.features import extractor, image_format
     from usfmae_jax.training.forward import fitting_batch
-    from usfmae_jax.training.mesh import make_mesh
 
     weights = open_model(checkpoint)
     weights.encoder()

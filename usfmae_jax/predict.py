@@ -101,8 +101,9 @@ def predict(
     from usfmae_jax.prediction.kinds import kind_of, outputs
     from usfmae_jax.training import lock
     from usfmae_jax.training.checks import public_paths
-    from usfmae_jax.training.mesh import make_mesh
+    from usfmae_jax.training.mesh import keep_memory, make_mesh
 
+    keep_memory()
     models = open_members(checkpoint)
     name, kind = kind_of(models[0], checkpoint)
     if flip and kind.mirror is None:

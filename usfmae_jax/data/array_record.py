@@ -11,7 +11,6 @@ import struct
 
 import grain
 import numpy as np
-import pyarrow
 
 from usfmae_jax.errors import DamagedRecord
 
@@ -87,7 +86,7 @@ class ArrayRecordShard:
                     chunks.append(fields[1])
                     ends.append(ends[-1] + fields[3])
                 at += size
-        except (ValueError, IndexError, KeyError, OverflowError, pyarrow.ArrowException) as error:
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise DamagedRecord("the shard's index cannot be read") from error
         return np.asarray(ends[1:], np.int64), np.asarray(chunks, np.int64)
 
@@ -97,7 +96,13 @@ class ArrayRecordShard:
         size, start = _varint(data, 0)
         if size > self._size:
             raise ValueError(f"{size} bytes are more than the file has")
-        return pyarrow.decompress(data[start:], size, codec=_CODECS[codec], asbytes=True)
+        # It starts a thread, with which glibc's memory is in two parts for good: not before `mesh.keep_memory`.
+        import pyarrow
+
+        try:
+            return pyarrow.decompress(data[start:], size, codec=_CODECS[codec], asbytes=True)
+        except pyarrow.ArrowException as error:
+            raise ValueError(str(error)) from error
 
     def _header(self, position: int) -> tuple[int, int]:
         """Of the chunk at a position: bytes in the file, and uncompressed."""

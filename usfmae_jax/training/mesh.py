@@ -43,7 +43,9 @@ def keep_memory() -> None:
     """Tells glibc to keep freed memory instead of giving it back to the system; for JAX on a CPU under Linux.
 
     XLA frees and asks for the same hundreds of megabytes at every step. Given back, each page is faulted in anew: a
-    third of a small model's training step. Must come before JAX starts its threads; memory stays at its peak.
+    third of a small model's training step. Must come before anything starts threads, JAX or PyArrow: a thread that has
+    an arena of its own keeps it, others share it, and what is large there is given back all the same. Memory stays at
+    its peak.
     """
     accelerated = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")))
     if sys.platform != "linux" or accelerated:
