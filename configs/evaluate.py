@@ -106,7 +106,7 @@ def mmotu(config: ml_collections.ConfigDict) -> None:
 
 
 def gist514(config: ml_collections.ConfigDict) -> None:
-    """GIST514-DB (He et al. 2022): 514 endoscopic images; patients are not known."""
+    """GIST514-DB (He et al. 2023): 514 endoscopic images; patients are not known."""
     config.data.path = "data/gist514_db"
     config.positive = "GIST"
 

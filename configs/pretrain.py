@@ -2,9 +2,9 @@
 
     python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
 
-Hardware: any GPU or TPU with 40 GB (each doubling of config.train.accumulate halves memory). 360,000 frames x 100
-epochs are 2.1e18 FLOP: about 2 hours on one H200 at 30% of its bf16 peak (calculated: neither time nor outcome has been
-measured yet). From random weights, give it more epochs (400 to 800, as MAE took on ImageNet).
+Hardware: any GPU or TPU with 40 GB (each doubling of config.train.accumulate halves the activations). 360,000 frames x
+100 epochs are 2.1e18 FLOP: about 2 hours on one H200 at 30% of its bf16 peak (calculated: neither time nor outcome has
+been measured yet). From random weights, give it more epochs (400 to 800, as MAE took on ImageNet).
 
 Variants
   :paper   the settings published with USF-MAE, including their faults; the same arithmetic per image

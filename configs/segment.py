@@ -63,7 +63,7 @@ def busbra(config: ml_collections.ConfigDict) -> None:
 
 def hc18(config: ml_collections.ConfigDict) -> None:
     """HC18 (van den Heuvel et al. 2018): 999 outlines of fetal heads."""
-    config.data.path = "data/hc18"
+    config.data.path = "data/hc"
     config.classes = ("head",)
 
 

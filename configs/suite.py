@@ -1,7 +1,7 @@
 r"""Test one frozen encoder on every labelled or masked dataset that you have, beside what it has to beat.
 
     python -m usfmae_jax.evaluate --config=suite \
-        --config.suite.checkpoints=runs/pretrain-tiny,random,pixels --config.data.path=data/bus_bra,data/aul,data/hc18
+        --config.suite.checkpoints=runs/pretrain-tiny,random,pixels --config.data.path=data/bus_bra,data/aul,data/hc
 
 A foundation model should carry over from one anatomy to the next; this measures whether it does. Whichever of these a
 dataset has is tested: its classes by logistic regression, its masks by a linear layer, and numbers from a table,

@@ -16,9 +16,10 @@ that is interrupted goes on where it was when the same command is given again; a
 Of several datasets each has its folder below --input, under its name. For data of your own that names patients add
 --private: ids and paths are then written as salted hashes only, as they always are for --dataset=dicom.
 
-labels.csv (or .xlsx) has a header and the columns file,label,patient,video,split,mask, of which only `file` must be
-there: paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient (or NA,
-"Anonymous" and the like) is unknown. Masks that lie beside their images need no table, see --masks.
+labels.csv (or .xlsx) has a header and the columns file,label,patient,video,split,mask,spacing, of which only `file`
+must be there: paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient
+(or NA, "Anonymous" and the like) is unknown, spacing is the size of a pixel in mm. Masks that lie beside their images
+need no table, see --masks.
 """
 
 import argparse

@@ -33,18 +33,19 @@ NAMES = {
 
 HEAD = """# Licences of the dependencies
 
-Written by `make licences`: what the locks name and a Linux machine installs, by the licence that each package states.
-All may be used in and beside an Apache-2.0 program; a test refuses a new dependency with a licence that it does not
-know. We hand on none of them: pip fetches them from their authors.
+Written by `make licences`: every package in the locks that is installed on Linux, by the licence that it states. All of
+them may be used in and with an Apache-2.0 program; a test refuses a new dependency under a licence that it does not
+know. This project distributes none of them: pip fetches them from their authors.
 
-Three things that a package's own licence does not tell:
+Three things that a package's own licence does not tell you:
 
-- Wheels carry libraries of others as files of their own. Those of `av` hold FFmpeg (LGPL 3) with x264 and x265 (GPL 2),
-  those of `opencv-python-headless` FFmpeg (LGPL 2.1), those of NumPy and SciPy libgfortran (GPL 3 with its exception
-  for libraries). Who ships an image with them inside has to meet these, too; `av` is needed for video alone.
-- Outside the locks: PyTorch (BSD-3-Clause), whose build depends on the machine; gcsfs (BSD-3-Clause); `jax[cuda13]`
-  and `jax[tpu]`, which bring NVIDIA's and Google's own libraries under terms of their own.
-- Weights and data are no dependencies; `lineage.json` and the model card carry their licences.
+- Some wheels contain other people's libraries. `av` contains FFmpeg (LGPL 3) with x264 and x265 (GPL 2),
+  `opencv-python-headless` contains FFmpeg (LGPL 2.1), and NumPy and SciPy contain libgfortran (GPL 3 with its exception
+  for libraries). Anyone who distributes a container image with them must meet these licences too; `av` is needed only
+  for video.
+- Not in the locks: PyTorch (BSD-3-Clause), whose build depends on the machine; gcsfs (BSD-3-Clause); `jax[cuda13]` and
+  `jax[tpu]`, which bring NVIDIA's and Google's own libraries under terms of their own.
+- Weights and data are not dependencies; their licences are in `lineage.json` and the model card.
 
 | licence | packages |
 |---|---|"""
