@@ -29,37 +29,38 @@ from typing import Any
 import psutil
 
 PLAIN = "mae"
-#: By name: a variant of `configs/pretrain.py` and what is overridden, where {real} and {phantoms} stand for shards; or
+#: By name: what is overridden in a variant of `configs/pretrain.py`, where {real} and {phantoms} stand for shards; or
 #: what is probed without any training.
-SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "pixels": ("pixels", {}),
-    "untrained": ("random:tiny", {}),
-    PLAIN: ("tiny", {}),
-    "cross": ("tiny_cross", {}),
-    "cross_all": ("tiny_cross", {"mask.share": 1.0}),
-    "block2": ("tiny", {"mask.block": 2}),
-    "block4": ("tiny", {"mask.block": 4}),
-    "blur1": ("tiny", {"mask.blur": 1.0}),
-    "blur2": ("tiny", {"mask.blur": 2.0}),
-    "muon": ("tiny", {"optimizer.muon": True}),
-    "cross_muon": ("tiny_cross", {"optimizer.muon": True}),
-    "ema": ("tiny", {"train.ema": 0.995}),
-    "latent": ("tiny_latent", {}),
-    "latent_block4": ("tiny_latent", {"mask.block": 4}),
-    "ratio50": ("tiny", {"mask.ratio": 0.5}),
-    "ratio60": ("tiny", {"mask.ratio": 0.6}),
-    "ratio85": ("tiny", {"mask.ratio": 0.85}),
-    "rate_half": ("tiny", {"optimizer.learning_rate": 1.5e-3}),
-    "rate_double": ("tiny", {"optimizer.learning_rate": 6e-3}),
-    "crop50": ("tiny", {"augment.crop_scale": (0.5, 1.0)}),
-    "crop80": ("tiny", {"augment.crop_scale": (0.8, 1.0)}),
-    "pixel_targets": ("tiny", {"loss.normalize_targets": False}),
-    "fan_aware": ("tiny", {"mask.fan_aware": True}),
-    "view64": ("tiny", {"model.image_size": 64}),
-    "view128_patch16": ("tiny", {"model.image_size": 128, "model.patch_size": 16}),
-    "batch256": ("tiny", {"train.batch_size": 256}),
-    "real_only": ("tiny", {"data.path": "{real}"}),
-    "phantoms_only": ("tiny", {"data.path": "{phantoms}"}),
+SETTINGS: dict[str, dict[str, Any] | str] = {
+    "pixels": "pixels",
+    "untrained": "random:tiny",
+    PLAIN: {},
+    "cross": {"objective": "cross_mae"},
+    "cross_all": {"objective": "cross_mae", "mask.share": 1.0},
+    "block2": {"mask.block": 2},
+    "block4": {"mask.block": 4},
+    "blur1": {"mask.blur": 1.0},
+    "blur2": {"mask.blur": 2.0},
+    "muon": {"optimizer.muon": True},
+    "cross_muon": {"objective": "cross_mae", "optimizer.muon": True},
+    "ema": {"train.ema": 0.995},
+    "latent": {"objective": "latent", "train.ema": 0.996},
+    "latent_block4": {"objective": "latent", "train.ema": 0.996, "mask.block": 4},
+    "ratio50": {"mask.ratio": 0.5},
+    "ratio60": {"mask.ratio": 0.6},
+    "ratio85": {"mask.ratio": 0.85},
+    "rate_0.0015": {"optimizer.learning_rate": 1.5e-3},
+    "rate_0.006": {"optimizer.learning_rate": 6e-3},
+    "crop50": {"augment.crop_scale": (0.5, 1.0)},
+    "crop80": {"augment.crop_scale": (0.8, 1.0)},
+    "pixel_targets": {"loss.normalize_targets": False},
+    "fan_aware": {"mask.fan_aware": True},
+    "view64": {"model.image_size": 64},
+    "view96": {"model.image_size": 96},
+    "view128_patch16": {"model.image_size": 128, "model.patch_size": 16},
+    "batch256": {"train.batch_size": 256},
+    "real_only": {"data.path": "{real}"},
+    "phantoms_only": {"data.path": "{phantoms}"},
 }
 #: Of every run: a checkpoint at the end alone, no pictures, no probe, and nothing that another process would do.
 ALWAYS = {
@@ -98,11 +99,11 @@ class Runner:
 
     def training(self, setting: str, seed: int, workdir: pathlib.Path, steps: int) -> list[str]:
         """The arguments of a training run."""
-        variant, changed = self.args.table[setting]
+        changed = self.args.table[setting]
         fields = {"seed": seed, "train.steps": steps, "data.path": "{real},{phantoms}"} | ALWAYS | changed
         fields["data.path"] = fields["data.path"].format(real=self.args.data, phantoms=self.args.phantoms).strip(",")
         overriding = [f"--config.{name}={value}" for name, value in fields.items()]
-        return [f"--config=pretrain:{variant}", f"--workdir={workdir}", *overriding]
+        return [f"--config=pretrain:{self.args.variant}", f"--workdir={workdir}", *overriding]
 
     def measure(self, setting: str, core: int) -> dict[str, Any]:
         """CPU seconds of a warm step, and how many steps fit."""
@@ -127,7 +128,7 @@ class Runner:
         """Trains and probes one seed of a setting."""
         workdir, log = self.fresh(f"{setting}-{seed}")
         found: dict[str, Any] = {"steps": steps}
-        checkpoint = self.args.table[setting][0]
+        checkpoint = self.args.table[setting]
         if steps:
             start = time.monotonic()
             process = self.start(core, "main", log, *self.training(setting, seed, workdir, steps))
@@ -145,7 +146,7 @@ class Runner:
             "probes": {
                 f"{pathlib.Path(data).name} {protocol}": self.probe(core, checkpoint, data, protocol, workdir, log)
                 for data, protocol in asked
-                if data and (protocol != "attentive" or self.args.table[setting][0] != "pixels")
+                if data and (protocol != "attentive" or checkpoint != "pixels")
             }
         }
 
@@ -198,11 +199,6 @@ def _steps(workdir: pathlib.Path) -> int:
     return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
-def trains(setting: tuple[str, dict[str, Any]]) -> bool:
-    """Whether there is anything to train."""
-    return setting[0].partition(":")[0] not in ("pixels", "random")
-
-
 def compare(args: argparse.Namespace) -> int:
     """Does what the file has no line of yet, seed by seed, so that an early end leaves whole rounds.
 
@@ -235,7 +231,7 @@ def compare(args: argparse.Namespace) -> int:
 
     with concurrent.futures.ThreadPoolExecutor(args.parallel) as pool:
         try:
-            trained = [name for name in args.settings if trains(args.table[name])]
+            trained = [name for name in args.settings if not isinstance(args.table[name], str)]
             do([(name, None) for name in trained])
             once = [(name, args.seeds[0]) for name in args.settings if name not in trained]
             do(once + [(name, seed) for seed in args.seeds for name in trained if name in steps])
@@ -299,9 +295,9 @@ def _spread(values: Sequence[float], form: str) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
 
 
-def _added(text: str) -> tuple[str, tuple[str, dict[str, Any]]]:
-    name, variant, *fields = text.split()
-    return name, (variant, dict(field.split("=", 1) for field in fields))
+def _added(text: str) -> tuple[str, dict[str, Any]]:
+    name, *fields = text.split()
+    return name, dict(field.split("=", 1) for field in fields)
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -312,6 +308,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--probe", default="", help="labelled shards that nothing was trained on")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON lines; finished parts are passed over")
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/objectives"), help="for the runs")
+    parser.add_argument("--variant", default="tiny", help="of configs/pretrain.py, to which settings are changes")
     parser.add_argument("--minutes", type=float, default=10, help="CPU minutes of training on one core")
     parser.add_argument("--seeds", type=lambda text: [int(one) for one in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--settings", default="", help="names, separated by commas; default: all")
@@ -320,7 +317,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         type=_added,
-        metavar="'NAME VARIANT FIELD=VALUE ...'",
+        metavar="'NAME FIELD=VALUE ...'",
         help="a setting more",
     )
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, each on a core of its own")
