@@ -111,26 +111,34 @@ def mmotu_instances(config: ml_collections.ConfigDict) -> None:
 
 
 def phantom(config: ml_collections.ConfigDict) -> None:
-    """Simulated frames with three classes of lesions: a small model on a CPU.
+    """Simulated frames with three classes of lesions: a small model on a CPU, half an hour.
 
-    data_prep.build --dataset=phantom --lesions=several --patients=2000 --frames=1; a patient more is worth more than
-    another frame of one.
+    data_prep.build --dataset=phantom --lesions=several --patients=20000 --frames=1; a patient more is worth more than
+    another frame of one, and more than a changed copy, so that frames are hardly augmented.
     """
+    _phantoms(config)
+    config.augment.update(crop_scale=(0.8, 1.0), rotation=(0.0, 0.0))
+    config.augment.update(brightness=(0.0, 0.0), contrast=(1.0, 1.0), gamma=(1.0, 1.0))
+    config.split.validation = 0.02
+    config.train.epochs = 5.0
+    config.stop.every = 0.5
+
+
+def _phantoms(config: ml_collections.ConfigDict) -> None:
     config.data.path = "data/phantom"
     config.model.update(image_size=(96, 96), decoder_width=64)
     config.optimizer.learning_rate = 1.6e-2  # 1e-3 at batch 16
-    config.train.update(batch_size=16, epochs=30.0)
-    config.stop.every = 3.0
+    config.train.batch_size = 16
     config.split.duplicates = False  # simulated frames look alike, and none is a copy
 
 
 def phantom_instances(config: ml_collections.ConfigDict) -> None:
-    """The same frames, instance by instance."""
-    phantom(config)
+    """Such frames, instance by instance: 400 patients with four frames each."""
+    _phantoms(config)
     folder_instances(config)
     config.model.update(queries=10, query_blocks=2)
     config.optimizer.learning_rate = 1.6e-2
-    config.train.update(epochs=40.0)
+    config.train.epochs = 40.0
 
 
 VARIANTS = {
