@@ -104,6 +104,7 @@ LESIONS = {
 #: Where several lesions of one image lie, see `draw_lesion`.
 SEVERAL = {"sizes": (0.08, 0.13), "down": (0.25, 0.65), "across": 0.75}
 _APART, _TRIES = 0.4, 100  # room around each of them, as a fraction of its size
+_REACH = 3.0  # no outline is as far from its middle, in sizes
 
 
 def _blob(rng, x, z, *, size, aspect, outline, ragged=0.0):
@@ -116,7 +117,12 @@ def _blob(rng, x, z, *, size, aspect, outline, ragged=0.0):
     phase = rng.uniform(0, 2 * math.pi, k.shape)
     turn = np.linspace(0, 2 * math.pi, 2048, endpoint=False)  # a table: cosines of the whole grid would be slow
     reach = 1 + (amplitude * np.cos(k * turn + phase)).sum(0).astype(np.float32)
-    return reach[(np.arctan2(b, a) * np.float32(1024 / math.pi)).astype(np.int32) & 2047] - np.hypot(a, b)
+    away = np.hypot(a, b)
+    near = np.flatnonzero(away < _REACH)  # farther out only that it is outside matters, and angles are slow
+    found = 1 - away
+    turned = np.arctan2(b.ravel()[near], a.ravel()[near]) * np.float32(1024 / math.pi)
+    found.ravel()[near] = reach[turned.astype(np.int32) & 2047] - away.ravel()[near]
+    return found
 
 
 def draw_vessels(rng: np.random.Generator, probe: Probe, x: np.ndarray, z: np.ndarray, tissue: np.ndarray) -> None:
