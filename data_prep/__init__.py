@@ -1,1 +1,1 @@
-"""Data preparation: raw ultrasound files to shards; shares only the record contract with the library."""
+"""Data preparation: converts raw ultrasound files to shards; shares only the record format with the library."""

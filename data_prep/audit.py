@@ -4,15 +4,14 @@
     python -m data_prep.audit --shards='data/*'
     python -m data_prep.audit --shards=data/hc --against=data/bus_bra --radius=20
 
-Both take shards, folders and globs as training does, several with commas between them, and all splits unless a name
-ends in :SPLIT. Frames match by patient, video or source file if the dataset has the same name, and whatever its name by
-equal source pixels, or as near-duplicates: resized, compressed, cropped by up to 5% a side, brighter, without text or
-surround. Patients that are not known match nobody.
+--shards and --against take shards, folders and globs as training does, separated by commas, and read all splits unless
+a name ends in :SPLIT. Frames match by patient, video or source file if the datasets have the same name, and regardless
+of the name if their source pixels are equal or they are near-duplicates: resized, compressed, cropped by up to 5% per
+side, brightened, or stripped of text or surroundings. Unknown patients match nobody.
 
-Exit status: 0 and one line if nothing is found, 1 and a table if anything is, or if records are damaged and cannot be
-compared, 2 for bad input. The list of exclusions
-holds all frames that were found; python -m data_prep.build --exclude=FILE leaves them out. Without --against,
-duplicates inside and across the datasets are shown, and the status is 0.
+Exit status: 0 and one line if nothing is found; 1 and a table if anything is found, or if damaged records could not be
+compared; 2 for bad input. The list of exclusions contains all frames found; python -m data_prep.build --exclude=FILE
+leaves them out. Without --against, duplicates within and across the datasets are shown, and the status is 0.
 """
 
 import argparse
@@ -26,7 +25,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# `usfmae_jax.data.records` and tqdm are imported where they are needed: help should be quick.
+# `usfmae_jax.data.records` and tqdm are imported where they are needed, so that --help is quick.
 import numpy as np
 
 from data_prep import exclusions, isolate
@@ -36,21 +35,21 @@ from usfmae_jax.errors import STOPPED, DamagedRecord, InputError, Parser, visibl
 
 _RECORDS = 256  # read per task
 _PAIRS = 1024  # compared per task
-_INSIDE = 64  # hash distance without --against: of a large corpus, too many pairs would have to be compared within 96
+_INSIDE = 64  # hash distance without --against: within 96, a large corpus has too many pairs to compare
 _LIMIT = 60.0  # seconds for one record
-_SHOWN = 10  # damaged records
+_SHOWN = 10  # damaged records, at most
 
 
 @dataclasses.dataclass
 class Frames:
-    """All records of some shards, without their images; position k is the same record in all lists.
+    """All records of some shards, without their images; index k refers to the same record in `places`, `ids`, `codes`.
 
     Attributes:
-      paths: of the shards.
-      places: (index in `paths`, number of the record there).
+      paths: paths of the shards.
+      places: (index into `paths`, index of the record in that shard).
       ids: values of `exclusions.IDS`.
       codes: uint64 `[N, 8]`, from `fingerprints.perceptual_hash`; zeros if the image is damaged.
-      damaged: what could not be read.
+      damaged: one message for each record that could not be read in full.
     """
 
     paths: list[str]
@@ -62,7 +61,7 @@ class Frames:
 
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the door; returns the exit status."""
+    """Runs the command; returns the exit status."""
     try:
         return run(_parse(argv))
     except InputError as error:
@@ -99,7 +98,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audits; returns the exit status."""
+    """Runs the audit; returns the exit status."""
     files = [_open(value) for value in (args.shards, args.against) if value]
     if args.against:
         both = files[0].keys() & files[1].keys()
@@ -133,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(value: str) -> dict[str, int]:
-    """The shards that a flag names, and how many records each holds."""
+    """Maps each shard that a flag names to its number of records."""
     from usfmae_jax.data import records
 
     files: dict[str, int] = {}
@@ -163,7 +162,7 @@ def _read(files: dict[str, int], name: str, workers: int) -> Frames:
 def _scan(
     task: tuple[str, int, int], given_up: Mapping[int, str], begin: Callable[[int], None]
 ) -> tuple[list[int], list[tuple[str, ...]], np.ndarray, list[str]]:
-    """Numbers, ids and hashes of some records of a shard; and those that are damaged."""
+    """Indices, ids and hashes of a range of a shard's records, and messages about the damaged ones."""
     path, start, stop = task
     numbers, ids, codes, damaged = [], [], [], []
     for number in range(start, stop):
@@ -184,7 +183,7 @@ def _scan(
 def _compare(
     task: list[tuple[str, int, str, int]], given_up: Mapping[int, str], begin: Callable[[int], None]
 ) -> list[float]:
-    """Similarity of pairs of records, each given by its shard and number; NaN if it cannot be had."""
+    """Similarity of pairs of records, each given by its shard and index; NaN if it cannot be computed."""
     alike = []
     for number, (path, one, other_path, other) in enumerate(task):
         begin(number)
@@ -222,11 +221,11 @@ def _pixels(record: dict[str, Any]) -> np.ndarray:
 def _map(
     function: isolate.Work, tasks: list[Any], workers: int, name: str, unit: str, size: Callable[[Any], int]
 ) -> list[Any]:
-    """Results in the order of the tasks, which have `size` of a `unit` each."""
+    """Results in the order of the tasks; `size` gives the progress, in `unit`, that a task counts for."""
     import tqdm
 
     results: dict[int, Any] = {}
-    preload = "usfmae_jax.data.records"  # what takes the longest to import
+    preload = "usfmae_jax.data.records"  # the slowest import
     with tqdm.tqdm(total=sum(map(size, tasks)), desc=name, unit=unit) as bar:
         for number, result in isolate.isolated_map(function, tasks, workers, limit=_LIMIT, preload=preload):
             results[number] = result
@@ -235,7 +234,7 @@ def _map(
 
 
 def find_leaks(corpus: Frames, evaluation: Frames, radius: int, workers: int) -> list[Match]:
-    """For every frame of the corpus, and every evaluation set that it leaks, the first reason to leave it out."""
+    """The first reason to exclude each corpus frame that leaks an evaluation set, one match per frame and set."""
     found = {(match.frame, evaluation.ids[match.other][0]): match for match in match_ids(corpus.ids, evaluation.ids)}
     pairs = [pair for pair in _near(corpus, evaluation, radius) if (pair[0], evaluation.ids[pair[1]][0]) not in found]
     for frame, other in _alike(corpus, evaluation, pairs, workers):
@@ -244,7 +243,7 @@ def find_leaks(corpus: Frames, evaluation: Frames, radius: int, workers: int) ->
 
 
 def find_duplicates(frames: Frames, radius: int, workers: int) -> list[Match]:
-    """For every frame that an earlier one shows, in another video or with equal pixels, the first reason."""
+    """Frames that repeat an earlier one (equal pixels, or near-duplicates in another video), the first reason each."""
     seen: dict[str, int] = {}
     found: dict[int, Match] = {}
     for frame, (*_, sha256) in enumerate(frames.ids):
@@ -257,7 +256,7 @@ def find_duplicates(frames: Frames, radius: int, workers: int) -> list[Match]:
 
 
 def _near(a: Frames, b: Frames | None, radius: int) -> list[tuple[int, int]]:
-    """Pairs within a hash distance; of `a` alone, earlier and later ones of different videos."""
+    """Pairs within a hash distance; without `b`, pairs of `a` (earlier, later) from different videos."""
     import tqdm
 
     groups, kinds = None, None
@@ -274,13 +273,13 @@ def _near(a: Frames, b: Frames | None, radius: int) -> list[tuple[int, int]]:
 
 
 def _alike(a: Frames, b: Frames, pairs: list[tuple[int, int]], workers: int) -> list[tuple[int, int]]:
-    """Those of the pairs that are near-duplicates, the most alike first."""
+    """Returns the pairs that are near-duplicates, most similar first."""
     ends = [(*a.places[i], *b.places[j]) for i, j in pairs]
     named = [(a.paths[p], m, b.paths[q], n) for p, m, q, n in ends]
     tasks = [named[k : k + _PAIRS] for k in range(0, len(named), _PAIRS)]
     alike = [value for found in _map(_compare, tasks, workers, "candidates", "pair", len) for value in found]
     order = sorted(range(len(pairs)), key=lambda k: -np.nan_to_num(alike[k]))
-    return [pairs[k] for k in order if not alike[k] < fingerprints.ALIKE]  # what cannot be compared is suspect
+    return [pairs[k] for k in order if not alike[k] < fingerprints.ALIKE]  # NaN counts as alike
 
 
 def _print_duplicates(frames: Frames, matches: list[Match]) -> None:

@@ -1,4 +1,4 @@
-"""Turns ultrasound files into shards that training reads and TensorFlow Datasets opens.
+"""Converts ultrasound files to shards that training reads and TensorFlow Datasets can open.
 
     python -m data_prep.build --list[=breast]
     python -m data_prep.build --dataset=folder --input=DIR --output=data --name=mine
@@ -8,18 +8,18 @@
     python -m data_prep.build --dataset=aul,hc,pocus --input=DIR --output=data --exclude=leaks.csv
     python -m data_prep.build --dataset=dicom --input=EXPORT --output=data --name=clinic
 
-Files are told apart by their content: PNG, JPEG, TIFF, BMP; DICOM; video; NIfTI, MetaImage and NRRD volumes; MATLAB,
-HDF5 and NumPy arrays. Writes OUTPUT/NAME/VERSION/: the shards, manifest.json (what was kept, dropped and removed, and
-why), report.html to look at, and rejected.csv and unmasked.csv, if files or their masks had to be left out. A build
-that is interrupted goes on where it was when the same command is given again; a finished one is left as it is.
+File formats are recognised by content: PNG, JPEG, TIFF, BMP; DICOM; video; NIfTI, MetaImage and NRRD volumes; MATLAB,
+HDF5 and NumPy arrays. Writes to OUTPUT/NAME/VERSION/: the shards, manifest.json (what was kept, dropped and removed,
+and why), report.html to look at, and rejected.csv and unmasked.csv if files or their masks had to be left out. An
+interrupted build resumes when the same command is run again; a finished one is left unchanged.
 
-Of several datasets each has its folder below --input, under its name. For data of your own that names patients add
---private: ids and paths are then written as salted hashes only, as they always are for --dataset=dicom.
+With several datasets, each has its own folder below --input, named after it. If your own data identify patients, add
+--private: ids and paths are then written only as salted hashes, as they always are for --dataset=dicom.
 
 labels.csv (or .xlsx) has a header and the columns file,label,patient,video,split,mask,spacing, of which only `file`
-must be there: paths are relative to --input, splits are train, val and test, an empty label is none, an empty patient
-(or NA, "Anonymous" and the like) is unknown, spacing is the size of a pixel in mm. Masks that lie beside their images
-need no table, see --masks.
+is required: paths are relative to --input, splits are train, val and test, an empty label means none, an empty patient
+(or NA, "Anonymous" and the like) is unknown, spacing is the pixel size in mm. Masks stored beside their images need no
+table, see --masks.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# OpenCV, grain and TensorFlow Datasets are imported where they are needed: help and "up to date" should be quick.
+# OpenCV, grain and TensorFlow Datasets are imported where they are needed, so that --help and "up to date" are quick.
 from data_prep import catalog
 from data_prep.catalog.schema import Entry
 from data_prep.plan import PHANTOM, plan_files, plan_phantoms
@@ -43,7 +43,7 @@ from usfmae_jax.errors import STOPPED, InputError, Parser, as_started, check_gua
 
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the door; returns the exit status."""
+    """Runs the command; returns the exit status."""
     try:
         args = parse(argv)
         if args.list is not None:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_one(args: argparse.Namespace) -> pathlib.Path:
-    """Builds the one dataset that `parse` was given, and returns the folder of its version.
+    """Builds the one dataset that the arguments from `parse` name; returns the folder of its version.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: an argument or an input file cannot be used.
     """
     return _build(_entry(args.dataset.strip()), args.input, args)
 
@@ -81,7 +81,7 @@ def _entry(name: str) -> Entry:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Builds one dataset after the other; one that fails does not keep the others from being built."""
+    """Builds the datasets one after another; the failure of one does not stop the others."""
     names = [name.strip() for name in args.dataset.split(",")]
     if len(names) == 1:
         build_one(args)
@@ -107,14 +107,14 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _folder(parent: str, name: str, entry: Entry) -> str:
-    """Where one of several datasets lies: below `parent`, under the name that was typed or its own."""
+    """The folder of one of several datasets: below `parent`, under the name as typed or else its catalogue name."""
     if not parent:
         raise InputError("--input=DIR is missing, with a folder for each dataset")
     return os.path.join(parent, name if os.path.isdir(os.path.join(parent, name)) else entry.name)
 
 
 def _build(entry: Entry, source: str, args: argparse.Namespace) -> pathlib.Path:
-    """Builds what the arguments ask for, unless it is there already; returns where it is."""
+    """Builds what the arguments ask for unless it already exists; returns its folder."""
     downloaded = _download(entry, source, args) if args.download else []
     if entry.name != "phantom" and not os.path.isdir(source):
         if source:
@@ -153,18 +153,18 @@ def _download(entry: Entry, source: str, args: argparse.Namespace) -> list[dict[
 
 
 class _Help(argparse.Action):
-    """What --help shows fits a screen: of the options their names."""
+    """Makes --help fit one screen by listing only the names of the options."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         print(f"{parser.format_usage()}\n{(parser.description or '').strip()}\n\noptions (--help_all: what each does)")
-        for group in parser._action_groups[2:]:  # behind argparse's own two
+        for group in parser._action_groups[2:]:  # after argparse's own two groups
             names = ", ".join(name for action in group._group_actions for name in action.option_strings)
             print(textwrap.fill(f"{group.title}: {names}", 98, initial_indent="  ", subsequent_indent="    "))
         parser.exit()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command line; raises InputError for one that cannot be."""
+    """Parses a command line; raises InputError if it is not valid."""
     usage = as_started("python -m data_prep.build --dataset=NAME --input=DIR --output=DIR [options]")
     parser = Parser("data_prep.build", __doc__ or "", usage=usage, allow_abbrev=False, add_help=False)
     parser.add_argument("-h", "--help", nargs=0, action=_Help, help="show a screen of it and exit")

@@ -1,45 +1,45 @@
-"""The datasets, one small TOML file each: what they are, where to get them, and what the paths of their files say.
+"""The datasets, one small TOML file each: what they are, where to get them, and how to interpret their file paths.
 
-A file describes one dataset; `load_file` takes one of your own. Only `name`, `title`, `verified` and one layout with
-`include` have to be there. Unknown keys are refused.
+Each file describes one dataset; `load_file` loads one of your own. Only `name`, `title` and `verified` are required,
+and `include` in each layout. Unknown keys are refused.
 
-    name, number, title, aliases, anatomy, licence, citation, homepage; version of what is built, "1.0.0"
-    access = "open" | "account" | "request", and access_note: how
-    verified = "real files" | "layout fixture" | "documented only", and verification: what was seen
-    benchmark: kept out of pretraining, not cleaned; private: ids are hashed; generic: no dataset but a kind of files
+    name, number, title, aliases, anatomy, licence, citation, homepage; version of the built dataset, "1.0.0"
+    access = "open" | "account" | "request", and access_note: how to get access
+    verified = "real files" | "layout fixture" | "documented only", and verification: what was checked
+    benchmark: kept out of pretraining, not cleaned; private: ids are hashed; generic: a kind of file, not a dataset
     classes: names in the order of their numbers; expected: counts of files, frames, patients, videos and classes
-    problems: sentences for the person who uses it
+    problems: known problems, in sentences for the user
 
-    [[download]]  url, file, sha256, md5, bytes; extract = true, false or "nested", which unpacks archives inside too
-    [[layout]]    several are tried in order, the first that matches a file counts
-      include, exclude   globs on paths below --input; `**/` is any number of folders, case counts
+    [[download]]  url, file, sha256, md5, bytes; extract = true, false or "nested" (also unpacks archives inside)
+    [[layout]]    layouts are tried in order; the first that matches any file is used
+      include, exclude   globs on paths below --input; `**/` is any number of folders; case-sensitive
       optional           switch = globs that are added by --optional=SWITCH
-      suffixes           of the included files only these, whatever their case; "*" is all that can be read
-      content            "dicom": of the included files only those that begin as DICOM does, or are called so
-      pattern            regular expression, searched in the path; its groups are what templates may use
+      suffixes           keep only included files with these suffixes, ignoring case; "*" = all that can be read
+      content            "dicom": keep only included files that begin as DICOM does or have a DICOM suffix
+      pattern            regular expression, searched for in the path; templates may use its groups
       patient, video, frame, split, label
                          templates such as "{split}/{patient}"; by default the group of that name, `cls` for the
-                         label, `image` for the frame. A template with a group that took no part is empty: unknown
+                         label, `image` for the frame. If a group did not match, the value is empty: unknown
       splits, labels     what values of split and label mean: training_set = "train", Cov = "COVID-19"
-      mask, mask_kind    template for the path of the mask, with `*` and `**/` if there may be several that are joined,
+      mask, mask_kind    template for the path of the mask, with `*` and `**/` if several may have to be joined;
                          and "image", "binary", "outline" or "polygons"
       reader             options of the readers: stride, max_frames, axis, flip, key, patient_key
-      [[layout.table]]   a CSV, XLSX, XML, text or COCO JSON file that knows more than the path, and wins
-        file             globs; `columns` names the columns where there is no header
-        key, match       a row belongs to a file if `key`, filled from the row, is `match`, filled from the path; the
-                         suffix of a file and leading zeros of a number do not count
+      [[layout.table]]   a CSV, XLSX, XML, text or COCO JSON file whose values override those from the path
+        file             globs; `columns` names the columns if there is no header
+        key, match       a row belongs to a file if `key`, filled from the row, equals `match`, filled from the path,
+                         ignoring file suffixes and leading zeros of numbers
         label, patient, video, split    templates over the columns
-        spacing          likewise: mm from pixel to pixel, one number, or two for down and across
+        spacing          likewise: pixel spacing in mm, one number, or two for down and across
       [[layout.folds]]   an official table of folds, written as splits/NAME.csv beside the shards
         name, file, key, match, fold    as above; `fold` is the number of the fold
-        part, parts      template for train, val or test, and what other values mean; `pattern` is searched in the
+        part, parts      template for train, val or test, and what other values mean; `pattern` is searched for in the
                          path of the table, and templates may use its groups
-        others           instead of part: the row is tested in its fold, and the column "valid_{fold}" says what it is
-                         in every other: 1 trained on, 0 validated on
+        others           instead of part: the row is in the test set of its own fold, and for every other fold the
+                         column "valid_{fold}" gives its part: 1 = train, 0 = validation
 
-Templates over paths know, beside the groups: {name} of the file, {stem} and {ext}; {dir}, its folder, and {up}, the
-folder of that. Templates over rows know the columns, {table}, the name of the table without its suffix, and {folder},
-the name of the folder that holds it.
+Besides the groups, templates over paths may use {name}, {stem} and {ext} of the file, {dir}, its folder, and {up}, the
+parent of that folder. Templates over rows may use the columns, {table}, the name of the table without its suffix, and
+{folder}, the name of the folder that holds the table.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ import tomllib
 from data_prep.catalog.schema import ACCESS, VERIFIED, Entry, check, parse
 from usfmae_jax.errors import InputError
 
-#: Names that `--optional` takes for every dataset.
+#: Switches that `--optional` accepts for every dataset.
 SWITCHES = {"one_split": "everything in the train split", "no_masks": "masks are left out"}
 
 _FOLDER = pathlib.Path(__file__).parent
@@ -64,10 +64,10 @@ def names() -> list[str]:
 
 
 def load(name: str) -> Entry:
-    """The entry of that name or alias, in any spelling with hyphens or capitals.
+    """The entry with that name or alias; case, and hyphens in place of underscores, do not matter.
 
     Raises:
-      InputError: there is none; the message holds the nearest names.
+      InputError: there is none; the message suggests the closest names.
     """
     wanted = name.lower().replace("-", "_")
     known = names()
@@ -85,7 +85,7 @@ def load_file(path: pathlib.Path) -> Entry:
     """Reads and checks an entry.
 
     Raises:
-      InputError: the file cannot be read, or a key is missing, unknown or wrong; the message names both.
+      InputError: the file cannot be read, or a key is missing, unknown or invalid; the message names file and key.
     """
     try:
         data = path.read_bytes()
@@ -109,10 +109,10 @@ def listing(word: str = "") -> str:
     """The table of datasets, at most 120 columns wide: the rows of OpenUS-46 first, then the others.
 
     Args:
-      word: only those that have it in their name, title, anatomy, licence, access or verification; "" = all.
+      word: lists only datasets with it in their name, aliases, title, anatomy, licence, access or `verified`; "" = all.
 
     Raises:
-      InputError: no dataset has it.
+      InputError: no dataset matches.
     """
     entries = sorted(map(load, names()), key=lambda entry: (not entry.number, entry.generic, entry.number, entry.name))
     if word:
@@ -146,7 +146,7 @@ def _said(entry: Entry) -> str:
 
 
 def describe(entry: Entry) -> str:
-    """Where to get a dataset, where to put it, what is wrong with it and how to cite it."""
+    """Where to get a dataset, where to put it, its known problems and how to cite it."""
     where = "; ".join(dict.fromkeys(glob for layout in entry.layouts for glob in layout.include))
     switches = [switch for layout in entry.layouts for switch in layout.optional]
     facts = {

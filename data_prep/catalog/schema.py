@@ -1,4 +1,4 @@
-"""The types of the catalogue, and a TOML file's values turned into them; `data_prep.catalog` says what they mean."""
+"""The types of the catalogue, and their parsing from TOML values; `data_prep.catalog` documents the keys."""
 
 import dataclasses
 import difflib
@@ -26,13 +26,13 @@ READER = {  # readers.Options
 _NAME = re.compile("[a-z][a-z0-9_]*")
 _FIELD = re.compile(r"\{([^{}]*)\}")
 _PLACES = {"name", "stem", "ext", "dir", "up"}
-#: What is a list of tables is in the singular in TOML.
+#: Lists of tables have a singular key in TOML.
 _KEYS = {"downloads": "download", "layouts": "layout", "tables": "table"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """A file that can be fetched without an account; no checksum is known where there is none."""
+    """A file that can be fetched without an account; an empty checksum or zero size means not known."""
 
     url: str
     file: str
@@ -44,7 +44,7 @@ class Download:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table that says something about files."""
+    """A table with information about files."""
 
     file: tuple[str, ...]
     key: str
@@ -74,7 +74,7 @@ class Folds:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the files of a dataset lie."""
+    """How the files of a dataset are arranged."""
 
     include: tuple[str, ...]
     exclude: tuple[str, ...] = ()
@@ -125,16 +125,17 @@ class Entry:
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    """A template with its fields replaced; empty if one of them is missing or empty."""
+    """A template with its fields filled in; empty if the value of any field is missing or empty."""
     if not all(values.get(field) for field in _FIELD.findall(template)):
         return ""
     return _FIELD.sub(lambda match: values[match[1]], template)
 
 
 def glob_matcher(globs: Iterable[str]) -> Callable[[str], bool]:
-    """Tells whether a path with forward slashes is matched by one of the globs.
+    """Returns a function that tells whether a path with forward slashes matches one of the globs.
 
-    `**/` is any number of folders, `**` anything, `*` and `?` anything without a slash, `[...]` a set; case counts.
+    `**/` is any number of folders, `**` anything, `*` anything without a slash, `?` one character that is not a slash,
+    `[...]` a set of characters. Case-sensitive.
     """
     expression = re.compile("|".join(f"(?:{_translate(glob)})" for glob in globs) or r"(?!)", re.DOTALL)
     return lambda path: bool(expression.fullmatch(path))
@@ -148,10 +149,10 @@ def _translate(glob: str) -> str:
 
 
 def parse(values: Any, kind: Any, where: str) -> Any:
-    """Values as TOML gives them -> a dataclass, by the types of its fields.
+    """Converts parsed TOML values to the dataclass `kind`, guided by the types of its fields.
 
     Raises:
-      InputError: a key is missing, unknown or of another type; the message begins with `where`.
+      InputError: a key is missing or unknown, or its value has the wrong type; the message begins with `where`.
     """
     if not isinstance(values, dict):
         raise InputError(f"{where} must be a table of keys, not {values!r}")
@@ -188,7 +189,7 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 
 def check(entry: Entry, where: str) -> None:
-    """Raises InputError if a value makes no sense."""
+    """Raises InputError if a value is not valid."""
 
     def need(fine: bool, what: str) -> None:
         if not fine:
@@ -211,7 +212,7 @@ def check(entry: Entry, where: str) -> None:
 
 
 def _checks(layout: Layout, classes: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
-    """What must hold for a layout, and whether it does."""
+    """Yields each requirement on a layout, as an error message, and whether it is met."""
     patterns = [layout.pattern, *(folds.pattern for folds in layout.folds)]
     for pattern in patterns:
         try:

@@ -1,1 +1,1 @@
-"""Frames without what scanners write on them: the imaged sector, marks, and what is filled in for them."""
+"""Removes what scanners write on frames: finds the imaged sector and the marks in it, and fills the marks."""

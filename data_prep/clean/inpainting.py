@@ -1,6 +1,6 @@
-"""Cleans frames: crops to the imaged sector and fills what `data_prep/clean/marks.py` finds inside it.
+"""Cleans frames: crops to the imaged sector and inpaints the marks that `data_prep/clean/marks.py` finds inside it.
 
-Only the pixels found are filled from around them; no other pixel of the sector changes.
+Only the pixels of marks are filled, from their surroundings; no other pixel of the sector changes.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from data_prep.clean.marks import Regions, extremes, find_marks, over
 from data_prep.clean.sector import Sector
 from data_prep.readers.clips import COLOUR_SHARE, COLOUR_SPREAD
 
-_FILL = 3  # pixels, radius of the fill
+_FILL = 3  # pixels, radius of inpainting
 
-# The colour rule of the readers: less colour than `COLOUR_SHARE` of the frame, as strong as this, carries no meaning.
+# The colour rule of the readers: colour this strong has no meaning if it covers less than `COLOUR_SHARE` of a frame.
 _SPREAD = round(255 * COLOUR_SPREAD)
 
 
@@ -24,10 +24,10 @@ class Cleaned:
 
     Attributes:
       pixels: uint8 `[h, w, 1]` or `[h, w, 3]`, cropped to the bounding box of the sector, 0 outside the sector. One
-        channel if what colour there was did not carry meaning.
+        channel if any colour in the frame carried no meaning.
       box: left, top, right, bottom of the crop in the frame; right and bottom exclusive.
-      removed: how many pixels, by kind: "outside" (not black, beyond the sector), "text" (grey, in the shape of words),
-        "graphics" (other grey marks), "colour" (coloured marks, letters too).
+      removed: number of pixels by kind: "outside" (not black, outside the sector), "text" (grey, shaped like words),
+        "graphics" (other grey marks), "colour" (coloured marks, including letters).
     """
 
     pixels: np.ndarray
@@ -36,13 +36,13 @@ class Cleaned:
 
 
 def clean_frame(pixels: np.ndarray, sector: Sector) -> Cleaned:
-    """Crops to the sector, blanks what is outside, and fills annotations inside from around them.
+    """Crops to the sector, blanks what is outside, and fills annotations inside from their surroundings.
 
-    The fill follows Bertalmio, Bertozzi and Sapiro (CVPR 2001), as OpenCV has it.
+    Inpainting follows Bertalmio, Bertozzi and Sapiro (CVPR 2001), as implemented in OpenCV.
 
     Args:
       pixels: uint8 `[H, W, 1]` or RGB `[H, W, 3]`.
-      sector: of this frame or its clip, of the same size.
+      sector: the sector of this frame or its clip, with a mask of size `[H, W]`.
 
     Raises:
       ValueError: the sizes differ, or the frame is not uint8 with one or three channels.
@@ -62,10 +62,10 @@ def clean_frame(pixels: np.ndarray, sector: Sector) -> Cleaned:
 
 
 def overlay_mask(pixels: np.ndarray, sector: Sector) -> np.ndarray:
-    """The annotations inside the sector that `clean_frame` would fill -> uint8 `[H, W]`, 255 where there are some.
+    """Mask of the annotations inside the sector that `clean_frame` would fill: uint8 `[H, W]`, 255 on annotations.
 
     Raises:
-      ValueError: as `clean_frame`.
+      ValueError: as for `clean_frame`.
     """
     image, inside = _cropped(pixels, sector)
     left, top, right, bottom = sector.box
@@ -93,7 +93,7 @@ def _lit(image):
 
 
 def _meaningful_colour(image, ink):
-    """One channel where the colour apart from ink covers too little to carry meaning."""
+    """Converts to one channel if the colour other than ink covers too little to carry meaning."""
     if image.shape[2] == 1:
         return image
     spread = cv2.bitwise_and(cv2.absdiff(*extremes(image)), cv2.bitwise_not(ink))

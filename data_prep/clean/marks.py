@@ -1,19 +1,20 @@
-"""Finds what was burnt into a frame: letters, calipers, rulers, boxes, discs, bars, logos.
+"""Finds marks burnt into a frame ("ink"): letters, calipers, rulers, boxes, discs, bars, logos.
 
-Grey ink differs from tissue in three ways, each measured against the tissue around, so contrast and zoom matter little:
+Grey ink differs from tissue in three ways, each measured relative to the surrounding tissue, so that contrast and zoom
+matter little:
 
-- Sharp: speckle and interfaces are as wide as pulse and beam, the edges of ink are a pixel wide. The Laplacian of ink
-  is several times what is usual nearby.
+- Sharp: speckle and interfaces are as wide as pulse and beam, but the edges of ink are one pixel wide. The Laplacian
+  of ink is several times the value usual nearby.
 - Bright: log-compressed speckle has a short upper tail; hardly a pixel of a Rayleigh envelope is 12 dB above its mean.
-- Coherent: where there is ink, most of what is rather sharp and bright is very much so; at an interface little is.
+- Coherent: in ink, most pixels that are fairly sharp and bright are very sharp and bright; at an interface few are.
 
-A frame is written on with few inks, so what is as bright as ink that is certain needs less to be ink. What outlines
-enclose is ink too if it is flat, or shaded along one axis only: discs, labels, bars.
+A frame has only a few ink levels, so lower thresholds apply to pixels as bright as ink that is already certain. Regions
+enclosed by outlines are ink too if they are flat, or shaded along one axis only: discs, labels, bars.
 
-Colour is ink when it is a thin stroke, of one colour, or a bar, that is a rectangle shaded along one axis; colour that
-varies over an area is Doppler or elastography and stays.
+Colour is ink if it is a thin stroke, of a single colour, or a bar, which is a rectangle shaded along one axis; colour
+that varies over an area is Doppler or elastography and is kept.
 
-The thresholds were chosen on phantoms and public frames, `benchmarks/deannotation.py` measures them on others.
+The thresholds were chosen on phantoms and public frames; `benchmarks/deannotation.py` evaluates them on others.
 """
 
 import functools
@@ -23,44 +24,44 @@ import numpy as np
 
 from data_prep.readers.clips import COLOUR_SHARE
 
-# The Laplacian exceeds this many times the usual plus so many grey levels, and the brightest of a pixel and its
-# neighbours exceeds the mean around by so many, and so many in all.
+# Thresholds (factor, offset, contrast, least): the Laplacian exceeds factor times its usual value nearby plus offset;
+# the brightest of a pixel and its neighbours exceeds both the local mean plus contrast and least. In grey levels.
 _RATHER = 1.5, 30, 40, 90
 _VERY = 2.0, 75, 50, 120
-_ALIKE = 2.0, 50, 40, 120  # as bright as ink that is certain
+_ALIKE = 2.0, 50, 40, 120  # for pixels as bright as ink that is certain
 _SOMEWHAT = 1.0, 20, 35, 80  # in a line of letters
-_BEGUN = 0.4  # of which is found already
-_AROUND = 15  # pixels wide: there ink is coherent
-_COHERENT = 0.3  # share of those that are rather sharp and bright that are very much so
-_LEAST = 9  # of those, in all
-# How many of so many that is, in uint8 as the sums are, in the rounding that thresholds were measured with.
+_BEGUN = 0.4  # share of such a line that must be found already
+_AROUND = 15  # pixels, width of the window in which ink is coherent
+_COHERENT = 0.3  # share of the rather sharp and bright pixels there that are very sharp and bright
+_LEAST = 9  # such pixels, in all
+# The number of `very` pixels needed for each number of `rather` pixels; uint8 like the sums, rounded as when measured.
 _SUMS = 255 * np.arange(256, dtype=np.float32)
 _ENOUGH = np.clip((_SUMS[:, None] < _COHERENT * _SUMS).sum(axis=0), _LEAST, 255).astype(np.uint8)
-_SAME = 4  # grey levels between pixels of one ink
-_MUCH = 0.15  # of the certain ink has a level of its own
-_CELL, _USUAL = 4, 11  # what is usual is measured in 11 x 11 cells of 4 x 4 pixels
-_FACE = 10  # pixels, the thickest line that the face of a probe leaves
+_SAME = 4  # grey levels, largest difference between pixels of one ink
+_MUCH = 0.15  # share of the certain ink that makes a grey level an ink
+_CELL, _USUAL = 4, 11  # usual values are measured in 11 x 11 cells of 4 x 4 pixels
+_FACE = 10  # rows, the thickest line that the face of a probe leaves
 _BLACK = 8  # tissue is brighter
 _LABEL = 0.15  # of the shorter side: discs, labels and bars are narrower
-_BLOCK = 8  # pixels: outlines that are far from each other are told apart in blocks of them
-_FLAT = 4  # grey levels in 2 pixels
+_BLOCK = 8  # pixels, side of the blocks in which outlines far from each other are separated
+_FLAT = 4  # grey levels per 2 pixels
 _SURROUNDED = 0.4  # share of the rim of a flat region that is ink
 _COLOURED = 40  # grey levels between channels, beyond the tint of the frame
 _STROKE = 4  # pixels at 600 lines, half the width of the widest coloured stroke
-_PLAIN = 20  # grey levels that ink of one colour varies
-_INK, _FLOW = 200, 230  # the brightest channel of ink is brighter, that of small flow darker
+_PLAIN = 20  # grey levels by which ink of one colour varies
+_INK, _FLOW = 200, 230  # the brightest channel of ink is above the first, that of small flow below the second
 _SHADED = 9  # grey levels from pixel to pixel along the even axis of a bar, in two channels
 _BAR = 300  # pixels at 600 lines: bars are larger
 _WIDE = 100  # pixels at 600 lines: labels, logos and bars are narrower
 
 
 def square(side: int) -> np.ndarray:
-    """Structuring element."""
+    """Square structuring element, uint8 `[side, side]`."""
     return np.ones((side, side), np.uint8)
 
 
 def over(values: np.ndarray, limit: float) -> np.ndarray:
-    """Where uint8 values exceed a limit -> uint8, 0 or 255."""
+    """Mask of where uint8 values exceed a limit: uint8, 0 or 255."""
     return cv2.threshold(values, limit, 255, cv2.THRESH_BINARY)[1]
 
 
@@ -70,10 +71,10 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
     Args:
       level: uint8 `[H, W]`.
       inside: uint8 `[H, W]`, 0 or 255: the sector.
-      other: uint8 `[H, W]`, 0 or 255: what is not looked at, since it is colour.
+      other: uint8 `[H, W]`, 0 or 255: colour, which is ignored.
 
     Returns:
-      uint8 `[H, W]`, 255 on ink and a pixel beyond.
+      uint8 `[H, W]`, 255 on ink and one pixel around it.
     """
     height, width = level.shape
     tissue = _without_fringe(level, inside)
@@ -86,7 +87,7 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
     def full(cells):
         return cv2.resize(np.clip(cells, 0, 250).astype(np.uint8), (width, height))
 
-    # Beyond the rim lies what is usual before it; the step that remains there is outside of the domain.
+    # Pixels outside the tissue are set to the usual level at its rim; the step that remains is outside the domain.
     filled = cv2.bitwise_or(cv2.bitwise_and(level, tissue), cv2.bitwise_and(full(mean), cv2.bitwise_not(tissue)))
     edge = cv2.convertScaleAbs(cv2.Laplacian(filled, cv2.CV_16S))
     usual = _usual(edge, tissue, weight, 2.0)
@@ -99,7 +100,7 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
 
     very = above(*_VERY)
     rather = cv2.bitwise_or(above(*_RATHER), very)
-    # Coherent is where enough of those around that are rather ink are very much so.
+    # A pixel is coherent if enough of the `rather` pixels around it are `very` pixels.
     enough = cv2.LUT(_around(rather), _ENOUGH)
     inks = _inks(brightness, cv2.bitwise_and(very, cv2.compare(_around(very), enough, cv2.CMP_GE)))
     if inks.any():
@@ -110,7 +111,7 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
     if not mask.any():
         return mask
     mask = _finished_words(mask, cv2.bitwise_or(mask, above(*_SOMEWHAT)))
-    # On the rim edges say nothing: there ink is what goes on from ink, as bright as it.
+    # On the rim, edges are no evidence: there, pixels are ink if they are near ink and as bright as it.
     rim = cv2.bitwise_and(cv2.subtract(inside, domain), cv2.dilate(mask, square(_AROUND)))
     rim = cv2.bitwise_and(rim, cv2.compare(level, full(mean + 60), cv2.CMP_GT))
     mask = cv2.bitwise_or(mask, cv2.bitwise_and(rim, cv2.LUT(level, inks)))
@@ -120,7 +121,7 @@ def _grey_ink(level: np.ndarray, inside: np.ndarray, other: np.ndarray) -> np.nd
 
 
 def _finished_words(mask, candidates):
-    """Adds the rest of lines of letters of which a part was found."""
+    """Completes lines of letters that were found in part."""
     lines = cv2.morphologyEx(candidates, cv2.MORPH_CLOSE, np.ones((3, 15), np.uint8))
     regions = Regions(lines, connectivity=8)
     begun = regions.mean(mask) > 255 * _BEGUN
@@ -128,7 +129,7 @@ def _finished_words(mask, candidates):
 
 
 def _spare_the_probe(mask):
-    """Clears, in place, a line along the top of the sector: the face of a linear probe."""
+    """Clears, in place, a line along the top of the sector, which is the face of a linear probe."""
     top = mask[: max(8, len(mask) // 25)]
     rows = np.flatnonzero(np.count_nonzero(top, axis=1) > 0.5 * mask.shape[1])
     if rows.size <= _FACE:
@@ -136,7 +137,7 @@ def _spare_the_probe(mask):
 
 
 def _without_fringe(level, inside):
-    """The sector less the black fringe that a generous outline leaves around tissue; black in the middle stays."""
+    """The sector without the black fringe that a loose outline leaves around tissue; black areas inside are kept."""
     body = cv2.morphologyEx(over(level, _BLACK), cv2.MORPH_CLOSE, square(5))
     body = cv2.morphologyEx(body, cv2.MORPH_OPEN, square(13))
     outlines, _ = cv2.findContours(body, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
@@ -146,9 +147,9 @@ def _without_fringe(level, inside):
 
 
 def _usual(values, inside, weight, limit):
-    """Mean of uint8 `values` around each cell, without those far above it -> float32, one value a cell.
+    """Mean of uint8 `values` around each cell, with values far above it clipped: float32, one value per cell.
 
-    `weight` is the share of each cell that is inside.
+    `weight` is the fraction of each cell that is inside.
     """
     size = weight.shape[::-1]
     cells = cv2.resize(cv2.bitwise_and(values, inside), size, interpolation=cv2.INTER_AREA).astype(np.float32)
@@ -160,12 +161,12 @@ def _usual(values, inside, weight, limit):
 
 
 def _around(mask):
-    """How many pixels of a mask are in the window around each -> uint8."""
+    """Number of mask pixels in the window around each pixel, uint8."""
     return cv2.boxFilter(mask & 1, cv2.CV_8U, (_AROUND, _AROUND), normalize=False)
 
 
 def _inks(brightness, certain):
-    """The grey levels that much of the certain ink has -> uint8 `[256]`, 0 or 255."""
+    """Lookup table of the grey levels that are common in certain ink: uint8 `[256]`, 0 or 255."""
     counts = cv2.calcHist([brightness], [0], certain, [256], [0, 256]).ravel()
     window = np.ones(2 * _SAME + 1)
     inks = np.convolve(counts, window, "same") >= max(_MUCH * counts.sum(), 60)
@@ -174,7 +175,7 @@ def _inks(brightness, certain):
 
 
 def _enclosed(mask, level, bright):
-    """What outlines in `mask` enclose that is flat, or shaded along one axis only, and not like its surroundings."""
+    """Regions enclosed by outlines in `mask` that are flat, or shaded along one axis, and unlike their surroundings."""
     side = max(3, round(_LABEL * min(mask.shape)))
     found = np.zeros_like(mask)
     for part, outlines in _groups(mask, side):
@@ -183,7 +184,7 @@ def _enclosed(mask, level, bright):
 
 
 def _groups(mask, side):
-    """Parts of a mask that are farther than `side` from each other: yields where each is, with room around, and it."""
+    """Parts of a mask farther than `side` apart: yields the slices of each, with a margin, and its mask there."""
     blocks = np.ascontiguousarray(cv2.dilate(mask, square(_BLOCK), anchor=(0, 0))[::_BLOCK, ::_BLOCK])
     near = cv2.dilate(blocks, square(2 * (side // (2 * _BLOCK) + 2) + 1))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(near, connectivity=8)
@@ -197,11 +198,11 @@ def _groups(mask, side):
 
 def _enclosed_by(mask, level, bright, side):
     between = cv2.subtract(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, square(side)), mask)
-    apart = cv2.bitwise_not(cv2.dilate(mask, square(3)))  # steps onto the outline do not count
+    apart = cv2.bitwise_not(cv2.dilate(mask, square(3)))  # ignores the step at the outline
     across, down = cv2.absdiff(level[:, 2:], level[:, :-2]), cv2.absdiff(level[2:], level[:-2])
     across = cv2.bitwise_and(cv2.copyMakeBorder(across, 0, 0, 1, 1, cv2.BORDER_REPLICATE), apart)
     down = cv2.bitwise_and(cv2.copyMakeBorder(down, 1, 1, 0, 0, cv2.BORDER_REPLICATE), apart)
-    # A closed outline may enclose the dark end of a bar; through a gap, only what is bright and flat belongs to it.
+    # A closed outline may enclose the dark end of a bar; if it has gaps, only bright, flat regions belong to it.
     regions = Regions(between)
     closed = regions.share_of_rim(mask) >= 0.95
     closed &= np.minimum(regions.mean(across), regions.mean(down)) < _FLAT
@@ -213,7 +214,7 @@ def _enclosed_by(mask, level, bright, side):
 
 
 def extremes(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest channel of every pixel, uint8 `[H, W]` each."""
+    """Minimum and maximum over the channels of every pixel, uint8 `[H, W]` each."""
     channels = cv2.split(image)
     lowest = highest = channels[0]
     for channel in channels[1:]:
@@ -236,13 +237,13 @@ def find_marks(image: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.nd
         return _grey_ink(np.ascontiguousarray(image[:, :, 0]), inside, nothing), nothing
     coloured, flow = _colours(image)
     other = cv2.bitwise_or(coloured, flow)
-    # Colour is dark in one channel, white letters on it are not.
+    # Colour is dark in one channel; white letters on it are not.
     grey = _grey_ink(extremes(image)[0], inside, other)
     return cv2.subtract(grey, other), cv2.bitwise_and(coloured, inside)
 
 
 def _colours(image):
-    """Coloured ink and colour that is signal -> uint8 `[H, W]`, 0 or 255, each."""
+    """Masks of coloured ink and of colour that is signal: uint8 `[H, W]`, 0 or 255, each."""
     lowest, highest = extremes(image)
     coloured = over(cv2.subtract(highest, lowest), _COLOURED)
     ink, flow = np.zeros_like(coloured), np.zeros_like(coloured)
@@ -256,7 +257,7 @@ def _colours(image):
 
 
 def _beyond_tint(image):
-    """Where the colour is another than that of a frame shown in sepia or blue."""
+    """Mask of colour other than the tint of a frame that is displayed in sepia or blue."""
     red, green, blue = cv2.split(image)
     base = green[::4, ::4].astype(np.float32)
     lit = base > 40
@@ -278,7 +279,7 @@ def _sort_colours(coloured, image, scale):
     if cv2.countNonZero(flow) <= COLOUR_SHARE * 600**2 * scale**2:
         flow[:] = 0  # too little to carry meaning
     else:
-        # Small flow is slow, that is dark, and not green; what is small and bright beside large flow is a spur of it.
+        # Small flow is slow, so dark, and not green; a small bright region next to large flow is a spur of it.
         thin = Regions(cv2.subtract(coloured, thick), connectivity=8)
         near = thin.largest(cv2.dilate(flow, square(2 * round(60 * scale) + 1))) > 0
         spur = (thin.size < 40 * scale**2) & (thin.largest(cv2.dilate(flow, square(3))) > 0)
@@ -289,7 +290,7 @@ def _sort_colours(coloured, image, scale):
 
 
 def _varied(thick, highest, green, scale):
-    """Regions of colour that are neither of one bright colour nor a bar."""
+    """Mask of colour regions that are neither of a single bright colour nor a bar."""
     regions = Regions(thick, connectivity=8)
     place = np.flatnonzero(cv2.erode(thick, square(5)))
     owner = regions.labels.ravel()[place]
@@ -301,7 +302,7 @@ def _varied(thick, highest, green, scale):
     plain, steps = np.ones(regions.count, bool), np.zeros((2, regions.count))
     for channel in (highest, green):
         values, near = channel.ravel()[place].astype(np.float64), np.ones(len(place))
-        for limit in (3 * _PLAIN, _PLAIN):  # letters on a label do not count
+        for limit in (3 * _PLAIN, _PLAIN):  # ignores letters on a label
             centre = total(values * near) / np.maximum(total(near), 1)
             near = np.abs(values - centre[owner]) < limit
         plain &= total(near) > 0.75 * number
@@ -320,16 +321,16 @@ def _varied(thick, highest, green, scale):
 
 
 class Regions:
-    """Connected regions of a mask. What is done with them takes time for the pixels of the mask, which are few.
+    """Connected regions of a mask. Most methods take time proportional to the few pixels of the mask.
 
     Attributes:
-      count: N, how many there are, and one for what is not in the mask, number 0.
-      labels: int32 `[H, W]`, the number of the region of each pixel.
-      size: in pixels, int64 `[N]`.
+      count: N, the number of regions including the background, which is region 0.
+      labels: int32 `[H, W]`, the number of each pixel's region.
+      size: int64 `[N]`, in pixels.
     """
 
     def __init__(self, mask: np.ndarray, connectivity: int = 4):
-        # OpenCV's own statistics visit every pixel: seven times the time.
+        # OpenCV's own statistics visit every pixel, which takes seven times as long.
         self.count, self.labels = cv2.connectedComponents(mask, connectivity=connectivity)
         self._place = np.flatnonzero(mask != 0)
         self._owner = self.labels.ravel()[self._place].astype(np.int64)
@@ -338,12 +339,12 @@ class Regions:
 
     @functools.cached_property
     def height(self) -> np.ndarray:
-        """In pixels, int64 `[N]`."""
+        """Height of each region in pixels, int64 `[N]`."""
         return self._extent(self._place // self.labels.shape[1])
 
     @functools.cached_property
     def width(self) -> np.ndarray:
-        """In pixels, int64 `[N]`."""
+        """Width of each region in pixels, int64 `[N]`."""
         return self._extent(self._place % self.labels.shape[1])
 
     def _extent(self, along: np.ndarray) -> np.ndarray:
@@ -371,7 +372,7 @@ class Regions:
         return found
 
     def share_of_rim(self, mask: np.ndarray) -> np.ndarray:
-        """Share of the pixels just outside of each region that are in `mask`."""
+        """Fraction of the pixels just outside each region that are in `mask`."""
         inside = np.where(self.labels > 0, np.uint8(255), np.uint8(0))
         rim = np.flatnonzero(cv2.subtract(cv2.dilate(inside, square(3)), inside) != 0)
         height, width = self.labels.shape
@@ -383,12 +384,12 @@ class Regions:
         return inked / np.maximum(np.bincount(owner, minlength=self.count), 1)
 
     def words(self) -> np.ndarray:
-        """Which regions have the shape of words: low and wide."""
+        """Which regions are shaped like words, low and wide: bool `[N]`."""
         low = (self.height >= 8) & (self.height < 0.1 * min(self.labels.shape))
         return low & (self.width > 1.5 * self.height)
 
     def only(self, chosen: np.ndarray) -> np.ndarray:
-        """Mask of the chosen regions -> uint8 `[H, W]`, 0 or 255."""
+        """Mask of the regions chosen by a bool `[N]`: uint8 `[H, W]`, 0 or 255."""
         mask = np.zeros(self.labels.shape, np.uint8)
         mask.ravel()[self._place[chosen[self._owner]]] = 255
         return mask

@@ -1,12 +1,12 @@
 """Finds the imaged sector of a frame: the fan, rectangle or trapezoid of tissue on a screen with text, bars and logos.
 
-Tissue is speckle: nowhere flat, almost everywhere a little brighter than the screen, and wide. Letters, rulers and
-grey bars are thin, boxes and headers are flat. So pixels that are neither flat nor of the colour of the screen are
-counted in a window wider than a letter; where most of the window is such, there is tissue. The sector is the convex
-hull of that, since every scan geometry but the face of a curved probe is convex. Of a clip, the brightest value of
-every pixel over time is looked at, and of two candidates the moving one is tissue.
+Tissue is speckle: nowhere flat, almost everywhere a little brighter than the screen background, and wide. Letters,
+rulers and grey bars are thin; boxes and headers are flat. So pixels that are neither flat nor of the background level
+are counted in a window wider than a letter; where they fill most of the window, there is tissue. The sector is the
+convex hull of that, since every scan geometry is convex except at the face of a curved probe. For a clip, the maximum
+of every pixel over time is used, and of two candidates the moving one is tissue.
 
-A sector that is not trusted is the whole frame: a mark left over does less harm than tissue cut off.
+If the sector found is not trusted, the whole frame is used: a leftover mark does less harm than tissue cut off.
 """
 
 import dataclasses
@@ -19,31 +19,31 @@ from data_prep.clean.marks import over, square
 
 Box = tuple[int, int, int, int]
 
-_WORK = 320  # longer side in pixels of the picture that is searched
-_WINDOW = 9  # of that picture: 3% of the frame, wider than letters and bars
+_WORK = 320  # pixels, longer side of the reduced image that is searched
+_WINDOW = 9  # pixels of that image: 3% of the frame, wider than letters and bars
 _DENSE = 0.6  # share of the window that tissue fills
-_ABOVE = 2  # grey levels that the darkest tissue differs from the screen
-_FLAT = 1  # largest range in 3 x 3 pixels of graphics and screen
-_MOVED = 12  # grey levels
-_SMALLEST = 0.03  # of the frame: less is no sector
-_FILLED = 0.2  # of the hull: less is scattered
-_WHOLE = 0.97  # of the frame: more leaves nothing to cut
-_RECTANGLE = 0.96  # of the bounding box
+_ABOVE = 2  # grey levels by which even the darkest tissue differs from the screen background
+_FLAT = 1  # grey levels, largest range within 3 x 3 pixels of graphics or background
+_MOVED = 12  # grey levels, smallest change over time that counts as motion
+_SMALLEST = 0.03  # of the frame: anything smaller is not a sector
+_FILLED = 0.2  # of the hull: anything less is scattered
+_WHOLE = 0.97  # of the frame: anything more leaves nothing to cut
+_RECTANGLE = 0.96  # of the width of the bounding box
 _RIM = {"fan": 2, "linear": 0}  # pixels: the corners of pixels along a slanted side are tissue
-_SPARSE = 0.03  # of a row or column: what is lit more than this is no screen
-_STROKE, _BLACK = 60, 16  # grey levels: what letters rise above the screen, and what the screen stays below
+_SPARSE = 0.03  # of a row or column: with more of it lit, it is not background
+_STROKE, _BLACK = 60, 16  # grey levels: letters exceed the background by more than 60, and it stays below 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Sector:
-    """Where a frame images tissue.
+    """The part of a frame that shows tissue.
 
     Attributes:
       mask: uint8 `[H, W]`, 255 in the sector and 0 outside.
       box: left, top, right, bottom of the mask in pixels; right and bottom exclusive.
-      kind: "fan" (also a trapezoid), "linear" (a rectangle), "declared" (lies in regions that the file names) or
-        "whole" (the frame is all sector, or nothing better was found).
-      trusted: whether it was found or declared; False where the whole frame is only the fallback.
+      kind: "fan" (also a trapezoid), "linear" (a rectangle), "declared" (within regions that the file declares) or
+        "whole" (the sector fills the frame, or nothing better was found).
+      trusted: whether it was found or declared; False if the whole frame is only the fallback.
     """
 
     mask: np.ndarray
@@ -53,15 +53,15 @@ class Sector:
 
 
 def find_sector(frames: Sequence[np.ndarray], boxes: Sequence[Box] = ()) -> Sector:
-    """The imaged sector that frames of one clip share.
+    """The imaged sector shared by the frames of one clip.
 
     Args:
-      frames: uint8 `[H, W]` or `[H, W, C]` of one size: a still, or a few frames of a clip.
+      frames: uint8 `[H, W]` or `[H, W, C]`, all of one size: a still, or a few frames of a clip.
       boxes: regions that the file declares, as (left, top, right, bottom), right and bottom exclusive. The sector is
-        looked for in each. One that sticks out of the frame describes another picture and is not believed.
+        searched for in each. One that extends beyond the frame describes another picture and is ignored.
 
     Raises:
-      ValueError: there is no frame, or the frames differ in size.
+      ValueError: there are no frames, or they differ in size.
     """
     if not frames or len({frame.shape[:2] for frame in frames}) != 1:
         raise ValueError("frames must be one or more pictures of one size.")
@@ -85,7 +85,7 @@ def find_sector(frames: Sequence[np.ndarray], boxes: Sequence[Box] = ()) -> Sect
 
 
 def _over_time(frames):
-    """Brightest channel and moment of every pixel, and where it changed -> uint8 `[H, W]`, the second may be None."""
+    """Maximum over channels and time of every pixel, and where it changed (None for a still): uint8 `[H, W]` each."""
     greys = [_brightest_channel(frame) for frame in frames]
     top, bottom = greys[0], greys[0]
     for grey in greys[1:]:
@@ -104,14 +104,14 @@ def _brightest_channel(pixels: np.ndarray) -> np.ndarray:
 
 
 def _draw(polygon, shape, beyond=0):
-    """The polygon and so many pixels beyond it -> uint8 `shape`, 0 or 255."""
+    """Mask of the polygon, enlarged by `beyond` pixels: uint8 of shape `shape`, 0 or 255."""
     mask = np.zeros(shape, np.uint8)
     cv2.fillConvexPoly(mask, polygon, (255,))
     return cv2.dilate(mask, square(2 * beyond + 1)) if beyond else mask
 
 
 def _search(picture, moved):
-    """Polygon of the sector in full pixels, int32 `[N, 1, 2]`, and its kind; (None, "whole" or "") for the frame."""
+    """Polygon of the sector in full-size pixels, int32 `[N, 1, 2]`, and its kind; (None, "whole" or "") = the frame."""
     height, width = picture.shape
     if min(height, width) < 2 * _WINDOW:
         return None, ""
@@ -122,7 +122,7 @@ def _search(picture, moved):
     near = _draw(_hull(wanted), wanted.shape)
     if np.count_nonzero(wanted) < _FILLED * np.count_nonzero(near):
         return None, ""
-    # The small picture tells what is tissue, the full one where it ends, to the pixel.
+    # The reduced image shows what is tissue, the full-size one where it ends, to the pixel.
     near = cv2.resize(cv2.dilate(near, square(7)), (width, height), interpolation=cv2.INTER_NEAREST)
     found = cv2.morphologyEx(cv2.bitwise_and(near, speckle), cv2.MORPH_OPEN, square(3))
     if not found.any():
@@ -140,7 +140,7 @@ def _search(picture, moved):
     lit = lit[top : top + high, left : left + wide]
     (first, last), (upper, lower) = _trim(lit, 0), _trim(lit, 1)
     left, right, top, bottom = left + first, left + last, top + upper, top + lower
-    # Tissue goes on behind a ruler, and in the far field where hardly any of it is lit.
+    # Tissue continues beyond a ruler, and in the far field, where hardly any of it is lit.
     columns = np.count_nonzero(speckle[top:bottom], axis=0) > 0.5 * (bottom - top)
     left, right = left - _further(columns[:left][::-1], wide // 10), right + _further(columns[right:], wide // 10)
     rows = np.count_nonzero(speckle[:, left:right], axis=1) > _SPARSE * (right - left)
@@ -159,14 +159,14 @@ def _rows(hull, shape):
 
 
 def _upright(hull, shape):
-    """Whether it is a rectangle, or one whose lower corners are too dark to be seen."""
+    """Whether the hull is a rectangle, or one whose lower corners are too dark to be seen."""
     first, last = _rows(hull, shape)
     upper = slice(len(first) // 20, len(first) // 3 + 1)
     return (last[upper] - first[upper]).min() >= _RECTANGLE * (last.max() - first.min())
 
 
 def _mirrored(hull, shape):
-    """The hull and its reflection: a fan is symmetric, one of its sides may lie in the dark."""
+    """Hull of `hull` and its mirror image, since a fan is symmetric but one of its sides may be dark."""
     first, last = _rows(hull, shape)
     upper = slice(len(first) // 20, len(first) * 2 // 5 + 1)
     seen = (first[upper] > 1) & (last[upper] < shape[1] - 2)  # not cut off by the frame
@@ -179,17 +179,17 @@ def _mirrored(hull, shape):
 
 
 def _speckle(picture):
-    """Where pixels are lit, where they look like tissue, and that in the small picture -> uint8 0 or 255, each."""
+    """Masks of lit pixels, of pixels that look like tissue, and the latter in the reduced image: uint8, 0 or 255."""
     height, width = picture.shape
     shrink = max(1.0, max(height, width) / _WORK)
-    # Screens are black, or what most of the rim of the picture is; a frame without margins has tissue there.
+    # The background is the level of most of the picture's rim, else black: a frame without margins has tissue there.
     rim = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
     counts = np.bincount(rim, minlength=256)
     screen = int(counts.argmax()) if counts.max() > rim.size / 2 else 0
     differs = over(cv2.absdiff(picture, np.full_like(picture, screen)), _ABOVE)
     darkest, lightest = cv2.erode(picture, square(3)), cv2.dilate(picture, square(3))
     uneven = over(cv2.subtract(lightest, darkest), _FLAT)
-    # Thin bright strokes on black are letters, and what compression left around them is none either.
+    # Thin bright strokes on black are letters; neither they nor the compression artefacts around them are tissue.
     opened = cv2.morphologyEx(picture, cv2.MORPH_OPEN, square(5))
     letters = over(cv2.subtract(picture, opened), _STROKE)
     letters = cv2.subtract(letters, over(opened, _BLACK))
@@ -200,7 +200,7 @@ def _speckle(picture):
 
 
 def _wanted(small, moved):
-    """The parts of the small picture that are sector, uint8 0 or 1, or None when there are none."""
+    """The parts of the reduced image that belong to the sector, uint8, 0 or 1; None if there are none."""
     # Bars are thin once the gaps between speckles are closed.
     solid = cv2.morphologyEx(small, cv2.MORPH_CLOSE, square(5), borderType=cv2.BORDER_REPLICATE)
     solid = cv2.morphologyEx(solid, cv2.MORPH_OPEN, square(_WINDOW), borderType=cv2.BORDER_REPLICATE)
@@ -214,13 +214,13 @@ def _wanted(small, moved):
         motion = cv2.resize(moved, dense.shape[::-1], interpolation=cv2.INTER_AREA)
         share = np.bincount(labels.ravel(), weights=motion.ravel() > 0, minlength=count)[1:] / weight
         weight *= np.where((share > 0.02) | (share.max() <= 0.02), 1.0, 0.05)
-    # Half of a sector may be apart behind a shadow; small pieces apart are logos and bars.
+    # A shadow may cut off half of a sector; small separate pieces are logos and bars.
     keep = np.concatenate([[False], weight >= 0.1 * weight.max()])
     return keep[labels].astype(np.uint8)
 
 
 def _hull(mask):
-    """Convex hull of the nonzero pixels, from the ends of each row."""
+    """Convex hull of the nonzero pixels, computed from the ends of each row."""
     rows = np.flatnonzero(mask.any(axis=1))
     first = mask[rows].astype(bool).argmax(axis=1)
     last = mask.shape[1] - 1 - mask[rows, ::-1].astype(bool).argmax(axis=1)
@@ -229,7 +229,7 @@ def _hull(mask):
 
 
 def _further(lines, gap):
-    """How many lines on the last True is that comes after no more than `gap` lines that are not."""
+    """Number of lines up to the last True that can be reached across gaps of fewer than `gap` False lines."""
     total = 0
     while (following := np.flatnonzero(lines[:gap])).size:
         step = int(following[-1]) + 1
@@ -238,13 +238,13 @@ def _further(lines, gap):
 
 
 def _trim(lit, axis):
-    """First and last line but what lies behind a dark one near the ends: a ruler or grey bar beside a rectangle."""
+    """First and last line, less what a dark line near an end cuts off: a ruler or grey bar beside a rectangle."""
     share = np.count_nonzero(lit, axis=axis) / lit.shape[axis]
     edge = max(1, len(share) // 20)
 
     def behind(share):
         dark = np.flatnonzero(share[:edge] <= _SPARSE)
         cut = int(dark.max(initial=-1)) + 1
-        return cut if share[:cut].sum() < 0.5 * cut else 0  # behind the dark outline of a ruler tissue goes on
+        return cut if share[:cut].sum() < 0.5 * cut else 0  # tissue continues beyond the dark outline of a ruler
 
     return behind(share), len(share) - behind(share[::-1])
