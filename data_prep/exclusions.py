@@ -1,7 +1,7 @@
-"""What is left out of a build: the list that an audit wrote, and frames that show what another one shows.
+"""Decides what is left out of a build: frames on an audit's list of exclusions, and duplicates of other frames.
 
-The list is a CSV file with the columns of `COLUMNS`, one row for a frame of the corpus and the evaluation set that it
-would leak into. A frame is recognised by its dataset and id, or by the SHA-256 of its source pixels; either may be
+The list is a CSV file with the columns of `COLUMNS` and one row for each pair of a corpus frame and an evaluation set
+that it would leak. A frame is identified by its dataset and id, or by the SHA-256 of its source pixels; either may be
 empty.
 """
 
@@ -21,7 +21,7 @@ from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.errors import InputError
 
 COLUMNS = ("dataset", "frame", "sha256", "reason", "evaluation_dataset", "evaluation_frame")
-#: Why a frame is on the list, the most certain first; a frame has the first that applies.
+#: Why a frame is on the list, the most certain reason first; the first that applies is used.
 REASONS = {
     "patient": "same patient",
     "video": "same video",
@@ -30,10 +30,10 @@ REASONS = {
     "near": "near-duplicate",
 }
 
-#: What identifies a record.
+#: The fields that identify a record.
 IDS = ("dataset", "patient", "video", "source", "frame", "sha256")
 
-_MOST_PAIRS = 1 << 22  # of near-equal pictures of different videos; those of honest data are thousands
+_MOST_PAIRS = 1 << 22  # of near-equal pictures from different videos; real data have thousands
 _SPLITS = {"test": 0, "validation": 1}  # the copy in the smaller split is the one to keep
 
 
@@ -42,23 +42,23 @@ class Exclusions:
     """Frames to leave out.
 
     Attributes:
-      frames: (dataset, frame) -> why.
-      pixels: SHA-256 of source pixels -> why.
+      frames: (dataset, frame) -> reason.
+      pixels: SHA-256 of source pixels -> reason.
     """
 
     frames: Mapping[tuple[str, str], str]
     pixels: Mapping[str, str]
 
     def reason(self, dataset: str, frame: str, sha256: str) -> str:
-        """Why a frame is left out; empty if it is not."""
+        """The reason why a frame is left out; empty if it is not."""
         return self.frames.get((dataset, frame)) or self.pixels.get(sha256, "")
 
 
 def read(path: str | os.PathLike[str]) -> Exclusions:
-    """Reads a list that `write` wrote; its header alone excludes nothing.
+    """Reads a list written by `write`; a list with only a header excludes nothing.
 
     Raises:
-      InputError: there is no such file, or it is no such list.
+      InputError: the file cannot be read or is not such a list.
     """
     remedy = "python -m data_prep.audit --write-exclusions=FILE writes one"
     frames: dict[tuple[str, str], str] = {}
@@ -106,7 +106,7 @@ def write(path: str | os.PathLike[str], rows: Iterable[Sequence[str]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A frame that should not be there because of another one: of an evaluation set, or an earlier one."""
+    """A frame that should be left out because of another one: one of an evaluation set, or an earlier duplicate."""
 
     reason: str  # a key of `REASONS`
     frame: int
@@ -114,9 +114,9 @@ class Match:
 
 
 def keys(ids: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """What two records share if they belong together, the most certain first: values of `IDS` -> (reason, *values).
+    """Keys that records share if they belong together, the most certain first: values of `IDS` -> (reason, *values).
 
-    The id of a patient or video that is not known is the file's own, and says no more than the file.
+    An unknown patient or video has the id of the file and so adds nothing to it.
     """
     dataset, patient, video, source, _, sha256 = ids
     if patient not in ("", source):
@@ -130,7 +130,7 @@ def keys(ids: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 
 def match_ids(corpus: Sequence[tuple[str, ...]], evaluation: Sequence[tuple[str, ...]]) -> Iterator[Match]:
-    """For every record of the corpus and dataset of the evaluation that share a key: the first key, the first record.
+    """Yields a match for each corpus record and evaluation dataset that share a key: first key, first record.
 
     Args:
       corpus: values of `IDS`.
@@ -152,12 +152,12 @@ def match_ids(corpus: Sequence[tuple[str, ...]], evaluation: Sequence[tuple[str,
 def rows(
     corpus: Sequence[tuple[str, ...]], evaluation: Sequence[tuple[str, ...]], matches: Iterable[Match]
 ) -> Iterator[tuple[str, ...]]:
-    """What `write` writes for matches of the corpus with the evaluation."""
+    """The rows to be written by `write` for matches between corpus and evaluation."""
     number = collections.Counter((ids[0], ids[4]) for ids in corpus)
     for match in matches:
         dataset, _, _, _, frame, sha256 = corpus[match.frame]
         if sha256 and number[dataset, frame] > 1:
-            frame = ""  # names several frames: the pixels say which
+            frame = ""  # the name is ambiguous: the pixels tell which frame is meant
         other = evaluation[match.other]
         yield dataset, frame, sha256, match.reason, other[0], other[4]
 
@@ -165,19 +165,19 @@ def rows(
 def duplicates_within(
     rows: Sequence[Any], radius: int = fingerprints.SAME
 ) -> tuple[dict[int, tuple[str, int]], list[str]]:
-    """Which frames of one build to drop because another one shows the same.
+    """Finds the frames of one build to drop because they are duplicates of another.
 
-    Of frames with equal pixels, and of near-equal ones of different videos, one is kept: in the test split rather than
-    in training, with a label rather than without, else the first. Copies whose labels contradict each other all stay,
-    since only a person can say which is right.
+    Of frames with equal pixels, and of near-equal frames from different videos, one is kept: preferably one from the
+    test split (then validation), then one with a label, else the first. Copies with contradictory labels are all kept,
+    since only a person can tell which label is right.
 
     Args:
-      rows: with `sha256`, `hash` (hex of `fingerprints.perceptual_hash`, or empty), `label`, `split`, `video` and
-        `frame`.
-      radius: hash distance of near-equal pictures.
+      rows: objects with `sha256`, `hash` (hex of `fingerprints.perceptual_hash`, or empty), `label`, `split`, `video`
+        and `frame`.
+      radius: largest hash distance of near-equal pictures.
 
     Returns:
-      Position -> reason and the position of the one that is kept; and sentences for a person.
+      A dict from the index of each dropped frame to the reason and the index of the one kept; and warnings.
     """
     order = sorted(range(len(rows)), key=lambda k: (_SPLITS.get(rows[k].split, 2), rows[k].label < 0, k))
     dropped: dict[int, tuple[str, int]] = {}
@@ -200,11 +200,11 @@ def duplicates_within(
 
 
 def _equal_pairs(rows: Sequence[Any], order: list[int]) -> Iterator[tuple[int, int, str]]:
-    """Positions with equal pixels, the later in order; of the earlier ones, the first of each label."""
+    """Pairs of indices with equal pixels, sorted by the later; of the earlier frames, the first of each label."""
     seen: dict[str, dict[int, int]] = collections.defaultdict(dict)
     for k in order:
         before, label = seen[rows[k].sha256], rows[k].label
-        for other in sorted(before, key=label.__ne__):  # its own label first: a copy contradicts nobody
+        for other in sorted(before, key=label.__ne__):  # its own label first: such a copy contradicts nothing
             yield before[other], k, "equal pixels"
         if len(before) < fingerprints.COPIES:
             before.setdefault(label, k)
@@ -213,7 +213,7 @@ def _equal_pairs(rows: Sequence[Any], order: list[int]) -> Iterator[tuple[int, i
 def _near_pairs(
     rows: Sequence[Any], order: list[int], radius: int, warn: Callable[[str], Any]
 ) -> Iterator[tuple[int, int, str]]:
-    """Positions of near-equal pictures of different videos, the later in order."""
+    """Pairs of indices of near-equal pictures from different videos, sorted by the later."""
     hashed = [k for k in order if rows[k].hash]
     codes = np.array([np.frombuffer(bytes.fromhex(rows[k].hash), "<u8") for k in hashed], np.uint64).reshape(-1, 8)
     numbers: dict[str, int] = {}
@@ -224,5 +224,5 @@ def _near_pairs(
     )
     for at in np.lexsort((i, j)):
         earlier, later = hashed[i[at]], hashed[j[at]]
-        if rows[earlier].sha256 != rows[later].sha256:  # else it was seen already
+        if rows[earlier].sha256 != rows[later].sha256:  # otherwise already found as equal
             yield earlier, later, "near-equal picture"

@@ -1,7 +1,7 @@
-"""The frames of files for whoever uses them at once, without a build: found, and read in processes of their own.
+"""Finds files and reads their frames in separate processes, for commands that use them directly, without a build.
 
-The frames of a file lie in a folder, as PNG of eight bits, until they are taken: neither side holds a clip in memory,
-and what crashes or stalls a reader is a reason and no more.
+The frames of a file are kept in a folder as 8-bit PNG until they are used, so that neither side holds a whole clip in
+memory. A file that crashes or stalls a reader only yields a reason.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from data_prep.readers.kinds import HEAD_BYTES
 from usfmae_jax.data.records import to_uint8
 from usfmae_jax.errors import InputError
 
-KEPT = "the frames before the damage are taken"  # ends the reason of a file that was of some use
+KEPT = "the frames before the damage are taken"  # ends the reason if some frames of a file were read
 
 _LIMIT = 60.0  # seconds for a frame
 _MOST = 8 << 30  # bytes of the frames of one file
-_NAMED = 5  # files that are passed over
+_NAMED = 5  # skipped files, at most
 _NEEDED = {"dicom": "pydicom", "video": "av"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A file that is to be read: where it lies, its name below what was given, and what changes when it does."""
+    """A file to read: its path, its name relative to the folder given, and a stamp that changes when the file does."""
 
     path: str
     name: str
@@ -42,9 +42,9 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """A frame that was read: the PNG that holds it, its number in its file, and (height, width) of a pixel in mm.
+    """A frame that was read: the path of its PNG, its number in the file, and (height, width) of a pixel in mm.
 
-    The size of a pixel is (0, 0) where the file does not say it.
+    The pixel size is (0, 0) if it is not known.
     """
 
     path: str
@@ -52,22 +52,22 @@ class Held:
     spacing: tuple[float, float]
 
     def load(self) -> bytes:
-        """The PNG."""
+        """The bytes of the PNG."""
         return pathlib.Path(self.path).read_bytes()
 
 
 def find(given: Sequence[str], outside: str) -> tuple[list[Found], list[tuple[str, str]], str]:
-    """All files that can be read.
+    """Finds all files that can be read.
 
     Args:
-      given: files, and folders with files; hidden ones are passed over, and links that lead out of a folder.
-      outside: a folder that does not take part, even if it lies in one of those.
+      given: files and folders; hidden files are skipped, and links that lead out of a folder rejected.
+      outside: a folder to leave out, even if it lies in one of those.
 
     Returns:
-      the files by name, (name, reason) of those that cannot be used, and a sentence about others, if there are any.
+      the files sorted by name, (name, reason) of those that cannot be used, and a sentence about skipped files or "".
 
     Raises:
-      InputError: something given is not there, or two files have the same name.
+      InputError: a path given does not exist, or two files have the same name.
     """
     found: list[Found] = []
     rejected: list[tuple[str, str]] = []
@@ -116,12 +116,12 @@ def _stamp(size: int, changed: int) -> str:
 
 
 def _is_read(path: str) -> bool:
-    """Whether a file in a folder is one for the readers; DICOM files often have no suffix, or the end of a UID."""
+    """Whether a file in a folder is for the readers; DICOM files often have no suffix, or the end of a UID as one."""
     return path.lower().endswith(tuple(SUFFIXES - {""})) or _kind(path) == "dicom"
 
 
 def check_libraries(files: Sequence[Found]) -> None:
-    """Raises InputError if a library that one of the files needs is not installed, before any of them is read."""
+    """Raises InputError if a library needed for any of the files is not installed, before any of them is read."""
     missing = {kind: name for kind, name in _NEEDED.items() if not importlib.util.find_spec(name)}
     for file in files if missing else ():
         if name := missing.get(_kind(file.path), ""):
@@ -137,23 +137,23 @@ def _kind(path: str) -> str:
 def read(
     files: Sequence[Found], folder: str, workers: int = 2, options: Options = DEFAULTS
 ) -> Generator[tuple[int, list[Held], str], None, None]:
-    """Reads files in processes; what a file leaves in `folder` is removed when the next one is asked for.
+    """Reads files in worker processes; the PNGs of a file in `folder` are removed when the next file is requested.
 
     Args:
-      files: which.
-      folder: of this process alone; created, and removed at the end.
-      workers: processes, each of which reads one file ahead of what is taken.
-      options: of the readers.
+      files: the files to read.
+      folder: used by this process alone; created here, and removed at the end.
+      workers: number of processes, each of which reads one file ahead of the consumer.
+      options: options of the readers.
 
     Yields:
-      the number of a file, its frames, and why there are no more of them ("" = that is all), in the order in which they
-      are read.
+      the index of a file, its frames, and why there are no more of them ("" = all were read), in the order in which
+      the files are finished.
 
     Raises:
       InputError: a library that a kind of file needs is not installed.
     """
     tasks = [(file.path, os.path.join(folder, str(number)), options) for number, file in enumerate(files)]
-    shutil.rmtree(folder, ignore_errors=True)  # of a start that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     os.makedirs(folder)
     try:
         how = {"limit": _LIMIT, "preload": "data_prep.frames"}
@@ -168,7 +168,7 @@ def read(
 def _hold(
     task: tuple[str, str, Options], given_up: Mapping[int, str], begin: Callable[[int], None]
 ) -> tuple[list[Held], str]:
-    """Reads one file in a worker process and leaves its frames in a folder."""
+    """Reads one file in a worker process and writes its frames to a folder."""
     path, folder, options = task
     if given_up:
         return [], given_up[0]

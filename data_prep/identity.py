@@ -1,14 +1,14 @@
-"""Pseudonyms instead of patients and clips: keyed hashes that nobody without the key can lead back.
+"""Pseudonyms for patients and clips: keyed hashes that cannot be reversed without the key.
 
-A plain hash would protect nothing. Patient numbers are few, six digits are a million: whoever has the shards hashes all
-of them in a second and looks up who is who. HMAC-SHA256 (RFC 2104) takes a secret with every hash, the salt, without
-which no number can be tried. The salt stays on the machine that builds and is written nowhere else (a Beam runner gets
-it with the pipeline). The same salt gives the same pseudonyms, so that two builds can be compared for patients that are
-in both: keep it as long as the data.
+A plain hash would protect nothing. There are few patient numbers, a million with six digits: anyone who has the shards
+could hash all of them in a second and look up who is who. HMAC-SHA256 (RFC 2104) includes a secret, the salt, in every
+hash; without it no number can be tried. The salt stays on the machine that builds and is written nowhere else (a Beam
+runner gets it with the pipeline). The same salt gives the same pseudonyms, so that patients common to two builds can be
+found: keep it as long as the data.
 
-Whatever else is written of private input is keyed in the same way, but for one digest: `sha256` of a record is that of
-the decoded pixels, so that copies of a picture are found across datasets. It tells whoever holds the very same picture
-that it is there, and under which pseudonym; of a picture that he does not hold it tells nothing.
+Everything else that is written about private input is keyed in the same way, with one exception: `sha256` of a record
+is that of the decoded pixels, so that copies of a picture can be found across datasets. It tells anyone who holds the
+very same picture that it is in the dataset, and under which pseudonym; it reveals nothing about any other picture.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ from data_prep import locks
 from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
 
-#: Names a file that is used instead of the default.
+#: Environment variable that names a salt file to use instead of the default.
 VARIABLE = "USFMAE_SALT"
-#: What can have a pseudonym, and how those begin.
+#: What can have a pseudonym, and the prefix of its pseudonyms.
 PREFIXES = {"patient": "p", "video": "v", "frame": "f"}
 
-#: Facts that people and machines write as they like, and what stands for what could be anything.
+#: Facts that are free text, and the value that replaces unknown text.
 FREE_TEXTS, OTHER = {"Manufacturer", "ManufacturerModelName", "TransducerType"}, "other"
 
 _VENDORS = """
@@ -40,7 +40,7 @@ _VENDORS = """
     shimadzu siemens signostics siui sonoace sonoscape sonosite sonostar supersonic telemed terason terumo toshiba
     ultrasonix verathon vinno vingmed visualsonics volcano welld wisonic zonare zoncare
 """
-# Words of names of scanners and transducers, defined terms of DICOM among them.
+# Words in names of scanners and transducers, including defined terms of DICOM.
 _MODELS = """
     accuvix acclarix affiniti aixplorer antares aplio applio artida aquilion arietta ascendus avius cypress doppler
     elite elegra epiq envisor essential evo expert famio fusion hivision imagepoint iq juniper logiq logic lumify
@@ -58,20 +58,21 @@ _NONCE, _TAG = 16, 32  # bytes
 _COLUMNS = "pseudonym", "kind", "original"
 _WAIT = 300  # seconds for other builds to write their rows
 _LEAST_BYTES, _MOST_BYTES = 16, 4096
-_LEAST_DIFFERENT = 8  # of 16 random bytes 12 or more are
+_LEAST_DIFFERENT = 8  # 16 random bytes have 12 or more
 
 
 def load_salt(path: str = "", output: str = "") -> bytes:
-    """Reads the secret behind all pseudonyms.
+    """Reads the salt, the secret behind all pseudonyms.
 
     Args:
-      output: folder that will be handed on, in which the secret must not be.
-      path: of the file that holds it; by default what `USFMAE_SALT` names, or else ~/.config/usfmae_jax/salt, which is
-        made from 32 random bytes at its first use. Only that one is: a mistyped path should not quietly become a new
-        salt, with which no patient has the pseudonym of the last build.
+      path: the file that holds it; by default the one that `USFMAE_SALT` names, or else ~/.config/usfmae_jax/salt,
+        which is created from 32 random bytes on first use. No other file is created: a mistyped path must not silently
+        become a new salt, which would give every patient a new pseudonym.
+      output: folder that will be passed on, in which the secret must not be.
 
     Raises:
-      InputError: missing, readable by others than its owner, too short, too simple, in `output`, or no regular file.
+      InputError: missing, accessible to others than its owner, too short, too simple, in `output`, or not a regular
+        file.
     """
     chosen = path or os.environ.get(VARIABLE, "")
     file = pathlib.Path(chosen) if chosen else pathlib.Path.home() / ".config" / "usfmae_jax" / "salt"
@@ -106,7 +107,7 @@ def load_salt(path: str = "", output: str = "") -> bytes:
 
 def _create(file: pathlib.Path) -> None:
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Complete under its name or not there, and the first of two builds wins.
+    # The file appears only when it is complete, and the first of two concurrent builds wins.
     with tempfile.NamedTemporaryFile(dir=file.parent) as temporary:
         temporary.write(secrets.token_bytes(_BYTES))
         temporary.flush()
@@ -118,16 +119,19 @@ def _create(file: pathlib.Path) -> None:
 def pseudonym(salt: bytes, kind: str, value: str) -> str:
     """The name under which a patient, video or frame may be written.
 
-    64 bits: among a million patients two share one with a probability of 3 in 100 million. Pseudonyms of one value and
-    different kinds cannot be told to belong together.
+    64 bits: among a million patients, the probability that two share one is 3 in 100 million. Pseudonyms of different
+    kinds cannot be linked, even if their values are equal.
 
     Args:
-      salt: as `load_salt` gives it.
+      salt: from `load_salt`.
       kind: one of `PREFIXES`.
-      value: what identifies it; not empty, or all that are unknown would become one.
+      value: the identifier; not empty, since all unknown ones would otherwise get the same pseudonym.
 
     Returns:
       A letter for the kind and 16 hexadecimal digits.
+
+    Raises:
+      ValueError: the value is empty.
     """
     if not value:
         raise ValueError("an unknown id has no pseudonym")
@@ -135,24 +139,25 @@ def pseudonym(salt: bytes, kind: str, value: str) -> str:
 
 
 def keyed_digest(salt: bytes, what: str, data: str) -> str:
-    """A digest of input that may identify somebody, from which nobody without the salt can tell what it was."""
+    """A digest of input that may identify somebody; without the salt, the input cannot be recovered from it."""
     return f"hmac-sha256 {_hash(salt, what, data)}"
 
 
 def salt_fingerprint(salt: bytes) -> str:
-    """12 hexadecimal digits that may be written, and tell builds with different salts apart."""
+    """12 hexadecimal digits that may be written and that distinguish builds with different salts."""
     return _hash(salt, "salt", "")[:12]
 
 
 def _hash(salt: bytes, kind: str, value: str) -> str:
-    message = f"{kind}\0{value}".encode("utf-8", "surrogatepass")  # file names can hold what is no text
+    message = f"{kind}\0{value}".encode("utf-8", "surrogatepass")  # file names may not be valid text
     return hmac.new(salt, message, hashlib.sha256).hexdigest()
 
 
 def seal(salt: bytes, text: str) -> bytes:
-    """Text that only who has the salt can read, for files that a killed build leaves where data are handed on.
+    """Encrypts text with the salt, for files that a killed build may leave in a folder that is passed on.
 
-    HMAC-SHA256 of the salt as a stream cipher in counter mode with a random nonce, and over nonce and cipher a tag.
+    HMAC-SHA256 keyed with the salt as a stream cipher in counter mode, with a random nonce, and a tag over nonce and
+    ciphertext.
     """
     nonce = secrets.token_bytes(_NONCE)
     sealed = nonce + _cipher(salt, nonce, text.encode())
@@ -178,13 +183,13 @@ def _cipher(salt: bytes, nonce: bytes, data: bytes) -> bytes:
 
 
 def public_facts(facts: Mapping[str, str], identifiers: Iterable[str]) -> dict[str, str]:
-    """What a private build may write of what a file says about its equipment, where anything may have been typed.
+    """Restricts the facts about equipment, which may contain any text, to what a private build may write.
 
-    A manufacturer becomes the name of a known one. The model and the transducer are words of known ones and short
-    groups of letters with up to four digits, that hold no identifier. Everything else is "other".
+    A manufacturer is reduced to a known name. Model and transducer are kept if they consist of known words and short
+    groups of letters and digits, with at most four digits, and contain no identifier. Anything else becomes "other".
 
     Args:
-      facts: as readers give them.
+      facts: from the readers.
       identifiers: of the patient, clip and file.
     """
     ids = [letters for one in identifiers if len(letters := _letters(one)) > 2]
@@ -204,7 +209,7 @@ def public_facts(facts: Mapping[str, str], identifiers: Iterable[str]) -> dict[s
 
 
 def without_single(counts: Mapping[str, int]) -> dict[str, int]:
-    """Values and the number of files, those of one file alone together as "other": they may be a person's."""
+    """Number of files by value; values found in only one file, which may identify a person, are merged as "other"."""
     shown = {value: number for value, number in counts.items() if number > 1 or value == OTHER}
     single = len(counts) - len(shown)
     return shown | ({OTHER: shown.get(OTHER, 0) + single} if single else {})
@@ -222,14 +227,14 @@ def _letters(text: str) -> str:
 
 
 def check_linkage(path: str, output: str) -> None:
-    """Refuses a place for the linkage table that is handed on with the data.
+    """Refuses a path for the linkage table that would be passed on with the data.
 
     Args:
-      path: where the table should be.
+      path: where to write the table.
       output: folder that the build writes to.
 
     Raises:
-      InputError: the table would be in that folder, its own folder does not exist, or something else is there.
+      InputError: the table would be in `output`, its own folder does not exist, or another kind of file is there.
     """
     file, folder = pathlib.Path(path).resolve(), pathlib.Path(output).resolve()
     if file.is_relative_to(folder):
@@ -240,15 +245,15 @@ def check_linkage(path: str, output: str) -> None:
 
 
 def write_linkage(path: str, rows: Iterable[tuple[str, str, str]], output: str) -> None:
-    """Writes the table that leads pseudonyms back, readable by its owner alone; adds to one that is there.
+    """Writes the table that maps pseudonyms to originals, readable only by its owner; extends an existing one.
 
     Args:
       path: of the CSV file.
-      rows: (pseudonym, kind, original), in any order and any number of times.
+      rows: (pseudonym, kind, original), in any order; repetitions do not matter.
       output: folder that the build writes to, in which the table must not be.
 
     Raises:
-      InputError: as in `check_linkage`, or another build does not get done with it.
+      InputError: as in `check_linkage`, or another build holds the table for too long.
     """
     check_linkage(path, output)
     target = pathlib.Path(path).resolve()

@@ -1,10 +1,11 @@
-"""A pool of processes that survives what it reads: a file that crashes or stalls its reader is set aside, not fatal.
+"""A process pool that survives bad input: a file that crashes or stalls its reader is skipped rather than fatal.
 
-Decoders of images, video and volumes are native code, and the files come from strangers. A worker that dies, or says
-nothing for too long, is replaced; the input that it was at is tried once more and then given up, by name.
+Decoders of images, video and volumes are native code, and the files come from untrusted sources. A worker that dies or
+is silent for too long is replaced. Input that crashed its worker is tried once more; input that crashes again or stalls
+is given up and reported.
 
-Pools of other packages do not do this: their time limit runs from the beginning of a task, whatever its worker still
-says, and when a worker dies nobody knows at which of its inputs.
+The pools of other packages do not do this: their time limit counts from the start of a task, even if its worker still
+reports progress, and when a worker dies it is not known which of its inputs was to blame.
 """
 
 import collections
@@ -25,12 +26,12 @@ from typing import Any
 from usfmae_jax.errors import NO_GUARD, READER, UNGUARDED, InputError, check_guard
 
 _PATIENCE = 1.0  # seconds
-_TRIES = 2  # a crash may have been another program's hunger for memory; a second one at the same place is not
-_MEMORY = 8 << 30  # bytes that a worker may take: a file that asks for more fails alone, not the machine
-_DEATHS = 3  # in a row, of workers that had not even begun
+_TRIES = 2  # the first crash may be due to another program's use of memory; a second one on the same input is not
+_MEMORY = 8 << 30  # bytes that a worker may use: a file that needs more fails alone, without the machine
+_DEATHS = 3  # in a row, of workers that had not begun any input
 
 #: `function(task, given_up, begin)`: `given_up` maps numbers of inputs to leave out to reasons, and `begin(number)`
-#: announces an input before it is touched, again and again while it is read.
+#: announces an input before it is touched, and repeatedly while it is read.
 Work = Callable[[Any, Mapping[int, str], Callable[[int], None]], Any]
 
 
@@ -44,7 +45,7 @@ class _Job:
 
 
 class _Worker:
-    """A process, and the job that it is at."""
+    """A process and its current job."""
 
     def __init__(self, context: Any, function: Work):
         self.pipe, there = context.Pipe()
@@ -56,11 +57,11 @@ class _Worker:
 
     def give(self, job: _Job) -> None:
         job.at, self.job, self.heard = None, job, time.monotonic()
-        with contextlib.suppress(OSError):  # a dead worker is noticed by its sentinel
+        with contextlib.suppress(OSError):  # a dead worker is detected by its sentinel
             self.pipe.send((job.task, job.given_up))
 
     def hear(self) -> tuple[str, Any] | None:
-        """Takes what it has said: how it has finished and with what, None if it has not."""
+        """Reads its messages: returns ("done", result) or ("failed", error), or None if it has not finished."""
         assert self.job
         with contextlib.suppress(EOFError, OSError):
             while self.pipe.poll():
@@ -72,14 +73,14 @@ class _Worker:
         return None
 
     def trouble(self, limit: float) -> str:
-        """Why it will not finish: dead, or silent for longer than `limit`; empty while it is at work."""
+        """Why it will not finish: dead, or silent for longer than `limit` seconds; empty while it is working."""
         if not self.process.is_alive():
             code = self.process.exitcode or 0
             return f"crashed its reader ({signal.Signals(-code).name if code < 0 else f'status {code}'})"
         return f"took longer than {limit:g} s" if time.monotonic() - self.heard > limit else ""
 
     def unguarded(self) -> bool:
-        """Whether it met the call that had started it when it imported the script."""
+        """Whether, on importing the script, it reached the call that had started it: there is no main guard."""
         return self.process.exitcode == UNGUARDED
 
     def end(self) -> None:
@@ -91,14 +92,14 @@ class _Worker:
 def isolated_map(
     function: Work, tasks: Iterable[Any], workers: int, *, limit: float, preload: str
 ) -> Generator[tuple[int, Any], None, None]:
-    """Yields `(number, function(task, given_up, begin))` for every task, in the order in which they are finished.
+    """Yields `(number, function(task, given_up, begin))` for every task, in order of completion.
 
     Args:
-      function: at the top of a module (or a partial of one), so that it can be pickled.
-      tasks: likewise.
-      workers: processes; also a single one is not this one.
-      limit: seconds that a worker may be silent before it is taken for stuck.
-      preload: module that the processes import once, before they are forked off.
+      function: defined at the top level of a module (or a partial of such a function), so that it can be pickled.
+      tasks: picklable arguments of `function`.
+      workers: number of processes; even a single one is separate from this process.
+      limit: seconds that a worker may be silent before it is considered stuck.
+      preload: module that the fork server imports once, before it forks the processes.
 
     Raises:
       InputError: workers die before they begin, or import a script without a main guard.
@@ -139,20 +140,20 @@ def isolated_map(
                     pool[pool.index(worker)] = _Worker(context, function)
     finally:
         for worker in pool:
-            worker.process.kill()  # all of them, before one is waited for
+            worker.process.kill()  # all of them, before waiting for any
         for worker in pool:
             worker.end()
 
 
 def _ready(pool: list[_Worker], limit: float) -> list[_Worker]:
-    """Workers that have said something, died, or been silent for too long; none after a second of nothing."""
+    """Workers that have sent a message, died, or been silent for too long; waits for at most one second."""
     busy = [worker for worker in pool if worker.job]
     began = time.monotonic()
     said = multiprocessing.connection.wait(
         [handle for worker in busy for handle in (worker.pipe, worker.process.sentinel)], _PATIENCE
     )
     asleep = time.monotonic() - began - _PATIENCE
-    if asleep > _PATIENCE:  # the whole job was stopped and went on: nobody was silent
+    if asleep > _PATIENCE:  # this process was suspended and resumed, so no worker was silent
         for worker in busy:
             worker.heard += asleep
     return [
@@ -166,13 +167,13 @@ def _blame(job: _Job, reason: str) -> None:
     if job.at is None:
         return
     job.crashes[job.at] += 1
-    # Time is not given twice: a large build with many such files would not end.
+    # No second try after a time-out: a large build with many such files would never end.
     if job.crashes[job.at] >= _TRIES or reason.startswith("took"):
         job.given_up[job.at] = reason
 
 
 def _serve(pipe: multiprocessing.connection.Connection, function: Work) -> None:
-    """What a worker does all its life."""
+    """The main loop of a worker."""
     _prepare()
     while True:
         try:
@@ -186,7 +187,7 @@ def _serve(pipe: multiprocessing.connection.Connection, function: Work) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or what can be said of one that does not survive the way to another process."""
+    """The error itself if it can be pickled, else a RuntimeError that names its type."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -195,16 +196,16 @@ def _portable(error: Exception) -> Exception:
 
 
 def _prepare() -> None:
-    import cv2  # late: asking for help should not wait for it
+    import cv2  # late, so that --help is quick
 
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.RLIM_INFINITY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     cv2.setNumThreads(1)  # the parallelism is over files
-    # Silence: damaged files are named in the summary. OpenCV 5 has moved the function.
+    # No log messages: damaged files are named in the summary. OpenCV 5 has moved the function.
     logging = getattr(cv2.utils, "logging", cv2)
     logging.setLogLevel(0)
-    # Native decoders write to the descriptor itself, in the middle of the progress bar.
+    # Native decoders write to the descriptor directly, in the middle of the progress bar.
     sys.stderr.flush()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
@@ -212,7 +213,7 @@ def _prepare() -> None:
 
 
 def _end_with_parent() -> None:
-    # A killed parent does not take its workers along: they would wait for it for ever.
+    # Workers outlive a killed parent, and would wait for it forever.
     parent = multiprocessing.parent_process()
     if parent:
         multiprocessing.connection.wait([parent.sentinel])

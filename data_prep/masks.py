@@ -1,4 +1,4 @@
-"""Annotations to masks: drawn as images, in colours, as outlines that have to be filled, or as lists of corners."""
+"""Converts annotations to masks: images, coloured images, outlines to be filled, or polygons."""
 
 import json
 import math
@@ -16,12 +16,12 @@ from data_prep.readers.clips import channel_spread, check_size
 from data_prep.readers.images import checked, load
 
 FOREGROUND = 255
-_THRESHOLD = 127  # of masks that were stored as JPEG or drawn with soft edges
+_THRESHOLD = 127  # for masks stored as JPEG or drawn with soft edges
 _MAX_BYTES = 64 << 20
 _MAX_CORNERS = 1_000_000
-_MAX_COLOURS = 32  # more are a picture
-_NEAR = 64  # levels in any channel that JPEG changes a colour by
-_EDGES = 0.02  # of a mask: what lies between two colours along their border
+_MAX_COLOURS = 32  # with more, it is a picture
+_NEAR = 64  # levels, the most by which JPEG changes any channel of a colour
+_EDGES = 0.02  # of a mask: the largest share of mixed colours along borders
 
 Colours = Mapping[tuple[int, int, int], int]
 NO_COLOURS: Colours = {}
@@ -30,25 +30,25 @@ NO_COLOURS: Colours = {}
 def read_mask_as(
     kind: str, path: str | os.PathLike[str], shape: tuple[int, int], colours: Colours = NO_COLOURS, image: str = ""
 ) -> np.ndarray:
-    """Reads an annotation as a mask of the image it belongs to, in the size of that.
+    """Reads an annotation as a mask of the size of its image.
 
     Args:
-      kind: "image", numbers or few colours as they are stored, in an image or a volume of one slice; "auto", the same
-        but for JPEG and soft edges, which are "binary"; "binary", an image in which what is lighter than half of the
-        range, in any channel, is meant; "outline", an image of a closed line, which is filled; "polygons", JSON with
-        one list of corners [x, y], a list of such lists, or the shapes of LabelMe, filled; or XML with such shapes for
-        several images by their numbers, as DDTI has it.
+      kind: "image": numbers or a few colours as stored, in an image or a volume of one slice; "auto": the same, except
+        that JPEG and soft edges are read as "binary"; "binary": an image whose foreground is brighter than half of the
+        range in any channel; "outline": an image of a closed line, which is filled; "polygons": filled polygons, from
+        JSON with one list of corners [x, y], a list of such lists, or LabelMe shapes, or from XML with such shapes for
+        several numbered images, as in DDTI.
       path: of the annotation.
-      shape: (H, W) of the image. A mask of the same shape in another size is resized.
-      colours: class number by colour (R, G, B), of masks with colours; black is the background.
-      image: path of the image. One that ends in _2.jpg is the second in an annotation of several.
+      shape: (H, W) of the image. A mask of another size but the same aspect ratio is resized.
+      colours: class number by colour (R, G, B), for coloured masks; black is the background.
+      image: path of the image. The number at the end of its name, such as _2.jpg, selects its shapes in XML.
 
     Returns:
-      uint8 `[H, W]`; 0 is background and, but for numbers, 255 all else. RGB `[H, W, 3]` of a mask with colours that
-      have no numbers.
+      uint8 `[H, W]`; 0 is background, and 255 is foreground unless the mask holds numbers. RGB `[H, W, 3]` for a
+      coloured mask if `colours` is empty.
 
     Raises:
-      UnreadableError: the file is missing, damaged, of another shape than the image, or not of this kind.
+      UnreadableError: the file is missing, damaged, of another aspect ratio than the image, or not of this kind.
     """
     if kind == "polygons":
         return fill_polygons(_read_corners(path, shape, image), shape)
@@ -67,7 +67,7 @@ def read_mask_as(
 
 
 def join(masks: list[np.ndarray]) -> np.ndarray:
-    """Several masks of one image as one: of numbers the largest, of colours the last."""
+    """Joins several masks of one image: the largest number at each pixel, or the last colour other than black."""
     if any(mask.ndim == 3 for mask in masks):
         masks = [mask if mask.ndim == 3 else cv2.merge([mask] * 3) for mask in masks]
         joined = masks[0]
@@ -78,12 +78,12 @@ def join(masks: list[np.ndarray]) -> np.ndarray:
 
 
 def colours_of(mask: np.ndarray) -> list[str]:
-    """The colours of an RGB mask but black, as "#rrggbb"."""
+    """The colours of an RGB mask except black, as "#rrggbb"."""
     return [f"#{colour:06x}" for colour in np.unique(_packed(mask)).tolist() if colour]
 
 
 def numbered(mask: np.ndarray, numbers: Mapping[str, int]) -> np.ndarray:
-    """A mask of numbers or RGB colours as class numbers by colour, uint8 `[H, W]`; other numbers stay."""
+    """Replaces the colours of a mask, RGB or grey, by their class numbers: uint8 `[H, W]`; other greys are kept."""
     if mask.ndim == 2:
         table = np.array([numbers.get(f"#{grey:02x}{grey:02x}{grey:02x}", grey) for grey in range(256)], np.uint8)
         return np.asarray(cv2.LUT(mask, table))
@@ -98,7 +98,7 @@ def _packed(mask: np.ndarray) -> np.ndarray:
 
 
 def _same_shape(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether sizes differ by a factor alone, but for the pixel that rounding makes of the smaller one."""
+    """Whether two sizes have the same aspect ratio, up to rounding of the smaller one to whole pixels."""
     (height, width), (tall, wide) = one, other
     return abs(height * wide - width * tall) <= max(height, width, tall, wide)
 
@@ -111,7 +111,7 @@ def _few_colours(mask: np.ndarray) -> np.ndarray:
 
 
 def _classes(mask: np.ndarray, colours: Colours) -> np.ndarray:
-    """The class whose colour is nearest, as long as it is near."""
+    """The class with the nearest colour for every pixel; raises UnreadableError if too many pixels have none near."""
     known = np.array([(0, 0, 0), *colours], np.int32)
     packed, inverse = np.unique(_packed(mask), return_inverse=True)
     found = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1)[:, None]
@@ -125,12 +125,12 @@ def _classes(mask: np.ndarray, colours: Colours) -> np.ndarray:
 
 
 def fill_outline(line: np.ndarray) -> np.ndarray:
-    """Fills a closed line around a convex region, such as the ellipse of a fetal head; the line belongs to the region.
+    """Fills a closed line around a convex region, such as the ellipse of a fetal head; the line is part of the region.
 
-    A line that the border of the image cuts is closed by the border; one with gaps by its convex hull.
+    A line cut off by the border of the image is closed by the border; one with gaps, by its convex hull.
 
     Args:
-      line: uint8 `[H, W]`, 0 off the line.
+      line: uint8 `[H, W]`, nonzero on the line.
 
     Returns:
       uint8 `[H, W]`, 0 or `FOREGROUND`.
@@ -148,7 +148,7 @@ def fill_outline(line: np.ndarray) -> np.ndarray:
         return filled
     _, regions = cv2.connectedComponents((line == 0).astype(np.uint8), connectivity=4)
     inside = regions == regions[centre]
-    # Through a gap the inside runs out into the surroundings, which lie at all sides of the image.
+    # Through a gap, the inside is connected to the surroundings, which touch all sides of the image.
     if inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any():
         return cv2.fillConvexPoly(filled, hull, FOREGROUND)
     filled[inside] = FOREGROUND
@@ -159,14 +159,14 @@ def fill_polygons(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndar
     """Draws the union of polygons.
 
     Args:
-      polygons: float `[N, 2]` each, corners as (x, y) in pixels, the middle of the first pixel being (0, 0).
+      polygons: float `[N, 2]` each, corners (x, y) in pixels, with the centre of the first pixel at (0, 0).
       shape: (H, W) of the mask.
 
     Returns:
       uint8 `[H, W]`, 0 or `FOREGROUND`.
     """
     mask = np.zeros(shape, np.uint8)
-    # Nobody means corners far outside; OpenCV would walk along every line of them.
+    # Corners far outside are errors, and OpenCV would trace every line to them.
     limit = 4 * max(shape)
     for corners in polygons:
         rounded = np.rint(np.clip(corners, -limit, limit)).astype(np.int32)
@@ -175,7 +175,7 @@ def fill_polygons(polygons: list[np.ndarray], shape: tuple[int, int]) -> np.ndar
 
 
 def _read_numbers(path: str | os.PathLike[str], soft: bool) -> np.ndarray:
-    """Numbers `[H, W]`, or colours `[H, W, 3]` where the channels differ, uint8."""
+    """Numbers `[H, W]`, or colours `[H, W, 3]` if the channels differ, uint8."""
     if pathlib.Path(path).suffix.lower() not in IMAGES:
         return _read_slice(path)
     try:
@@ -191,7 +191,7 @@ def _read_numbers(path: str | os.PathLike[str], soft: bool) -> np.ndarray:
 
 
 def _read_colours(path: str | os.PathLike[str]) -> np.ndarray:
-    """An image in colour, uint8 RGB `[H, W, 3]`."""
+    """Reads an image in colour, uint8 RGB `[H, W, 3]`."""
     data = checked(load(path, _MAX_BYTES))
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -203,13 +203,13 @@ def _read_colours(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _lightest(pixels: np.ndarray) -> np.ndarray:
-    """The lightest channel."""
+    """The maximum over the channels, `[H, W, 3]` -> `[H, W]`."""
     first, second, third = cv2.split(pixels)
-    return np.asarray(cv2.max(cv2.max(first, second), third))  # NumPy takes ten times as long along the last axis
+    return np.asarray(cv2.max(cv2.max(first, second), third))  # ten times as fast as NumPy along the last axis
 
 
 def _read_slice(path: str | os.PathLike[str]) -> np.ndarray:
-    # Not as frames: those are windowed, and left out when they are empty.
+    # Not read as frames, which are windowed, and left out if they are empty.
     stack = volumes.open_volume(path)
     if stack.shape[0] != 1:
         raise UnreadableError(f"has {stack.shape[0]} slices, expected the mask of one image")
@@ -226,7 +226,7 @@ def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int], image: s
         text = load(path, _MAX_BYTES)
         if is_xml:
             lists = _marks(tables.parse_xml(text), image)
-        # Label names in the encoding of some workplace are common, and nobody asks for them here.
+        # Label names in a local encoding are common, and are not needed here.
         elif isinstance(data := json.loads(text.decode("utf-8", "replace")), dict):
             scale = _scale(data, shape)
             lists = [
@@ -241,12 +241,12 @@ def _read_corners(path: str | os.PathLike[str], shape: tuple[int, int], image: s
         raise UnreadableError("has corners that are no numbers")
     if sum(map(len, polygons)) > _MAX_CORNERS:
         raise UnreadableError(f"more than {_MAX_CORNERS:,} corners")
-    # (0, 0) is the middle of the first pixel.
+    # (0, 0) is the centre of the first pixel.
     return polygons if scale == (1, 1) else [(corners + 0.5) * scale - 0.5 for corners in polygons]
 
 
 def _marks(root: Any, image: str) -> list[list[tuple[float, float]]]:
-    """Corners of what is marked in one of the images of a DDTI case; its elements <svg> hold JSON."""
+    """Corners of the shapes marked in one image of a DDTI case, whose <svg> elements hold JSON."""
     number = pathlib.PurePath(image).stem.rpartition("_")[2]
     drawn = [mark.findtext("svg") for mark in root.iter("mark") if (mark.findtext("image") or "").strip() == number]
     shapes = [shape for text in drawn if text for shape in json.loads(text)]
@@ -261,7 +261,7 @@ def _rectangle(shape: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def _scale(data: dict[str, Any], shape: tuple[int, int]) -> tuple[float, float]:
-    """What (x, y) on the picture that was drawn on are to be multiplied with."""
+    """Factors that scale (x, y) from the picture that was annotated to the image."""
     height, width = data.get("imageHeight") or shape[0], data.get("imageWidth") or shape[1]
     if not _same_shape((height, width), shape):
         raise UnreadableError(f"is drawn on {width} x {height} pixels, the image has {shape[1]} x {shape[0]}")
@@ -269,7 +269,7 @@ def _scale(data: dict[str, Any], shape: tuple[int, int]) -> tuple[float, float]:
 
 
 def _depth(data: Any) -> float:
-    """How many lists lie in each other: 2 for the corners of one polygon; 3 for several."""
+    """How deeply lists are nested: 2 for the corners of one polygon, 3 for several."""
     depth = 0
     while isinstance(data, list):
         depth, data = depth + 1, data[0] if data else math.nan

@@ -1,1 +1,1 @@
-"""What is fetched before a build: downloads that can be gone on with, and archives from strangers."""
+"""Fetches data before a build: resumable downloads, and archives from untrusted sources."""

@@ -1,7 +1,7 @@
-"""Archives of public datasets, opened with care: whoever packed them is a stranger.
+"""Unpacks archives of public datasets with care, since they come from untrusted sources.
 
 Opens zip (also zip64), tar, tar.gz, tar.bz2, tar.xz, and single files compressed with gzip, bzip2 or xz. A member that
-cannot or must not be unpacked is left out and named; of the rest there is all in the end, or nothing.
+cannot or must not be unpacked is left out and reported; in the end, either all others are unpacked or none.
 """
 
 import bz2
@@ -29,7 +29,7 @@ from typing import IO, Any
 from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
-#: What an archive unpacked to, in the folder it became; hidden, so that nobody takes it for data.
+#: Describes the content of an unpacked archive, in its folder; hidden, so that it is not taken for data.
 MARKER = ".extracted.json"
 
 _MAGIC = {
@@ -46,27 +46,27 @@ _TOOLS = {"RAR": "unrar x", "7z": "7z x", "split zip": "7z x"}
 _DECOMPRESS: dict[str, Callable[[pathlib.Path], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 _SUFFIX = re.compile(r"\.(zip|tar(\.(gz|bz2|xz))?|tgz|tbz2?|txz|rar|7z)$", re.IGNORECASE)
 _PART = re.compile(r"\.(z\d\d|zip\.\d{3})$", re.IGNORECASE)
-# What the standard library raises on damage.
+# What the standard library raises for damaged archives.
 _ERRORS: tuple[type[Exception], ...] = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error)
 _ERRORS += (EOFError, OSError, ValueError, OverflowError, NotImplementedError)
 
-_RATIO = 200  # a real archive of images unpacks to a few times its size
-_SMALL = 4 << 30  # bytes that are no danger whatever the ratio
-_RESERVE = 256 << 20  # bytes that stay free on the disk
-_HEADER = 8 << 20  # bytes; tarfile takes a header into memory that is as long as it says
-_DEPTH = 3  # of archives in archives
-_FOLDERS = 32  # around a file; trees that are far deeper cannot be walked or removed
-_NAMES = 96 << 20  # letters of all names, which are kept in memory
+_RATIO = 200  # a genuine archive of images unpacks to a few times its size
+_SMALL = 4 << 30  # bytes that are harmless whatever the ratio
+_RESERVE = 256 << 20  # bytes left free on the disk
+_HEADER = 8 << 20  # bytes; tarfile reads a header into memory whatever length it declares
+_DEPTH = 3  # levels of archives within archives
+_FOLDERS = 32  # depth of a file; trees that are far deeper cannot be walked or removed
+_NAMES = 96 << 20  # characters of all names together, which are kept in memory
 _BLOCK = 4096  # bytes that the smallest file takes on a disk
 _CHUNK = 1 << 20
 
-#: Name, seconds since 1970, why it is not unpacked (or nothing), and what opens its content.
+#: Name, seconds since 1970, why it is not unpacked ("" = it is), and a function that opens its content.
 _Member = tuple[str, float, str, Callable[[], Any]]
 
 
 @dataclasses.dataclass
 class Extracted:
-    """What came out of an archive: files and their bytes, and the members that were left out."""
+    """What was unpacked from an archive: number of files, their bytes, and the members left out."""
 
     files: int = 0
     bytes: int = 0
@@ -81,7 +81,7 @@ class _Budget:
     names: int = _NAMES  # letters
 
     def take(self, size: int, declared: int = 0) -> None:
-        """Spends `size` bytes; raises InputError if they, or those that are declared beside, are too many."""
+        """Uses up `size` bytes; raises InputError if they and the `declared` ones exceed the limits."""
         if size + declared > self.limit:
             raise InputError(
                 f"{self.archive} would unpack to more than {_RATIO} times its size, as archives do that are made to "
@@ -93,7 +93,7 @@ class _Budget:
         self.room -= size
 
     def take_name(self, name: str) -> None:
-        """Spends the letters of a name; raises InputError if they are too many."""
+        """Uses up the characters of a name; raises InputError if there are too many."""
         self.names -= len(name)
         if self.names < 0:
             raise InputError(
@@ -103,17 +103,17 @@ class _Budget:
 
 
 class _DamagedError(Exception):
-    """An archive or a member of it cannot be read."""
+    """An archive, or one of its members, cannot be read."""
 
 
 def folder_name(file: str) -> str:
-    """Name of the folder that an archive becomes: training_set.tar.gz becomes training_set."""
+    """Name of the folder that an archive is unpacked into: training_set for training_set.tar.gz."""
     name = _SUFFIX.sub("", file)
     return name if name not in ("", file) else f"{file}_files"
 
 
 def kind(head: bytes) -> str:
-    """What the first 512 bytes of a file say it is: a value of `_MAGIC`, "tar" or ""."""
+    """The kind of archive, from the first 512 bytes of a file: a value of `_MAGIC`, "tar" or "" for none."""
     for magic, name in _MAGIC.items():
         if head.startswith(magic):
             return name
@@ -129,21 +129,21 @@ def extract(
 ) -> Extracted:
     """Unpacks an archive into a new folder, completely or not at all.
 
-    Left out and named are: absolute names and names that lead out of the folder, links, devices, members with a
-    password, damaged ones, and names that are taken or differ from one only in case. Bytes of names that are not
-    UTF-8 become %XX. If all lies in one folder of the new folder's name, that one is it. Times are kept, modes and
-    owners are not. One call at a time for a folder.
+    Left out and reported are absolute names, names that lead out of the folder, links, devices, members with a
+    password, damaged members, and names already taken, even if in another case. In names that are not UTF-8, non-ASCII
+    bytes are written as %XX. If the archive holds only a folder with the name of the new one, its content is moved up.
+    Times are kept, modes and owners are not. Only one call at a time may unpack into a folder.
 
     Args:
-      archive: the file; its content decides what it is, not its name.
-      folder: where it goes; its parent exists, it does not. A killed run leaves `.NAME.incomplete` beside it, which
-        the next one removes.
-      nested: also unpack zip and tar files inside, each into a folder beside it, and remove them.
-      note: goes into `MARKER` in the folder, beside counts and names.
+      archive: the file; its kind is recognised by content, not by name.
+      folder: the target, which must not exist, while its parent must. A killed run leaves `.NAME.incomplete` beside
+        it, which the next one removes.
+      nested: also unpacks archives inside, each into a folder beside it, and removes them.
+      note: stored in `MARKER` in the folder, with counts and rejected members.
 
     Raises:
       InputError: `folder` exists, or the archive is of another kind, damaged, a bomb, or too large for the disk.
-      OSError: the disk is full after all.
+      OSError: the disk fills up nevertheless.
     """
     if os.path.lexists(folder):
         raise InputError(f"{folder} is in the way of {archive.name}: move it away, or build without --download")
@@ -166,7 +166,7 @@ def extract(
 
 
 def _extract(archive: pathlib.Path, folder: pathlib.Path, budget: _Budget, depth: int) -> Extracted:
-    """Unpacks an archive, and those in it down to a depth."""
+    """Unpacks an archive, and archives in it down to `depth` levels."""
     found = _kind_of_file(archive)
     if found in _TOOLS:
         raise InputError(
@@ -215,7 +215,7 @@ def _extract_nested(path: pathlib.Path, shown: str, budget: _Budget, depth: int,
 
 
 def _write(open_: Callable[[], Any], seconds: float, path: pathlib.Path, budget: _Budget, done: Extracted) -> str:
-    """Writes a file; returns why it could not be read, or nothing."""
+    """Writes a member to a file; returns why it could not be read, or ""."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _reading(), open_() as source, path.open("xb") as file:
@@ -227,39 +227,39 @@ def _write(open_: Callable[[], Any], seconds: float, path: pathlib.Path, budget:
         return f"cannot be read: {error}"
     done.files += 1
     done.bytes += path.stat().st_size
-    # Equal archives give equal times, and so the same fingerprint of the input.
+    # The same archive always gives the same times, and so the same fingerprint of the input.
     os.utime(path, (int(min(max(0, seconds), 1 << 32)),) * 2)
     return ""
 
 
 @contextlib.contextmanager
 def _reading() -> Iterator[None]:
-    """Turns what is raised for damage into `_DamagedError`."""
+    """Converts the errors raised for damaged archives to `_DamagedError`."""
     try:
         yield
     except InputError:  # a ValueError, like some of the others
         raise
     except _ERRORS as error:
-        # bz2 gives no number; a position that cannot be is an invalid argument. Other numbers are the disk's.
+        # bz2 sets no errno, and an impossible position is EINVAL. Any other errno comes from the disk.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         raise _DamagedError(error) from error
 
 
 def _kind_of_file(archive: pathlib.Path) -> str:
-    """Like `kind`, but sees the last part of a split zip."""
+    """Like `kind`, but also recognises the parts of a split zip."""
     with archive.open("rb") as file:
         found = kind(file.read(512))
         file.seek(max(0, archive.stat().st_size - (22 + 0xFFFF)))
         tail = file.read()
-    # The end record counts disks. 0xFFFF: the number is in the zip64 record, which zipfile checks itself.
+    # The end record holds the disk number; 0xFFFF means it is in the zip64 record, which zipfile checks itself.
     end = tail.rfind(b"PK\x05\x06")
     disks = struct.unpack_from("<H", tail, end + 4)[0] if 0 <= end <= len(tail) - 8 else 0
     return "split zip" if _PART.search(archive.name) or (found == "zip" and disks not in (0, 0xFFFF)) else found
 
 
 def _members(archive: pathlib.Path, found: str, budget: _Budget) -> Iterator[_Member]:
-    """What is in an archive of this kind but folders; sizes are refused as soon as they are declared."""
+    """The members of an archive except folders; declared sizes count against the budget at once."""
     if found == "zip":
         yield from _zip_members(archive, budget)
         return
@@ -280,7 +280,7 @@ def _zip_members(archive: pathlib.Path, budget: _Budget) -> Iterator[_Member]:
             raise zipfile.BadZipFile("its members overlap")
         budget.take(_BLOCK * len(infos), sum(info.file_size for info in infos))
         for info in infos:
-            # What is not marked as UTF-8 was decoded as code page 437, and is UTF-8 all the same more often than not.
+            # zipfile decodes names not marked as UTF-8 as code page 437, but most of them are UTF-8 all the same.
             name = _printable(info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437"))
             if name.endswith(("/", "\\")):
                 continue
@@ -296,7 +296,7 @@ def _zip_members(archive: pathlib.Path, budget: _Budget) -> Iterator[_Member]:
 
 
 class _Careful:
-    """A stream for tarfile that refuses to fill the memory, and remembers the end of what was read."""
+    """A stream for tarfile that refuses reads that would fill the memory, and remembers the last block read."""
 
     def __init__(self, stream: IO[bytes]):
         self.seek, self.tell, self._stream, self.last = stream.seek, stream.tell, stream, b""
@@ -312,14 +312,14 @@ def _tar_members(stream: IO[bytes], budget: _Budget) -> Iterator[_Member]:
     careful: Any = _Careful(stream)
     with tarfile.open(fileobj=careful, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (info := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # it would remember all
-            budget.take(_BLOCK, info.size)  # also what is passed over is decompressed
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
+            budget.take(_BLOCK, info.size)  # skipped members are decompressed too
             if info.isdir():
                 continue
             problem = "link, not followed" if info.islnk() or info.issym() else "not a regular file"
             name = _printable(info.name.encode("utf-8", "surrogateescape"))
             yield name, info.mtime, "" if info.isreg() else problem, functools.partial(tar.extractfile, info)
-    if any(careful.last[-512:]):  # tarfile takes a broken header for the end
+    if any(careful.last[-512:]):  # tarfile treats a broken header as the end
         raise tarfile.ReadError("a header is broken")
 
 
@@ -333,8 +333,8 @@ def _printable(raw: bytes) -> str:
 
 
 def _safe_name(name: str) -> tuple[str, str]:
-    """A name below the folder, with forward slashes, and what is wrong with it."""
-    name = name.replace("\\", "/")  # a separator, as Windows writes it
+    """A relative name with forward slashes, and ""; or "" and what is wrong with the name."""
+    name = name.replace("\\", "/")  # the separator of Windows
     if name.startswith("/") or re.match("[A-Za-z]:", name):
         return "", "absolute name"
     parts = [part for part in name.split("/") if part not in ("", ".")]
@@ -350,9 +350,9 @@ def _safe_name(name: str) -> tuple[str, str]:
 
 
 def _claim(name: str, taken: dict[str, tuple[str, bool]], budget: _Budget) -> str:
-    """Takes a file's path and its folders, which take room, too; returns why it cannot be had, or nothing.
+    """Claims the path of a file and its folders, which take up space too; returns why it cannot be used, or "".
 
-    Some file systems tell neither case nor the two ways to write é apart: there, one file would replace the other.
+    Some file systems ignore case or do not distinguish the two encodings of é, so that one file would replace another.
     """
     parts = name.split("/")
     for end in range(1, len(parts) + 1):

@@ -1,7 +1,7 @@
-"""Public datasets from the web into a folder: resumed, retried, checked and unpacked, each file whole or not at all.
+"""Downloads public datasets into a folder: resumed, retried, checked and unpacked, each file completely or not at all.
 
-A file arrives as NAME.part, with what tells its version in NAME.part.json, and gets its name when it is complete and
-its checksum is right. Whatever stops a download, the same command again goes on where it stopped.
+A file is written to NAME.part, with its version in NAME.part.json, and renamed once it is complete and its checksum is
+right. Whatever interrupts a download, running the same command again resumes it.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from data_prep.fetch import archives
 from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
 
-_WAITS = (1, 2, 4, 8, 16, 32, 60)  # seconds before the next try, as long as nothing arrives
-_LONGEST_WAIT = 300  # seconds; a server that asks for more is left alone
-_TIMEOUTS = (15, 60)  # seconds: to connect, and without a byte
+_WAITS = (1, 2, 4, 8, 16, 32, 60)  # seconds before each retry, starting over whenever data arrive
+_LONGEST_WAIT = 300  # seconds; if a server asks for more, the download stops
+_TIMEOUTS = (15, 60)  # seconds: to connect, and between bytes
 _REDIRECTS = 10
 _CHUNK = 1 << 18
 _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "usfmae_jax data_prep"}
@@ -35,7 +35,7 @@ _pause = time.sleep
 
 
 class _TryAgainError(Exception):
-    """What went wrong that may go right the next time, and how many seconds the server asks to wait."""
+    """A failure that a retry may cure, and the seconds that the server asks to wait."""
 
     def __init__(self, reason: str, wait: float = 0):
         super().__init__(reason)
@@ -43,19 +43,19 @@ class _TryAgainError(Exception):
 
 
 def fetch_all(downloads: Iterable[Any], folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Fetches the files of a dataset into a folder and unpacks them there; what is there already is kept.
+    """Fetches the files of a dataset into a folder and unpacks them there; existing files are kept.
 
     Args:
-      downloads: objects with `url`, `file` (a plain name), `sha256` and `md5` (in hexadecimal, or empty), `bytes` (or
-        0) and `extract`: False keeps the file as it is, True also unpacks it into a folder that is named after it,
-        "nested" also unpacks archives inside. An unpacked archive may be removed; it is not fetched again.
-      folder: is made if it does not exist.
+      downloads: objects with `url`, `file` (a plain name), `sha256` and `md5` (hexadecimal, or empty), `bytes` (or 0)
+        and `extract`: False only keeps the file, True also unpacks it into a folder named after it, "nested" also
+        unpacks archives inside. Once unpacked, an archive may be removed; it is not fetched again.
+      folder: created if it does not exist.
 
     Returns:
       For every file {"file": name, "sha256": of the file, "bytes": its size}.
 
     Raises:
-      InputError: something cannot be fetched or unpacked, or another process is at work in the folder.
+      InputError: a file cannot be fetched or unpacked, or another process is downloading into the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locks.hold(folder, f"another download into {folder} is at work; wait for it, or choose another"):
@@ -63,7 +63,7 @@ def fetch_all(downloads: Iterable[Any], folder: pathlib.Path) -> list[dict[str, 
 
 
 def rejected_members(folder: pathlib.Path) -> list[Rejected]:
-    """The members that were left out of all archives that `fetch_all` unpacked in a folder."""
+    """The members left out of the archives that `fetch_all` unpacked in a folder."""
     markers = [_read_json(path) for path in sorted(folder.glob(f"*/{archives.MARKER}"))]
     return [Rejected(source, reason) for marker in markers for source, reason in marker.get("rejected", ())]
 
@@ -92,7 +92,7 @@ def _fetch_and_unpack(download: Any, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _fetch(url: str, target: pathlib.Path, expected: dict[str, str], size: int) -> dict[str, str]:
-    """Fetches a file unless it is there; returns its digests."""
+    """Fetches a file unless it exists; returns its digests."""
     if os.path.lexists(target):
         digests, problem = _check(target, expected, size)
         if problem:
@@ -109,13 +109,13 @@ def _fetch(url: str, target: pathlib.Path, expected: dict[str, str], size: int) 
             "the dataset's page for a new version"
         )
     with part.open("rb") as file:
-        os.fsync(file.fileno())  # a name that survives a power cut stands for bytes that did
+        os.fsync(file.fileno())  # after a power cut, a file with its final name is complete
     part.replace(target)
     return digests
 
 
 def _check(path: pathlib.Path, expected: dict[str, str], size: int) -> tuple[dict[str, str], str]:
-    """Digests of a file, and what is wrong with it."""
+    """Digests of a file, and what is wrong with it ("" = nothing)."""
     if not path.is_file():
         return {}, "is not a file"
     if size and path.stat().st_size != size:
@@ -131,14 +131,14 @@ def _check(path: pathlib.Path, expected: dict[str, str], size: int) -> tuple[dic
 
 
 def _download(url: str, target: pathlib.Path, size: int) -> None:
-    """Fills the part of a target, in as many tries as it takes while something arrives."""
+    """Downloads to the .part file of a target, retrying as long as data keep arriving."""
     part, _ = _parts(target)
     failures, furthest = 0, 0
     with requests.Session() as session, tqdm.tqdm(desc=target.name, unit="B", unit_scale=True) as bar:
         session.headers.update(_HEADERS)
         session.max_redirects = _REDIRECTS
         if url.lower().startswith("https:"):
-            session.adapters.pop("http://")  # where anyone may change the file on its way
+            session.adapters.pop("http://")  # where anyone could change the file in transit
         while True:
             try:
                 return _try(session, url, target, size, bar)
@@ -156,13 +156,13 @@ def _download(url: str, target: pathlib.Path, size: int) -> None:
 
 
 def _try(session: requests.Session, url: str, target: pathlib.Path, size: int, bar: tqdm.tqdm) -> None:
-    """Starts the part, or goes on with one that the server can prove to be of the same version."""
+    """Starts the .part file, or resumes one if the server confirms that the version is the same."""
     part, note = _parts(target)
     before: dict[str, Any] = {"url": "", "version": "", "bytes": 0} | _read_json(note)
     start = part.stat().st_size if part.exists() and before["url"] == url and before["version"] else 0
     if start and start == before["bytes"]:
         return
-    # The server sends all if the file has changed.
+    # If the file has changed, the server sends all of it.
     asked = {"Range": f"bytes={start}-", "If-Range": before["version"]} if start else {}
     with session.get(url, headers=asked, stream=True, timeout=_TIMEOUTS) as response:
         first, total = _extent(response)
@@ -183,7 +183,7 @@ def _try(session: requests.Session, url: str, target: pathlib.Path, size: int, b
         if not first:
             _check_content(chunk, response, url, target)
         with part.open("ab" if first else "wb") as file:
-            if not first:  # and emptied: a kill leaves no bytes of one version with the note of another
+            if not first:  # now that the file is empty: bytes of one version never have the note of another
                 note.write_text(json.dumps({"url": url, "version": version, "bytes": total}) + "\n")
             bar.reset(total=total or size or None)
             bar.initial = bar.n = first
@@ -195,13 +195,13 @@ def _try(session: requests.Session, url: str, target: pathlib.Path, size: int, b
 
 
 def _reason(error: Exception, url: str) -> str:
-    """Why a try failed, in short; raises InputError if the next one would too."""
-    # requests wraps what urllib3 wraps: "HTTPSConnection(...): Failed to resolve 'host' (...)" is the part for people.
+    """Why an attempt failed, in short; raises InputError if a retry would fail too."""
+    # requests wraps errors of urllib3: "HTTPSConnection(...): Failed to resolve 'host' (...)", of which the end is shown.
     inner = getattr(error.args[0], "reason", None) if error.args else None
     text = str(inner or error).split(": ", 1)[-1][:200]
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         raise InputError(f"the server's certificate is not trusted ({error}); {url} is not fetched") from error
-    if "Failed to resolve" in str(error):  # no network, or no such host: waiting seldom helps
+    if "Failed to resolve" in str(error):  # no network, or no such host: waiting rarely helps
         raise InputError(f"the address cannot be reached ({text}); is this machine on line?") from error
     if isinstance(error, requests.TooManyRedirects):
         raise InputError(f"{url} leads from one address to the next, more than {_REDIRECTS} times; it is not fetched")
@@ -237,7 +237,7 @@ def _check_status(response: requests.Response, url: str, target: pathlib.Path) -
 
 
 def _check_content(head: bytes, response: requests.Response, url: str, target: pathlib.Path) -> None:
-    """A page where an archive was expected is a log-in, a consent form or an excuse."""
+    """Refuses a web page sent instead of the file: a log-in, a consent form or an error page."""
     start = head[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     is_page = start.startswith((b"<!doctype html", b"<html")) or (
         "text/html" in response.headers.get("Content-Type", "") and not archives.kind(head[:512])
@@ -261,7 +261,7 @@ def _check_room(target: pathlib.Path, size: int) -> None:
 
 
 def _extent(response: requests.Response) -> tuple[int, int]:
-    """First byte of what is sent, -1 if a part does not tell, and the size of the whole, 0 if that is not told."""
+    """First byte sent (-1 if a partial response does not state it) and size of the whole file (0 if not stated)."""
     if response.status_code != 206:
         length = response.headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else 0
@@ -270,7 +270,7 @@ def _extent(response: requests.Response) -> tuple[int, int]:
 
 
 def _version(headers: Any) -> str:
-    """What `If-Range` takes: the ETag unless it is weak, else the time of the last change."""
+    """The validator for `If-Range`: the ETag unless it is weak, else Last-Modified."""
     etag = headers.get("ETag", "")
     return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
 

@@ -1,4 +1,4 @@
-"""A folder and its catalogue entry -> what is known about every file without opening it."""
+"""Collects what is known about every file of a dataset without opening it, from its folder and catalogue entry."""
 
 import bisect
 import collections
@@ -34,7 +34,7 @@ from data_prep.find.files import (
 )
 from usfmae_jax.errors import InputError
 
-#: What a template is when the layout has none: the first of these whose groups the pattern has.
+#: Default templates, for layouts without one: the first whose groups all occur in the pattern.
 _DEFAULTS = {
     "patient": ("{patient}",),
     "video": ("{video}",),
@@ -49,7 +49,7 @@ _MASK_FOLDER = re.compile(
     r"(?:[^/]+/)*?(?:masks?|labels?|annotations?|seg(?:mentation)?s?|gts?|ground[ _-]?truths?)(?:tr|ts)?/",
     re.IGNORECASE,
 )
-_DATA_FILES = (".raw", ".zraw", ".img")  # of headers, which may begin with anything
+_DATA_FILES = (".raw", ".zraw", ".img")  # data files of headers; these may begin with any bytes
 
 
 def collect(
@@ -62,17 +62,17 @@ def collect(
     switches: Sequence[str] = (),
     masks: str = "auto",
 ) -> Collection:
-    """Finds the files of a dataset and what paths and tables say about them.
+    """Finds the files of a dataset and what is known about them from paths and tables.
 
     Args:
-      entry: of the catalogue.
+      entry: the catalogue entry.
       root: the folder that holds the dataset, at any depth.
-      labels: "" for those of the entry, "parent" for the name of the folder that holds the file, or the path of a table
-        that then says everything, whatever the entry, see `tables.read_labels`.
+      labels: "" for those of the entry, "parent" for the name of the folder that holds each file, or the path of a
+        table, which then replaces all information in the entry, see `tables.read_labels`.
       include: globs to use instead of the entry's.
       pattern: regular expression to use instead of the entry's, with groups patient, video, frame, image, split, cls.
-      switches: optional parts to take, or `catalog.SWITCHES`.
-      masks: "off" takes none, and what lies beside images as their masks do for frames.
+      switches: optional parts to include, or names from `catalog.SWITCHES`.
+      masks: "off" uses none; files beside images that are named like masks are then frames.
 
     Raises:
       InputError: no files, an argument that does not fit the entry, a damaged table, or a patient in two splits.
@@ -81,7 +81,7 @@ def collect(
         raise InputError(f"--input={root} is not a folder")
     root = root.resolve()
     _check_arguments(entry, pattern, switches)
-    from data_prep.readers import SUFFIXES, Options  # with OpenCV behind them, which the catalogue can do without
+    from data_prep.readers import SUFFIXES, Options  # late: they import OpenCV, which the catalogue does not need
 
     masks = "off" if "no_masks" in switches else masks
     plain = entry.generic and any("*" in layout.suffixes for layout in entry.layouts)
@@ -143,7 +143,7 @@ def collect(
 
 
 def _listed(root: pathlib.Path, labels: str, scan: Scan, masks: str) -> Collection:
-    """What a table of one's own says, and masks beside the images that it names if it names none itself."""
+    """The content of a user's own table, with masks found beside the listed images if it lists no masks itself."""
     found, stats = tables.read_labels(root, labels, masks)
     if masks != "off" and not (found.unmasked or any(item.masks for item in found.items)):
         by_name = _beside(scan.files, [item.path for item in found.items])
@@ -159,7 +159,7 @@ def _listed(root: pathlib.Path, labels: str, scan: Scan, masks: str) -> Collecti
 
 
 def _beside(files: Iterable[str], paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Masks among `files` by the path of their image or volume, one of `paths`."""
+    """Maps images and volumes in `paths` to their masks among `files`."""
     from data_prep.readers import IMAGES, VOLUMES
 
     can_be = tuple(IMAGES | VOLUMES)
@@ -168,7 +168,7 @@ def _beside(files: Iterable[str], paths: Iterable[str]) -> dict[str, tuple[str, 
 
 
 def _mask_folders(frames: Iterable[str]) -> list[str]:
-    """A sentence about frames in folders that are called as those of masks are, beside others that are not."""
+    """A warning if some frames, but not all, are in folders with the name of a mask folder; else empty."""
     inside: dict[str, int] = collections.Counter()
     others = False
     for path in frames:
@@ -213,7 +213,7 @@ def _choose_layout(
     pattern: str,
     switches: Sequence[str],
 ) -> tuple[Layout, list[str]]:
-    """The first layout that matches a file, with the person's own globs and pattern, and the files in order."""
+    """The first layout that matches any file, with the user's own globs and pattern applied, and its files, sorted."""
     if not (entry.layouts or include):
         raise InputError(
             f"the layout of {entry.name} is not known: look at its files and add --include='**/*.png' for those that "
@@ -269,22 +269,22 @@ def _is_dicom(path: pathlib.Path) -> bool:
     from data_prep.readers.kinds import DICOM, HEAD_BYTES, kind_of
 
     if path.suffix and path.suffix.lower() in DICOM:
-        return True  # and if it is none, then it is damaged, which a person wants to know
+        return True  # if it is not DICOM it is damaged, and the reader reports that
     try:
         with path.open("rb") as file:
             return kind_of(file.read(HEAD_BYTES)) == "dicom"
     except OSError:
-        return True  # the reader will say why
+        return True  # the reader will report why
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Sorts frame 10 after frame 2: neighbours in a clip are then neighbours in order."""
+    """Sort key that puts frame 10 after frame 2, so that neighbouring frames of a clip are adjacent."""
     parts = re.split(r"(\d+)", printable(path))
     return [(int(part) if part.isdecimal() else -1, part) for part in parts]
 
 
 def _variables(path: str, found: re.Match[str] | None) -> Values:
-    """What templates over this path may use."""
+    """The variables available to templates over this path."""
     folder, name = posixpath.split(path)
     ext = name[-7:] if name.lower().endswith(".nii.gz") else posixpath.splitext(name)[1]
     groups = {group: value for group, value in found.groupdict().items() if value} if found else {}
@@ -304,7 +304,7 @@ def _unmatched(layout: Layout, paths: Iterable[str]) -> list[str]:
 
 
 def _values(layout: Layout, known: Mapping[str, Values]) -> dict[str, Values]:
-    """Fields by path, as far as paths tell."""
+    """Fields by path, as far as the paths alone determine them."""
     groups = set(re.compile(layout.pattern).groupindex)
     templates = {}
     for field, candidates in _DEFAULTS.items():
@@ -324,7 +324,7 @@ def _items(
     switches: Sequence[str],
     warnings: list[str],
 ) -> list[Item]:
-    """Every file with what is known about it; adds to `warnings`."""
+    """An item for every file, with all that is known about it; appends to `warnings`."""
     numbers = _label_numbers(layout, names)
     found = [
         Item(
@@ -357,8 +357,8 @@ def _spacing(path: str, value: str) -> tuple[float, float]:
 def _masks(
     layout: Layout, known: Mapping[str, Values], files: Mapping[str, Any], warnings: list[str]
 ) -> dict[str, tuple[str, ...]]:
-    """The masks that a layout names, by the path of their image; adds to `warnings` if none of them is there."""
-    # What the name of an image holds is no wildcard.
+    """The masks that a layout names, by the path of their image; appends to `warnings` if none of them exists."""
+    # NUL marks wildcards, so that a `*` in the name of an image is not one.
     named = {path: fill(layout.mask.replace("*", "\0"), variables) for path, variables in known.items()}
     named = {path: posixpath.normpath(mask) for path, mask in named.items() if mask}
     ordered = sorted(files) if "*" in layout.mask else []
@@ -370,7 +370,7 @@ def _masks(
 
 
 def _matching(mask: str, ordered: list[str]) -> tuple[str, ...]:
-    """The sorted paths that a mask stands for: NUL is anything without a slash, two and a slash any folders."""
+    """The sorted paths that match a mask, in which NUL is `*` and two NULs and a slash are `**/`."""
     pattern = re.compile(re.escape(mask).replace("\0\0/", "(?:[^/]+/)*").replace("\0", "[^/]*"), re.DOTALL)
     prefix = mask.partition("\0")[0]
     later = itertools.islice(ordered, bisect.bisect_left(ordered, prefix), None)
@@ -389,14 +389,14 @@ def _split(layout: Layout, path: str, value: str) -> str:
 
 
 def _label_numbers(layout: Layout, names: list[str]) -> dict[str, int]:
-    """Numbers of classes by what paths and tables call them, in lower case; the first of equal names."""
+    """Class numbers by their case-folded names in paths and tables; of equal names, the first."""
     numbers = {name.casefold(): number for number, name in reversed([*enumerate(names)])}
     said = {key.casefold(): numbers.get(name.casefold(), -1) for key, name in layout.labels.items()}
     return numbers | said
 
 
 def _unique_frames(found: list[Item], warnings: list[str]) -> list[Item]:
-    """Takes away frame ids that several files have."""
+    """Removes frame ids shared by several files."""
     times = collections.Counter(item.frame for item in found if item.frame)
     twice = [frame for frame, count in times.items() if count > 1]
     if not twice:
@@ -406,7 +406,7 @@ def _unique_frames(found: list[Item], warnings: list[str]) -> list[Item]:
 
 
 def _count(entry: Entry, found: list[Item], names: list[str]) -> list[str]:
-    """What differs from the counts that were published; frames are counted when files are read."""
+    """Warnings about counts that differ from the published ones; frames are only counted when files are read."""
     counts = {
         "files": len(found),
         "patients": len({item.patient for item in found} - {""}),

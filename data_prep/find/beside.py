@@ -1,4 +1,4 @@
-"""Masks that lie beside their images and are told by their names alone: x.png and x_mask.png, images/x and masks/x."""
+"""Finds masks stored beside their images by name alone: x.png and x_mask.png, images/x and masks/x."""
 
 import collections
 import posixpath
@@ -12,7 +12,7 @@ _IMAGES = re.compile(r"(?:^|(?<=/)|[ _-])(?:images?|imgs?)(?=$|[ _/-])", re.IGNO
 
 
 def without_images(path: str) -> str:
-    """The path of an image as if it lay above folders that are called "images", which say nothing about it."""
+    """The path of an image without the innermost folders called "images" or the like, which are not informative."""
     folder, name = posixpath.split(path)
     while folder and _IMAGES.fullmatch(posixpath.basename(folder)):
         folder = posixpath.dirname(folder)
@@ -20,13 +20,13 @@ def without_images(path: str) -> str:
 
 
 def find_masks(files: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The masks of every image that has some, in the order of their names.
+    """Maps every image that has masks to their paths, sorted by name.
 
-    A file is a mask where its name ends as those of masks do, or a folder above it is called so, and without that it
-    is called and lies as exactly one other file. What may be an image without a partner stays one.
+    A file is a mask if its name ends like that of a mask, or a folder above it is named so, and if, without that, its
+    path is that of exactly one other file. A file without such a partner remains an image.
 
     Args:
-      files: paths of what can be an image or a mask, with forward slashes.
+      files: paths that may be images or masks, with forward slashes.
     """
     groups: dict[tuple[str, str], dict[int, list[str]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     for path in files:

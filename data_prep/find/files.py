@@ -1,6 +1,6 @@
-"""A folder: which files there are, and how names in it are spelled, told apart and shown.
+"""Scans folders, and decides how the names in them are spelled, compared and displayed.
 
-Standard library only, so that finding out that there is nothing to do takes no time.
+Standard library only, so that finding that nothing is to be done is quick.
 """
 
 import collections
@@ -24,32 +24,32 @@ from usfmae_jax.errors import InputError, visible
 SPLITS = {"": "train", "train": "train", "val": "validation", "validation": "validation", "test": "test"}
 FOLDER_LINK = "link to a folder, not followed"
 _DEEPEST, TOO_DEEP = 100, "folder in more than 100 others, not looked into"
-_NO_VALUE = {"na", "n/a", "#n/a", "<na>", "nan", "null"}  # as spreadsheets, R and pandas write it
+_NO_VALUE = {"na", "n/a", "#n/a", "<na>", "nan", "null"}  # as written by spreadsheets, R and pandas
 _NOBODY = re.compile(
     "|anon(ym(ous|i[sz]ed)?)?(patient)?|deid(entified)?|(patient)?unknown(patient)?|none|null|nan?|notavailable|noname"
     "|unnamed|redacted|removed|xxx+"
 )
-_LONGEST = 5.0  # seconds for a pattern and a path
+_LONGEST = 5.0  # seconds for matching a pattern to one path
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".rar", ".7z")
-_LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # of archives and file managers: as good as hidden
+_LITTER = {"__MACOSX", "Thumbs.db", "desktop.ini"}  # left by archives and file managers: treated as hidden
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One source file of a dataset; paths are relative to the dataset and spelled as the file system does."""
+    """One source file of a dataset; paths are relative to the dataset and spelled as in the file system."""
 
     path: str
     masks: tuple[str, ...] = ()  # several are joined
     split: str = "train"
     label: int = -1  # -1 = none
-    patient: str = ""  # empty = unknown: the video is then all that is known to belong together
-    video: str = ""  # empty = its own
+    patient: str = ""  # empty = unknown: then only frames of one video are known to belong together
+    video: str = ""  # empty = a video of its own
     frame: str = ""  # empty = the path
-    spacing: tuple[float, float] = (0.0, 0.0)  # mm from pixel to pixel, down and across; 0 = as the file says
+    spacing: tuple[float, float] = (0.0, 0.0)  # pixel spacing in mm, down and across; 0 = as stated in the file
 
     @property
     def source(self) -> str:
-        """The path as it is shown and stored."""
+        """The path as displayed and stored."""
         return printable(self.path)
 
 
@@ -66,17 +66,17 @@ class Collection:
     """What a build starts from.
 
     Attributes:
-      items: `Item` for every file, in order.
+      items: an `Item` for every file, in order; patient numbers for phantoms.
       label_names: class names in the order of their numbers.
-      rejected: files that cannot be used, found so far.
-      unmasked: files whose mask cannot be used, found so far.
-      left_out: kinds of files that were passed over, and how many.
-      fingerprint: changes when a file that takes part does.
-      options: of the readers, `readers.Options`.
+      rejected: files found so far that cannot be used.
+      unmasked: files found so far whose mask cannot be used.
+      left_out: number of skipped files, by kind.
+      fingerprint: changes when any file used does.
+      options: `readers.Options` for the readers.
       mask_kind: how the masks are read, see `masks.read_mask_as`.
-      beside: masks that were found beside the images by their names.
+      beside: number of masks found beside the images by name.
       splits: official tables of folds by name: rows of (frame, fold, part), part being train, validation or test.
-      warnings: sentences for the person.
+      warnings: sentences for the user.
     """
 
     items: list[Any]
@@ -94,30 +94,30 @@ class Collection:
 
 @dataclasses.dataclass
 class Scan:
-    """What a folder holds."""
+    """The content of a folder."""
 
-    files: dict[str, tuple[int, int]]  # that take part: path below it, (size, mtime_ns)
+    files: dict[str, tuple[int, int]]  # files used: relative path -> (size, mtime_ns)
     rejected: list[Rejected]
     left_out: collections.Counter[str]
 
 
 def printable(path: str) -> str:
-    """A path with forward slashes, and escapes for bytes that are not UTF-8 and characters that are not seen."""
+    """A path with forward slashes, and with escapes for bytes that are not UTF-8 and for invisible characters."""
     path = path.replace(os.sep, "/")
     return visible(path if path.isascii() else os.fsencode(path).decode("utf-8", "backslashreplace"), one_line=True)
 
 
 def stated(cell: str) -> str:
-    """A cell of a table without blanks around it; empty if it says that there is no value."""
+    """A table cell without surrounding white space; empty if it stands for a missing value."""
     cell = cell.strip()
     return "" if cell.casefold() in _NO_VALUE else cell
 
 
 def spacing_of(cell: str) -> tuple[float, float]:
-    """Mm from pixel to pixel, down and across, from a cell with one number for both or with two; empty is not known.
+    """Pixel spacing in mm, down and across, from a cell with one or two numbers; zeros (unknown) if it is empty.
 
     Raises:
-      ValueError: it holds something else.
+      ValueError: the cell holds anything else.
     """
     numbers = [float(word) for word in cell.replace(",", " ").split()]
     if len(numbers) not in (0, 1, 2) or not all(0 < one < math.inf for one in numbers):
@@ -126,13 +126,13 @@ def spacing_of(cell: str) -> tuple[float, float]:
 
 
 def known_patient(name: str) -> str:
-    """The name of a patient; empty for one that stands for all whose name was taken away, such as "Anonymous"."""
-    letters = "".join(filter(str.isalnum, name.partition("(")[0].casefold()))  # behind it: who issued it
+    """The name of a patient; empty for a placeholder used for anonymised patients, such as "Anonymous"."""
+    letters = "".join(filter(str.isalnum, name.partition("(")[0].casefold()))  # the issuer follows in parentheses
     return "" if _NOBODY.fullmatch(letters) else name
 
 
 def spelling(name: str) -> str:
-    """What names of files are compared by: accents are written in two ways, and not always in UTF-8."""
+    """Normalised file name for comparisons: accents have two encodings, and are not always in UTF-8."""
     data = os.fsencode(name)
     try:
         return unicodedata.normalize("NFC", data.decode())
@@ -141,7 +141,7 @@ def spelling(name: str) -> str:
 
 
 def existing(root: pathlib.Path, path: str) -> str:
-    """A path below `root` as the file system spells it; as it is if nothing there is called so."""
+    """A path below `root` as spelled in the file system; unchanged if no such file exists."""
     if os.path.lexists(root / path):
         return path
     found = ""
@@ -161,7 +161,7 @@ def _names(folder: str, changed: int) -> dict[str, str]:
 
 
 def fingerprint(stats: dict[str, tuple[int, int]]) -> str:
-    """SHA-256 over paths, sizes and times of change of files, hex."""
+    """SHA-256 over the paths, sizes and modification times of files, hex."""
     digest = hashlib.sha256()
     for path in sorted(stats, key=printable):
         digest.update(f"{printable(path)}\0{stats[path][0]}\0{stats[path][1]}\0".encode())
@@ -169,10 +169,10 @@ def fingerprint(stats: dict[str, tuple[int, int]]) -> str:
 
 
 def label_names(labels: Iterable[str], where: str) -> list[str]:
-    """Class names in the order of their numbers, by value if all are integers; "" and -1 are none.
+    """Sorted class names, by value if all are integers; the index is the class number. "" and "-1" are no class.
 
     Raises:
-      InputError: two differ in case only; the message says `where` they can be given one spelling.
+      InputError: two names differ in case only; the message says `where` to give them one spelling.
     """
     names = sorted(set(labels) - {"", "-1"})
     spellings: dict[str, str] = {}
@@ -190,20 +190,20 @@ def label_names(labels: Iterable[str], where: str) -> list[str]:
 
 
 def holder(path: str) -> str:
-    """Name of the folder that holds a file; empty at the top, where that of the input folder says nothing."""
+    """Name of the folder that holds a file; empty at the top, since the input folder's name is no label."""
     return one_line(os.path.basename(os.path.dirname(path)))
 
 
 def one_line(label: str) -> str:
-    """A class name as the list of names holds it, which has one a line."""
+    """A class name on one line, as stored in the list of names."""
     return unicodedata.normalize("NFC", printable(" ".join(label.split())))
 
 
 @contextlib.contextmanager
 def searching(pattern: str) -> Iterator[Callable[[str], re.Match[str] | None]]:
-    """Yields `re.search` of a pattern that somebody wrote, which for some paths could take for ever.
+    """Yields `re.search` for a user's pattern, with a time limit, since some patterns could take forever.
 
-    What it yields raises InputError after a few seconds with one path, in the main thread, where it can be interrupted.
+    In the main thread, the function raises InputError after a few seconds on one path; elsewhere there is no limit.
     """
     compiled, at = re.compile(pattern), [""]
 
@@ -230,9 +230,9 @@ def searching(pattern: str) -> Iterator[Callable[[str], re.Match[str] | None]]:
 
 
 def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
-    """Walks a folder, an absolute path that is no link; `wanted` tells by the path below it which files take part.
+    """Scans a folder, an absolute path without links; `wanted` selects files by their path relative to it.
 
-    Hidden files and litter are passed over, links to folders or out of this one are rejected.
+    Hidden files and litter are skipped; links to folders and links that lead out of the folder are rejected.
 
     Raises:
       InputError: a folder cannot be read.
@@ -245,7 +245,7 @@ def scan_folder(root: pathlib.Path, wanted: Callable[[str], bool]) -> Scan:
     for folder, folders, files in os.walk(root, onerror=fail):
         below = os.path.relpath(folder, root)
         below = "" if below == os.curdir else below
-        if below.count(os.sep) + 1 >= _DEEPEST:  # the standard library walks, and removes, by recursion
+        if below.count(os.sep) + 1 >= _DEEPEST:  # the standard library walks and removes recursively
             scan.rejected += [Rejected(printable(os.path.join(below, name)), TOO_DEEP) for name in sorted(folders)]
             folders.clear()
         scan.left_out["hidden files and folders"] += sum(_is_hidden(name) for name in (*folders, *files))
@@ -274,9 +274,9 @@ def _is_hidden(name: str) -> bool:
 
 
 def check_file(root: pathlib.Path, path: str) -> tuple[int, int] | str:
-    """(size, mtime_ns) of a file below `root`, which is absolute and no link; or why it cannot be used."""
+    """(size, mtime_ns) of a file below `root`, an absolute path without links; or why it cannot be used."""
     full = os.path.join(root, path)
-    # What a link points at outside the input would end up in the shards without having been asked for.
+    # The target of a link out of the input folder would end up in the shards although nobody asked for it.
     if not _is_below(full if os.path.islink(full) else os.path.dirname(full), str(root)):
         return "link that leaves the input folder"
     try:
@@ -288,13 +288,13 @@ def check_file(root: pathlib.Path, path: str) -> tuple[int, int] | str:
     return status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=4096)  # one file after the other lies in the same folder
+@functools.lru_cache(maxsize=4096)  # successive files are mostly in the same folder
 def _is_below(path: str, root: str) -> bool:
     return os.path.commonpath([os.path.realpath(path), root]) == root
 
 
 def check_splits(items: Iterable[Item], remedy: str) -> None:
-    """Raises InputError if a patient, or a clip of an unknown one, is in two splits; `remedy` says what to do."""
+    """Raises InputError if a patient, or a video of an unknown one, is in two splits; `remedy` says what to do."""
     splits: dict[tuple[str, str], str] = {}
     for item in items:
         kind, name = ("patient", item.patient) if item.patient else ("video", item.video)

@@ -1,7 +1,7 @@
-"""What tables say about files: labels, patients, splits and folds from CSV, XLSX, XML, text and COCO JSON files.
+"""Reads labels, patients, splits and folds of files from tables: CSV, XLSX, XML, text and COCO JSON.
 
-Every kind becomes rows of text by column name; which column means what is up to the catalogue, or fixed in `COLUMNS`
-for a table of one's own.
+Every kind of table becomes rows of text by column name. The catalogue defines what the columns mean; for a user's own
+table, `COLUMNS` does.
 """
 
 import codecs
@@ -42,15 +42,15 @@ from data_prep.find.files import (
 )
 from usfmae_jax.errors import InputError
 
-COLUMNS = ("file", "label", "patient", "video", "split", "mask", "spacing")  # of a table of one's own
+COLUMNS = ("file", "label", "patient", "video", "split", "mask", "spacing")  # of a user's own table
 MAX_BYTES = 64 << 20
-_MAX_CELL = 100_000  # letters; in a cell of more, a quotation mark was left open and the rest of the file is in it
-_MAX_COLUMNS = 16_384  # as of spreadsheets
+_MAX_CELL = 100_000  # characters; a longer cell means an unclosed quotation mark, with the rest of the file in the cell
+_MAX_COLUMNS = 16_384  # the limit of spreadsheets
 _MAX_ROWS = 1 << 21
-_MAX_CELLS = 8_000_000  # which take up to 100 bytes each
+_MAX_CELLS = 8_000_000  # of up to 100 bytes each
 _MAX_ELEMENTS = 3_000_000  # of XML in a spreadsheet; a cell is two, and openpyxl holds up to 400 bytes for each
-_MAX_DENSITY = 8  # of them for each byte of the file; real ones have less than one
-_MAX_REPEATED = 64  # letters for each byte of a file that writes a text once and names it often
+_MAX_DENSITY = 8  # such elements per byte of the file; real files have less than one
+_MAX_REPEATED = 64  # characters per byte of a file that stores a text once and refers to it often
 _EXCEL = ".xlsx", ".xlsm"
 _NAMED = 12  # columns in a message
 _FOLD_VALUES = {"1": "train", "0": "validation"}
@@ -59,23 +59,23 @@ Row = dict[str, str]
 
 
 class MissingLibraryError(Exception):
-    """A table that only an optional library reads; the message says which."""
+    """Reading a table requires an optional library that is missing; the message names it."""
 
 
 @dataclasses.dataclass
 class Known:
-    """What some tables say about files.
+    """Values for files, collected from tables.
 
     Attributes:
-      values: field and value by key.
-      conflicts: keys with rows that disagree; their field is left out.
+      values: key -> field -> value.
+      conflicts: (key, field) for which rows disagree; such a field is left out.
     """
 
     values: dict[str, Row] = dataclasses.field(default_factory=lambda: collections.defaultdict(dict))
     conflicts: set[tuple[str, str]] = dataclasses.field(default_factory=set)
 
     def add(self, key: str, field: str, value: str) -> None:
-        """Takes down one value, unless it or the key is empty."""
+        """Records one value, unless it or the key is empty."""
         if not (key and value) or (key, field) in self.conflicts:
             return
         if self.values[key].setdefault(field, value) != value:
@@ -84,19 +84,19 @@ class Known:
 
 
 def read_table(path: pathlib.Path, columns: tuple[str, ...] = (), kind: str = "") -> list[Row]:
-    """Reads a table as text, in whatever encoding, without blanks around names and cells and without "NA" and the like.
+    """Reads a table as text; detects the encoding, strips white space, and empties cells such as "NA".
 
     Args:
-      path: a .json file is taken for COCO object detection: a row per annotation, and one per image without any, with
+      path: a .json file is read as COCO object detection: one row per annotation, and one per image without any, with
         the columns file_name (its last part) and category; .xlsx is the first sheet; .xml is one row, the text of
-        the elements right below the root; .txt is split at white space unless its first line has commas; all else is
-        CSV, separated by commas, semicolons or tabs, whichever the first line has most of.
-      columns: names, for a file without a header.
-      kind: suffix that it is read as, instead of its own.
+        the elements directly below the root; .txt is split at white space unless its first line has commas; anything
+        else is CSV, separated by commas, semicolons or tabs, whichever is most frequent in the first line.
+      columns: column names, for a file without a header.
+      kind: suffix to read the file as, instead of its own.
 
     Raises:
-      InputError: the file is no such table, or larger than `MAX_BYTES`.
-      MissingLibraryError: openpyxl is needed and not there.
+      InputError: the file is not such a table, or larger than `MAX_BYTES`.
+      MissingLibraryError: openpyxl is needed but not installed.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -117,7 +117,7 @@ def read_table(path: pathlib.Path, columns: tuple[str, ...] = (), kind: str = ""
 
 
 def _decode(data: bytes) -> str:
-    """Text as editors and spreadsheets save it: UTF-8 or UTF-16, with or without a mark, or that of Windows."""
+    """Decodes text as saved by editors and spreadsheets: UTF-8 or UTF-16, with or without BOM, or Windows-1252."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16")
     if zeros := data[:1000].count(0):
@@ -137,7 +137,7 @@ def _text_lines(text: str, kind: str) -> Iterable[list[str]]:
 
 
 def _narrow(lines: Iterable[str], separator: str) -> Iterator[str]:
-    """The lines; one with more columns than a cell in quotation marks explains is not split first."""
+    """Yields the lines; refuses one with far too many separators before it is split."""
     for line in lines:
         if line.count(separator) > _MAX_COLUMNS + 10 * _MAX_CELL:
             raise ValueError(f"more than {_MAX_COLUMNS:,} columns")
@@ -157,7 +157,7 @@ def parse_xml(data: bytes) -> ElementTree.Element:
     """The root of an XML document.
 
     Raises:
-      ValueError: it is none, or one with declarations of its own.
+      ValueError: it is not XML, or has a document type declaration.
     """
     try:
         return ElementTree.fromstring(data, ElementTree.XMLParser(target=_PlainBuilder()))
@@ -175,19 +175,19 @@ def _xlsx_lines(data: bytes) -> Iterator[list[str]]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             _check_parts(archive, min(_MAX_ELEMENTS, 100_000 + _MAX_DENSITY * len(data)))
         sheet = openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=True).worksheets[0]
-        sheet.reset_dimensions()  # what it declares, it would be filled up to
+        sheet.reset_dimensions()  # else rows are padded to the declared size
         for row in sheet.iter_rows(values_only=True):
             line = ["" if cell is None else str(cell) for cell in row]
             cells, letters = cells + len(line), letters + sum(map(len, line))
             if cells > _MAX_CELLS or cells + letters > most:
                 raise ValueError(f"more than {_MAX_CELLS:,} cells, or one text in very many of them: save it as CSV")
             yield line
-    except Exception as error:  # of three parsers, for whatever is wrong with XML or archives
+    except Exception as error:  # three parsers raise what they like for damaged XML or archives
         raise ValueError(str(error).partition("\n")[0]) from error
 
 
 def _check_parts(archive: zipfile.ZipFile, most: int) -> None:
-    """Raises ValueError if the XML of a spreadsheet takes more memory than a table does: openpyxl has no limits."""
+    """Raises ValueError if the XML of a spreadsheet needs more memory than any table: openpyxl has no limits."""
     if sum(member.file_size for member in archive.infolist()) > 4 * MAX_BYTES:
         raise ValueError("unpacks to more than it can hold")
     elements = itertools.count(1)
@@ -199,7 +199,7 @@ def _check_parts(archive: zipfile.ZipFile, most: int) -> None:
     for member in archive.infolist():
         parser = expat.ParserCreate()
         parser.StartElementHandler, parser.StartDoctypeDeclHandler = count, _refuse_doctype
-        with archive.open(member) as part, contextlib.suppress(expat.ExpatError):  # a picture; or refused later
+        with archive.open(member) as part, contextlib.suppress(expat.ExpatError):  # a picture, or refused later
             while block := part.read(1 << 16):
                 parser.Parse(block)
 
@@ -224,7 +224,7 @@ def _checked(lines: Iterable[list[str]]) -> Iterator[list[str]]:
     for number, line in enumerate(lines):
         if number >= _MAX_ROWS or len(line) > _MAX_COLUMNS:
             raise ValueError(f"more than {_MAX_ROWS:,} rows or {_MAX_COLUMNS:,} columns")
-        # The csv module's own limit is the process's, and other libraries raise it.
+        # The csv module's own limit is global to the process, and other libraries raise it.
         if any(len(cell) > _MAX_CELL for cell in line):
             raise ValueError(f"a cell has more than {_MAX_CELL:,} letters: is a quotation mark left open?")
         yield line
@@ -237,7 +237,7 @@ def _coco_rows(data: Any, most: int) -> list[Row]:
         found[annotation["image_id"]].append(names[annotation["category_id"]])
     rows: list[Row] = []
     images = {image["id"]: image for image in data["images"]}
-    if len(images) < len(data["images"]):  # their annotations would be multiplied by them
+    if len(images) < len(data["images"]):  # their annotations would be repeated for each of them
         raise ValueError("two images have one id")
     for number, image in images.items():
         categories = found.get(number, [""])
@@ -250,15 +250,15 @@ def _coco_rows(data: Any, most: int) -> list[Row]:
 
 
 def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection, dict[str, tuple[int, int]]]:
-    """A table of one's own, with the column `file` and perhaps others of `COLUMNS`.
+    """Reads a user's own table, with the column `file` and optionally others of `COLUMNS`.
 
     Args:
       root: the folder with the files.
       labels: path of the table: CSV, whatever its suffix, or XLSX.
-      masks: "auto", "required" or "off"; in the first case a mask that cannot be used costs its frame nothing.
+      masks: "auto", "required" or "off"; with "auto" a frame is kept even if its mask cannot be used.
 
     Returns:
-      What it says, and (size, mtime_ns) of the files and masks that it names.
+      The collection that the table describes, and (size, mtime_ns) of the files and masks it lists, by path.
 
     Raises:
       InputError: the table does not fit the files, or puts a patient into two splits.
@@ -317,7 +317,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
 
 
 def _label_rows(labels: str) -> tuple[list[Row], list[str]]:
-    """The rows of a table of one's own, by `COLUMNS`, and the names of its other columns."""
+    """The rows of a user's own table, with `COLUMNS` as keys, and the names of its other columns."""
     path = pathlib.Path(labels)
     if not path.is_file():
         raise InputError(f"--labels={labels} is neither 'parent' nor a file")
@@ -335,12 +335,12 @@ def _label_rows(labels: str) -> tuple[list[Row], list[str]]:
 
 
 def _unused(labels: str, rows: list[Row]) -> list[str]:
-    """Columns that mean nothing here; raises InputError where one of them may well be the labels."""
+    """Columns that are not used; raises InputError if one of them may well be the labels."""
     there = list(dict.fromkeys(name for row in rows for name in row if name))
     unused = [name for name in there if name not in COLUMNS]
     if not unused or {"label", "mask"} & {*there}:
         return unused
-    # Classes come again and again; what differs from row to row is a remark, a date or another name of the file.
+    # Classes repeat; values that differ from row to row are remarks, dates or other names of the file.
     classes = [name for name in unused if len({row.get(name, "") for row in rows}) <= len(rows) / 2]
     if classes or len(there) == len(unused) + 1:
         raise InputError(
@@ -366,7 +366,7 @@ def _spacing(labels: str, row: Row) -> tuple[float, float]:
 
 
 def _relative(root: pathlib.Path, labels: str, path: str) -> str:
-    if "\\" in path and not os.path.lexists(root / path):  # as Windows writes it
+    if "\\" in path and not os.path.lexists(root / path):  # from Windows
         path = path.replace("\\", "/")
     if os.path.isabs(path) and pathlib.Path(path).is_relative_to(root):
         path = os.path.relpath(path, root)
@@ -377,7 +377,7 @@ def _relative(root: pathlib.Path, labels: str, path: str) -> str:
 
 
 def plain_key(template: str, values: Mapping[str, str]) -> str:
-    """What rows and files are matched by: a filled template without the suffix of a file, or zeros before a number."""
+    """Key that matches rows to files: a filled template without file suffix, or a number without leading zeros."""
     key = re.sub(r"\.[A-Za-z][A-Za-z0-9]{1,4}$", "", fill(template, values))
     return key.lstrip("0") or "0" if key.isdecimal() else unicodedata.normalize("NFC", key)
 
@@ -390,18 +390,18 @@ def apply(
     values: Mapping[str, Row],
     warnings: list[str],
 ) -> set[str]:
-    """Overrules what paths say by what tables say.
+    """Overrides values from paths with values from tables.
 
     Args:
       root: the folder.
-      layout: its tables.
+      layout: the tables of its layout.
       files: all paths below `root`.
-      known: what templates may use, by path of an image.
-      values: fields by path of an image; changed.
-      warnings: sentences are added.
+      known: template variables by path of an image.
+      values: fields by path of an image; updated in place.
+      warnings: sentences are appended.
 
     Returns:
-      The tables that were read.
+      The paths of the tables that were read.
     """
     used: set[str] = set()
     given: dict[str, set[str]] = collections.defaultdict(set)
@@ -454,20 +454,20 @@ def _doubts(globs: tuple[str, ...], said: Known, keys: set[str]) -> list[str]:
 def read_folds(
     root: pathlib.Path, folds: Folds, files: Iterable[str], found: Mapping[str, Item], warnings: list[str]
 ) -> tuple[list[tuple[str, str, str]], set[str]]:
-    """An official table of folds.
+    """Reads an official table of folds.
 
     Args:
       root: the folder.
-      folds: what its columns mean.
+      folds: where the table is and what its columns mean.
       files: all paths below `root`.
       found: items by their `plain_key` in the table.
-      warnings: sentences are added.
+      warnings: sentences are appended.
 
     Returns:
-      Sorted rows (frame, fold, part), part being train, validation or test, and the files that they were read from.
+      Sorted rows (frame, fold, part), part being train, validation or test, and the paths of the tables read.
 
     Raises:
-      InputError: the table is damaged, or a part has another name.
+      InputError: the table is damaged, or a part has an unknown name.
     """
     rows: set[tuple[str, str, str]] = set()
     used: set[str] = set()
