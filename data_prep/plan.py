@@ -1,4 +1,4 @@
-"""What a build is going to do, known before the first file is opened."""
+"""Plans a build before the first file is opened."""
 
 import argparse
 import collections
@@ -15,32 +15,33 @@ from data_prep.catalog.schema import Entry
 from data_prep.find.files import Collection, printable
 from usfmae_jax.errors import InputError
 
-_CLASSES = 12  # folders, that may well be classes; more with numbers in their names are not
-# Of paths: the topmost folder; what stands before the first _ or - of a name, and before the last.
+_CLASSES = 12  # up to this many folders may well be classes; more, with numbers in their names, are not
+# The part of a path that names the patient: the top folder; the file name before the first _ or -, or before the last.
 _PATTERNS = (
     "^(?P<patient>[^/]+)/",
     *(f"(?P<patient>[^/{one}]+){one}[^/]*$" for one in "_-"),
     "(?P<patient>[^/]+)[_-][^/]*$",
 )
-_LOOKED_AT = 10_000  # paths, for a pattern
+_LOOKED_AT = 10_000  # paths examined for a pattern
 PHANTOM = {"patients": 500, "frames": 4, "seed": 0}
 
 
 @dataclasses.dataclass
 class Plan:
-    """What a build is going to do.
+    """Everything a build will do.
 
     Attributes:
-      entry: of the catalogue.
+      entry: the catalogue entry.
       name: of the dataset.
-      found: what it starts from; the items of phantoms are patient numbers.
-      make_work: given a folder, makes what turns a part into its records, `parts.write_part`; imports what is heavy.
-      arguments: all that decides about the content of the shards, nothing about this machine.
-      mask_colours: what numbers in masks mean: dicts with class, name and the colour, if they were drawn in colours.
-      tip: how patients that are not known would be.
+      found: the files to build from; for phantoms, the items are patient numbers.
+      make_work: given a folder, returns the function that writes the records of a part (a partial of
+        `parts.write_part`); imports heavy libraries.
+      arguments: everything that determines the content of the shards, and nothing about this machine.
+      mask_colours: the meaning of numbers in masks: dicts with class, name and, for masks drawn in colours, colour.
+      tip: advice on how to make unknown patients known.
       thin: whether near-identical neighbours in a clip are dropped.
-      deduplicate: whether frames that are there already are dropped.
-      salt: of pseudonyms; empty where names are written as they are.
+      deduplicate: whether duplicates of other frames are dropped.
+      salt: salt of the pseudonyms; empty if names are written unchanged.
     """
 
     entry: Entry
@@ -59,7 +60,7 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     """The plan for a folder of files.
 
     Raises:
-      InputError: the folder does not hold what the entry and the arguments say.
+      InputError: the folder does not match the entry and the arguments, or arguments contradict each other.
     """
     from data_prep import find, identity
 
@@ -78,13 +79,13 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     salt = identity.load_salt(args.salt, args.output) if private else b""
     for_pretraining = not (entry.benchmark or args.labels)
     chosen = {flag: _chosen(getattr(args, flag), for_pretraining) for flag in ("thin", "deduplicate")}
-    chosen["clean"] = _chosen(args.clean, for_pretraining or private)  # scanners burn names into the picture
+    chosen["clean"] = _chosen(args.clean, for_pretraining or private)  # scanners burn names into pictures
     if private:
         found.warnings += _private_warnings(chosen["clean"], args, found.label_names)
     elif args.salt or args.linkage:
         raise InputError("--salt and --linkage are for private data; add --private, or leave them out")
     options = dataclasses.replace(found.options, **_overrides(args))
-    # The folder of somebody's own data is a good name for it, unless it may be the name of a patient.
+    # The folder of a user's own data is a good name for the dataset, unless it may be the name of a patient.
     name = args.name or (_safe_name(root.resolve().name) if entry.generic and not private else entry.name)
     anatomy = args.anatomy or entry.anatomy
     how = _storage(name, anatomy, args) | dict(
@@ -97,7 +98,7 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
         only_sectors=private and chosen["clean"] and not args.whole_frames,
         salt=salt,
     )
-    hidden = {flag: getattr(args, flag) for flag in ("include", "pattern", "optional")}  # may name a patient, too
+    hidden = {flag: getattr(args, flag) for flag in ("include", "pattern", "optional")}  # these may name a patient, too
     if private:
         hidden = {flag: value and identity.pseudonym(salt, "frame", value) for flag, value in hidden.items()}
 
@@ -107,7 +108,7 @@ def plan_files(entry: Entry, source: str, args: argparse.Namespace) -> Plan:
     shown = dataclasses.asdict(options)
     if args.key:
         shown["key"] = digest("key", args.key)
-    # Of these only what is not the default: what earlier versions have built stays up to date.
+    # Only values other than the default, so that datasets built by earlier versions stay up to date.
     masks = {
         "masks": "" if args.masks == "auto" else args.masks,
         "mask_colours": args.mask_colours,
@@ -142,7 +143,7 @@ def plan_phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
     """The plan for simulated patients.
 
     Raises:
-      InputError: the size is not one to simulate at.
+      InputError: the image size is too small for simulation, or 0.
     """
     from data_prep.phantom import CLASSES
 
@@ -154,7 +155,7 @@ def plan_phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
         flag: default if getattr(args, flag) is None else getattr(args, flag) for flag, default in PHANTOM.items()
     }
     several = args.lesions == "several"
-    if several:  # what is usual is not written down, so that datasets from before the choice stay up to date
+    if several:  # the default is not recorded, so that datasets from before this option stay up to date
         chosen["lesions"] = args.lesions
     name = args.name or "phantom"
     how = _storage(name, args.anatomy, args)
@@ -169,7 +170,7 @@ def plan_phantoms(entry: Entry, args: argparse.Namespace) -> Plan:
 
 
 def _storage(name: str, anatomy: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What files and phantoms alike tell `work.Storage`."""
+    """The arguments of `work.Storage` that files and phantoms have in common."""
     size = {"image_size": args.image_size, "encoding": args.encoding, "quality": args.quality or 95}
     return {"dataset": name, "anatomy": anatomy} | size
 
@@ -203,7 +204,7 @@ def _for_phantoms(how: dict[str, Any], chosen: dict[str, Any], folder: str) -> A
 
 
 def _mask_colours(text: str) -> list[dict[str, Any]]:
-    """NAME=#RRGGBB,... as the rows of a table; classes are numbered from 1 in this order."""
+    """Parses NAME=#RRGGBB,... to the rows of a table; classes are numbered from 1 in the order given."""
     rows = []
     for number, one in enumerate(filter(None, text.split(",")), 1):
         found = re.fullmatch(r"\s*([^=]+?)\s*=\s*(#[0-9a-fA-F]{6})\s*", one)
@@ -216,7 +217,7 @@ def _mask_colours(text: str) -> list[dict[str, Any]]:
 
 
 def _patient_tip(items: list[Any], labels: str, private: bool) -> str:
-    """A pattern that finds patients in these paths, with an example; without one, where patients could be said."""
+    """Advice with a pattern that finds patients in these paths; if there is none, on how to specify patients."""
     if labels not in ("", "parent"):
         return "The table may have a column 'patient'"
     paths = [printable(item.path) for item in items if not item.patient][:_LOOKED_AT]
@@ -225,9 +226,9 @@ def _patient_tip(items: list[Any], labels: str, private: bool) -> str:
     for pattern in _PATTERNS if numbered and not labels else _PATTERNS[1:]:
         found = [(path, match["patient"]) for path in paths if (match := re.search(pattern, path))]
         patients = {patient for _, patient in found}
-        # Words without a number are classes or views.
+        # Names without a number are classes or views.
         if 1 < len(patients) < len(found) == len(paths) and all(re.search(r"\d", patient) for patient in patients):
-            example = "" if private else f" ({found[0][0]} -> patient {found[0][1]})"  # logs are handed on, too
+            example = "" if private else f" ({found[0][0]} -> patient {found[0][1]})"  # logs are passed on, too
             where = "folders are" if pattern == _PATTERNS[0] else "names of files begin with"
             return f"If {where} patients, add --pattern='{pattern}'{example}"
     return (
@@ -248,9 +249,9 @@ def _private_warnings(clean: bool, args: argparse.Namespace, label_names: list[s
 
 
 def _with_data_files(fingerprint: str, root: pathlib.Path, items: list[Any]) -> str:
-    """The fingerprint, which also changes with the data files beside .mhd and .nhdr headers, if there are any."""
+    """The fingerprint, extended to change with the data files beside .mhd and .nhdr headers, if there are any."""
     lines: list[str] = []
-    folders: dict[pathlib.Path, dict[str, list[str]]] = {}  # each is listed once, however many headers it has
+    folders: dict[pathlib.Path, dict[str, list[str]]] = {}  # lists each folder once, however many headers it has
     for item in items:
         if item.path.lower().endswith((".mhd", ".nhdr")):
             header = root / item.path
@@ -263,7 +264,7 @@ def _with_data_files(fingerprint: str, root: pathlib.Path, items: list[Any]) -> 
 
 
 def _by_beginning(folder: pathlib.Path) -> dict[str, list[str]]:
-    """Names in a folder by what stands before any of their dots."""
+    """The names in a folder, grouped by every prefix that ends before a dot."""
     found: dict[str, list[str]] = collections.defaultdict(list)
     for name in os.listdir(folder):
         for dot in re.finditer(r"\.", name):
@@ -295,6 +296,6 @@ def _sha256(path: str) -> str:
 
 
 def _safe_name(name: str) -> str:
-    """A folder's name as TensorFlow Datasets accepts it: BUS-BRA becomes bus_bra."""
+    """A folder name in the form that TensorFlow Datasets accepts: BUS-BRA becomes bus_bra."""
     safe = re.sub("[^a-z0-9]+", "_", name.lower()).strip("_") or "images"
     return safe if safe[0].isalpha() else f"d_{safe}"

@@ -196,7 +196,7 @@ def _try(session: requests.Session, url: str, target: pathlib.Path, size: int, b
 
 def _reason(error: Exception, url: str) -> str:
     """Why an attempt failed, in short; raises InputError if a retry would fail too."""
-    # requests wraps errors of urllib3: "HTTPSConnection(...): Failed to resolve 'host' (...)", of which the end is shown.
+    # requests wraps errors of urllib3: "HTTPSConnection(...): Failed to resolve 'host' (...)". The end is readable.
     inner = getattr(error.args[0], "reason", None) if error.args else None
     text = str(inner or error).split(": ", 1)[-1][:200]
     if "CERTIFICATE_VERIFY_FAILED" in str(error):

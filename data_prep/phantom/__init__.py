@@ -1,21 +1,22 @@
-"""Simulated B-mode frames with labels and masks: data for demos and tests that nobody has to ask permission for.
+"""Simulated B-mode frames with labels and masks: data for demos and tests that need no permission.
 
     python -m data_prep.phantom --output=docs/phantoms.png
 
 A frame is made the way a scanner makes it, on a grid of depth samples by beams:
 
-1. Scatterers are circular complex Gaussian: the baseband view of many unresolved reflectors, whose places below a
-   wavelength make their phase uniform [1].
+1. Scatterers are circular complex Gaussian: the baseband signal of many unresolved reflectors, whose positions within
+   a wavelength make their phase uniform [1].
 2. An echogenicity map in dB (skin, fat, gland or liver, muscle, vessels, lesion) scales them; interfaces add a
-   coherent part without speckle. What lies above attenuates: solid irregular lesions shadow, cysts enhance, the
-   sides of smooth lesions refract [2].
+   coherent part without speckle. Structures attenuate what lies below: solid irregular lesions cause shadows, cysts
+   enhancement, and the sides of smooth lesions refraction [2].
 3. The point-spread function turns scatterers into echoes. Receiver noise, amplified with depth, and haze are added.
 4. Envelope, gain, log compression to 50 to 65 dB, and scan conversion to the image, black outside the sector.
 
-The scanner of steps 1, 3 and 4 is `data_prep/phantom/scanner.py`, the tissue of step 2 `data_prep/phantom/tissue.py`.
+The scanner of steps 1, 3 and 4 is in `data_prep/phantom/scanner.py`, the tissue of step 2 in
+`data_prep/phantom/tissue.py`.
 
-The tissue is a cartoon, the speckle is not: the envelope of uniform tissue is Rayleigh, mean / std = 1.91. There are
-no multiple paths, no elevation and no steering. Demos and tests only; nothing clinical follows from it.
+The tissue is a cartoon, but the speckle is realistic: the envelope of uniform tissue is Rayleigh, mean / std = 1.91.
+Multipath, elevation and steering are not simulated. For demos and tests only; no clinical conclusions can be drawn.
 
 [1] Wagner, Smith, Sandrik, Lopez. Statistics of speckle in ultrasound B-scans. IEEE Trans. Sonics Ultrason. 30, 1983.
 [2] Stavros et al. Solid breast nodules: use of sonography to distinguish between benign and malignant lesions.
@@ -45,7 +46,7 @@ from data_prep.phantom.tissue import LESIONS, SEVERAL, draw_layers, draw_lesion,
 
 CLASSES = ("none", "cyst", "solid_regular", "solid_irregular")  # index = label
 
-_MARGIN = 0.15  # tissue simulated beyond the field of view on each side, for the probe to move over
+_MARGIN = 0.15  # tissue simulated beyond the field of view on each side, so that the probe can move
 _NEPER = math.log(10) / 20  # amplitude = exp(_NEPER * dB)
 _LABELS, _TISSUE, _FRAME = range(3)  # random streams
 
@@ -55,9 +56,9 @@ class Phantom:
     """One simulated frame."""
 
     image: np.ndarray  # uint8 [H, W]
-    mask: np.ndarray  # uint8 [H, W], 0 or 255: the lesion, empty for class none; of several, the class of each pixel
-    sector: np.ndarray  # uint8 [H, W], 0 or 255: where the scan geometry images at all
-    label: int  # index into CLASSES; -1 where there may be several lesions
+    mask: np.ndarray  # uint8 [H, W], 255 on the lesion, empty for class none; with several, the class of each pixel
+    sector: np.ndarray  # uint8 [H, W], 0 or 255: the area that the scan geometry covers
+    label: int  # index into CLASSES; -1 if there may be several lesions
     patient: str
     video: str
     frame: str
@@ -66,7 +67,7 @@ class Phantom:
 
 @dataclasses.dataclass(frozen=True)
 class _Patient:
-    """What the frames of a patient share."""
+    """What all frames of a patient have in common."""
 
     probe: Probe
     scan: Scan
@@ -76,13 +77,13 @@ class _Patient:
     kinds: tuple[str, ...]  # of the lesions
     shadows: tuple[float, ...]  # dB
     streaks: np.ndarray  # float32 [1, L]: dB lost over the depth, beam by beam
-    tilt: float  # dB over the depth that the time-gain compensation leaves
+    tilt: float  # dB over the depth that time-gain compensation does not correct
     gain: float  # dB
     dynamic_range: float  # dB
 
 
 def _patient(rng, label, image_size, several):
-    """Draws a patient: probe, tissue, lesions and presets; of `several`, the label is their number."""
+    """Draws a patient: probe, tissue, lesions and presets; with `several`, `label` is the number of lesions."""
     presets = PROBES[("linear", "convex")[rng.integers(2)]]
     probe = presets[rng.integers(len(presets))]
     scan = scan_geometry(probe, image_size)
@@ -116,9 +117,9 @@ def _patient(rng, label, image_size, several):
 
 
 def _move(rng, patient):
-    """The tissue as a moved probe sees it -> tissue [D, L, 4], more lesions [D, L, 2] and scatterers [D, L, 2].
+    """The tissue seen by a moved probe: tissue [D, L, 4], further lesions [D, L, 2] each, and scatterers [D, L, 2].
 
-    Hand motion: a shift, a rotation and a change of pressure, and speckle that is only partly that of the last frame.
+    Hand motion: a shift, a rotation and a change of pressure, and speckle only partly correlated between frames.
     """
     probe, (samples, beams) = patient.probe, patient.scan.shape
     v = np.linspace(0, 1, samples, dtype=np.float32)[:, None]
@@ -148,13 +149,13 @@ def _move(rng, patient):
 
 
 def _below(weight, loss):
-    """Total of `weight` above each sample, scaled so that the largest is `loss` dB -> float32 [D, L]."""
+    """Sum of `weight` above each sample, scaled so that the largest total is `loss` dB: float32 [D, L]."""
     total = np.cumsum(weight, axis=0)
     return total * np.float32(loss / max(total[-1].max(), 1))
 
 
 def _frame(rng, patient, several):
-    """One frame of a patient -> image and mask, uint8 [H, W]."""
+    """One frame of a patient: image and mask, uint8 [H, W] each."""
     scan, probe = patient.scan, patient.probe
     tissue, more, scatterers = _move(rng, patient)
     level, reflections, *first = cv2.split(tissue)
@@ -175,7 +176,7 @@ def _frame(rng, patient, several):
     scatterers[..., 0] += gain * reflections * np.float32(0.7)
 
     echoes = receive(scan, scatterers)
-    # Receiver noise, which the time-gain compensation amplifies too, and the haze of side lobes and reverberation.
+    # Receiver noise, which time-gain compensation also amplifies, and the haze of side lobes and reverberation.
     noise = receiver_noise(rng, scan)
     haze = cv2.blur(amplitude, (scan.shape[1] // 5, scan.shape[0] // 12))
     echoes += noise * (np.exp(_NEPER * (22 * v - 49)) + np.float32(0.04) * haze)[..., None]
@@ -194,21 +195,24 @@ def _frame(rng, patient, several):
 def simulate_patient(
     patient: int, *, seed: int = 0, image_size: int = 256, frames: int = 4, several: bool = False
 ) -> list[Phantom]:
-    """The frames of one patient.
+    """Simulates the frames of one patient.
 
-    They share probe, tissue, lesion and presets and differ by hand motion, speckle and gain. Frame `k` depends on
-    (seed, patient, image_size, k) only. Every four patients 4n to 4n + 3 have one of each class, in random order.
+    They share probe, tissue, lesions and presets, and differ in hand motion, speckle and gain. Frame `k` depends only
+    on (seed, patient, image_size, several, k). Patients 4n to 4n + 3 have one of each class, in random order.
 
     Args:
         patient: number of the patient, from 0.
         seed: of the whole collection.
         image_size: the shorter side of the images in pixels, 32 or more.
-        frames: how many.
-        several: each patient has none to three lesions, of any class and apart from each other, every four patients one
-            of each number; masks then hold class numbers, indices into CLASSES.
+        frames: number of frames.
+        several: each patient has 0 to 3 separate lesions of any class; of four patients 4n to 4n + 3, one has each
+            number. Masks then hold class numbers, indices into CLASSES.
 
     Returns:
         A list of `Phantom`.
+
+    Raises:
+        ValueError: `patient` is negative or `image_size` below 32.
     """
     if patient < 0 or image_size < 32:
         raise ValueError(f"patient is {patient} and image_size {image_size}; they start at 0 and 32.")

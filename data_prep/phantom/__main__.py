@@ -1,4 +1,4 @@
-"""Writes the contact sheet of the simulated frames, one of every kind."""
+"""Writes a contact sheet of simulated frames, one of every kind."""
 
 import argparse
 
@@ -9,7 +9,7 @@ from data_prep.phantom import CLASSES, simulate_patient
 
 
 def contact_sheet(*, seed: int = 0) -> np.ndarray:
-    """The first frame of every geometry (rows) and class (columns), with captions -> uint8 [H, W]."""
+    """The first frame of every geometry (rows) and class (columns), with captions: uint8 [H, W]."""
     rows = []
     for geometry, image_size in (("linear", 288), ("convex", 224)):
         found: dict[int, np.ndarray] = {}

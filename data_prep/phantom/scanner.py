@@ -1,9 +1,9 @@
 """A simulated scanner: probes, the point-spread function, echoes and scan conversion.
 
-Unresolved reflectors are circular complex Gaussian at baseband, since their places below a wavelength make their
+Unresolved reflectors are circular complex Gaussian at baseband, since their positions within a wavelength make their
 phase uniform [1]. Convolution with the point-spread function, a pulse along depth times a lateral Gaussian that is
-narrowest at the focus, turns them into echoes [2, 3, 4] on a grid of depth samples by beams. Scan conversion lays
-that grid out as an image. There are no multiple paths, no elevation and no steering.
+narrowest at the focus, turns them into echoes [2, 3, 4] on a grid of depth samples by beams. Scan conversion resamples
+that grid to an image. Multipath, elevation and steering are not simulated.
 
 [1] Wagner, Smith, Sandrik, Lopez. Statistics of speckle in ultrasound B-scans. IEEE Trans. Sonics Ultrason. 30, 1983.
 [2] Bamber, Dickinson. Ultrasonic B-scanning: a computer simulation. Phys. Med. Biol. 25, 1980.
@@ -52,7 +52,7 @@ PROBES = {
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """The grid that a probe samples, its point-spread function, and the way from there to the image."""
+    """The grid that a probe samples, its point-spread function, and the mapping from the grid to the image."""
 
     shape: tuple[int, int]  # D depth samples, L beams
     pulse: np.ndarray  # float32 [P], along depth, unit energy
@@ -63,7 +63,7 @@ class Scan:
 
 
 def to_scan(probe: Probe, x: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position in mm, x across, z down from the middle of the probe face -> depth v in [0, 1], beam u in [-1, 1]."""
+    """Maps mm, x across and z down from the centre of the probe face, to depth v in [0, 1] and beam u in [-1, 1]."""
     if probe.geometry == "linear":
         return z / probe.depth, x / (probe.span / 2)
     behind = z + probe.radius
@@ -80,7 +80,7 @@ def to_space(probe: Probe, v: np.ndarray | float, u: np.ndarray | float) -> tupl
 
 @functools.lru_cache(maxsize=16)
 def scan_geometry(probe: Probe, image_size: int) -> Scan:
-    """Everything about a probe that does not depend on the patient; `image_size` is the shorter side."""
+    """Everything about a probe that is independent of the patient; `image_size` is the image's shorter side."""
     half = probe.span / 2
     sine, cosine = (half, 1.0) if probe.geometry == "linear" else (math.sin(half), math.cos(half))
     reach = 1.0 if probe.geometry == "linear" else probe.radius + probe.depth
@@ -108,15 +108,16 @@ def scan_geometry(probe: Probe, image_size: int) -> Scan:
 
 
 def _point_spread(probe, samples, beams):
-    """Pulse and beam of a probe on its grid -> float32 [P] and [D, T + 1].
+    """Pulse and beam of a probe on its grid: float32 [P] and [D, T + 1].
 
-    Two to three cycles long; as wide as wavelength times f-number at the focus, and wider away from it.
+    The pulse is two to three cycles long; the beam is as wide as wavelength times f-number at the focus, and wider away
+    from it.
     """
     wavelength = _SPEED_OF_SOUND / probe.frequency
-    # Below 0.7 samples the grid could not hold the speckle (small images): neighbours would be independent.
+    # Below 0.7 samples (small images) the grid could not resolve the speckle: neighbours would be independent.
     sigma = max(0.7, 0.6 * wavelength * samples / probe.depth)
     t = np.arange(-math.ceil(4 * sigma), math.ceil(4 * sigma) + 1)
-    # It rings down slower than it rises; OpenCV correlates, so time runs backwards here.
+    # The pulse decays more slowly than it rises; OpenCV computes a correlation, so time is reversed here.
     pulse = np.exp(-0.5 * (t / np.where(t > 0, 0.85 * sigma, 1.15 * sigma)) ** 2)
 
     z = np.linspace(0, probe.depth, samples)
@@ -130,12 +131,12 @@ def _point_spread(probe, samples, beams):
 
 
 def complex_normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Circular complex Gaussian of unit power as two real channels -> float32 [*shape, 2]."""
+    """Circular complex Gaussian samples of unit power, as two real channels: float32 [*shape, 2]."""
     return rng.standard_normal((*shape, 2), np.float32) * np.float32(math.sqrt(0.5))
 
 
 def receive(scan: Scan, scatterers: np.ndarray) -> np.ndarray:
-    """Scatterers [D, L, 2] seen through the point-spread function -> float32 [D, L, 2], same power."""
+    """Convolves scatterers [D, L, 2] with the point-spread function: float32 [D, L, 2], same power."""
     samples, beams = scan.shape
     lines = cv2.sepFilter2D(scatterers, -1, _ALONE, scan.pulse, borderType=cv2.BORDER_REFLECT_101)
     reach = scan.beam.shape[1] - 1
@@ -149,10 +150,10 @@ def receive(scan: Scan, scatterers: np.ndarray) -> np.ndarray:
 
 
 def receiver_noise(rng: np.random.Generator, scan: Scan) -> np.ndarray:
-    """Electronic noise of unit power in the band of the pulse, whatever the beam -> float32 [D, L, 2]."""
+    """Electronic noise of unit power in the band of the pulse, independent of the beam: float32 [D, L, 2]."""
     return cv2.sepFilter2D(complex_normal(rng, *scan.shape), -1, _ACROSS, scan.pulse)
 
 
 def scan_convert(scan: Scan, samples: np.ndarray) -> np.ndarray:
-    """Lays samples [D, L] out as an image [H, W]; what lies outside the sector repeats its border."""
+    """Resamples a grid [D, L] to an image [H, W]; outside the sector, border values are repeated."""
     return cv2.remap(samples, scan.columns, scan.rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)

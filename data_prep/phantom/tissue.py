@@ -1,7 +1,7 @@
 """Cartoon tissue for simulated frames: layers, vessels and lesions, as maps of echogenicity and reflections.
 
-Levels are in dB. What tells the lesions apart (echogenicity, outline, margin, shadow or enhancement) follows the
-sonographic signs of [1].
+Levels are in dB. The features that distinguish the lesions (echogenicity, outline, margin, shadow or enhancement)
+follow the sonographic signs of [1].
 
 [1] Stavros et al. Solid breast nodules: use of sonography to distinguish between benign and malignant lesions.
     Radiology 196, 1995.
@@ -19,7 +19,7 @@ from data_prep.phantom.scanner import Probe, to_space
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A tissue layer: thickness as a range of fractions of the imaged depth, levels in dB."""
+    """A tissue layer: thickness as a range in fractions of the imaged depth, levels in dB."""
 
     thickness: tuple[float, float]
     level: float
@@ -38,7 +38,7 @@ LAYERS = {
         Layer((0.12, 0.20), -6, 5.0, 1.0, 0, 1.6),
         Layer((1.00, 1.00), -10, 2.5, 3.0, 0, 2.2),
     ),
-    "convex": (  # upper abdomen: skin, fat, muscle, liver, and what lies behind the diaphragm
+    "convex": (  # upper abdomen: skin, fat, muscle, liver, and the region beyond the diaphragm
         Layer((0.02, 0.03), 4, 1.0, 0.5, 0, 1.5),
         Layer((0.04, 0.09), -4, 2.5, 1.5, 7, 0.8),
         Layer((0.04, 0.08), -5, 5.0, 1.0, 0, 1.6),
@@ -49,13 +49,13 @@ LAYERS = {
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
-    """Smooth Gaussian noise of about unit variance, with `cells` independent values along each axis -> float32."""
+    """Smooth Gaussian noise of about unit variance, with `cells` independent values along each axis, float32."""
     noise = cv2.resize(rng.standard_normal(cells, np.float32), shape[::-1], interpolation=cv2.INTER_CUBIC)
-    return noise / np.float32(0.9)  # what cubic interpolation leaves of the standard deviation
+    return noise / np.float32(0.9)  # the standard deviation after cubic interpolation
 
 
 def draw_layers(rng: np.random.Generator, probe: Probe, v: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Layered tissue on a grid -> echogenicity (dB) and coherent reflections (amplitude), float32 [D, L] each."""
+    """Draws layered tissue on a grid: echogenicity (dB) and coherent reflections (amplitude), float32 [D, L] each."""
     shape = v.shape[0], u.shape[1]
     layers = LAYERS[probe.geometry]
     fibres, lobules = smooth_noise(rng, shape, (90, 14)), smooth_noise(rng, shape, (14, 9))
@@ -68,7 +68,7 @@ def draw_layers(rng: np.random.Generator, probe: Probe, v: np.ndarray, u: np.nda
         relief = smooth_noise(rng, (1, shape[1]), (1, 6)) + 0.12 * smooth_noise(rng, (1, shape[1]), (1, 16))
         top = edge + min(0.15 * edge, 0.02) * relief + slope * u * min(1.0, 4 * edge)
         index += v > top
-        # An interface reflects where it faces the probe, and is several sheets that come and go.
+        # An interface reflects where it faces the probe, and consists of several discontinuous sheets.
         facing = layer.interface * np.exp(-((np.gradient(top[0]) * shape[1] / 0.6) ** 2))
         for sheet in np.array([-0.6, 0, 0.4], np.float32) * rng.uniform(0.01, 0.03):
             patchy = np.clip(0.2 + 0.5 * smooth_noise(rng, (1, shape[1]), (1, 25)), 0, 1)
@@ -81,16 +81,16 @@ def draw_layers(rng: np.random.Generator, probe: Probe, v: np.ndarray, u: np.nda
 
 @dataclasses.dataclass(frozen=True)
 class Lesion:
-    """What a class looks like; ranges are drawn per patient, dB relative to the tissue around."""
+    """The appearance of a class; values are drawn from the ranges per patient, dB relative to surrounding tissue."""
 
     level: tuple[float, float]  # echogenicity
     texture: float  # std of the inside, dB
     outline: float  # amplitude of its second harmonic, as a fraction of the size
-    ragged: float  # how slowly the harmonics of the outline fall off, and noise on top
+    ragged: float  # how slowly the harmonics of the outline decay, and the amount of noise added to it
     aspect: tuple[float, float]  # height / width
     edge: float  # width of the margin as a fraction of the size
     wall: float  # amplitude of the reflection of the wall
-    shadow: tuple[float, float]  # attenuation along the whole lesion; negative enhances
+    shadow: tuple[float, float]  # attenuation through the whole lesion; negative = enhancement
     rim: float  # refraction shadow below the sides
 
 
@@ -101,14 +101,14 @@ LESIONS = {
 }
 
 
-#: Where several lesions of one image lie, see `draw_lesion`.
+#: Sizes and positions if one image has several lesions, see `draw_lesion`.
 SEVERAL = {"sizes": (0.08, 0.13), "down": (0.25, 0.65), "across": 0.75}
-_APART, _TRIES = 0.4, 100  # room around each of them, as a fraction of its size
-_REACH = 3.0  # no outline is as far from its middle, in sizes
+_APART, _TRIES = 0.4, 100  # margin around each of them, as a fraction of its size; attempts to place it
+_REACH = 3.0  # every outline is nearer to its centre than this, in sizes
 
 
 def _blob(rng, x, z, *, size, aspect, outline, ragged=0.0):
-    """A closed outline around (0, 0) -> float32, 1 at the centre, 0 on the outline, negative outside."""
+    """A closed outline around (0, 0): float32, about 1 at the centre, 0 on the outline, negative outside."""
     tilt, squeeze = rng.uniform(-0.35, 0.35), math.sqrt(aspect)
     a = (x * math.cos(tilt) + z * math.sin(tilt)) * np.float32(squeeze / size)
     b = (z * math.cos(tilt) - x * math.sin(tilt)) * np.float32(1 / squeeze / size)
@@ -118,7 +118,7 @@ def _blob(rng, x, z, *, size, aspect, outline, ragged=0.0):
     turn = np.linspace(0, 2 * math.pi, 2048, endpoint=False)  # a table: cosines of the whole grid would be slow
     reach = 1 + (amplitude * np.cos(k * turn + phase)).sum(0).astype(np.float32)
     away = np.hypot(a, b)
-    near = np.flatnonzero(away < _REACH)  # farther out only that it is outside matters, and angles are slow
+    near = np.flatnonzero(away < _REACH)  # farther out is always outside, and angles are slow
     found = 1 - away
     turned = np.arctan2(b.ravel()[near], a.ravel()[near]) * np.float32(1024 / math.pi)
     found.ravel()[near] = reach[turned.astype(np.int32) & 2047] - away.ravel()[near]
@@ -126,7 +126,7 @@ def _blob(rng, x, z, *, size, aspect, outline, ragged=0.0):
 
 
 def draw_vessels(rng: np.random.Generator, probe: Probe, x: np.ndarray, z: np.ndarray, tissue: np.ndarray) -> None:
-    """Dark vessels or lobules in every class: what a lesion has to be told from. Edits `tissue` in place."""
+    """Draws dark vessels or lobules, in every class, as distractors from lesions. Edits `tissue` in place."""
     for _ in range(rng.integers(2, 7)):
         at_x, at_z = to_space(probe, rng.uniform(0.25, 0.9), rng.uniform(-0.9, 0.9))
         aspect, size = rng.uniform(0.2, 0.6), probe.depth * rng.uniform(0.012, 0.035)
@@ -149,11 +149,11 @@ def draw_lesion(
     across: float = 0.4,
     taken: Sequence[np.ndarray] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a lesion -> its outline (0 on it, positive inside) and its inside (dB), float32 [D, L] each.
+    """Draws a lesion: its outline (0 on it, positive inside) and its inside (dB), float32 [D, L] each.
 
-    Adds its wall to `reflections`, in place of the interfaces it displaces. Its size lies in `sizes` and
-    its middle in `down`, as fractions of the depth, and no further than `across` from the middle of the image. It keeps
-    off the outlines in `taken`, if there is room.
+    Adds its wall to `reflections`, where it replaces the interfaces inside the lesion, in place. Its size is drawn from
+    `sizes` and the depth of its centre from `down`, as fractions of the depth; its centre is within `across` of the
+    middle, as a fraction of half the width. It avoids the outlines in `taken` if there is room.
     """
     for _ in range(_TRIES):
         at_x, at_z = to_space(probe, rng.uniform(*down), rng.uniform(-across, across))

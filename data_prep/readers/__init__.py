@@ -1,4 +1,4 @@
-"""Files to frames: one module per kind of file, chosen by content and not by suffix."""
+"""Readers that convert files to frames: one module per kind of file, chosen by content rather than suffix."""
 
 import importlib
 import os
@@ -9,7 +9,7 @@ from data_prep.readers.images import read_mask
 from data_prep.readers.kinds import ARRAYS, DICOM, HEAD_BYTES, IMAGES, VIDEOS, VOLUMES, kind_of
 from usfmae_jax.errors import InputError
 
-#: What a folder is searched for, in lower case. Without that of nothing: a licence is not DICOM.
+#: Suffixes that a folder is searched for, in lower case. Not the empty one of DICOM: a licence file is not DICOM.
 SUFFIXES = (IMAGES | VIDEOS | VOLUMES | ARRAYS | DICOM) - {""}
 
 DEFAULTS = Options()
@@ -36,12 +36,12 @@ __all__ = [
 
 
 def read_frames(path: str | os.PathLike[str], options: Options = DEFAULTS) -> Iterator[Frame]:
-    """Yields the frames of a file, one at a time; no more than a few are in memory.
+    """Yields the frames of a file one at a time, with no more than a few in memory.
 
-    A file that is damaged further on gives its sound frames first, and then the error.
+    For a file damaged part of the way through, the intact frames come first, then the error.
 
     Raises:
-      UnreadableError: the file is missing, empty, damaged, too large, or of no kind that is known.
+      UnreadableError: the file is missing, empty, damaged, too large, or of an unknown kind.
       InputError: a library that this kind of file needs is not installed.
     """
     with open_file(path) as file:
@@ -52,7 +52,7 @@ def read_frames(path: str | os.PathLike[str], options: Options = DEFAULTS) -> It
     if not kind:
         raise UnreadableError("not a kind of file that can be read")
     try:
-        # Imported here: most of them need libraries that take long to load, or are not there.
+        # Imported here: most readers need libraries that are slow to load or may be missing.
         reader = importlib.import_module(f"data_prep.readers.{kind}")
         yield from reader.read(path, options)
     except ImportError as error:

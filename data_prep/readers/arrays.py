@@ -1,16 +1,16 @@
-"""Arrays to frames: NumPy (.npy, .npz), MATLAB (.mat, version 5 and 7.3) and HDF5.
+"""Reads arrays as frames: NumPy (.npy, .npz), MATLAB (.mat, versions 5 and 7.3) and HDF5.
 
 Axes: frames come first in NumPy and HDF5, `[N, H, W]` or `[N, H, W, C]`, and last in MATLAB, H x W x N or
-H x W x C x N; stills are `[H, W]` or `[H, W, C]`. C is 3 (RGB), or 4 outside MATLAB; axes of length 1 are left out.
-`Options.axis` counts as if the array were `[N, H, W]`, so that 0 is the last axis of MATLAB. An array that has its
-frames elsewhere, such as `[H, W, N]` in a .npy file or `[N, H, W]` in what SciPy wrote for MATLAB, is told by its shape
-and what stands still in it (`stacks.find_axis`), with a warning.
+H x W x C x N; stills are `[H, W]` or `[H, W, C]`. C is 3 (RGB), or 4 outside MATLAB; axes of length 1 are dropped.
+`Options.axis` refers to `[N, H, W]`, so that 0 is the last axis in MATLAB. An array with its frames elsewhere, such as
+`[H, W, N]` in a .npy file or `[N, H, W]` in a MATLAB file written by SciPy, is recognised by its shape and by the part
+of its content that stands still (`stacks.find_axis`), with a warning.
 
-Which: an array of numbers that can be frames, at least 16 x 16 pixels. If there are several, masks among them
-perhaps, `Options.key` has to name one. Truth values, texts, objects, complex numbers and structures are never read.
+Choice of array: one of numbers that can be frames, at least 16 x 16 pixels. If there are several, which may include
+masks, `Options.key` must name one. Booleans, text, objects, complex numbers and structures are never read.
 
-Intensity: see `stacks.read`. Memory stays flat, which np.load and scipy.io.loadmat do not do for compressed arrays and
-MATLAB files, and what is cut off gives its sound frames first, for which they give nothing.
+Intensity: see `stacks.read`. Unlike np.load and scipy.io.loadmat, memory use stays constant for compressed arrays and
+MATLAB files, and a truncated file yields its intact frames before the error.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from data_prep.readers import stacks
 from data_prep.readers.base import Array, Frame, Layout, Options, UnreadableError, open_file
 
 _MATLAB5 = b"MATLAB 5.0 MAT-file"
-#: Of an archive: name, flags, bytes if it is not packed, and what opens it less the bytes to skip.
+#: Member of an archive: name, flags, bytes if not compressed, and a function that opens it past the bytes to skip.
 _Member = tuple[str, int, int | None, Callable[..., stacks.Opening]]
 _HEADER_ERRORS = (ValueError, TypeError, SyntaxError, RecursionError, tokenize.TokenError)
 
@@ -40,7 +40,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     """Yields the frames of an array.
 
     Raises:
-      UnreadableError: no such array, several, damaged, cut off, or not as its header says; see also `stacks.read`.
+      UnreadableError: no such array, several, damaged, truncated, or unlike its header; see also `stacks.read`.
     """
     stack = open_array(path, options.key)
     frames = stacks.read(stack, options)
@@ -68,7 +68,7 @@ def open_array(path: str | os.PathLike[str], key: str = "") -> stacks.Stack:
         found = [_describe("", stored, functools.partial(stacks.unpacked, path, 0, "raw"))]
     elif head.startswith(b"PK"):
         found = list(_members(path))
-    else:  # imported here, since h5py may be missing where nobody needs it
+    else:  # imported here, since h5py may be missing if it is not needed
         kind = "matlab" if head == _MATLAB5 else "hdf5"
         found = importlib.import_module(f"data_prep.readers.{kind}").arrays(path)
     if key:
@@ -89,12 +89,12 @@ def open_array(path: str | os.PathLike[str], key: str = "") -> stacks.Stack:
 
 def _can_be_frames(array: Array) -> bool:
     layout = _layout(array)
-    # The second longest, since frames may be along any axis.
+    # The second longest side, since frames may be along any axis.
     return layout is not None and array.dtype.kind in "iuf" and sorted(layout[:3])[1] >= stacks.MIN_SIDE
 
 
 def _layout(array: Array) -> Layout | None:
-    if min(array.dims[0 if array.frames_last else 1 :], default=0) < 1:  # no frames: how many is not known
+    if min(array.dims[0 if array.frames_last else 1 :], default=0) < 1:  # 0 frames means that their number is not known
         return None
     match [length for length in array.dims if length != 1]:
         case [height, width]:
@@ -118,7 +118,7 @@ def _members(path: str | os.PathLike[str]) -> Iterator[Array]:
             members: list[_Member] = [
                 (one.filename, one.flag_bits, None, functools.partial(_member, path, one)) for one in archive.infolist()
             ]
-    except UnreadableError:  # the list of members is at the end
+    except UnreadableError:  # the list of members, at the end of the file, is missing or damaged
         members = list(_members_in_place(path))
         if not members:
             raise
@@ -137,7 +137,7 @@ def _member(path: str | os.PathLike[str], member: zipfile.ZipInfo, skip: int = 0
 
 
 def _members_in_place(path: str | os.PathLike[str]) -> Iterator[_Member]:
-    """The members of an archive that is cut off."""
+    """The members of a truncated archive."""
     with open_file(path) as file:
         end = os.fstat(file.fileno()).st_size
         while len(head := file.read(30)) == 30 and head.startswith(b"PK\3\4"):
@@ -148,7 +148,7 @@ def _members_in_place(path: str | os.PathLike[str]) -> Iterator[_Member]:
             start = file.tell()
             if method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 packing = "deflate" if method == zipfile.ZIP_DEFLATED else "raw"
-                # What was being written when the file ended has no size yet.
+                # A member that was still being written when the file ended has no size yet.
                 stored = min(size or end, end - start) if packing == "raw" else None
                 yield name, flags, stored, functools.partial(stacks.unpacked, path, start, packing)
             if size > end - start:
@@ -157,7 +157,7 @@ def _members_in_place(path: str | os.PathLike[str]) -> Iterator[_Member]:
 
 
 def _describe(name: str, stored: int | None, opened: Callable[..., stacks.Opening]) -> Array:
-    """The array that `opened` opens at its header, less the bytes that it is told to skip."""
+    """Describes an array; `opened` opens it at its header, past the bytes to skip."""
     with opened() as file:
         start = file.tell()
         dims, fortran, dtype = _header(file)
@@ -168,7 +168,7 @@ def _describe(name: str, stored: int | None, opened: Callable[..., stacks.Openin
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, whether the first axis is the fastest, dtype), leaving the file at the first number."""
+    """(shape, whether the first axis varies fastest, dtype); leaves the file at the first number."""
     parsers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         version = np.lib.format.read_magic(file)

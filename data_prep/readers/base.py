@@ -1,4 +1,4 @@
-"""What every reader gives and takes."""
+"""The types and errors shared by all readers."""
 
 import dataclasses
 import math
@@ -11,27 +11,27 @@ import numpy as np
 
 
 class UnreadableError(Exception):
-    """Why a file gives no usable frames, in a few words that name no path and no person."""
+    """A file yields no usable frames; the message states why in a few words, without any path or person's name."""
 
 
 UNKNOWN_SPACING = (0.0, 0.0)
-_SPACINGS = 1e-3, 10.0  # mm: what lies beyond is another unit, or was never set
+_SPACINGS = 1e-3, 10.0  # mm: values outside are in another unit, or were never set
 
 
 def known_spacing(down: float, across: float) -> tuple[float, float]:
-    """Mm from pixel to pixel, down and across, where both can be; else `UNKNOWN_SPACING`."""
+    """Pixel spacing in mm, down and across, if both are plausible; else `UNKNOWN_SPACING`."""
     sound = all(math.isfinite(one) and _SPACINGS[0] <= one <= _SPACINGS[1] for one in (down, across))
     return (float(down), float(across)) if sound else UNKNOWN_SPACING
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a file to be read.
+    """Opens a file for reading.
 
     Raises:
-      UnreadableError: it is missing, may not be read, or is no regular file.
+      UnreadableError: it is missing, not readable, or not a regular file.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise UnreadableError("not a regular file")
         return open(path, "rb")
     except OSError as error:
@@ -43,12 +43,12 @@ class Options:
     """How files with more than one frame are read.
 
     Attributes:
-      stride: every n-th frame of a clip or slice of a volume.
-      max_frames: at most so many frames of a file, evenly spread; 0 takes all.
-      axis: of a volume, along which it is sliced: 0, 1 or 2 of the array (z, y, x); None is told by its shape.
-      flip: of the slices of a volume: "", "vertical", "horizontal" or "both".
+      stride: takes every n-th frame of a clip or slice of a volume.
+      max_frames: largest number of frames per file, evenly spread; 0 takes all.
+      axis: axis along which a volume is sliced: 0, 1 or 2 of the array (z, y, x); None = determined automatically.
+      flip: how slices of a volume are flipped: "", "vertical", "horizontal" or "both".
       key: name of the array in HDF5, MATLAB and npz files; "" takes the only one that can be frames.
-      patient_key: name of the HDF5 dataset that says, frame by frame, whose clip it is of.
+      patient_key: name of the HDF5 dataset with the patient of every frame.
     """
 
     stride: int = 1
@@ -61,20 +61,20 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """One frame as read, before it is cleaned, shrunk and stored.
+    """One frame as read, before it is cleaned, resized and stored.
 
     Attributes:
       pixels: uint8 or uint16 `[H, W, 1]` (grey) or `[H, W, 3]` (RGB).
-      number: of the frame or slice in its file, from 0, counted before the stride.
+      number: index of the frame or slice in its file, from 0, counted before the stride.
       boxes: imaged regions that the file itself declares, as (left, top, right, bottom) in pixels, right and bottom
-        exclusive; empty when it says nothing.
-      patient: as the file names it; an identifier, hashed before anything is written. Empty when unknown.
-      video: likewise: study, series and instance, whatever tells clips apart.
-      facts: technical values that may be written, from a whitelist; the same in every frame of a file.
-      removed: kinds of information in the file that were not taken over, and how many; the same in every frame.
-      warnings: what a person should know about the file although its frames were taken, in fixed phrases that quote
-        nothing of it; on the first frame is enough.
-      spacing: mm from pixel to pixel, down and across; 0 = not known, see `known_spacing`.
+        exclusive; empty if it declares none.
+      patient: identifier from the file, to be hashed before anything private is written; empty if unknown.
+      video: likewise, an identifier that distinguishes clips.
+      facts: technical values that may be written, from an allowlist; the same in every frame of a file.
+      removed: number of items in the file that were not kept, by kind; the same in every frame.
+      warnings: what the user should know about a file whose frames were used, in fixed phrases that quote nothing from
+        it; may be set on the first frame only.
+      spacing: pixel spacing in mm, down and across; 0 = not known, see `known_spacing`.
     """
 
     pixels: np.ndarray
@@ -89,7 +89,7 @@ class Frame:
 
 
 class Layout(NamedTuple):
-    """How an array becomes frames: how many, their size, and their channels."""
+    """How an array is divided into frames: their number, size and channels."""
 
     frames: int
     height: int
@@ -101,11 +101,11 @@ class Array(NamedTuple):
     """One array of a file.
 
     Attributes:
-      name: in the file; "" if it has none.
-      dims: its lengths, in the order of the program that wrote it.
+      name: name in the file; "" if it has none.
+      dims: its shape, in the axis order of the program that wrote it.
       dtype: of its numbers.
       frames_last: whether it follows MATLAB's convention.
-      open: makes the `stacks.Stack`, given the layout; refuses what cannot be read.
+      open: makes the `stacks.Stack` for a layout; raises UnreadableError for an array that cannot be read.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the readers share: which frames of a file are taken, their largest size, when colour is kept, and silence."""
+"""Helpers for all readers: which frames are taken, size limits, whether colour is kept, and silencing libraries."""
 
 import contextlib
 import itertools
@@ -13,14 +13,14 @@ from data_prep.readers.base import UNKNOWN_SPACING, Frame, Options, UnreadableEr
 
 MAX_PIXELS = 50_000_000  # of one frame
 
-#: For `Frame.warnings`, whatever the kind of file.
+#: For `Frame.warnings`, for any kind of file.
 WRONG_COUNT = "the header says another number of frames than there are, or none; those that are there were taken"
 
-# Colour carries meaning (Doppler, elastography) when more than this share of the pixels has channels that differ by
-# more than this much of the range. Tinted B-mode stays below 45 / 255, and calipers and logos below 1 pixel in 1000.
+# Colour carries meaning (Doppler, elastography) if in more than this share of the pixels the channels differ by more
+# than this share of the range. Tinted B-mode stays below 45 / 255, and calipers and logos below 1 pixel in 1000.
 COLOUR_SHARE = 0.001
 COLOUR_SPREAD = 48 / 255
-_DECIDING = 8  # frames of a clip that say whether it has colour; fewer if they have more bytes than this
+_DECIDING = 8  # frames of a clip that decide whether it has colour; fewer if they exceed `_DECIDING_BYTES`
 _DECIDING_BYTES = 64 << 20
 
 Boxes = tuple[tuple[int, int, int, int], ...]
@@ -28,10 +28,10 @@ _Item = TypeVar("_Item")
 
 
 def chosen(count: int, options: Options) -> Sequence[int]:
-    """Which of `count` frames are taken, ascending.
+    """Indices of those of `count` frames that are taken, ascending.
 
-    Every `stride`-th from the first; if these are more than `max_frames`, the middles of `max_frames` equal parts of
-    them, since volumes begin and end with little to see.
+    Every `stride`-th from the first; if there are more than `max_frames`, they are divided into `max_frames` equal
+    parts and the middle of each is taken, since the first and last slices of volumes show little.
     """
     strided = range(0, count, options.stride)
     if not 0 < options.max_frames < len(strided):
@@ -57,16 +57,16 @@ def as_frames(
     warnings: Sequence[str] = (),
     spacing: tuple[float, float] = UNKNOWN_SPACING,
 ) -> Iterator[Frame]:
-    """Makes the pictures of one clip or volume frames: all of them grey, or all colour.
+    """Converts the pictures of one clip or volume to frames, either all grey or all in colour.
 
-    Colour is kept if one of the first 8 pictures (of the first 64 MiB, if these are fewer) has colour that carries
-    meaning. Frame by frame, a clip would change between grey and colour as Doppler comes and goes with the heartbeat.
+    Colour is kept if any of the first 8 pictures (or of the first 64 MiB, if fewer) has colour that carries meaning.
+    If decided frame by frame, a clip would alternate between grey and colour as Doppler varies with the heartbeat.
 
     Args:
-      pictures: (number in the file, uint8 or uint16 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]`); consumed as needed, one
-        by one if they are `[H, W]`, which all are then.
-      boxes: regions that are asked for colour, as in `Frame`; whole pictures if there are none.
-      warnings: see `Frame`; may grow until the first picture is there.
+      pictures: (number in the file, uint8 or uint16 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]`); consumed lazily, one by
+        one if the first is `[H, W]`, as all must then be.
+      boxes: regions examined for colour, as in `Frame`; the whole pictures if empty.
+      warnings: see `Frame`; may be appended to until the first picture is yielded.
       spacing: see `Frame`.
     """
 
@@ -91,9 +91,9 @@ def as_frames(
 
 
 def look_ahead(items: Iterator[_Item], enough: Callable[[list[_Item]], bool]) -> tuple[list[_Item], Iterator[_Item]]:
-    """The first items of an iterator, until they are `enough`, and those that follow.
+    """The first items of an iterator, until they are `enough`, and an iterator over the rest.
 
-    An UnreadableError among the first is raised by what follows, so that the sound ones before it are not lost.
+    An UnreadableError among the first items is raised by the second iterator, so that the items before it are not lost.
     """
     first: list[_Item] = []
     try:
@@ -128,9 +128,9 @@ def channel_spread(pixels: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def silence() -> Iterator[list[str]]:
-    """Keeps off the terminal what native libraries print about damaged data; at the end, the list holds it.
+    """Captures what native libraries print to stderr about damaged data; on exit, the list yielded holds the text.
 
-    Of the whole process, so for code that runs in one thread. What does not fit into a pipe is lost.
+    Affects the whole process, so only for single-threaded code. Output that does not fit into a pipe is lost.
     """
     said: list[str] = []
     ours, theirs = os.pipe()

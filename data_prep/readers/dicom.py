@@ -1,29 +1,29 @@
-"""DICOM files to frames: ultrasound stills and clips, with or without a preamble or a suffix.
+"""Reads DICOM files as frames: ultrasound stills and clips, with or without a preamble or a suffix.
 
-Orientation: rows and columns as they are stored, which is how a scanner shows them; nothing is flipped, turned or
-resampled. Bright is echo: MONOCHROME1 is inverted.
+Orientation: rows and columns as stored, which is how a scanner displays them; nothing is flipped, rotated or
+resampled. Bright means echo: MONOCHROME1 is inverted.
 
-Intensity: up to 8 bits are taken as they are. More go through the VOI table or window that the file declares, to 8
-bits; without one they stay 16 bits wide, for a window over the percentiles of the frame.
+Intensity: values of up to 8 bits are kept unchanged. Wider ones are mapped to 8 bits by the VOI LUT or window that the
+file declares; without one they stay 16 bits wide, to be windowed later by the percentiles of the frame.
 
-Colour: palettes and YBR become RGB; a clip whose colour carries no meaning becomes grey, all of it. Where the file
-declares its image regions, only they are asked, because a coloured logo or button beside them says nothing.
+Colour: palettes and YBR become RGB; a clip whose colour carries no meaning becomes grey as a whole. If the file
+declares image regions, only these are examined, since a coloured logo or button beside them means nothing.
 
-Regions: a region of spatial format 2D that shows tissue or colour flow is a box, if it says where it lies. Others
-(M-mode, spectra, traces, ECG and other waveforms, grey and colour bars, graphics) are not images of tissue: outside of
-all boxes, they are blanked by whoever cleans frames. Files that declare M-mode, spectra or waveforms and no 2D region
-are refused. Regions that reach out of the picture were declared for another size, before it was cropped or shrunk: none
-is used then.
+Regions: a region with spatial format 2D and data type tissue or colour flow becomes a box, if its location is given.
+Others (M-mode, spectra, traces, ECG and other waveforms, grey and colour bars, graphics) are not images of tissue;
+cleaning blanks whatever is outside all boxes. Files that declare M-mode, spectra or waveforms but no 2D region are
+refused. If a region extends beyond the picture, the regions were declared before it was cropped or resized, and none
+is used.
 
-Size of a pixel: that of the regions, where all of them have the same in cm, else `PixelSpacing`; not known where
-regions were declared for another size.
+Pixel size: that of the regions, if all of them state the same one in cm, else `PixelSpacing`; unknown if they state
+different ones or were declared for another size of picture.
 
 Only ultrasound is read: modality US or IVUS, or OT (secondary captures: paper, frame grabbers); a file without a
-modality must say ultrasound or secondary capture as its class. Video inside DICOM (MPEG, HEVC) is not supported.
+modality must have an ultrasound or secondary capture SOP class. Video inside DICOM (MPEG, HEVC) is not supported.
 
-What leaves this module: pixels, with whatever is burnt into them, boxes, and the facts listed here; all else is counted
-by kind and left behind. Overlays are never drawn. The ids in `patient` and `video` are raw, for `data_prep.identity`.
-Messages repeat nothing of a file but sizes and well-known names.
+This module passes on pixels, including anything burnt into them, boxes, and the facts listed here; everything else is
+only counted by kind. Overlays are never drawn. The ids in `patient` and `video` are raw, for `data_prep.identity`.
+Error messages quote nothing from a file except sizes and well-known names.
 """
 
 import collections
@@ -47,19 +47,19 @@ from data_prep.readers.clips import Boxes, as_frames, chosen, silence
 from data_prep.readers.kinds import HEAD_BYTES, VRS, kind_of
 
 _MAX_DEFLATED = 1 << 29
-_MAX_ELEMENT = 1 << 20  # longer ones, raw data of the scanner, are not read into memory
+_MAX_ELEMENT = 1 << 20  # bytes; longer elements, such as raw scanner data, are not read into memory
 _PIXELS = 0x7FE00008, 0x7FE00009, 0x7FE00010  # 32-bit float, 64-bit float, 8 or 16 bits
 
-#: Texts of the file that become facts.
+#: Text elements that become facts.
 TEXTS = ("Manufacturer", "ManufacturerModelName", "TransducerType", "PhotometricInterpretation")
 _MAX_FACT = 64
 
 _MODALITIES = frozenset(("US", "IVUS", "OT"))
-# Well-known ones may be named in a message; anything else in their place could be the name of a person.
+# Well-known values may be quoted in a message; any other text in this element could be the name of a person.
 _OTHER_MODALITIES = frozenset(
     ("CR", "CT", "DX", "ECG", "ES", "KO", "MG", "MR", "NM", "OP", "PR", "PT", "RF", "SEG", "SR", "XA", "XC")
 )
-_CLASSES = tuple(  # ultrasound, ultrasound clip, volume, secondary capture; the older ones are their beginnings
+_CLASSES = tuple(  # ultrasound, ultrasound clip, volume, secondary capture; retired UIDs are prefixes of current ones
     f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("3", "3.1", "6", "6.1", "6.2", "7", "7.1", "7.2", "7.3", "7.4")
 )
 
@@ -93,13 +93,12 @@ _PLACEHOLDERS = (
 
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
-    """Yields the frames of a DICOM file: those that are there, whatever its header says about their number.
+    """Yields the frames of a DICOM file that are actually present, whatever number its header states.
 
-    Those left out are not decoded. One is in memory at a time; of a clip in colour, the first 8 together.
+    Frames left out are not decoded. One frame at a time is in memory, except for the first 8 of a colour clip.
 
     Raises:
-      UnreadableError: not DICOM, no ultrasound, no pixels, damaged, cut off, too large or of a kind that is not
-        supported.
+      UnreadableError: not DICOM, not ultrasound, no pixels, damaged, truncated, too large, or of an unsupported kind.
     """
     with contextlib.ExitStack() as stack:
         with _quietly("header is damaged"):
@@ -113,7 +112,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
             spacing = _spacing(header, trusted=bool(found) or not _images(header))
             removed = _count_removed(meta, header, _read_rest(file, clip, header))
         pictures = _decode(file, clip, chosen(clip.count, options))
-        # A coloured logo or button beside the regions says nothing about the colour of a clip.
+        # A coloured logo or button outside the regions does not make a clip coloured.
         for frame in as_frames(pictures, found):
             yield Frame(frame.pixels, frame.number, found, patient, video, technical, removed, clip.warnings, spacing)
     if clip.damage:
@@ -129,7 +128,7 @@ def _decode(file: BinaryIO, clip: dicom_pixels.Clip, numbers: Sequence[int]) -> 
 
 @contextlib.contextmanager
 def _quietly(reason: str) -> Iterator[None]:
-    """Turns all errors into `UnreadableError`, and keeps pydicom and its decoders from printing what is in the file."""
+    """Converts all errors to `UnreadableError`, and keeps pydicom and its decoders from printing values of the file."""
     loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "openjpeg")]
     levels = [logger.level for logger in loggers]
     try:
@@ -141,14 +140,14 @@ def _quietly(reason: str) -> Iterator[None]:
     except (UnreadableError, MemoryError):
         raise
     except Exception:
-        raise UnreadableError(reason) from None  # its message and its cause repeat values
+        raise UnreadableError(reason) from None  # its message and cause could quote values of the file
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
 
 def _read_header(file: BinaryIO) -> tuple[str, Any, Any, BinaryIO]:
-    """The transfer syntax, file meta information, the elements before the pixels, and the file that stands there."""
+    """Transfer syntax, file meta information, elements before the pixels, and the file, positioned at the pixels."""
     head = file.read(HEAD_BYTES)
     if kind_of(head) != "dicom":
         raise UnreadableError("not a DICOM file" if head else "empty file")
@@ -168,7 +167,7 @@ def _read_header(file: BinaryIO) -> tuple[str, Any, Any, BinaryIO]:
 
 
 def _guess(file: BinaryIO) -> str:
-    """The transfer syntax of a file that does not name one, from its first element."""
+    """Guesses the transfer syntax of a file that does not state it, from its first element."""
     start = file.read(6)
     file.seek(-len(start), os.SEEK_CUR)
     if start[4:6] not in VRS:
@@ -178,14 +177,14 @@ def _guess(file: BinaryIO) -> str:
 
 def _inflate(file: BinaryIO) -> BinaryIO:
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    data = inflater.decompress(file.read(_MAX_DEFLATED), _MAX_DEFLATED)  # of a file that is cut off, what is there
+    data = inflater.decompress(file.read(_MAX_DEFLATED), _MAX_DEFLATED)  # of a truncated file, what is left
     if inflater.unconsumed_tail:
         raise UnreadableError(f"deflated data is larger than {_MAX_DEFLATED >> 20} MiB")
     return io.BytesIO(data)
 
 
 def _read_rest(file: BinaryIO, clip: dicom_pixels.Clip, header: Any) -> Any:
-    """The elements after the pixels; none if that is something else."""
+    """The elements after the pixels; none if they cannot be parsed."""
     if clip.damage:
         return Dataset()
     file.seek(clip.end)
@@ -200,7 +199,7 @@ def _read_rest(file: BinaryIO, clip: dicom_pixels.Clip, header: Any) -> Any:
 
 
 def _check_kind(header: Any) -> None:
-    """Refuses what is no picture of ultrasound."""
+    """Raises UnreadableError unless the file is an ultrasound image."""
     modality = _text(header, "Modality")
     if modality in _OTHER_MODALITIES:
         raise UnreadableError(f"modality {modality}, expected US, IVUS or OT")
@@ -213,11 +212,11 @@ def _check_kind(header: Any) -> None:
 
 
 def _boxes(header: Any, rows: int, columns: int) -> Boxes:
-    """The 2D regions of tissue or flow, as in `Frame`."""
+    """The 2D regions of tissue or flow, as `Frame.boxes`."""
     found = []
     for region in _images(header):
         left, top, right, bottom = (int(region.get(name)) for name in _CORNERS)
-        # The last pixel is meant, but some write the first one after it.
+        # The standard means the last pixel, but some devices write the first one after it.
         if not (0 <= left < right <= columns and 0 <= top < bottom <= rows):
             return ()  # declared for another size of the picture
         found.append((left, top, min(right + 1, columns), min(bottom + 1, rows)))
@@ -225,7 +224,7 @@ def _boxes(header: Any, rows: int, columns: int) -> Boxes:
 
 
 def _facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, str]:
-    """Technical values that may be written; the size of a pixel only if that in the regions can be trusted."""
+    """Technical values that may be written; includes the pixel size (`with_size`) if the regions can be trusted."""
     regions = _regions(header)
     found = {name: _text(header, name)[:_MAX_FACT] for name in TEXTS} | {
         "BitsStored": str(clip.pixels["bits_stored"]),
@@ -237,7 +236,7 @@ def _facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, s
         "RegionDataType": _names(regions, "RegionDataType", _TYPES),
     }
     for axis in "XY" if with_size else "":
-        sizes = {  # in four digits, because all of them could tell one examination from all others
+        sizes = {  # in four digits, since all of them could identify an examination
             f"{abs(float(region.get(f'PhysicalDelta{axis}') or 0)):.4g} cm"
             for region in _images(header)
             if region.get(f"PhysicalUnits{axis}Direction") == _CM
@@ -247,7 +246,7 @@ def _facts(header: Any, clip: dicom_pixels.Clip, with_size: bool) -> dict[str, s
 
 
 def _spacing(header: Any, trusted: bool) -> tuple[float, float]:
-    """As in `Frame`; `trusted`: whether the regions, if any, were declared for this picture."""
+    """Pixel spacing as in `Frame`; `trusted`: whether the regions, if any, were declared for this picture."""
     if not trusted:
         return UNKNOWN_SPACING
     try:
@@ -259,12 +258,12 @@ def _spacing(header: Any, trusted: bool) -> tuple[float, float]:
         if len(sizes) == 1:
             return sizes.pop()
         return known_spacing(*map(float, header.get("PixelSpacing") or (0, 0))) if not sizes else UNKNOWN_SPACING
-    except Exception:  # a size that cannot be read costs no frame
+    except Exception:  # an unreadable size is no reason to lose frames
         return UNKNOWN_SPACING
 
 
 def _identifiers(header: Any) -> tuple[str, str]:
-    """The patient, by the ID and who issued it or else the name, empty if that says nothing; and the SOP instance."""
+    """The patient, by ID and its issuer or else by name, empty if both are placeholders; and the SOP instance UID."""
     patient, issuer = _text(header, "PatientID"), _text(header, "IssuerOfPatientID")
     if not _says_something(patient):
         patient, issuer = _text(header, "PatientName"), ""
@@ -279,7 +278,7 @@ def _says_something(value: str) -> bool:
 
 
 def _text(header: Any, name: str) -> str:
-    """A text in one line; the first if there are several."""
+    """A text value on one line; the first if there are several."""
     value = header.get(name)
     if isinstance(value, MutableSequence):
         value = value[0] if value else None
@@ -307,12 +306,12 @@ def _names(regions: list[Any], element: str, names: tuple[str, ...]) -> str:
 
 
 def _count_removed(*datasets: Any) -> dict[str, int]:
-    """How much of each kind is in a file that is not taken over; elements without a value do not count."""
+    """Number of elements that are not kept, by kind; elements without a value do not count."""
     counts: collections.Counter[str] = collections.Counter()
     for dataset in datasets:
         _count(dataset, counts, kept=TEXTS)
         for low, kind in ((0x5000, "curves and graphics"), (0x6000, "overlays")):
-            groups = {tag.group for tag in list(dataset.keys())}  # each takes one of its own
+            groups = {tag.group for tag in list(dataset.keys())}  # each repeating group counts once
             counts[kind] += sum(low <= group < low + 0x100 for group in groups)
         counts["declared burnt-in annotation"] += _text(dataset, "BurnedInAnnotation") == "YES"
     return dict(+counts)
@@ -320,7 +319,7 @@ def _count_removed(*datasets: Any) -> dict[str, int]:
 
 def _count(dataset: Any, counts: collections.Counter[str], kept: tuple[str, ...] = ()) -> None:
     for tag in list(dataset.keys()):
-        element = dataset.get_item(tag)  # as it is in the file, without parsing its value
+        element = dataset.get_item(tag)  # raw, without parsing its value
         if (element.length == 0) if element.is_raw else element.is_empty:
             continue
         keyword, vr = keyword_for_tag(tag), element.VR
@@ -334,7 +333,7 @@ def _count(dataset: Any, counts: collections.Counter[str], kept: tuple[str, ...]
             try:
                 items = list(dataset[tag].value)
             except Exception:
-                counts["other identifiers"] += 1  # whatever it is
+                counts["other identifiers"] += 1  # of unknown content
                 continue
             for item in items:
                 _count(item, counts)
@@ -350,7 +349,7 @@ def _kind(tag: Any, keyword: str, vr: str, value: Any) -> str:
     if vr in _DATES:
         return "dates and times"
     if vr == "UI":
-        # Those of the standard name classes and encodings, not things.
+        # UIDs of the standard identify classes and encodings, not individual objects.
         text = value.decode("latin-1") if isinstance(value, bytes) else str(value)
         return "" if text.startswith("1.2.840.10008.") else "UIDs"
     if tag.group == 0x0010 or vr in _IDENTIFIERS or keyword in _IDENTIFYING:
