@@ -1,9 +1,9 @@
-"""The pixels of a DICOM file: where its frames lie, and one of them at a time as it is shown.
+"""The pixels of a DICOM file: locates its frames, and decodes them one at a time to what is displayed.
 
-pydicom decodes, with whatever plugins are installed; only JPEG of 8 bits goes through OpenCV, which is faster and tells
-when it painted over damage. Where frames begin is found here and not by pydicom: it believes the header about their
-number, and of a file that is cut off it gives nothing. Numbers have 16 bits at most, so that all that lies between them
-and the screen (sign, modality, window, inversion, palette) is worked out once for a file, as a table.
+pydicom decodes, with whatever plugins are installed, except that 8-bit JPEG goes through OpenCV, which is faster and
+reports damage that it concealed. Frames are located here rather than by pydicom, which trusts the number of frames in
+the header and yields nothing for a truncated file. Stored values have at most 16 bits, so that everything between them
+and the display (sign, modality LUT, window, inversion, palette) is computed once per file, as a lookup table.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from data_prep.readers.clips import WRONG_COUNT, check_size
 
 MAX_FRAMES = 100_000
 _MAX_CLIP_PIXELS = 50_000_000_000  # half an hour of 1024 x 768 at 30 frames a second
-_MAX_STREAM = 1 << 16, 2  # bytes of a compressed frame: so many, and so many times its size
-_MAX_TILES = 4096  # of a JPEG 2000 frame; scanners write one
+_MAX_STREAM = 1 << 16, 2  # limits of a compressed frame, the larger holds: bytes, and multiples of its decoded size
+_MAX_TILES = 4096  # of a JPEG 2000 frame; scanners write a single one
 
 IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"
 DEFLATED = "1.2.840.10008.1.2.1.99"
 _NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED}
 _RLE = "1.2.840.10008.1.2.5"
-_PACKAGES = {"JPEG-LS": "pyjpegls", "JPEG 2000": "pylibjpeg[openjpeg]"}  # others: GPL, so nowhere required
+_PACKAGES = {"JPEG-LS": "pyjpegls", "JPEG 2000": "pylibjpeg[openjpeg]"}  # the decoder of the others is GPL, so it is never a requirement
 
 _J2K, _JP2, _JPEG = b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ", b"\xff\xd8\xff"
-# JPEG leaves open whether three components are RGB; this marker says that they are, and nothing is converted.
+# JPEG does not define whether three components are RGB; this marker states that they are, so nothing is converted.
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 
 _CUT_OFF = "cut off: fewer pixels than the header declares"
@@ -49,14 +49,14 @@ class Clip:
     """What is needed to decode any frame of a file.
 
     Attributes:
-      decoder: of pydicom.
-      pixels: what the header says, under the names of pydicom's options.
-      shift: how far the bits that count are from the lowest one.
-      table: uint8 or uint16 `[2**stored]` or `[2**stored, 3]`, from stored numbers to what is shown; None for colours.
-      start: of the pixel data in the file, in bytes.
-      end: where it ends, likewise.
-      count: of the frames that are there and whole.
-      pieces: of each compressed frame; empty if nothing is compressed.
+      decoder: decoder of pydicom.
+      pixels: description of the pixels from the header, under the names of pydicom's options.
+      shift: position of the lowest stored bit, from bit 0.
+      table: uint8 or uint16 `[2**stored]` or `[2**stored, 3]`, maps stored to displayed values; None for RGB and YBR.
+      start: offset of the pixel data in the file, in bytes.
+      end: offset of their end, in bytes.
+      count: number of complete frames present.
+      pieces: fragments of each compressed frame; empty if the pixels are not compressed.
       damage: why there are no more frames, or "".
       warnings: for `Frame.warnings`.
     """
@@ -74,7 +74,7 @@ class Clip:
 
 
 def open_clip(file: BinaryIO, syntax: str, header: Any) -> Clip:
-    """Finds the frames of a file that stands at its pixel data element.
+    """Finds the frames of a file that is positioned at its pixel data element.
 
     Args:
       file: seekable.
@@ -82,8 +82,8 @@ def open_clip(file: BinaryIO, syntax: str, header: Any) -> Clip:
       header: `pydicom.Dataset` of everything before the pixels.
 
     Raises:
-      UnreadableError: no pixels, not one whole frame, too large, or a kind of pixels that is not supported.
-      Exception: whatever pydicom raises where the header is damaged.
+      UnreadableError: no pixels, no complete frame, too large, or an unsupported kind of pixels.
+      Exception: whatever pydicom raises if the header is damaged.
     """
     decoder = _find_decoder(syntax)
     vr, length = _read_pixel_element(file, *header.original_encoding)
@@ -99,7 +99,7 @@ def open_clip(file: BinaryIO, syntax: str, header: Any) -> Clip:
     else:
         file.seek(start)
         pieces, end, damage = _find_frames(file, min(start + length, size), declared)
-        count, shift = len(pieces), shift if syntax == _RLE else 0  # other streams know nothing of it
+        count, shift = len(pieces), shift if syntax == _RLE else 0  # other streams hold the values unshifted
     if not count:
         raise UnreadableError(damage or _CUT_OFF)
     if count > MAX_FRAMES or count * pixels["rows"] * pixels["columns"] > _MAX_CLIP_PIXELS:
@@ -115,13 +115,13 @@ def _find_decoder(syntax: str) -> Any:
     try:
         return get_decoder(syntax)
     except NotImplementedError:
-        # An unknown one is not repeated: a file can have anything there.
+        # An unknown UID is not quoted: it may be any text.
         name = UID(syntax).name if syntax in UID_dictionary else "unknown"
         raise UnreadableError(f"transfer syntax not supported: {name}") from None
 
 
 def _read_pixel_element(file: BinaryIO, implicit: bool, little: bool) -> tuple[str, int]:
-    """VR and length of the element that begins here; an undefined length is larger than any file."""
+    """VR and length of the pixel data element; an undefined length is larger than any file."""
     order = "<" if little else ">"
     head = file.read(8 if implicit else 12)
     if len(head) < (8 if implicit else 12):
@@ -133,12 +133,12 @@ def _read_pixel_element(file: BinaryIO, implicit: bool, little: bool) -> tuple[s
 
 
 def _describe(header: Any, vr: str) -> tuple[dict[str, Any], int]:
-    """The options that pydicom wants, and the shift of the bits that count."""
+    """The options that pydicom's decoders need, and the shift of the stored bits."""
     allocated, stored = int(header.BitsAllocated), int(header.BitsStored)
     shift = int(header.get("HighBit") or 0) + 1 - stored
     rows, columns, samples = int(header.Rows), int(header.Columns), int(header.get("SamplesPerPixel") or 1)
     interpretation, signed = str(header.PhotometricInterpretation), int(bool(header.get("PixelRepresentation")))
-    header.PixelRepresentation = signed  # for pydicom's functions, which want one
+    header.PixelRepresentation = signed  # required by pydicom's functions
     check_size(columns, rows)
     if allocated not in (8, 16) or not 0 < stored <= allocated:
         raise UnreadableError("not 8 or 16 bits per pixel")
@@ -160,14 +160,14 @@ def _describe(header: Any, vr: str) -> tuple[dict[str, Any], int]:
         "pixel_keyword": "PixelData",
         "pixel_vr": vr,
     }
-    return options, shift if 0 <= shift <= allocated - stored else 0  # what makes no sense is not meant
+    return options, shift if 0 <= shift <= allocated - stored else 0  # an invalid shift is ignored
 
 
 # ---- how many frames, and where ------------------------------------------------------------------------------------
 
 
 def _declared_count(header: Any) -> int | None:
-    """None where the header does not say; 0 for what is no number of frames."""
+    """The declared number of frames: None if not declared, 0 if invalid."""
     try:
         value = header.get("NumberOfFrames")
         return None if value in (None, "") else max(int(value), 0)
@@ -176,12 +176,12 @@ def _declared_count(header: Any) -> int | None:
 
 
 def _layout(pixels: dict[str, Any], length: int, declared: int | None) -> tuple[str, int]:
-    """The photometric interpretation, and the bytes of a frame."""
+    """The photometric interpretation, and the number of bytes per frame."""
     interpretation = pixels["photometric_interpretation"]
     whole = pixels["rows"] * pixels["columns"] * pixels["samples_per_pixel"] * pixels["bits_allocated"] // 8
     if interpretation != "YBR_FULL_422":
         return interpretation, whole
-    halved = whole * 2 // 3  # two bytes a pixel, but some that say so store three
+    halved = whole * 2 // 3  # two bytes per pixel, but some such files store three
     left = {size: length - declared * size if declared else length % size for size in (whole, halved)}
     if 0 <= left[halved] <= 1:
         return interpretation, halved
@@ -189,19 +189,19 @@ def _layout(pixels: dict[str, Any], length: int, declared: int | None) -> tuple[
 
 
 def _count_frames(length: int, there: int, frame_bytes: int, declared: int | None) -> tuple[int, bool]:
-    """Frames of uncompressed pixels, of which the element says `length` bytes, and whether some are cut off."""
+    """Number of frames in `there` bytes of uncompressed pixels, `length` declared, and whether some are cut off."""
     found, rest = divmod(there, frame_bytes)
     if length > there:  # the file ends first, or the length is wrong
         count = min(found, declared or found)
         return count, count != declared
     if rest <= 1:  # padding
         return found, False
-    # A piece of a frame: of one that the header knows of, or something else behind the pixels.
+    # Part of a frame: either a declared frame that is cut off, or other data after the pixels.
     return min(found, declared or found), bool(declared and declared > found)
 
 
 def _find_frames(file: BinaryIO, end: int, declared: int | None) -> tuple[list[list[Piece]], int, str]:
-    """The pieces of each whole frame of compressed pixels, where these end, and what is wrong there (PS3.5, A.4)."""
+    """The fragments of each complete compressed frame, the end of the pixels, and any damage (PS3.5, A.4)."""
     pieces: list[Piece] = []
     begins: list[bool] = []
     damage, position = "", file.tell()
@@ -218,28 +218,28 @@ def _find_frames(file: BinaryIO, end: int, declared: int | None) -> tuple[list[l
         begins.append(_begins_frame(file.read(min(length, 8))))
         position += length
         damage = _CUT_OFF if position > end else ""
-    else:  # without the item that ends them, which some leave out
+    else:  # without the sequence delimiter, which some writers omit
         damage = damage or (_CUT_OFF if declared else "")
     frames = _group(file, pieces, begins, declared, damage)
-    if position > end:  # in the middle of the last piece
+    if position > end:  # the last fragment is cut off
         frames = frames[:-1]
     return frames, min(position, end), "" if declared and declared <= len(frames) else damage
 
 
 def _begins_frame(head: bytes) -> bool:
-    """Whether a piece is the first one of a frame: JPEG, JPEG 2000, or run lengths, which begin at byte 64."""
+    """Whether a fragment is the first of a frame: JPEG, JPEG 2000, or RLE, whose first segment starts at byte 64."""
     return head.startswith((_JPEG, _J2K, _JP2)) or (head[1:] == b"\0\0\0\x40\0\0\0" and 0 < head[0] < 16)
 
 
 def _group(
     file: BinaryIO, pieces: list[Piece], begins: list[bool], declared: int | None, damage: str
 ) -> list[list[Piece]]:
-    """Pieces by frame. What they begin with says where frames begin, unless only something else fits the header."""
+    """Fragments by frame. Their first bytes show where frames begin, unless only another grouping fits the header."""
     if len(pieces) < 2:
         return []
     (offset, length), *pieces = pieces
     file.seek(offset)
-    starts = set(np.frombuffer(file.read(length // 4 * 4), "<u4").tolist())  # the table of offsets
+    starts = set(np.frombuffer(file.read(length // 4 * 4), "<u4").tolist())  # the basic offset table
     known = [True, *begins[2:]]
     ways = [known, [offset - pieces[0][0] in starts for offset, _ in pieces]]
     if not damage:
@@ -257,7 +257,7 @@ def _group(
 
 
 def decode(file: BinaryIO, clip: Clip, number: int) -> np.ndarray:
-    """One frame as it is shown.
+    """Decodes one frame to what is displayed.
 
     Returns:
       uint8 or uint16 `[rows, columns]` (bright = echo), or RGB `[rows, columns, 3]`.
@@ -278,7 +278,7 @@ def decode(file: BinaryIO, clip: Clip, number: int) -> np.ndarray:
         return cv2.cvtColor(pixels[:, :, [0, 2, 1]], cv2.COLOR_YCrCb2RGB)
     numbers = pixels.astype(pixels.dtype.newbyteorder("="), copy=False).view(f"u{pixels.itemsize}")
     if stored < 8 * pixels.itemsize:
-        # Bits that do not count can hold an overlay, with whatever is written in it.
+        # Unused bits can hold an overlay, with any annotation.
         numbers = numbers >> clip.shift & ((1 << stored) - 1)
     table = clip.table
     if table is None:
@@ -289,7 +289,7 @@ def decode(file: BinaryIO, clip: Clip, number: int) -> np.ndarray:
 
 
 def _decompress(file: BinaryIO, clip: Clip, pieces: Sequence[Piece]) -> tuple[np.ndarray, str]:
-    """Pixels and their photometric interpretation."""
+    """Decodes a compressed frame: pixels and their photometric interpretation."""
     how, decoder = clip.pixels, clip.decoder
     shape = how["rows"], how["columns"], how["samples_per_pixel"]
     most = max(_MAX_STREAM[0], _MAX_STREAM[1] * math.prod(shape) * how["bits_allocated"] // 8)
@@ -299,7 +299,7 @@ def _decompress(file: BinaryIO, clip: Clip, pieces: Sequence[Piece]) -> tuple[np
     for offset, length in pieces:
         file.seek(offset)
         data += file.read(length)
-    # What a stream says about its size is believed by those who allocate for it.
+    # Decoders trust the size that a stream declares when they allocate memory, so it is checked first.
     stream, options = bytes(data), dict[str, Any]()
     if decoder.UID == _RLE:
         options["correct_unused_bits"] = False
@@ -310,7 +310,7 @@ def _decompress(file: BinaryIO, clip: Clip, pieces: Sequence[Piece]) -> tuple[np
         if not frame.is_ls and frame.precision == 8:
             return _decode_jpeg(stream, frame, how["photometric_interpretation"])
     else:
-        stream = stream[max(stream.find(_J2K), 0) :]  # some put a file header before it
+        stream = stream[max(stream.find(_J2K), 0) :]  # some writers put a file header before it
         if not stream.startswith(_J2K):
             raise UnreadableError(_DAMAGED)
         right, bottom, left, top, width, height, _, _, components = struct.unpack_from(">8IH", stream, 8)
@@ -319,14 +319,14 @@ def _decompress(file: BinaryIO, clip: Clip, pieces: Sequence[Piece]) -> tuple[np
             raise UnreadableError(_DAMAGED)
         if (bottom - top, right - left, components) != shape:
             raise UnreadableError(_OTHER_SIZE)
-    # Not GDCM, which ends the process at a damaged stream. The slow ones come last.
+    # Not GDCM, which kills the process on a damaged stream. The slow ones come last.
     plugins = sorted(set(decoder.available_plugins) - {"gdcm"}, key=lambda name: (name in ("pillow", "pydicom"), name))
-    if stream.startswith(_JPEG) and "pillow" in plugins:  # which knows no more than 8 bits of it
+    if stream.startswith(_JPEG) and "pillow" in plugins:  # which supports only 8 bits
         plugins.remove("pillow")
     if not plugins:
         package = next((pip for kind, pip in _PACKAGES.items() if kind in decoder.UID.name), "pylibjpeg-libjpeg")
         raise UnreadableError(f"{decoder.UID.name} needs a decoder that is not installed: pip install {package}")
-    # As pydicom expects it: an empty table of offsets, and one piece.
+    # As pydicom expects it: an empty basic offset table and one fragment.
     head = struct.pack("<HHIHHI", 0xFFFE, 0xE000, 0, 0xFFFE, 0xE000, len(stream))
     return _by_pydicom(clip, head + stream, 0, number_of_frames=1, decoding_plugin=plugins[0], **options)
 
@@ -337,16 +337,16 @@ def _by_pydicom(clip: Clip, source: Any, index: int, **options: Any) -> tuple[np
 
 
 def _decode_jpeg(data: bytes, frame: images.JpegFrame, interpretation: str) -> tuple[np.ndarray, str]:
-    """JPEG of 8 bits: baseline, extended, progressive or lossless.
+    """Decodes 8-bit JPEG: baseline, extended, progressive or lossless.
 
-    What a lossy stream says about its colours (JFIF, subsampled colour) counts more than the header, which says RGB of
-    JPEG files that were wrapped up without a look.
+    The colour information in a lossy stream (JFIF, subsampled colour) overrides the header, which often states RGB for
+    JPEG files that were wrapped in DICOM unchecked.
     """
     if frame.components == 3 and (frame.is_lossless or interpretation == "RGB"):
         before = data[: frame.position]
         if b"JFIF\0" not in before and b"Adobe" not in before and not frame.is_subsampled:
             data = data[:2] + _ADOBE_RGB + data[2:]
-    pixels = images.decode(data)  # also refuses what libjpeg painted over
+    pixels = images.decode(data)  # also refuses damage that libjpeg concealed
     if frame.components == 1:
         return pixels, interpretation
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), interpretation if frame.is_lossless else "RGB"
@@ -365,8 +365,8 @@ def _table(header: Any, pixels: dict[str, Any]) -> np.ndarray:
 def _greys(header: Any, values: np.ndarray) -> np.ndarray:
     """Grey levels of values, int32 `[2**stored]`: bright = echo, so MONOCHROME1 is inverted.
 
-    Up to 8 bits are shown as they are, spread to 0..255. More than 8 go through the first VOI table or window of the
-    file, if it has one, to uint8; else they become uint16 from 0 and whoever stores them chooses the window.
+    Values of up to 8 bits are only scaled to 0..255. Wider ones are mapped to uint8 by the first VOI LUT or window of
+    the file, if it has one; else they become uint16 starting at 0, and are windowed when they are stored.
     """
     from_zero = values - values.min()
     top = len(values) - 1
@@ -378,7 +378,7 @@ def _greys(header: Any, values: np.ndarray) -> np.ndarray:
 
 
 def _window(header: Any, values: np.ndarray) -> np.ndarray | None:
-    """From 0 (black) to 1 (white), or None if the file does not say (DICOM PS3.3, C.11.1 and C.11.2)."""
+    """Displayed levels from 0 (black) to 1 (white), None if no window is declared (DICOM PS3.3, C.11.1 and C.11.2)."""
     values = apply_modality_lut(values, header)
     if header.get("VOILUTSequence"):
         bits = int(header.VOILUTSequence[0].LUTDescriptor[2])
@@ -391,18 +391,18 @@ def _window(header: Any, values: np.ndarray) -> np.ndarray | None:
         header.VOILUTFunction = "LINEAR"
     try:
         shown = apply_windowing(values, header)
-    except ValueError:  # a width that makes no sense
+    except ValueError:  # an invalid width
         return None
     if header.get("ModalityLUTSequence"):
         low, high = 0, 2 ** int(header.ModalityLUTSequence[0].LUTDescriptor[2]) - 1
-    else:  # what pydicom spreads a window over: from the smallest stored number to the largest
+    else:  # the output range of pydicom's windows: from the smallest stored value to the largest
         middle = len(values) // 2 if header.PixelRepresentation else 0
         low, high = values[middle], values[middle - 1]
     return None if low == high else np.clip((shown - low) / (high - low), 0, 1)
 
 
 def _colours(header: Any, values: np.ndarray) -> np.ndarray:
-    """RGB uint8 `[2**stored, 3]` of values by the palette of the file; of 16 bits the upper 8."""
+    """RGB uint8 `[2**stored, 3]` of values by the palette of the file; for 16-bit entries, their upper 8 bits."""
     descriptor = header["RedPaletteColorLookupTableDescriptor"]
     entries, first, bits = (int(number) for number in descriptor.value)
     entries = entries & 0xFFFF or 0x10000
@@ -410,18 +410,18 @@ def _colours(header: Any, values: np.ndarray) -> np.ndarray:
         first &= 0xFFFF
     for colour in ("Red", "Green", "Blue"):
         keyword = f"{colour}PaletteColorLookupTableData"
-        if keyword not in header:  # in segments, which pydicom unfolds
+        if keyword not in header:  # a segmented palette, which pydicom expands
             continue
         data = header[keyword].value
         order = "<" if header.original_encoding[1] else ">"
-        if not isinstance(data, bytes):  # numbers already, if written as such
+        if not isinstance(data, bytes):  # already parsed to numbers
             data, order = np.atleast_1d(data).astype("<u2").tobytes(), "<"
-        # Eight bits come two to a word, or one. pydicom takes the words of big-endian files as they are.
+        # 8-bit entries are stored two or one per word. pydicom does not swap the words of big-endian files.
         numbers = np.frombuffer(data, order + "u2")
         if bits != 16 and len(data) < 2 * entries:
             numbers = np.frombuffer(numbers.astype("<u2").tobytes(), np.uint8)
         header[keyword].value = numbers[:entries].astype("<u2").tobytes()
-    # From 0 and within its ends: pydicom would clip in the bits of an entry, which may be few.
+    # Starts at 0 and is clipped here: pydicom would clip to the number of bits of an entry, which may be too few.
     descriptor.value = [entries & 0xFFFF, 0, bits]
     colours = apply_color_lut(np.clip(values, first, first + entries - 1) - first, header)[:, :3]
-    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)  # some that declare 16 bits hold 8
+    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)  # some palettes that declare 16 bits hold 8

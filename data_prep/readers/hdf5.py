@@ -1,6 +1,6 @@
-"""HDF5 files, and MATLAB files of version 7.3, which are HDF5: their numeric datasets, read by rows.
+"""Reads numeric datasets of HDF5 files, including MATLAB 7.3, plane by plane.
 
-Only what lies in the file itself is read: links into other files, external storage and virtual datasets are refused.
+Only data in the file itself are read: links to other files, external storage and virtual datasets are refused.
 """
 
 import contextlib
@@ -18,34 +18,34 @@ from data_prep.readers import stacks
 from data_prep.readers.base import Array, Layout, UnreadableError
 from data_prep.readers.clips import check_size
 
-_CACHE = 256 << 20  # bytes of unpacked chunks
-_FAR = 1 << 50  # bytes: no HDF5 file ends behind it
+_CACHE = 256 << 20  # bytes of decompressed chunks
+_FAR = 1 << 50  # bytes: larger than any HDF5 file
 _MATLAB_NUMERIC = {f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64)} | {"single", "double"}
 _ERRORS = (OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError)
 
 
 def arrays(path: str | os.PathLike[str]) -> list[Array]:
-    """The datasets of plain numbers, by their path in the file without the first slash.
+    """The datasets of plain numbers, named by their path in the file without the leading slash.
 
     Raises:
-      UnreadableError: damaged or cut off.
+      UnreadableError: damaged or truncated.
     """
     found: list[Array] = []
 
     def visit(name: str, thing: Any) -> None:
-        if isinstance(thing, h5py.Dataset) and not name.startswith("#"):  # "#refs#": the inside of MATLAB's cells
+        if isinstance(thing, h5py.Dataset) and not name.startswith("#"):  # "#refs#" holds the content of MATLAB cells
             found.extend(_describe(name, thing, path))
 
     with _opened(path) as (file, _):
-        file.visititems(visit)  # follows no link but the hard ones
+        file.visititems(visit)  # follows only hard links
     return found
 
 
 def read_names(path: str | os.PathLike[str], key: str, count: int) -> list[str]:
-    """The texts or numbers of a one-dimensional dataset, as texts.
+    """The values of a one-dimensional dataset of strings or numbers, as strings.
 
     Raises:
-      UnreadableError: damaged, not there, or not `count` of them.
+      UnreadableError: damaged, missing, or not `count` values.
     """
     with _opened(path) as (file, _):
         dataset = file.get(key) if file.get(key, getlink=True).__class__ is h5py.HardLink else None
@@ -58,7 +58,7 @@ def read_names(path: str | os.PathLike[str], key: str, count: int) -> list[str]:
 def _describe(name: str, dataset: Any, path: str | os.PathLike[str]) -> Iterator[Array]:
     try:
         dims, dtype = dataset.shape, dataset.dtype
-    except _ERRORS:  # a type that NumPy does not have
+    except _ERRORS:  # a type that NumPy lacks
         return
     if not dims or dtype.kind not in "iuf":
         return
@@ -81,7 +81,7 @@ def _stack(
             raise UnreadableError("an array whose data lie in other files, which are not read")
         size, start = dataset.id.get_storage_size(), dataset.id.get_offset()
         if start is not None and dataset.id.get_type() == h5py.h5t.py_create(dtype):
-            # Plain bytes, of which HDF5 would read more ahead than there are where they are cut off.
+            # Contiguous, so read directly: in a truncated file, HDF5 would try to read ahead beyond the end.
             opened, stored = functools.partial(stacks.unpacked, path, start, "raw"), os.path.getsize(path) - start
             how: dict[str, Any] = {"columns_first": columns_first, "elsewhere": elsewhere}
             return stacks.in_file(layout, opened, min(stored, size), dtype, **how)
@@ -96,7 +96,7 @@ def _stack(
         chunks = dataset.chunks or dataset.shape
         whole = math.prod(-(-length // part) for length, part in zip(dataset.shape, chunks, strict=True))
         holes = dataset.chunks and not cut and dataset.id.get_num_chunks() < whole
-    # Chunks that hold parts of several planes are kept, and unpacked once.
+    # Chunks that span several planes are cached, so that each is decompressed once.
     cache = min(2 * chunks[first] * math.prod(layout[1:]) * dtype.itemsize, _CACHE)
 
     def planes(numbers: Iterable[int]) -> Iterator[np.ndarray]:
@@ -117,16 +117,16 @@ def _stack(
 
 
 class _CutOff(io.FileIO):
-    """A file that is cut off, as HDF5 would otherwise not open it: with zeros behind its end.
+    """A truncated file, padded with zeros so that HDF5 opens it.
 
     Attributes:
-      missed: whether some of these were read.
+      missed: whether any of the padding was read.
     """
 
     missed = False
 
     def tell(self) -> int:
-        return _FAR  # asked for behind a seek to the end
+        return _FAR  # HDF5 asks after seeking to the end
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return super().seek(min(offset, os.fstat(self.fileno()).st_size), whence)

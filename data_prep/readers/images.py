@@ -1,8 +1,8 @@
-"""Image files to frames: PNG, JPEG, TIFF and BMP with 8 or 16 bits, told apart by their content, not by their suffix.
+"""Reads image files as frames: PNG, JPEG, TIFF and BMP with 8 or 16 bits, recognised by content, not by suffix.
 
-The header is read by hand before anything is decoded: it is where a file says that it is too large, a stack or CMYK,
-and OpenCV would allocate, take the first page or convert without a word. Pillow ends a chain of TIFF pages that is cut
-off, or runs in a circle, without a word, and knows no JPEG of more than 8 bits.
+The header is parsed here before anything is decoded: it shows that a file is too large, a stack or CMYK, for which
+OpenCV would allocate memory, use the first page or convert, all silently. Pillow silently ends at a truncated or
+circular chain of TIFF pages, and does not support JPEG of more than 8 bits.
 
 Palettes are expanded, alpha is dropped, EXIF orientation is ignored (masks are drawn on the stored pixels), and colour
 that carries no meaning becomes grey.
@@ -41,19 +41,19 @@ _TIFF_SHORT = 3
 _TIFF_KIND, _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_PHOTOMETRIC = 254, 256, 257, 262
 _TIFF_PAGE_NUMBER = 297
 _TIFF_CMYK = 5
-# What libjpeg prints when it goes on without some of the data. Bytes too many, which it prints too, are harmless.
+# What libjpeg prints when it continues without some of the data. Extraneous bytes, also reported, are harmless.
 _PAINTED_OVER = re.compile(r"Corrupt JPEG data: (?!\d+ extraneous bytes)|Premature end|Inconsistent progression")
-_PAGES = 16  # decoded at a time: OpenCV walks through the pages before them again for each call
+_PAGES = 16  # decoded at a time: every call of OpenCV walks through all earlier pages again
 
 
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
-    """Yields the frame of an image file, or the pages of a TIFF that has several.
+    """Yields the frame of an image file, or the pages of a TIFF with several.
 
-    Pages are frames of a clip: grey or colour is decided for all of them (`as_frames`), 16 bits stay as they are.
+    Pages are frames of a clip: grey or colour is decided for all of them together (`as_frames`), and 16 bits are kept.
     Thumbnails and transparency masks among the pages are left out and not counted.
 
     Raises:
-      UnreadableError: the file is missing, empty, damaged, too large, or none of these.
+      UnreadableError: the file is missing, empty, damaged, too large, or of none of these formats.
     """
     data = load(path)
     pages, damage, warnings = _tiff_pages(data) if data.startswith(_TIFF) else ([], "", ())
@@ -66,7 +66,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
 
 
 def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads a mask as numbers: those of the palette for a PNG that has one, grey levels for all other images.
+    """Reads a mask as numbers: palette indices for a PNG with a palette, grey levels for all other images.
 
     Returns:
       uint8 `[H, W]`.
@@ -86,7 +86,7 @@ def read_mask(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def load(path: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
-    """The bytes of a file.
+    """Reads the bytes of a file.
 
     Raises:
       UnreadableError: it cannot be read, is empty, or has more than `most` bytes.
@@ -101,10 +101,10 @@ def load(path: str | os.PathLike[str], most: int = _MAX_BYTES) -> bytes:
 
 
 def checked(data: bytes) -> bytes:
-    """The same bytes, if their header asks for nothing unreasonable.
+    """Returns the bytes of an image unchanged if its header is acceptable.
 
     Raises:
-      UnreadableError: not a PNG, JPEG, TIFF or BMP, a kind of it that is not supported, cut off, or larger than
+      UnreadableError: not a PNG, JPEG, TIFF or BMP, an unsupported kind of these, truncated, or larger than
         `MAX_PIXELS`.
     """
     try:
@@ -125,7 +125,7 @@ def checked(data: bytes) -> bytes:
         elif data.startswith(b"BM"):
             (header,) = struct.unpack_from("<I", data, 14)
             width, height = struct.unpack_from("<HH" if header == 12 else "<ii", data, 18)
-            height = abs(height)  # negative: the rows run from top to bottom
+            height = abs(height)  # negative if rows are stored from top to bottom
         else:
             raise UnreadableError("not a PNG, JPEG, TIFF or BMP")
     except struct.error as error:
@@ -135,23 +135,23 @@ def checked(data: bytes) -> bytes:
 
 
 class JpegFrame(NamedTuple):
-    """What the header of a JPEG or JPEG-LS stream says, and its position in the stream."""
+    """The content of the frame header of a JPEG or JPEG-LS stream, and its position in the stream."""
 
     width: int
     height: int
     components: int
     precision: int  # bits
     is_lossless: bool
-    is_ls: bool  # which OpenCV does not know
+    is_ls: bool  # JPEG-LS, which OpenCV does not support
     is_subsampled: bool  # the components differ in size
     position: int
 
 
 def jpeg_frame(data: bytes) -> JpegFrame:
-    """Reads the header of a JPEG or JPEG-LS stream.
+    """Reads the frame header of a JPEG or JPEG-LS stream.
 
     Raises:
-      UnreadableError: it is damaged, or the stream is cut off.
+      UnreadableError: it is damaged, or the stream is truncated.
     """
     frame, position = None, 2
     try:
@@ -168,7 +168,7 @@ def jpeg_frame(data: bytes) -> JpegFrame:
                 lossless, ls = marker in (0xC3, 0xC7, 0xCB, 0xCF), marker == _JPEG_LS
                 frame = JpegFrame(width, height, components, precision, lossless, ls, len(sampling) > 1, position)
             if marker == 0xDA:  # start of scan
-                # In a scan FF D9 is nothing but the end; decoders paint the missing rest of a cut-off image grey.
+                # Within a scan, FF D9 can only be the end; decoders paint the missing rest of a truncated image grey.
                 if frame is None or data.rfind(b"\xff\xd9") < position:
                     raise UnreadableError("cut off")
                 return frame
@@ -184,7 +184,7 @@ class _Page(NamedTuple):
 
 
 def _tiff_pages(data: bytes) -> tuple[list[_Page], str, tuple[str, ...]]:
-    """The pages of a TIFF that are pictures, why there are no more of them, and warnings for `Frame.warnings`."""
+    """The pages of a TIFF that are pictures, why there are no more of them ("" = all), and `Frame.warnings`."""
     order = "<" if data.startswith(b"II") else ">"
     pages: list[_Page] = []
     seen: set[int] = set()
@@ -205,7 +205,7 @@ def _tiff_pages(data: bytes) -> tuple[list[_Page], str, tuple[str, ...]]:
             if tags.get(_TIFF_PHOTOMETRIC) == _TIFF_CMYK:
                 raise UnreadableError("CMYK TIFF, expected grey or colour")
             width, height = tags.get(_TIFF_WIDTH, 0), tags.get(_TIFF_HEIGHT, 0)
-            check_size(width, height)  # of all pages, since several are decoded at a time
+            check_size(width, height)  # for every page, since several are decoded at a time
             (directory,) = struct.unpack_from(order + "I", data, directory + 2 + 12 * count)
             if not tags.get(_TIFF_KIND, 0) & 0b101:  # reduced copy of another page, or transparency mask
                 pages.append(_Page(len(seen) - 1, width, height))
@@ -225,7 +225,7 @@ def _decode_pages(data: bytes, pages: list[_Page], options: Options) -> Iterator
     for number in wanted:
         page, width, height = pages[number]
         together = min(_PAGES // step**2, MAX_PIXELS // (width * height), pages[-1].number + 1 - page)
-        for end in (page + max(1, together), page + 1):  # alone, if one of those after it is damaged
+        for end in (page + max(1, together), page + 1):  # then the page alone, in case a later one is damaged
             if page not in decoded:
                 decoded = dict(enumerate(_decode_range(buffer, page, end), page))
         if page not in decoded:
@@ -242,10 +242,10 @@ def _decode_range(buffer: np.ndarray, first: int, end: int) -> Sequence[np.ndarr
 
 
 def decode(data: bytes) -> np.ndarray:
-    """Decodes an image whose header was checked -> uint8 or uint16 `[H, W]` or `[H, W, C]`, BGR.
+    """Decodes an image whose header was checked: uint8 or uint16 `[H, W]` or `[H, W, C]`, BGR.
 
     Raises:
-      UnreadableError: it cannot be decoded, or libjpeg went on without some of its data and painted over the rest.
+      UnreadableError: it cannot be decoded, or libjpeg continued without some of the data and concealed the damage.
     """
     try:
         with silence() as said:

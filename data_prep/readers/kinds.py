@@ -1,10 +1,10 @@
-"""Kinds of files, told apart by their first bytes, and the suffixes that a folder is searched for."""
+"""Recognises kinds of files by their first bytes, and lists the suffixes that a folder is searched for."""
 
 import re
 import struct
 import zlib
 
-#: In lower case. DICOM files often have no suffix; the data files of .mhd and .nhdr headers are not listed.
+#: Suffixes in lower case. DICOM files often have none; the data files of .mhd and .nhdr headers are not listed.
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"})
 VIDEOS = frozenset(
     {".mp4", ".m4v", ".mov", ".avi", ".mpg", ".mpeg", ".m2v", ".ts", ".mkv", ".webm", ".wmv", ".asf", ".gif"}
@@ -20,24 +20,24 @@ VRS = frozenset(
     b"AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
-_MAX_FIRST = 1 << 20  # bytes of an element that a file begins with
+_MAX_FIRST = 1 << 20  # bytes, longest element at the beginning of a file
 
 _TS_PACKET = 188
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_USER_BLOCKS = 0, 512, 1024, 2048, 4096  # bytes before it; MATLAB writes 512
+_USER_BLOCKS = 0, 512, 1024, 2048, 4096  # bytes before the signature; MATLAB writes 512
 _PNG = b"\x89PNG\r\n\x1a\n"
-_BITMAP_HEADERS = 12, 16, 40, 52, 56, 64, 108, 124  # bytes; BM alone also begins texts
+_BITMAP_HEADERS = 12, 16, 40, 52, 56, 64, 108, 124  # bytes; text files may begin with BM, too
 _QUICKTIME = b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"
 _META_IMAGE = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
 
 
 def kind_of(head: bytes) -> str:
-    """The module of this package that reads a file which begins so: its first `HEAD_BYTES` bytes, or all of it.
+    """The module of this package that reads a file, given its first `HEAD_BYTES` bytes (or all, if it is shorter).
 
     Returns:
-      "images", "video", "volumes", "arrays", "dicom", or "" for what cannot be read.
+      "images", "video", "volumes", "arrays", "dicom", or "" if the file cannot be read.
     """
-    # The most specific mark first: what a preamble or a user block begins with is for other programs.
+    # The most specific signatures first: a preamble or user block may begin like a file of another kind.
     if head[128:132] == b"DICM":
         return "dicom"
     if any(head.startswith(_HDF5, block) for block in _USER_BLOCKS):
@@ -56,7 +56,7 @@ def kind_of(head: bytes) -> str:
         return "arrays"
     if head.startswith(b"PK\3\4") and head[30 : 30 + int.from_bytes(head[26:28], "little")].endswith(b".npy"):
         return "arrays"
-    # DICOM without a preamble begins with two elements that it can begin with, in one of three encodings.
+    # DICOM without a preamble: the first elements must be valid and in order, in one of three encodings.
     return "dicom" if any(_begins(head, *how) for how in (("<", False), ("<", True), (">", False))) else ""
 
 
@@ -83,7 +83,7 @@ def _begins(head: bytes, order: str, implicit: bool) -> bool:
 
 
 def video_container(head: bytes) -> str:
-    """FFmpeg's name for the container of a video that begins so, or ""."""
+    """FFmpeg's name for the container of a video, given its first bytes; "" if it is none."""
     if head.startswith((b"GIF87a", b"GIF89a")):
         return "gif"
     if head.startswith(_PNG):

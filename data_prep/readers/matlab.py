@@ -1,7 +1,7 @@
-"""MATLAB files of version 5 (and 6, 7): the numeric arrays at their top level, without reading them.
+"""Finds the numeric arrays at the top level of MATLAB files of version 5 (and 6, 7), without reading their data.
 
-The format is described in MathWorks' "MAT-File Format" (R2019b, chapter 1). SciPy reads it too, but a whole array at
-a time, and nothing of one that is cut off.
+The format is described in MathWorks' "MAT-File Format" (R2019b, chapter 1). SciPy reads it too, but only whole arrays,
+and nothing of a truncated one.
 """
 
 import functools
@@ -15,7 +15,7 @@ from data_prep.readers import stacks
 from data_prep.readers.base import Array, UnreadableError, open_file
 
 _HEADER = 128
-_DESCRIPTION = 512  # bytes of an array that hold its type, dimensions and name, and more
+_DESCRIPTION = 512  # bytes at the start of an array, enough for its type, dimensions and name
 _MATRIX, _COMPRESSED = 14, 15  # types of elements
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _NUMERIC = range(6, 16)  # classes of arrays: double, single, int8 to uint64
@@ -23,10 +23,10 @@ _COMPLEX, _LOGICAL = 0x0800, 0x0200
 
 
 def arrays(path: str | os.PathLike[str]) -> list[Array]:
-    """The arrays of plain numbers; texts, cells, structures, objects, truth values and complex numbers are left out.
+    """The arrays of plain numbers; text, cells, structures, objects, logical and complex arrays are left out.
 
     Raises:
-      UnreadableError: damaged or cut off.
+      UnreadableError: damaged or truncated.
     """
     try:
         return list(_arrays(path))
@@ -66,7 +66,7 @@ def _arrays(path: str | os.PathLike[str]) -> Iterator[Array]:
 
 
 def _describe(head: bytes, order: str) -> tuple[str, tuple[int, ...], np.dtype, int, int] | None:
-    """(name, dims, dtype, bytes before the numbers, bytes of them) of an array; None if not of plain numbers."""
+    """(name, dims, dtype, bytes before the data, bytes of data) of an array; None if not of plain numbers."""
     kind, flags = struct.unpack_from(order + "I12xI", head)
     if kind != _MATRIX or flags & 0xFF not in _NUMERIC or flags & (_COMPLEX | _LOGICAL):
         return None
@@ -75,12 +75,12 @@ def _describe(head: bytes, order: str) -> tuple[str, tuple[int, ...], np.dtype, 
     stored, size = struct.unpack_from(order + "II", head, position)
     dims = tuple(np.frombuffer(lengths[: len(lengths) // 4 * 4], order + "i4").tolist())
     if stored not in _TYPES or min(dims, default=0) < 1:
-        return None  # also the short form, for up to four bytes
+        return None  # also for the short form, which has at most four bytes
     return name.decode("latin-1"), dims, np.dtype(order + _TYPES[stored]), position + 8, size
 
 
 def _small_element(head: bytes, position: int, order: str) -> tuple[bytes, int]:
-    """(data, position after it) of an element, which may have the short form of eight bytes in all."""
+    """(data, position after it) of an element, which may be in the short form of eight bytes in total."""
     kind, size = struct.unpack_from(order + "II", head, position)
     if kind >> 16:
         return head[position + 4 : position + 4 + min(4, kind >> 16)], position + 8

@@ -1,8 +1,8 @@
-"""Stacks of planes to frames: what volumes and arrays share once their headers are understood.
+"""Reads stacks of planes as frames: the part common to volumes and arrays once their headers are parsed.
 
-A stack is read plane by plane in the order in which the file holds it, so that memory stays flat whatever its size,
-compressed or not, and a file that is cut off gives its sound frames first. Slicing along another axis gathers as many
-slices as fit into 64 MiB in each pass over the file.
+A stack is read plane by plane in file order, so that memory use is constant whatever its size, compressed or not, and a
+truncated file yields its intact frames before the error. Slicing along another axis collects as many slices as fit into
+64 MiB in each pass over the file.
 """
 
 import bz2
@@ -30,21 +30,21 @@ UNKNOWN = "its header does not say how many frames there are"
 ELSEWHERE = "its frames lie along another axis than is usual for its format"
 
 _HELD = 64 << 20  # bytes of a stack in memory at a time
-_MAX_UNPACKED = 64 << 30  # bytes of a compressed stack
+_MAX_UNPACKED = 64 << 30  # bytes of a compressed stack after decompression
 _MAX_SLICES = 1_000_000
 _PIECE = 1 << 20
 
-_ALIKE = 3  # times the other side: pictures are seldom longer, and slices across a clip often are
-_STILL = 0.01  # of the pixels: the screen around a moving picture
-_STILL_TIMES = 2  # as many as along any other axis; in 45 real clips never along one that was not time
-_STILL_LEVELS = 4 / 255  # of the range
+_ALIKE = 3  # aspect ratio that pictures rarely exceed, but slices across a clip often do
+_STILL = 0.01  # share of pixels that are constant: the screen around a moving picture
+_STILL_TIMES = 2  # times as many as along any other axis; in 45 real clips, only ever along time
+_STILL_LEVELS = 4 / 255  # of the range: variation of a constant pixel
 _LOOKED_AT = 64  # positions along each axis
 
 _WINDOW = 0.1, 99.9  # percentiles
 _SAMPLED_PLANES = 16
-_SAMPLED_VALUES = 1 << 16  # of each
+_SAMPLED_VALUES = 1 << 16  # per plane
 
-# What compressed data that is damaged, cut off or of an unknown method raises.
+# What is raised for compressed data that are damaged, truncated or of an unknown method.
 _UNPACKING_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError)
 
 Opening = contextlib.AbstractContextManager[IO[bytes]]
@@ -55,17 +55,17 @@ class Stack:
     """A three-dimensional array in a file.
 
     Attributes:
-      shape: (Z, Y, X), in the order of the axes as `Options.axis` counts them, of what is there.
-      dtype: of the numbers, with their byte order.
-      planes: gives the planes of these numbers, ascending, along the axis `slow`: each `[rest]` or `[rest, C]`,
-        C = 3 or 4 (RGB, RGBA), the rest in the order of `shape`.
+      shape: (Z, Y, X) of the data present, with the axes in the order of `Options.axis`.
+      dtype: of the values, with their byte order.
+      planes: yields the planes at ascending positions along the axis `slow`: each `[rest]` or `[rest, C]`, C = 3 or 4
+        (RGB, RGBA), with the remaining axes in the order of `shape`.
       slow: the axis along which the file can be read plane by plane.
-      series: a series of volumes one after the other along the first axis, which can be sliced along no other.
-      elsewhere: what becomes of pictures that are found along another axis than the first: "" refuses them, "kept"
-        takes them as they are, "transposed" with rows for columns.
+      series: whether this is a series of volumes along the first axis, which cannot be sliced along any other.
+      elsewhere: how to treat pictures found along another axis than the first: "" refuses them, "kept" keeps their
+        orientation, "transposed" swaps rows and columns.
       warnings: see `Frame`.
-      cut: why there is less than the header declares, raised after the last frame; "" if there is not.
-      spacing: mm from number to number along (Z, Y, X); 0 = not known.
+      cut: why there are fewer data than the header declares, raised after the last frame; "" if there are not.
+      spacing: mm between values along (Z, Y, X); 0 = not known.
     """
 
     shape: tuple[int, int, int]
@@ -80,14 +80,14 @@ class Stack:
 
 
 def read(stack: Stack, options: Options) -> Iterator[Frame]:
-    """Yields the slices of a stack along `options.axis` (see `find_axis` if it is None), but for `options.flip`.
+    """Yields the slices of a stack along `options.axis` (see `find_axis` if it is None), flipped by `options.flip`.
 
-    uint8 stays as it is. All other numbers are mapped to it by one window for the whole stack, from the 0.1st to the
-    99.9th percentile of a sample (up to 2**16 values of each of 16 planes), so that slices stay comparable; NaN and
-    infinities become 0. Slices that are then of one value throughout are dropped; the others keep their numbers.
+    uint8 is kept. All other types are mapped to it by one window for the whole stack, from the 0.1st to the 99.9th
+    percentile of a sample (up to 2**16 values from each of 16 planes), so that slices remain comparable; NaN and
+    infinities become 0. Slices that are then constant are dropped; the others keep their numbers.
 
     Raises:
-      UnreadableError: too large, mostly NaN, cut off, damaged, or without a slice that shows anything.
+      UnreadableError: too large, mostly NaN, truncated, damaged, or without any slice that is not constant.
     """
     axis = find_axis(stack) if options.axis is None else options.axis
     if stack.series and axis != 0:
@@ -116,13 +116,13 @@ def read(stack: Stack, options: Options) -> Iterator[Frame]:
 
 
 def find_axis(stack: Stack) -> int:
-    """The axis along which a stack holds its pictures.
+    """The axis along which the pictures of a stack follow each other.
 
-    Pictures have at least 16 x 16 pixels, which leaves one axis or all three. Of three it is the first, unless its
-    pictures are far longer than wide, or so much stands still along another axis as only along that of time.
+    Pictures have at least 16 x 16 pixels, which leaves no axis, one or all three. Of three, it is the first, unless its
+    pictures are far longer than wide, or so many pixels are constant along another axis that it must be time.
 
     Raises:
-      UnreadableError: along none, or that cannot be told.
+      UnreadableError: there is no such axis, or it cannot be determined.
     """
     sides = [sorted(_sides(stack, axis)) for axis in range(3)]
     possible = [axis for axis in range(1 if stack.series else 3) if sides[axis][0] >= MIN_SIDE]
@@ -146,15 +146,15 @@ def _sides(stack: Stack, axis: int) -> tuple[int, int]:
 
 
 def _still_axis(stack: Stack) -> int | None:
-    """The axis along which many more pixels stay as they are than along the others; None if there is none.
+    """The axis along which many more pixels are constant than along the others; None if there is none.
 
-    Of the first 64 MiB, so that a large stack need not be unpacked once more.
+    Looks at the first 64 MiB only, so that a large stack need not be decompressed twice.
     """
     rest = _sides(stack, stack.slow)
     steps = tuple(slice(None, None, max(1, length // _LOOKED_AT)) for length in rest)
     count = min(stack.shape[stack.slow], max(2, _HELD // (math.prod(rest) * stack.dtype.itemsize)))
     planes: list[np.ndarray] = []
-    with contextlib.suppress(UnreadableError):  # it is told where its turn comes
+    with contextlib.suppress(UnreadableError):  # reported later, when that plane is read
         for plane in stack.planes(chosen(count, Options(max_frames=_LOOKED_AT))):
             planes.append(_as_float((plane if plane.ndim == 2 else plane[:, :, 1])[steps]))
     if len(planes) < 2:
@@ -168,7 +168,7 @@ def _still_axis(stack: Stack) -> int | None:
 
 
 def _as_float(values: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # of the kinds of NaN, one warns
+    with np.errstate(invalid="ignore"):  # signalling NaNs warn
         return values.astype(np.float64)
 
 
@@ -183,21 +183,21 @@ def in_file(
     series: bool = False,
     elsewhere: str = "",
 ) -> Stack:
-    """A stack that a file holds without gaps: what is there of it, whatever its header declares.
+    """A stack stored contiguously in a file: the part that is present, whatever the header declares.
 
     Args:
-      layout: as the header declares it; its length along `slow` is below 1 if it does not.
-      opened: opens the file (or what unpacks it) at the first number.
-      stored: bytes that there are from there on; None for compressed data, which are unpacked once if they are small,
-        instead of for each pass.
-      dtype: of the numbers, with their byte order.
-      slow: the axis along which planes follow each other in the file; see `Stack` also for the others.
-      columns_first: whether planes are stored with their axes in reverse, channels included.
+      layout: as declared in the header; the length along `slow` is below 1 if it is not declared.
+      opened: opens the file (or a decompressor of it) at the first value.
+      stored: number of bytes present from there on; None for compressed data, which are decompressed once if small,
+        rather than in every pass.
+      dtype: of the values, with their byte order.
+      slow: the axis along which planes follow each other in the file, see `Stack`.
+      columns_first: whether planes are stored with their axes reversed, including channels.
       series: see `Stack`.
-      elsewhere: likewise.
+      elsewhere: see `Stack`.
 
     Raises:
-      UnreadableError: there is no plane, or they are too large.
+      UnreadableError: there is no complete plane, or planes are too large.
     """
     *shape, channels = layout
     height, width = (length for axis, length in enumerate(shape) if axis != slow)
@@ -221,7 +221,7 @@ def in_file(
     if declared < 1:
         warnings = (UNKNOWN,)
     elif there > declared and (rest or slow):
-        there = declared  # and something else behind it
+        there = declared  # followed by other data
     elif there != declared and not cut:
         warnings = (MORE if there > declared else FEWER,)
 
@@ -236,16 +236,16 @@ def in_file(
 
 @contextlib.contextmanager
 def unpacked(path: str | os.PathLike[str], start: int, packing: str, skip: int = 0) -> Iterator[IO[bytes]]:
-    """Opens what a file holds from byte `start` on, less `skip` bytes of it.
+    """Opens the data of a file from byte `start` on, decompressed, past the first `skip` bytes.
 
     Args:
       path: of the file.
-      start: in the file.
-      packing: "raw", or what unpacks it: "gzip", "zlib", "deflate" or "bzip2".
-      skip: bytes to be left out after unpacking.
+      start: offset in the file.
+      packing: "raw" or the compression: "gzip", "zlib", "deflate" or "bzip2".
+      skip: bytes to skip after decompression.
 
     Raises:
-      UnreadableError: as the data are used: damaged or cut off.
+      UnreadableError: damaged or truncated; also raised within the block, while the data are used.
     """
     with unpacking(), open_file(path) as file:
         file.seek(start)
@@ -256,7 +256,7 @@ def unpacked(path: str | os.PathLike[str], start: int, packing: str, skip: int =
 
 @contextlib.contextmanager
 def unpacking() -> Iterator[None]:
-    """Turns what reading damaged data raises into UnreadableError."""
+    """Converts the errors raised for damaged compressed data to UnreadableError."""
     try:
         yield
     except _UNPACKING_ERRORS as error:
@@ -264,7 +264,7 @@ def unpacking() -> Iterator[None]:
 
 
 def skip_bytes(file: IO[bytes], count: int) -> None:
-    """Moves forward, in a file that may be unpacked on the way; raises EOFError at its end."""
+    """Moves forward in a file that may be decompressed on the fly; raises EOFError at the end of one that is."""
     if isinstance(file, io.BufferedReader | io.BytesIO) and file.seekable():
         file.seek(count, os.SEEK_CUR)
         return
@@ -310,11 +310,11 @@ _UNPACKERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
 
 
 def _unpack(opened: Callable[[], Opening]) -> tuple[bytes, str]:
-    """What is sound of compressed data, as far as it can be held in memory, and why there is no more; "" at its end."""
+    """The intact part of compressed data, up to what may be held in memory, and why it ends early ("" = it does not)."""
     data, problem = io.BytesIO(), ""
     try:
         with opened() as file:
-            # read1 gives what was unpacked before the damage, which read would lose.
+            # read1 returns what was decompressed before the damage, which read would lose.
             while data.tell() <= _HELD and (piece := cast(io.BufferedReader, file).read1(_PIECE)):
                 data.write(piece)
     except UnreadableError as error:
@@ -332,7 +332,7 @@ def _read_planes(opened: Callable[[], Opening], numbers: Iterable[int], size: in
                 raise UnreadableError(f"cut off in plane {number}")
             yield data
             position = number + 1
-        file.read(1)  # at the end, a compressed file compares its checksum
+        file.read(1)  # reading to the end makes a compressed file verify its checksum
 
 
 def _shown(stack: Stack, options: Options, axis: int, transposed: bool) -> Iterator[tuple[int, np.ndarray]]:
@@ -375,13 +375,13 @@ def _find_window(stack: Stack) -> tuple[float, float]:
             sample.append(_as_float(values[:: max(1, values.size // _SAMPLED_VALUES)]))
     except UnreadableError:
         if not sample:
-            raise  # otherwise it is told after the sound planes
+            raise  # otherwise it is reported after the intact planes
     values = np.concatenate(sample)
     finite = values[np.isfinite(values)]
     if 2 * finite.size < values.size:
         raise UnreadableError("more than half of the values are NaN or infinite")
     low, high = np.percentile(finite, _WINDOW)
-    if low == high:  # almost all of one value
+    if low == high:  # almost all values are equal
         low, high = finite.min(), finite.max()
     return float(low), float(high)
 

@@ -1,19 +1,18 @@
-"""Volumes and sequences to frames: NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd) and NRRD (.nrrd, .nhdr).
+"""Reads volumes and sequences as frames: NIfTI (.nii, .nii.gz), MetaImage (.mha, .mhd) and NRRD (.nrrd, .nhdr).
 
-Orientation: slices are those of the array as it is stored, which is the order (z, y, x) in which SimpleITK gives it;
-axis 0 is what varies slowest in the file. Nothing is rotated by the direction matrix: what it says about the patient
-is often wrong in ultrasound, and whether a set lies upside down is better looked at once (`Options.flip`). nibabel
-gives the same array transposed, (x, y, z). 2D+t sequences are volumes whose first axis is time; of 3D+t the volumes
-follow each other. Where frames seem to lie along another axis, the file is refused: whether they are then transposed
-depends on the library that wrote it.
+Orientation: slices are those of the array as stored, in the order (z, y, x) of SimpleITK; axis 0 varies slowest in the
+file. The direction matrix is not applied: it is often wrong in ultrasound, and whether a dataset is upside down is
+better checked once by eye (`Options.flip`). nibabel returns the same array transposed, (x, y, z). 2D+t sequences are
+volumes whose first axis is time; the volumes of 3D+t follow one another. If frames seem to lie along another axis, the
+file is refused: whether they are then transposed depends on the library that wrote it.
 
-Headers are read here, because libraries follow one to any file that it names; because of a file that is cut off they
-give nothing, or zeros; and pynrrd unpacks the whole volume before it gives its first slice.
+Headers are parsed here because libraries open any file that a header names, return nothing or zeros for truncated
+files, and, in the case of pynrrd, decompress the whole volume before the first slice.
 
-Size of a pixel: as the header has it, in mm unless NIfTI or NRRD name another unit. 1 x 1 is what programs write that
-do not know it, and no pixel of a scanner is that large: it counts as not known.
+Pixel size: from the header, in mm unless NIfTI or NRRD state another unit. Programs write 1 x 1 if they do not know it,
+and no scanner has pixels that large, so it counts as not known.
 
-Intensity: see `stacks.read`. A scale factor in the header changes nothing, since the window is relative.
+Intensity: see `stacks.read`. A scale factor in the header has no effect, since the window is relative.
 """
 
 import dataclasses
@@ -36,14 +35,14 @@ from data_prep.readers.base import Frame, Layout, Options, UnreadableError, open
 LONGER = "its data file holds more than its header declares"
 
 _MAX_LINE = 1 << 16
-_MAX_HEADER = 64 << 20  # tracked sequences have ten lines or more for each frame
+_MAX_HEADER = 64 << 20  # bytes; tracked sequences have ten lines or more per frame
 
 _NIFTI_TYPES = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
-_NIFTI_UNITS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # mm: not said, m, mm, micrometres
+_NIFTI_UNITS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # mm: not stated, m, mm, micrometres
 _NIFTI_COLOURS = {128: 3, 2304: 4}  # RGB and RGBA of 8 bits
-# As MetaImage and NRRD spell them, without underscores and spaces: METUSHORT, unsigned short int, uint16_t.
+# Type names of MetaImage and NRRD without underscores and spaces, such as METUSHORT, unsigned short int, uint16_t.
 _INTEGERS = re.compile("(?:met)?(unsigned|signed|u)?(?:(char|short|int|longlong|long)(?:int)?|int(8|16|32|64)t?)")
-_BITS = {"char": 8, "short": 16, "int": 32, "long": 32, "longlong": 64}  # of MetaImage's LONG, whatever the machine
+_BITS = {"char": 8, "short": 16, "int": 32, "long": 32, "longlong": 64}  # as in MetaImage, where LONG is 32 bits on every machine
 _FLOATS = {"float": "f4", "double": "f8", "metfloat": "f4", "metdouble": "f8"}
 _NRRD_PACKINGS = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
 _NRRD_COLOURS = {"rgb-color", "rgba-color", "3-color", "4-color", "vector", "3-vector", "4-vector"}
@@ -53,24 +52,24 @@ _NRRD_SPACE = {"domain", "space", "time", "???", "none"}
 def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     """Yields the slices of a volume, or the frames of a sequence, that are not empty.
 
-    Memory stays flat; a compressed volume may have up to 64 GiB.
+    Memory use is constant; a compressed volume may have up to 64 GiB.
 
     Raises:
       UnreadableError: see `open_volume` and `stacks.read`.
     """
     stack = open_volume(path)
     if stack.shape[0] == 3 and _three_equal(stack):
-        # A still whose three channels were taken for slices, as in PSFHS and FH-PS-AOP.
+        # A still whose three equal channels were stored as slices, as in PSFHS and FH-PS-AOP.
         options = Options(max_frames=1, flip=options.flip)
     yield from stacks.read(stack, options)
 
 
 def open_volume(path: str | os.PathLike[str]) -> stacks.Stack:
-    """The volume of a NIfTI, MetaImage or NRRD file.
+    """Opens the volume of a NIfTI, MetaImage or NRRD file.
 
     Raises:
-      UnreadableError: none of these, damaged, of a kind that is not supported, without a single whole plane; its data
-        file is missing, or lies outside the folder of the header.
+      UnreadableError: of another format, damaged, of an unsupported kind, or without a single complete plane; or its
+        data file is missing or outside the folder of the header.
     """
     path = os.fspath(path)
     try:
@@ -104,13 +103,13 @@ def _stack(
 
     Args:
       path: of the header.
-      name: of the file that holds the numbers, if it is another.
-      sizes: of the axes, fastest first, without that of the channels; from the third on 0 or -1 if it is unknown.
-      dtype: of the numbers, with their byte order.
-      channels: of each pixel, next to each other.
-      start: where the numbers or what they are packed in begin in their file; -1 if they are at its end.
+      name: name of a separate data file; "" if the data follow the header.
+      sizes: lengths of the axes, fastest first, without the channels; from the third on, 0 or -1 if unknown.
+      dtype: of the values, with their byte order.
+      channels: number of interleaved channels.
+      start: offset of the (compressed) data in their file; -1 if they are at its end.
       packing: "raw", "gzip", "zlib" or "bzip2".
-      skip: bytes to be left out after unpacking; -1 likewise.
+      skip: bytes to skip after decompression; -1 if the data are at the end of the file.
       spacing: mm along the axes of `sizes`; () = not known.
     """
     frames, height, width, series = _shape(sizes)
@@ -129,7 +128,7 @@ def _stack(
             start, skip = max(0, total - size), 0
         stored = total - start - skip
         if name and 0 < size < stored:
-            stored, warnings = size, [LONGER]  # of other volumes, perhaps
+            stored, warnings = size, [LONGER]  # the rest may belong to other volumes
     opened = functools.partial(stacks.unpacked, data_path, start, packing, skip)
     stack = stacks.in_file(Layout(frames, height, width, channels), opened, stored, dtype, series=series)
     x, y, z = (*spacing, 0.0, 0.0, 0.0)[:3]
@@ -139,7 +138,7 @@ def _stack(
 
 
 def _shape(sizes: tuple[int, ...]) -> tuple[int, int, int, bool]:
-    """Z (0 for unknown), Y, X of sizes given fastest first, and whether it is a series of volumes."""
+    """Z (0 = unknown), Y and X from sizes, fastest first, and whether it is a series of volumes."""
     if min(sizes[:2], default=0) < 1 or min(sizes) < -1:
         raise UnreadableError("header declares no pixels")
     sizes = tuple(max(0, size) for size in sizes)
@@ -156,7 +155,7 @@ def _shape(sizes: tuple[int, ...]) -> tuple[int, int, int, bool]:
 def _three_equal(stack: stacks.Stack) -> bool:
     try:
         return all(np.array_equal(one, two) for one, two in itertools.pairwise(stack.planes(range(3))))
-    except UnreadableError:  # which is told after the sound planes
+    except UnreadableError:  # reported later, after the intact planes
         return False
 
 
@@ -191,7 +190,7 @@ def _meta_image(file: IO[bytes], path: str) -> stacks.Stack:
     fields: dict[str, str] = {}
     while "ElementDataFile" not in fields:
         key, value = _field(_line(file), "=")
-        if not key.startswith("Seq_"):  # where the probe was, for each frame
+        if not key.startswith("Seq_"):  # per-frame fields such as the probe position
             fields[key] = value
     if fields.get("BinaryData", "True").lower() not in ("true", "1"):
         raise UnreadableError("MetaImage with numbers as text, which is not supported")
@@ -237,7 +236,7 @@ def _nrrd(file: IO[bytes], path: str) -> stacks.Stack:
 
 
 def _nrrd_spacing(fields: dict[str, str]) -> list[float]:
-    """Mm along the axes, from their directions in space or else as such; [] in another unit."""
+    """Spacing in mm along the axes, from "space directions" or else "spacings"; [] if in another unit."""
     units = re.findall(r'"([^"]*)"', fields.get("spaceunits", "")) or ["mm"]
     if any(unit not in ("mm", "millimeter", "millimeters", "") for unit in units):
         return []
@@ -247,7 +246,7 @@ def _nrrd_spacing(fields: dict[str, str]) -> list[float]:
 
 
 def _lengths(words: Sequence[str]) -> list[float]:
-    """Numbers, 0 for what is none: a size that cannot be read costs no frame."""
+    """Parses numbers, 0 for anything else: an unreadable size is no reason to lose frames."""
     found = []
     for word in words:
         try:
@@ -283,7 +282,7 @@ def _field(line: bytes, separator: str) -> tuple[str, str]:
 
 
 def _numbers(text: str, count: int) -> tuple[int, ...]:
-    """The lengths of `count` axes; the last may be missing, if it is that of the frames."""
+    """The lengths of `count` axes; a missing last one, the number of frames, becomes 0 (unknown)."""
     numbers = tuple(int(word) for word in text.split())
     if len(numbers) == count - 1 >= 2:
         return (*numbers, 0)
@@ -293,7 +292,7 @@ def _numbers(text: str, count: int) -> tuple[int, ...]:
 
 
 def _data_file(path: str, name: str) -> str:
-    """The path of the data file that a header names; only what lies in the folder of the header is opened."""
+    """The path of the data file that a header names; it must lie in the folder of the header."""
     if "%" in name or name.split()[0].upper() == "LIST":
         raise UnreadableError("one volume in a list of files, which is not supported")
     folder = os.path.realpath(os.path.dirname(path))
