@@ -1,6 +1,6 @@
-"""Frames to records: cleaned, eight bits, the stored size, the stored encoding, and the ids.
+"""Converts frames to records: cleans them, converts them to 8 bits, resizes and encodes them, and adds the ids.
 
-The functions here run in worker processes, one source at a time; they get plain values and give plain values back.
+These functions run in worker processes, one source at a time; they take and return plain values.
 """
 
 import dataclasses
@@ -23,10 +23,10 @@ from usfmae_jax.data.records import Record, pixel_hash, to_uint8
 
 _SUFFIXES = {"jpeg": ".jpg", "png": ".png", "raw": ".bmp"}
 _BLOCK = 16 << 20  # bytes
-_LIGHT = 100  # grey levels: screens of scanners are darker, paper is lighter
-_HEAD = 8  # frames of a clip that its sector is found on
+_LIGHT = 100  # grey levels: scanner screens are darker, paper is lighter
+_HEAD = 8  # frames of a clip that are used to find its sector
 
-Original = tuple[str, str, str]  # pseudonym, kind, and what it stands for
+Original = tuple[str, str, str]  # pseudonym, kind and original
 
 NO_SECTOR = "no imaged sector found, and the whole frame may name the patient (--whole_frames takes it)"
 THINNED = "near-identical to the frame before it"
@@ -37,19 +37,19 @@ class Storage:
     """How frames are read and stored.
 
     Attributes:
-      dataset: name that goes into every record.
+      dataset: name written to every record.
       anatomy: likewise; may be empty.
-      image_size: of the short side in pixels; smaller frames stay as they are, 0 keeps all.
-      encoding: "jpeg", "png" or "raw", which is an uncompressed BMP.
+      image_size: length of the short side in pixels; smaller frames are not enlarged, 0 keeps all sizes.
+      encoding: "jpeg", "png" or "raw", which is uncompressed BMP.
       quality: of JPEG, 1 to 100.
       clean: crop to the imaged sector, blank what is outside, remove burnt-in annotations.
       thin: drop a frame of a clip that is near-identical to the last one kept.
       mask_kind: of mask files, see `masks.read_mask_as`.
-      mask_colours: class number by colour of masks that are drawn in colours; empty leaves them in colours.
-      masks_required: whether a file whose mask cannot be used is unreadable.
-      options: of readers.
-      only_sectors: drop frames in which no imaged sector is found: the whole frame may name the patient.
-      salt: secret that ids and paths are hashed with; empty writes them as they are.
+      mask_colours: class number by colour, for masks drawn in colours; if empty, they are stored in colours.
+      masks_required: whether a file whose mask cannot be used counts as unreadable.
+      options: options of the readers.
+      only_sectors: drop frames in which no imaged sector is found, since the whole frame may name the patient.
+      salt: secret for hashing ids and paths; if empty, they are written unchanged.
     """
 
     dataset: str
@@ -69,21 +69,21 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A finished record and what the build wants to know about it.
+    """A finished record and what the build needs to know about it.
 
     Attributes:
       record: as it is written.
       split: of the dataset.
       channels: 1 or 3.
-      patient_known: false for a patient that is only known to be one.
+      patient_known: False if the patient's identity is not known.
       hash: `fingerprints.perceptual_hash` of the stored pixels.
-      cleaned: pixels removed by kind.
+      cleaned: number of pixels removed, by kind.
       facts: technical values of the source.
-      removed: kinds of information in the source that were not taken over.
+      removed: number of items in the source that were not kept, by kind.
       warnings: of the reader about the source, so far.
-      originals: pseudonym, kind and what stands behind it, for the person who holds the linkage table.
-      mask_colours: of a mask that is stored in colours, since they have no numbers yet.
-      mask_problem: why the mask of the file cannot be used.
+      originals: pseudonym, kind and original, for the linkage table.
+      mask_colours: colours of a mask that is stored in colours because they have no numbers yet.
+      mask_problem: why the mask of the file cannot be used; "" if it can.
     """
 
     record: Record
@@ -101,14 +101,14 @@ class Stored:
 
 
 def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
-    """Yields the records of one source file, and for every frame that is dropped the reason.
+    """Yields a record for every frame of one source file, or the reason if the frame is dropped.
 
     Raises:
-      UnreadableError: the file cannot be used, or its mask, if one is required.
+      UnreadableError: the file cannot be used, or its mask cannot, if one is required.
     """
     frames = read_frames(os.path.join(root, item.path), how.options)
     head, rest = look_ahead(frames, lambda first: len(first) == _HEAD)
-    # The frames of a clip share one; those of other files may differ in size.
+    # The frames of a clip share one sector; frames of other files may differ in size.
     sectors: dict[tuple[int, int], Sector] = {}
     drawn: dict[tuple[int, int], tuple[np.ndarray | None, str]] = {}
     last, video, warnings = None, "", set[str]()
@@ -141,7 +141,7 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
         spacing, shown = item.spacing if any(item.spacing) else frame.spacing, pixels.shape
         pixels = shrink(pixels, how.image_size, cv2.INTER_AREA)
         spacing = stretched(spacing, shown, pixels.shape)
-        if how.salt:  # all digits could tell one examination from all others
+        if how.salt:  # all digits could identify an examination
             spacing = float(f"{spacing[0]:.4g}"), float(f"{spacing[1]:.4g}")
         sha256 = pixel_hash(frame.pixels)
         yield Stored(
@@ -161,13 +161,13 @@ def process(item: Item, root: str, how: Storage) -> Iterator[Stored | str]:
 
 
 def _is_scan(pixels: np.ndarray, found: Sector) -> bool:
-    """Whether a frame has a sector on a dark screen; a scanned page has lines of text on a light one."""
+    """Whether a frame has a sector on a dark background; a scanned page has text on a light one."""
     outside = pixels[found.mask == 0]
     return found.kind != "whole" and (outside.size == 0 or float(np.median(outside)) < _LIGHT)
 
 
 def digest(item: Item, beat: Callable[[], None], root: str) -> str:
-    """SHA-256 of a source file, empty if it cannot be read; calls `beat` again and again meanwhile."""
+    """SHA-256 of a source file, empty if it cannot be read; calls `beat` repeatedly as a sign of life."""
     whole = hashlib.sha256()
     try:
         with open(os.path.join(root, item.path), "rb") as file:
@@ -180,7 +180,7 @@ def digest(item: Item, beat: Callable[[], None], root: str) -> str:
 
 
 def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[np.ndarray | None, str]:
-    """The masks of a file as one, or why there is none that can be used."""
+    """The masks of a file joined into one (None if there are none), and why they cannot be used ("" = they can)."""
     found = []
     for path in item.masks:
         try:
@@ -191,7 +191,7 @@ def _mask(item: Item, root: str, how: Storage, shape: tuple[int, int]) -> tuple[
             if how.masks_required:
                 # A path may be an identifier.
                 raise UnreadableError(f"mask{'' if how.salt else ' ' + printable(path)}: {error}") from error
-            return None, f"mask: {error}"  # and none of the others: a part of what is meant would be wrong
+            return None, f"mask: {error}"  # none of the others is used either: part of a mask would be wrong
     return (masks.join(found) if found else None), ""
 
 
@@ -201,8 +201,8 @@ def _known_ids(item: Item, frame: Frame) -> list[str]:
 
 
 def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, tuple[Original, ...]]:
-    """Ids as they are stored, whether the patient is known, and what pseudonyms stand for."""
-    # What is called "unknown" is neither one patient nor one clip.
+    """Ids as stored, whether the patient is known, and the originals of pseudonyms."""
+    # Everything named "unknown" is not one single patient or clip.
     patient, video = item.patient or known_patient(frame.patient), item.video or known_patient(frame.video)
     source = item.source
     originals: list[Original] = []
@@ -215,7 +215,7 @@ def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, 
 
     known, source = bool(patient), stored("frame", source)
     video = stored("video", video) or source
-    # The frames of a clip are of one patient, whoever that is.
+    # The frames of a clip belong to one patient, whoever that is.
     patient = stored("patient", patient) or video
     name = item.frame if item.frame and not how.salt else source
     ids = {
@@ -230,7 +230,7 @@ def _ids(item: Item, frame: Frame, how: Storage) -> tuple[dict[str, str], bool, 
 def simulate(
     patient: int, how: Storage, seed: int, frames: int, first_test: int, several: bool = False
 ) -> Iterator[Stored]:
-    """Yields the records of one simulated patient; from number `first_test` on they belong to the test split."""
+    """Yields the records of one simulated patient; patients from number `first_test` on are in the test split."""
     split = "test" if patient >= first_test else "train"
     for one in phantom.simulate_patient(patient, seed=seed, image_size=how.image_size, frames=frames, several=several):
         ids = {"patient": one.patient, "video": one.video, "frame": one.frame, "source": f"{one.patient}/{one.frame}"}
@@ -249,14 +249,14 @@ def make_record(
     spacing: tuple[float, float],
     **ids: str,
 ) -> Record:
-    """A frame as it is stored.
+    """Makes the record of a frame.
 
     Args:
-      pixels: uint8 `[H, W, C]`, C = 1 or 3 (RGB), in their own size or the stored one.
-      mask: uint8 `[H, W]` or RGB `[H, W, 3]` of their own size, or None.
+      pixels: uint8 `[H, W, C]`, C = 1 or 3 (RGB), in the original size or already in the stored one.
+      mask: uint8 `[H, W]` or RGB `[H, W, 3]` in the original size, or None.
       how: size and encoding.
       label: class number, -1 for none.
-      spacing: mm between `pixels`, down and across; 0 = not known.
+      spacing: spacing of `pixels` in mm, down and across; 0 = not known.
       **ids: `patient`, `video`, `frame`, `source`, and `sha256` of the pixels as read.
     """
     image = shrink(pixels, how.image_size, cv2.INTER_AREA)
@@ -276,7 +276,7 @@ def make_record(
 
 
 def shrink(pixels: np.ndarray, image_size: int, interpolation: int) -> np.ndarray:
-    """Resizes `[H, W]` or `[H, W, C]` to a short side of `image_size`; never enlarges, 0 keeps."""
+    """Resizes `[H, W]` or `[H, W, C]` to a short side of `image_size`; never enlarges, 0 keeps the size."""
     height, width = pixels.shape[:2]
     short = min(height, width)
     if not image_size or short <= image_size:
@@ -286,7 +286,7 @@ def shrink(pixels: np.ndarray, image_size: int, interpolation: int) -> np.ndarra
 
 
 def stretched(spacing: tuple[float, float], before: tuple[int, ...], after: tuple[int, ...]) -> tuple[float, float]:
-    """Mm from pixel to pixel, down and across, when pixels `before` `[H, W, ...]` were resized to `after`."""
+    """Pixel spacing in mm, down and across, after resizing from shape `before` `[H, W, ...]` to `after`."""
     down, across = spacing
     return down * before[0] / after[0], across * before[1] / after[1]
 
@@ -295,7 +295,7 @@ def encode(pixels: np.ndarray, encoding: str, quality: int = 95) -> bytes:
     """Encodes uint8 `[H, W]`, `[H, W, 1]` or RGB `[H, W, 3]` as JPEG, PNG or BMP ("raw")."""
     options = []
     if encoding == "jpeg":
-        # Full-resolution chroma: where colour is kept, it is thin Doppler signal.
+        # Full-resolution chroma, since colour that is kept may be thin Doppler signal.
         options = [
             cv2.IMWRITE_JPEG_QUALITY,
             quality,

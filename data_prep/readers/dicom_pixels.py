@@ -31,7 +31,7 @@ IMPLICIT, EXPLICIT, BIG_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.
 DEFLATED = "1.2.840.10008.1.2.1.99"
 _NATIVE = {IMPLICIT, EXPLICIT, BIG_ENDIAN, DEFLATED}
 _RLE = "1.2.840.10008.1.2.5"
-_PACKAGES = {"JPEG-LS": "pyjpegls", "JPEG 2000": "pylibjpeg[openjpeg]"}  # the decoder of the others is GPL, so it is never a requirement
+_PACKAGES = {"JPEG-LS": "pyjpegls", "JPEG 2000": "pylibjpeg[openjpeg]"}  # others: GPL, so never required
 
 _J2K, _JP2, _JPEG = b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  ", b"\xff\xd8\xff"
 # JPEG does not define whether three components are RGB; this marker states that they are, so nothing is converted.
@@ -424,4 +424,4 @@ def _colours(header: Any, values: np.ndarray) -> np.ndarray:
     # Starts at 0 and is clipped here: pydicom would clip to the number of bits of an entry, which may be too few.
     descriptor.value = [entries & 0xFFFF, 0, bits]
     colours = apply_color_lut(np.clip(values, first, first + entries - 1) - first, header)[:, :3]
-    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)  # some palettes that declare 16 bits hold 8
+    return (colours >> 8 if colours.max() > 255 else colours).astype(np.uint8)  # some declare 16 bits but hold 8

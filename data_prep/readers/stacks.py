@@ -310,7 +310,7 @@ _UNPACKERS: dict[str, Callable[[IO[bytes]], IO[bytes]]] = {
 
 
 def _unpack(opened: Callable[[], Opening]) -> tuple[bytes, str]:
-    """The intact part of compressed data, up to what may be held in memory, and why it ends early ("" = it does not)."""
+    """The intact part of compressed data, as far as it fits in memory, and why it ends early ("" = it does not)."""
     data, problem = io.BytesIO(), ""
     try:
         with opened() as file:

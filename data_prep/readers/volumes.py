@@ -42,7 +42,7 @@ _NIFTI_UNITS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}  # mm: not stated, m, mm, micro
 _NIFTI_COLOURS = {128: 3, 2304: 4}  # RGB and RGBA of 8 bits
 # Type names of MetaImage and NRRD without underscores and spaces, such as METUSHORT, unsigned short int, uint16_t.
 _INTEGERS = re.compile("(?:met)?(unsigned|signed|u)?(?:(char|short|int|longlong|long)(?:int)?|int(8|16|32|64)t?)")
-_BITS = {"char": 8, "short": 16, "int": 32, "long": 32, "longlong": 64}  # as in MetaImage, where LONG is 32 bits on every machine
+_BITS = {"char": 8, "short": 16, "int": 32, "long": 32, "longlong": 64}  # MetaImage's LONG on any machine
 _FLOATS = {"float": "f4", "double": "f8", "metfloat": "f4", "metdouble": "f8"}
 _NRRD_PACKINGS = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
 _NRRD_COLOURS = {"rgb-color", "rgba-color", "3-color", "4-color", "vector", "3-vector", "4-vector"}

@@ -1,1 +1,1 @@
-"""Sources to a finished dataset: parts, shards, manifest, pages."""
+"""Writes a finished dataset from sources: parts, shards, manifest, pages."""

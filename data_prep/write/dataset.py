@@ -1,4 +1,4 @@
-"""From a plan to a finished dataset: parts, then one pass that leaves out what is there already and writes shards."""
+"""Builds a dataset from a plan: makes the parts, then drops duplicates and writes the shards in a single pass."""
 
 import argparse
 import collections
@@ -36,12 +36,12 @@ def build(
 
     Args:
       plan: what to build; warnings are added to it.
-      target: folder NAME/VERSION that will hold it, complete.
+      target: folder NAME/VERSION, which appears once the dataset is complete.
       downloaded: files that were fetched for it, for the manifest.
-      args: of the door.
+      args: arguments of the command.
 
     Raises:
-      InputError: too much of the input is unusable.
+      InputError: too much of the input is unusable, or an argument cannot be used.
     """
     if args.linkage:
         identity.check_linkage(args.linkage, args.output)
@@ -52,7 +52,7 @@ def build(
         _make(divided, plan, str(folder), args)
         gathered = _gather(divided, plan, folder, excluded)
         finished = folder / "stage"
-        shutil.rmtree(finished, ignore_errors=True)  # of an interrupted build
+        shutil.rmtree(finished, ignore_errors=True)  # left by an interrupted build
         finished.mkdir()
         sizes = _write_dataset(finished, gathered, plan, target.name, args.format)
         _write_splits(finished, plan, gathered.kept)
@@ -69,7 +69,7 @@ def build(
 def _gather(
     divided: list[parts.Part], plan: Plan, folder: pathlib.Path, excluded: exclusions.Exclusions | None
 ) -> parts.Gathered:
-    """Reads the indices of all parts and decides what is kept."""
+    """Reads the indices of all parts and decides which records to keep."""
     indices = list(parts.finished(divided, folder, plan.salt).values())
     rejected = plan.found.rejected + [one for index in indices for one in index.rejected]
     _check_usable(rejected, len(plan.found.items) + len(plan.found.rejected), plan.salt)
@@ -100,9 +100,9 @@ def _gather(
 def _write_dataset(
     folder: pathlib.Path, gathered: parts.Gathered, plan: Plan, version: str, file_format: str
 ) -> dict[str, int]:
-    """Writes shards, in the order of `gathered`, and metadata -> bytes of all records by split.
+    """Writes shards, in the order of `gathered`, and metadata; returns the size of the records by split, in bytes.
 
-    Masks that parts hold in colours become numbers, which depend on the colours of all of them.
+    Masks that are still in colours are converted to numbers, which depend on the colours of all masks.
     """
     numbers = {colour: number for number, colour in enumerate(sorted(gathered.mask_colours), 1)}
     writers: dict[str, shards.SplitWriter] = {}
@@ -127,7 +127,7 @@ def _write_dataset(
 
 
 def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Namespace) -> None:
-    """Makes the parts that are not there yet."""
+    """Makes the parts that do not exist yet."""
     complete = parts.finished(divided, folder, plan.salt).keys()
     missing = [part for part in divided if part.number not in complete]
     done = len(plan.found.items) - sum(len(part.sources) for part in missing)
@@ -148,7 +148,7 @@ def _make(divided: list[parts.Part], plan: Plan, folder: str, args: argparse.Nam
             bar.update(len(part.sources))
             unusable += len(part.sources) - usable
             if 2 * unusable > total:
-                break  # `_check_usable` says so, with an example
+                break  # `_check_usable` reports it, with an example
 
 
 def _beam_options(args: argparse.Namespace) -> Any:
@@ -163,7 +163,7 @@ def _check_usable(rejected: list[Rejected], total: int, salt: bytes) -> None:
     useless = [one for one in rejected if not one.reason.endswith(parts.KEPT)]
     if 2 * len(useless) > total:
         first = useless[0]
-        name = identity.pseudonym(salt, "frame", first.source) if salt else first.source  # logs are handed on, too
+        name = identity.pseudonym(salt, "frame", first.source) if salt else first.source  # logs are passed on, too
         raise UnusableInputError(
             f"more than half of the {total} files cannot be used, for example {name!r} ({first.reason}); "
             "is --input the right folder?"
@@ -171,12 +171,12 @@ def _check_usable(rejected: list[Rejected], total: int, salt: bytes) -> None:
 
 
 def _choose(rows: list[parts.Row], plan: Plan, excluded: exclusions.Exclusions | None) -> tuple[list[str], list[str]]:
-    """For every record the reason why it is dropped, "" for none; and what a person should see."""
+    """The reason why each record is dropped ("" = it is kept), and warnings."""
     reasons = ["" if excluded is None else excluded.reason(plan.name, row.frame, row.sha256) for row in rows]
     if plan.thin:
         for position in _repeated(rows):
             reasons[position] = reasons[position] or work.THINNED
-    # Excluded frames take part: what an excluded frame shows is no better under another name.
+    # Excluded frames are compared too: their duplicates under other names must be excluded as well.
     looked_at = [position for position, reason in enumerate(reasons) if reason != work.THINNED]
     found, warnings = exclusions.duplicates_within([rows[position] for position in looked_at])
     copies = across = 0
@@ -197,9 +197,9 @@ def _choose(rows: list[parts.Row], plan: Plan, excluded: exclusions.Exclusions |
 
 
 def _repeated(rows: list[parts.Row]) -> Iterator[int]:
-    """Positions of frames like the last one that was kept, where a clip is published as a file for every frame.
+    """Indices of frames near-equal to the last one kept, in clips that are stored as one file per frame.
 
-    Frames of one file were compared when it was read, by more than their hashes.
+    Frames within a file were already compared when it was read, by more than their hashes.
     """
     last, last_code = None, np.zeros((0, 0), np.uint64)
     for position, row in enumerate(rows):
@@ -214,7 +214,7 @@ def _repeated(rows: list[parts.Row]) -> Iterator[int]:
 
 
 def _with_numbers(data: bytes, numbers: dict[str, int]) -> bytes:
-    """A record with class numbers instead of the colours of its mask."""
+    """A record with the colours of its mask replaced by class numbers."""
     record = decode_record(data)
     if not record["mask"]:
         return data
@@ -224,7 +224,7 @@ def _with_numbers(data: bytes, numbers: dict[str, int]) -> bytes:
 
 
 def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> None:
-    """Writes the official split tables, for the frames that are there, under the names that they have there."""
+    """Writes the official tables of folds for the frames of the dataset, under their names in the dataset."""
     kept: dict[str, list[str]] = collections.defaultdict(list)
     for row in rows:
         kept[re.sub(r"#\d+$", "", row.frame)].append(row.frame)
@@ -238,5 +238,5 @@ def _write_splits(folder: pathlib.Path, plan: Plan, rows: list[parts.Row]) -> No
         path.parent.mkdir(exist_ok=True)
         with path.open("w", newline="", encoding="utf-8") as file:
             lines = ([frame, *rest] for one, *rest in table for frame in kept[stored.get(one, one)])
-            # Of private ones, the order would say which frame is which.
+            # In private data, the original order would reveal which frame is which.
             cells.write(file, ("frame", "fold", "part"), sorted(lines) if plan.salt else lines)

@@ -1,4 +1,4 @@
-"""What a build tells: `manifest.json` and `rejected.csv` beside the shards, and the table on the screen."""
+"""Reports a build: `manifest.json` and `rejected.csv` beside the shards, and the summary on the screen."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from usfmae_jax import __version__
 from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
 
-if TYPE_CHECKING:  # finding out that there is nothing to do should not wait for OpenCV and grain
+if TYPE_CHECKING:  # finding that nothing is to be done must not wait for OpenCV and grain
     from data_prep.plan import Plan
     from data_prep.write.parts import Gathered, Row
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1
-_SHOWN = 20  # rejected files in the table; the rest is in rejected.csv
+_SHOWN = 20  # rejected files on the screen; the rest are in rejected.csv
 _NONE = "(none)"
 _SWITCHES = "clean", "thin", "deduplicate"
-#: Arguments of which only a digest or a number is written, where both builds have them.
+#: Arguments that are recorded only as a digest or number, and how to describe a difference if both builds have them.
 _IN_WORDS = {
     "labels": "with another table of --labels",
     "exclude": "with another list of --exclude",
@@ -33,7 +33,7 @@ _IN_WORDS = {
     "masks_beside": "with another number of masks beside the images",
     "salt": "with another secret (--salt)",
 }
-#: What an argument decides, or changes the digests of; labels only where they are given or left out.
+#: Arguments that follow from another one, or whose digests it changes; for labels, only if one build has none.
 _FOLLOWS = {
     "dataset": (*_SWITCHES, "entry", "anatomy"),
     "entry": ("patient_key",),
@@ -67,7 +67,7 @@ def _count(rows: Iterable[Row], sizes: Mapping[str, int], label_names: Sequence[
 
 
 def write_rejected(path: pathlib.Path, rejected: Sequence[Rejected]) -> None:
-    """Writes a table of files and reasons, if there is anything to write."""
+    """Writes a table of files and reasons, unless it would be empty."""
     if not rejected:
         return
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -81,7 +81,7 @@ def write_manifest(
     sizes: Mapping[str, int],
     downloaded: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Writes `manifest.json`, the whole story of a dataset with the `sizes` of its splits in bytes, and returns it."""
+    """Writes `manifest.json`, a full account of the dataset, and returns it; `sizes` are bytes by split."""
     dropped = collections.Counter(filter(None, gathered.reasons))
     technical: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     digests: dict[str, str] = {}
@@ -107,7 +107,7 @@ def write_manifest(
         "verified": entry.verified,
         "benchmark": entry.benchmark,
         "problems": list(entry.problems),
-        "warnings": ([] if plan.salt else plan.found.warnings) + _of_readers(gathered),  # the plan's quote file names
+        "warnings": ([] if plan.salt else plan.found.warnings) + _of_readers(gathered),  # the plan's warnings quote file names
         "arguments": plan.arguments,
         "input": {
             "fingerprint": plan.found.fingerprint,
@@ -135,20 +135,20 @@ def write_manifest(
 
 
 def _of_readers(gathered: Gathered) -> list[str]:
-    """What readers warned of, as sentences with the number of files."""
+    """The warnings of readers, with the number of files each concerns."""
     counts = sum((index.warnings for index in gathered.indices), collections.Counter())
     return [f"{warning}: {number:,} file{'s' * (number > 1)}" for warning, number in sorted(counts.items())]
 
 
 def _mask_colours(files: Mapping[str, int]) -> list[dict[str, Any]]:
-    """What the numbers in masks are that were drawn in colours; they are in the order of the colours."""
+    """The meaning of the numbers in masks that were drawn in colours, which are numbered in sorted order."""
     return [
         {"class": number, "colour": colour, "files": files[colour]} for number, colour in enumerate(sorted(files), 1)
     ]
 
 
 def _combine(digests: dict[str, str], salt: bytes) -> str:
-    """One SHA-256 for all source files: of lines "path digest", in the order of paths; empty for none."""
+    """One digest for all source files, of lines "path digest" sorted by path; empty if there are none."""
     lines = "".join(f"{path} {digests[path]}\n" for path in sorted(digests))
     if salt and lines:
         return identity.keyed_digest(salt, "sources", lines)
@@ -160,7 +160,7 @@ def _sorted(counter: Any) -> dict[str, int]:
 
 
 def put_back(target: pathlib.Path) -> None:
-    """Undoes half of a replacement: a build that was killed between the two renames of `publish` left none in place."""
+    """Restores the old dataset if a build was killed between the two renames of `publish`, with neither in place."""
     olds = list(target.with_name(f".{target.name}.incomplete").glob("*-old"))
     if not olds or target.exists():
         return
@@ -170,7 +170,7 @@ def put_back(target: pathlib.Path) -> None:
 
 
 def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str) -> None:
-    """Raises InputError unless `target` holds, complete, what these arguments and files would build."""
+    """Raises InputError unless `target` completely holds what these arguments and files would build."""
     remedy = "add --overwrite, or choose another --name"
     try:
         manifest = json.loads((target / MANIFEST).read_text())
@@ -187,7 +187,7 @@ def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """How a dataset was built, in words, where that differs from what is asked for now."""
+    """Describes how a dataset was built, where that differs from the present arguments."""
     before, now = ({**one, **one.get("options", {})} for one in (before, now))
     differs = {key for key in before.keys() | now.keys() if before.get(key) != now.get(key)} - {"options"}
     for cause, follows in _FOLLOWS.items():
@@ -214,7 +214,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def print_summary(
     target: pathlib.Path, manifest: dict[str, Any], warnings: Sequence[str], tip: str, seconds: float
 ) -> None:
-    """Prints what was built, what was not, and what to type next; `tip` says how patients would become known."""
+    """Prints what was built, what was left out, and the next commands; `tip` is advice for unknown patients."""
     frames = manifest["kept"]
     print(f"{target}: {frames:,} frames in {seconds:.1f} s, {frames / seconds:,.0f} images/s\n")
     masked = any(one["masks"] for one in manifest["splits"].values())

@@ -1,6 +1,6 @@
-"""What a person looks at: `report.html` beside the shards, and one overview of several datasets.
+"""Writes pages for people: `report.html` beside the shards, and an overview of several datasets.
 
-The pages are made by `usfmae_jax.reporting.pages`. Equal data give equal bytes.
+The pages are rendered by `usfmae_jax.reporting.pages`. Equal data give equal bytes.
 """
 
 import collections
@@ -22,14 +22,14 @@ from usfmae_jax.errors import DamagedRecord, InputError
 from usfmae_jax.reporting import charts, pages
 from usfmae_jax.reporting.pages import part, ranked
 
-_NAMES = 4  # of files per reason
-_VALUES = 12  # of what files say of equipment
-_SAMPLE = 2000  # frames that are measured
-_SHEET = 60  # frames that are shown
-_THUMBNAIL = 176  # pixels of the long side
-_BLACK = 5  # of 255: what counts as black
+_NAMES = 4  # file names per reason
+_VALUES = 12  # values shown per fact about equipment
+_SAMPLE = 2000  # frames measured
+_SHEET = 60  # frames shown
+_THUMBNAIL = 176  # pixels, long side
+_BLACK = 5  # of 255: highest grey level that counts as black
 _COUNTED = ("frames", "patients", "unknown_patients", "videos")  # of each split
-_OWN = "yours to know"  # the licence of somebody's own files, in the catalogue
+_OWN = "yours to know"  # the catalogue's licence of a user's own files
 _COLOUR = "colour", "class", "name"  # of masks
 _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 
@@ -38,7 +38,7 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
     """Writes `report.html` from the `manifest.json`, `rejected.csv` and shards of a folder.
 
     Args:
-      folder: as a build leaves it. Any key of the manifest may be missing.
+      folder: output of a build. Any key of the manifest may be missing.
 
     Returns:
       The page's path.
@@ -97,11 +97,11 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
 
 
 def write_index(folders: Sequence[pathlib.Path], target: pathlib.Path) -> pathlib.Path:
-    """Writes one overview of several datasets, with links to their pages; returns its path.
+    """Writes an overview of several datasets, with links to their pages; returns its path.
 
     Args:
       folders: of the datasets, each with a `manifest.json`.
-      target: the page; links are relative to the folder where it lies.
+      target: path of the page; links are relative to its folder.
 
     Raises:
       InputError: a folder has no manifest.
@@ -123,20 +123,20 @@ def write_index(folders: Sequence[pathlib.Path], target: pathlib.Path) -> pathli
 
 @dataclasses.dataclass
 class _Look:
-    """What the records show, measured on a sample."""
+    """Statistics of the records, measured on a sample."""
 
     records: int = 0
     damaged: int = 0
     sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # width, height
     means: list[float] = dataclasses.field(default_factory=list)  # grey level of a frame, 0 to 255
     blacks: list[float] = dataclasses.field(default_factory=list)  # share of a frame, percent
-    groups: dict[tuple[str, int], list[int]] = dataclasses.field(default_factory=dict)  # (split, label): records
+    groups: dict[tuple[str, int], list[int]] = dataclasses.field(default_factory=dict)  # (split, label) -> indices of records
     anatomies: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     masks: int = 0
 
 
 def _measure(shards: records.Shards) -> _Look:
-    """Looks at a sample of the records, evenly drawn."""
+    """Measures an evenly spaced sample of the records."""
     look = _Look(records=len(shards))
     for index in np.unique(np.linspace(0, len(shards) - 1, min(len(shards), _SAMPLE)).round().astype(int)).tolist():
         try:
@@ -158,12 +158,12 @@ def _measure(shards: records.Shards) -> _Look:
 
 
 def _sheet(shards: records.Shards, look: _Look, manifest: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Frames of every label by split, evenly over the records."""
+    """Thumbnails by split, of every label, evenly spread over the records."""
     order = {"train": 0, "validation": 1, "test": 2}
     by_size = sorted(look.groups.items(), key=lambda one: (len(one[1]), one[0]))
     shares, left = {}, _SHEET
     for number, (key, indices) in enumerate(by_size):
-        shares[key] = min(len(indices), left // (len(by_size) - number))  # small groups leave room to large ones
+        shares[key] = min(len(indices), left // (len(by_size) - number))  # small groups leave room for large ones
         left -= shares[key]
     sheet: dict[str, list[dict[str, Any]]] = {}
     for key, indices in sorted(by_size, key=lambda one: (order.get(one[0][0], 3), one[0])):
@@ -201,7 +201,7 @@ def _charts(look: _Look) -> list[str]:
 
 
 def _headline(manifest: Mapping[str, Any]) -> dict[str, int]:
-    """What is known of the numbers at the top; what the manifest does not say is not shown as zero."""
+    """The known numbers for the top of the page; those missing in the manifest are left out, not shown as zero."""
     numbers = {"frames kept": _kept(manifest)}
     names = {"dropped": "frames dropped", "rejected": "files rejected"}
     numbers |= {name: sum(manifest[key].values()) for key, name in names.items() if key in manifest}
@@ -224,7 +224,7 @@ def _warnings(manifest: Mapping[str, Any], look: _Look) -> list[str]:
 
 
 def _labels(splits: Mapping[str, Any]) -> list[list[Any]]:
-    """A row for each label: frames in each split and in all, and a bar."""
+    """A row for each label: frames in each split and in total, and a bar."""
     counts = [one.get("labels") or {} for one in splits.values()]
     names = dict.fromkeys(name for one in counts for name in one)
     rows = [[name, *(one.get(name, 0) for one in counts), sum(one.get(name, 0) for one in counts)] for name in names]
@@ -233,13 +233,13 @@ def _labels(splits: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _bars(numbers: Mapping[str, int]) -> list[list[Any]]:
-    """Names, numbers and a bar for each, the largest first."""
+    """Rows of name, number and bar, the largest number first."""
     top = max([1, *numbers.values()])
     return [[name, number, part("bar", number / top)] for name, number in ranked(numbers)]
 
 
 def _expected(manifest: Mapping[str, Any]) -> list[list[Any]]:
-    """Rows of what is counted, as published, as found, and whether that agrees."""
+    """Rows of what is counted, the published number, the number found, and whether they agree."""
     labels: collections.Counter[str] = collections.Counter()
     for split in (manifest.get("splits") or {}).values():
         labels.update(split.get("labels") or {})
@@ -255,7 +255,7 @@ def _expected(manifest: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _files(reasons: Mapping[str, int] | None, table: pathlib.Path) -> list[list[Any]]:
-    """Rows of reasons, how many files each concerns, and the names of some from the table of all."""
+    """Rows of reason, number of files, and some of their names, taken from the table of all files."""
     examples: dict[str, list[str]] = collections.defaultdict(list)
     with contextlib.suppress(FileNotFoundError), table.open(encoding="utf-8", newline="") as file:
         for row in cells.read_dicts(file):

@@ -1,7 +1,7 @@
-"""The unit of work of a build: a few sources, processed into one file of records and one index.
+"""Parts, the units of work of a build: a few sources, processed into one file of records and one index.
 
-A part depends on its sources and the settings alone, so it is the same whoever makes it: a worker of this machine or of
-a Beam cluster, before or after an interruption. What is there already is not made again.
+A part depends only on its sources and the settings, so it is the same whether it is made by a worker on this machine or
+on a Beam cluster, before or after an interruption. Existing parts are not made again.
 """
 
 import collections
@@ -25,11 +25,11 @@ from data_prep.readers import UnreadableError
 from usfmae_jax.data.records import encode_record
 from usfmae_jax.errors import InputError
 
-_MOST = 64  # sources in a part; with few sources there are 64 parts or one source each
+_MOST = 64  # sources in a part; with few sources, there are about 64 parts, or parts of one source
 
-KEPT = "the frames before the damage are kept"  # ends the reason of a file that was of some use
+KEPT = "the frames before the damage are kept"  # ends the reason if some frames of a file are kept
 
-#: What turns a source into its records (`work.Stored`) and reasons of dropped frames.
+#: Converts a source to its records (`work.Stored`) and the reasons of dropped frames (str).
 Process = Callable[[Any], Iterator[Any]]
 
 
@@ -61,7 +61,7 @@ class Row:
 
 @dataclasses.dataclass
 class Index:
-    """What a part holds, in the order of its file, and what it does not hold and why."""
+    """The records of a part, in the order of its file, and what was left out and why."""
 
     rows: list[Row] = dataclasses.field(default_factory=list)
     rejected: list[Rejected] = dataclasses.field(default_factory=list)
@@ -80,16 +80,16 @@ class Index:
 
 @dataclasses.dataclass
 class Gathered:
-    """What all parts hold together, and what becomes of it.
+    """The content of all parts, and which records are kept.
 
     Attributes:
       indices: of the parts.
-      rows: of all parts, one for a record.
-      reasons: why a record is dropped, "" for one that is kept.
-      rejected: files that were of no use, or not of full use.
+      rows: of all parts, one per record.
+      reasons: why each record is dropped, "" if it is kept.
+      rejected: files that could not be used, or only in part.
       unmasked: files whose mask cannot be used.
-      originals: rows of the linkage table: pseudonym, kind, what it stands for.
-      private: whether the order of the sources, which is that of their names, must not be seen.
+      originals: rows of the linkage table: pseudonym, kind, original.
+      private: whether to hide the order of the sources, which is that of their names.
     """
 
     indices: list[Index]
@@ -102,27 +102,27 @@ class Gathered:
 
     @functools.cached_property
     def mask_colours(self) -> collections.Counter[str]:
-        """Colours of masks that have no numbers yet, and in how many files."""
+        """Number of files by colour, for masks whose colours have no class numbers yet."""
         return sum((index.mask_colours for index in self.indices), collections.Counter())
 
     @functools.cached_property
     def order(self) -> list[int]:
-        """Positions of the records that are kept, as they are written.
+        """Indices of the records that are kept, in the order in which they are written.
 
-        That is the order of the sources, but of private ones the order of the pseudonyms of their clips: whoever has a
-        sorted list of names could otherwise lay it beside the records. The frames of a clip stay together, in order.
+        This is the order of the sources, but for private data that of the pseudonyms of clips: otherwise, a sorted list
+        of names could be matched with the records. The frames of a clip stay together, in order.
         """
         positions = [position for position, reason in enumerate(self.reasons) if not reason]
         return sorted(positions, key=lambda position: self.rows[position].video) if self.private else positions
 
     @functools.cached_property
     def kept(self) -> list[Row]:
-        """Rows of the records that are kept, in the order in which they are written."""
+        """Rows of the records that are kept, in the order of `order`."""
         return [self.rows[position] for position in self.order]
 
 
 def divide(sources: Sequence[Any]) -> list[Part]:
-    """Parts of equally many sources, in order; they do not depend on the machine."""
+    """Divides the sources, in order, into parts of equal size; independent of the machine."""
     size = max(1, min(_MOST, len(sources) // 64))
     return [
         Part(number, tuple(sources[start : start + size])) for number, start in enumerate(range(0, len(sources), size))
@@ -139,16 +139,16 @@ def write_part(
     digest: Callable[[Any, Callable[[], None]], str] | None = None,
     salt: bytes = b"",
 ) -> int:
-    """Processes the sources of a part into `folder`; returns how many could be used.
+    """Processes the sources of a part into `folder`; returns the number of usable sources.
 
     Args:
-      part: to process.
+      part: the part to process.
       given_up: numbers of sources in the part that must not be touched, with reasons.
       begin: called with the number of a source before it is touched, and again for each of its frames.
       process: see `Process`.
       folder: for the records and, once they are complete, the index.
-      digest: SHA-256 of a source; calls what it is given, as a sign of life.
-      salt: of private sources: what the index says of them nobody reads without it.
+      digest: computes the SHA-256 of a source; calls its second argument repeatedly as a sign of life.
+      salt: if not empty, the index is encrypted with it, for private sources.
     """
     index, unusable, whole = Index(number=part.number), 0, hashlib.sha256()
     data_path, index_path = _paths(folder, part.number)
@@ -191,7 +191,7 @@ def write_part(
 
 
 def _add_source(index: Index, name: str, stored: Any) -> None:
-    """Counts what all frames of a source have in common, by one of them."""
+    """Counts what all frames of a source have in common, given one of them."""
     index.removed.update(stored.removed)
     index.warnings.update(stored.warnings)
     index.mask_colours.update(stored.mask_colours)
@@ -202,10 +202,10 @@ def _add_source(index: Index, name: str, stored: Any) -> None:
 
 
 def _guarded(process: Process, source: Any) -> Iterator[Any]:
-    """`process(source)`, with every failure of a reader turned into one that names nothing of the file."""
+    """`process(source)`, with any error of a reader converted to an UnreadableError that quotes nothing of the file."""
     try:
         yield from process(source)
-    except (UnreadableError, InputError):  # the latter says what is not installed
+    except (UnreadableError, InputError):  # the latter names a missing library
         raise
     except MemoryError as error:
         raise UnreadableError("needs more memory than there is") from error
@@ -232,7 +232,7 @@ def _row(stored: Any, size: int) -> Row:
 
 
 def _paths(folder: str | os.PathLike[str], number: int) -> tuple[pathlib.Path, pathlib.Path]:
-    # No suffix of a shard: nothing opens an unfinished build by mistake.
+    # Not the suffix of a shard, so that nothing opens an unfinished build by mistake.
     return pathlib.Path(folder) / f"{number:06d}.part", pathlib.Path(folder) / f"{number:06d}.json"
 
 
@@ -251,10 +251,10 @@ def _write_index(path: pathlib.Path, index: Index, salt: bytes) -> None:
 
 
 def read_index(folder: str | os.PathLike[str], number: int, salt: bytes = b"") -> Index:
-    """The index of a finished part, which was written with this salt; raises ValueError if it is damaged."""
+    """Reads the index of a finished part, written with this salt; raises ValueError if it is damaged."""
     data = _paths(folder, number)[1].read_bytes()
     content = json.loads(identity.unseal(salt, data) if salt else data)
-    checksum = content.pop("checksum", None)  # parts of earlier versions have none, and less in them
+    checksum = content.pop("checksum", None)  # parts of earlier versions have none, and fewer fields
     if checksum is not None and checksum != _checksum(content):
         raise ValueError("its checksum is wrong")
     counters = {name: collections.Counter(content[name]) for name in ("dropped", "cleaned", "removed", "warnings")}
@@ -279,12 +279,12 @@ def _checksum(content: dict[str, Any]) -> str:
 def read_records(
     folder: str | os.PathLike[str], indices: Sequence[Index], order: Iterable[int] | None = None
 ) -> Iterator[bytes]:
-    """Yields the records of the finished parts 0, 1, ..., as they are.
+    """Yields the encoded records of the finished parts 0, 1, ....
 
     Args:
       folder: with the parts.
       indices: of the parts.
-      order: positions among the rows of all indices; all of them if there is none.
+      order: indices into the rows of all parts; None = all, in order.
     """
     places = [
         (number, end - row.size, row.size)
@@ -300,7 +300,7 @@ def read_records(
 
 
 def finished(parts: Sequence[Part], folder: str | os.PathLike[str], salt: bytes = b"") -> dict[int, Index]:
-    """Number and index of the parts that are complete, in order; one that is damaged has to be made again."""
+    """Maps the numbers of complete parts to their indices, in order; damaged parts are left out, to be made again."""
     found = {}
     for part in parts:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -316,12 +316,12 @@ def finished(parts: Sequence[Part], folder: str | os.PathLike[str], salt: bytes 
 def run_here(
     parts: Sequence[Part], work: isolate.Work, workers: int, limit: float, preload: str
 ) -> Generator[tuple[Part, int], None, None]:
-    """Makes parts in processes of this machine; yields each when it is finished, and its usable sources.
+    """Makes parts in processes on this machine; yields each when finished, with its number of usable sources.
 
     Args:
-      parts: to make.
+      parts: the parts to make.
       work: a partial of `write_part`.
-      workers: processes.
+      workers: number of processes.
       limit: seconds without a sign of life after which a source is given up.
       preload: see `isolate.isolated_map`.
     """
@@ -331,21 +331,21 @@ def run_here(
 
 
 def run_on_beam(parts: Sequence[Part], work: isolate.Work, limit: float, preload: str, options: Any) -> None:
-    """Makes parts with an Apache Beam pipeline, whose workers reach the folder of `work` under the same name.
+    """Makes parts with an Apache Beam pipeline, whose workers must reach the folder of `work` under the same name.
 
-    They must be allowed to start processes: on Dask, workers without a nanny.
+    The workers must be allowed to start processes: on Dask, that is workers without a nanny.
 
     Args:
-      parts: to make.
+      parts: the parts to make.
       work: a partial of `write_part`.
       limit: as in `run_here`.
       preload: likewise.
-      options: `apache_beam.options.pipeline_options.PipelineOptions`, the choice of the runner among them.
+      options: `apache_beam.options.pipeline_options.PipelineOptions`, including the choice of runner.
     """
     import apache_beam as beam
 
-    # Each part still has a process of its own below the Beam worker: a file that crashes its reader would otherwise
-    # be tried four times and then end the pipeline.
+    # Each part still runs in a child process of the Beam worker: otherwise, a file that crashes its reader would be
+    # tried four times and then end the pipeline.
     one = functools.partial(_run_one, work=work, limit=limit, preload=preload)
     with beam.Pipeline(options=options) as pipeline:
         _ = pipeline | beam.Create(list(parts)) | beam.Reshuffle() | beam.Map(one)

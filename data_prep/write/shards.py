@@ -1,7 +1,7 @@
-"""Records to shards that TensorFlow Datasets opens, and a folder that appears at once or not at all.
+"""Writes records to shards that TensorFlow Datasets can open, into a folder that appears complete or not at all.
 
-TensorFlow Datasets names the files and writes the metadata, but not the shards: its own writers need TensorFlow for
-TFRecord files and for splits above 1 GB, and keep a shard or a split in memory.
+TensorFlow Datasets is used to write the metadata, but not the shards: its own writers need TensorFlow for TFRecord
+files and for splits above 1 GB, and keep a shard or a split in memory.
 """
 
 import contextlib
@@ -26,19 +26,19 @@ SHARD_BYTES = 128 << 20
 
 
 class UnusableInputError(InputError):
-    """The input gives no dataset, whatever is done with it."""
+    """The input yields no dataset, so that resuming the build is pointless."""
 
 
 @dataclasses.dataclass
 class SplitWriter:
-    """Writes the shards of one split, a new one whenever the last has `SHARD_BYTES`.
+    """Writes the shards of one split, starting a new one whenever the last has reached `SHARD_BYTES`.
 
     Attributes:
-      folder: where they go.
+      folder: output folder.
       name: of the dataset.
-      split: of the dataset.
+      split: name of the split.
       format: "array_record" or "tfrecord".
-      lengths: records per shard so far.
+      lengths: number of records in each shard so far.
       size: bytes of all records so far.
     """
 
@@ -65,14 +65,14 @@ class SplitWriter:
         self.size += len(data)
 
     def close(self) -> None:
-        """Completes the last shard and gives all their final names, which hold how many there are."""
+        """Completes the last shard and gives all shards their final names, which include their number."""
         with _as_os_error():
             self._close_shard()
         for index in range(len(self.lengths)):
             self._path("incomplete", index).rename(self._path(f"{len(self.lengths):05d}", index))
 
     def info(self) -> tfds.core.SplitInfo:
-        """The split as TensorFlow Datasets describes it."""
+        """Description of the split for TensorFlow Datasets."""
         template = naming.ShardedFileTemplate(
             data_dir=self.folder, dataset_name=self.name, split=self.split, filetype_suffix=self.format
         )
@@ -103,7 +103,7 @@ class _TFRecordWriter:
 def _open_shard(path: pathlib.Path, file_format: str) -> Any:
     if file_format == "tfrecord":
         return _TFRecordWriter(path)
-    # One record a group: training reads single records in random order.
+    # One record per group: training reads single records in random order.
     return array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
 
 
@@ -111,20 +111,20 @@ def _open_shard(path: pathlib.Path, file_format: str) -> Any:
 def _as_os_error() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what ArrayRecord raises: "write() failed: No space left on device; writing ..."
+    except RuntimeError as error:  # ArrayRecord raises "write() failed: No space left on device; writing ..."
         raise OSError(str(error).split(";")[0].split(": ", 1)[-1]) from error
 
 
 def write_metadata(
     writers: Sequence[SplitWriter], version: str, label_names: Sequence[str], channels: int, **texts: str
 ) -> None:
-    """Describes finished splits beside their shards, as a dataset that TensorFlow Datasets opens.
+    """Writes the metadata of finished splits beside their shards, for TensorFlow Datasets.
 
     Args:
       writers: of the splits, closed.
-      version: "1.0.0".
+      version: of the dataset, such as "1.0.0".
       label_names: class names in the order of their numbers.
-      channels: 1 if all images are grey, else 3, and then TensorFlow Datasets shows all in colour.
+      channels: 1 if all images are grey, else 3; TensorFlow Datasets then decodes all images in colour.
       **texts: description, citation and homepage.
     """
     one = writers[0]
@@ -138,7 +138,7 @@ def write_metadata(
         ),
         features=_features(label_names, channels),
         supervised_keys=("image", "label"),
-        disable_shuffling=True,  # whatever their order; the input pipeline shuffles
+        disable_shuffling=True,  # tfds must not reorder; the input pipeline shuffles
         **{name: text or None for name, text in texts.items()},
     )
     info.set_file_format(one.format)
@@ -147,7 +147,7 @@ def write_metadata(
 
 
 def _features(label_names: Sequence[str], channels: int) -> tfds.features.FeaturesDict:
-    # Without names no file of names is written, which is how others tell that there are no classes.
+    # Without names, no file of names is written, which is how readers know that there are no classes.
     names = {"names": list(label_names)} if label_names else {"num_classes": 0}
     return tfds.features.FeaturesDict(
         {
@@ -160,7 +160,7 @@ def _features(label_names: Sequence[str], channels: int) -> tfds.features.Featur
             "video": tfds.features.Text(doc="a still is its own"),
             "frame": tfds.features.Text(),
             "label": tfds.features.ClassLabel(doc="-1 = none", **names),
-            # Bytes, because TensorFlow Datasets has no image that may be absent.
+            # Bytes, because TensorFlow Datasets has no optional images.
             "mask": tfds.features.Tensor(shape=(), dtype=np.object_, doc="PNG as large as the image, or empty"),
             "spacing": tfds.features.Tensor(
                 shape=(2,), dtype=np.float32, doc="mm from pixel to pixel, down and across; 0 = not known"
@@ -173,18 +173,18 @@ def _features(label_names: Sequence[str], channels: int) -> tfds.features.Featur
 
 @contextlib.contextmanager
 def workplace(target: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
-    """Yields the hidden folder beside `target` in which it is built, with what an interrupted build left there.
+    """Yields the hidden folder beside `target` in which it is built, with the work of an interrupted build.
 
-    The block ends with `publish`. If it does not get so far because it was interrupted or the disk is full, the folder
-    stays, with 'incomplete' in its name, so that nothing opens it and the next build goes on from there. After an
-    `UnusableInputError` there is nothing to go on with, and no trace is left.
+    The block should end with `publish`. If it is interrupted before that, or the disk is full, the folder is kept, with
+    'incomplete' in its name, so that nothing opens it and the next build can resume. After an `UnusableInputError`
+    there is nothing to resume, and the folder is removed.
 
     Args:
-      target: two levels of folders, NAME/VERSION, that belong to the build.
-      key: of what is built; work on anything else is removed.
+      target: folder NAME/VERSION; both levels belong to the build.
+      key: identifies what is built; work left by a build with another key is removed.
 
     Raises:
-      InputError: another build is at work on the same dataset.
+      InputError: another build of the same dataset is running.
     """
     parents = [folder for folder in (target.parent.parent, target.parent) if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +195,7 @@ def workplace(target: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
             note = folder / "key"
             if folder.exists() and not (note.exists() and note.read_text() == key):
                 shutil.rmtree(folder)
-            folder.mkdir(mode=0o700, exist_ok=True)  # what lies here may name patients
+            folder.mkdir(mode=0o700, exist_ok=True)  # its content may name patients
             note.write_text(key)
             try:
                 yield folder
@@ -207,16 +207,16 @@ def workplace(target: pathlib.Path, key: str) -> Iterator[pathlib.Path]:
             shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
         for parent in reversed(parents):
-            with contextlib.suppress(OSError):  # not empty: there is work to go on with, or someone else
+            with contextlib.suppress(OSError):  # not empty: work to resume, or files of others
                 parent.rmdir()
         raise
 
 
 def publish(folder: pathlib.Path, target: pathlib.Path, overwrite: bool) -> None:
-    """Makes a finished folder appear as `target`, in place of what is there only if it may be replaced.
+    """Renames a finished folder to `target`, replacing an existing one only if `overwrite` is true.
 
     Raises:
-      InputError: `target` appeared meanwhile.
+      InputError: `target` appeared in the meantime.
     """
     old = folder.with_name(folder.name + "-old")
     if overwrite and target.exists():
