@@ -1,1 +1,1 @@
-"""Side-by-side measurements; each module prints the table that RESULTS.md holds."""
+"""Side-by-side measurements; each module prints a table of RESULTS.md."""

@@ -1,9 +1,9 @@
-"""Runs the comparisons that have a row of their own, one after the other, and collects their tables.
+"""Runs the comparisons listed in `ROWS`, one after another, and collects their tables.
 
     python -m benchmarks [--only=step-base,start] [--ultrasound=DIR] [--quick] [--list]
 
-Leaves `NAME.json` of each and `tables.md` in `--output`; what is there already is not measured again, so that the same
-command goes on after an interruption. A comparison that fails is said and passed over.
+Writes `NAME.json` for each, and `tables.md`, to `--output`. Finished comparisons are not repeated, so that the same
+command resumes after an interruption. A comparison that fails is reported and skipped.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 
 from benchmarks import alternate
 
-#: Module and arguments by name; {png} and {shards} are BUS-BRA's images, and shards of it.
+#: Module and arguments by name; {png} stands for BUS-BRA's images, {shards} for shards of it.
 ROWS = {
     "input-grey": "input_pipeline {png}",
     "input-rgb": "input_pipeline {png} --rgb=560x470",
@@ -36,7 +36,7 @@ ROWS = {
 
 
 def main() -> None:
-    """Runs what is asked for and not there yet."""
+    """Runs the requested comparisons that are not finished yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="names, separated by commas; default: all")
     parser.add_argument("--list", action="store_true", help="say what there is, and the commands")
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def build(output: pathlib.Path, raw: pathlib.Path | None) -> None:
-    """Labelled shards, of BUS-BRA or of phantoms."""
+    """Builds labelled shards of BUS-BRA or, without it, of phantoms."""
     alternate.tell("building labelled shards ...")
     how = ["--dataset=bus_bra", f"--input={raw}"] if raw else ["--dataset=phantom"]
     done = subprocess.run([sys.executable, "-m", "data_prep.build", f"--output={output}", *how], check=False)

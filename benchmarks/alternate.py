@@ -1,8 +1,8 @@
-"""Programs that do the same, measured in turn, each in a process of its own.
+"""Measures programs that do the same thing in turn, each in its own process.
 
-A benchmark names its sides and calls `measure`; the process of a side calls `serve`. Processes stay alive and take
-turns, so that all are as warm as they get and a machine that slows down slows all; or, where their memory does not fit
-beside one another or their start is part of what is measured, each round starts them anew (`fresh`).
+A benchmark names its sides, that is the programs to compare, and calls `measure`; the process of each side calls
+`serve`. Processes stay alive and take turns, so that all are warm and a machine that slows down slows all of them. If
+they do not fit into memory together, or their start is part of the measurement, every round starts new ones (`fresh`).
 """
 
 import argparse
@@ -27,12 +27,12 @@ import psutil
 
 OURS, THEIRS = "ours", "PyTorch"
 Result = dict[str, Any]
-#: Of each side: `about`, what it said when it was ready; `rounds`, what it measured; `error`, why there is no more.
+#: For each side: `about`, what it reported when ready; `rounds`, its measurements; `error`, why it ended early, or "".
 Found = dict[str, dict[str, Any]]
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
-    """Adds what all comparisons ask."""
+    """Adds the arguments that all comparisons share."""
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--minutes", type=float, default=5.0, help="no round begins later, but for the second")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
@@ -44,35 +44,35 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
 
 
 def pin(cores: int) -> None:
-    """Leaves this process and those that it starts only so many cores; 0 leaves all.
+    """Restricts this process and its children to this many cores; 0 = no restriction.
 
-    With one core no side spends time waiting for threads that others keep from running: CPU seconds on a busy machine
-    are then comparable, which they are not where OpenMP spins.
+    With one core, no side waits for threads that other processes keep from running, so that CPU seconds are comparable
+    on a busy machine; with several, OpenMP would spin.
     """
     if cores:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 
 
 def number_of_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_memory() -> float:
-    """GB that were resident at most since this process's program began, workers not counted."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:  # rusage counts what came before exec, too
+    """Peak resident memory in GB since this program started, without workers."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:  # rusage includes the time before exec
         return next(int(line.split()[1]) * 1024 / 1e9 for line in file if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def serve(prepare: Callable[[], tuple[Result, Callable[[], Result]]]) -> None:
-    """The life of a side: prepares, says so, and measures whenever it is asked.
+    """The main function of a side: prepares, reports that it is ready, and measures a round whenever asked.
 
     Args:
-      prepare: returns what there is to say before the first round, and what measures a round.
+      prepare: returns what to report before the first round, and a function that measures a round.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print what they like
+    os.dup2(2, 1)  # what libraries print must not get into the answers
     start = time.perf_counter()
 
     def say(result: Result) -> None:
@@ -85,11 +85,11 @@ def serve(prepare: Callable[[], tuple[Result, Callable[[], Result]]]) -> None:
 
 
 class _EndedError(Exception):
-    """A side's process ended, and why."""
+    """The process of a side ended; the message states why."""
 
 
 class _Side:
-    """The process of a side, from outside."""
+    """The process of a side, as seen by the parent."""
 
     def __init__(self, module: str, arguments: Sequence[str], environment: Mapping[str, str]):
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by `close`
@@ -125,7 +125,7 @@ class _Side:
         return self.answer(limit)
 
     def close(self) -> Result:
-        """Lets it end; its life and the CPU seconds of it and the workers that it waited for."""
+        """Lets the process end; returns the seconds from its start to its end."""
         with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
             self._process.communicate(timeout=60)
         if self._process.poll() is None:
@@ -144,15 +144,15 @@ def measure(
     fresh: bool = False,
     limit: float = 1800.0,
 ) -> Found:
-    """Measures all sides in turn, the first one changing, so that none has the quieter moments of the machine.
+    """Measures all sides in turn, in alternating order, so that none gets only the quieter moments of the machine.
 
     Args:
-      module: is run for each side as `python -m module --side=NAME ...`.
-      sides: names, with what is added to the environment of the process.
-      args: of `add_arguments`.
-      arguments: of the command line.
-      fresh: a process for each round, whose life and CPU seconds are measured too (`seconds`, `cpu`).
-      limit: seconds in which an answer must come.
+      module: run for each side as `python -m module --side=NAME ...`.
+      sides: additions to the environment of the process, by name.
+      args: with the arguments of `add_arguments`.
+      arguments: command line arguments, passed on to the sides.
+      fresh: uses a new process in each round, and also measures its lifetime and CPU seconds (`seconds`, `cpu`).
+      limit: seconds within which a side must answer.
     """
     pin(args.cores)
     wanted = (args.sides or "*").split(";")
@@ -212,7 +212,7 @@ def measure(
 
 
 def tell(text: str) -> None:
-    """Says how far it is."""
+    """Reports progress on stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -221,15 +221,15 @@ def _short(result: Result) -> str:
 
 
 def table(found: Found, columns: Mapping[str, str], key: str, peer: str, *, less: bool = False) -> str:
-    """Markdown: a row for each side, medians over rounds with the lowest and highest (of memory the highest), and
-    how it compares.
+    """Markdown table with a row per side: medians over rounds with minimum and maximum (for memory only the maximum),
+    and the ratio to a peer.
 
     Args:
-      found: of `measure`.
-      columns: titles of what was measured, by key; what a side does not have stays empty.
-      key: what is compared.
-      peer: with which side, round by round.
-      less: less of it is better.
+      found: from `measure`.
+      columns: titles of the measured values, by key; cells without a value stay empty.
+      key: the value that is compared.
+      peer: the side to compare with, round by round.
+      less: whether lower is better.
     """
     lines = [f"| | {' | '.join(columns.values())} | times {peer} |", "|---" * (len(columns) + 2) + "|"]
     for name, side in found.items():
@@ -248,7 +248,7 @@ def table(found: Found, columns: Mapping[str, str], key: str, peer: str, *, less
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, and lowest and highest where they differ, to three digits."""
+    """Median, with minimum and maximum if they differ, to three digits."""
     if not values:
         return ""
     low, middle, high = (f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:,.0f}" for value in (
@@ -257,7 +257,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def report(args: argparse.Namespace, title: str, found: Any, text: str) -> None:
-    """Prints a table below a line that says what it is, and writes all to `--json`."""
+    """Prints a table below a title line, and writes all measurements to `--json`."""
     machine = f"{platform.machine()}, {number_of_cores()} cores, load {os.getloadavg()[1]:.1f} in the last five minutes"
     line = f"{title} ({machine})"
     print(f"{line}\n\n{text}\n")

@@ -1,12 +1,12 @@
-"""How fast files become records: every reader, cleaning and the whole build, beside plain loops of other libraries.
+"""How fast files become records: every reader, cleaning and the whole build, compared with plain library loops.
 
     python -m benchmarks.data_prep [--frames=96] [--rounds=5]
 
-Simulated frames of about 512 x 700 pixels are written in each format first. One thread, so that the figures are
-images/s/core; rounds alternate. "Read" is files to pixels, beside what a script would do (Pillow, pydicom, PyAV,
-SimpleITK, h5py). "Stored" is our whole way to a record, with two hashes for duplicates; "cleaned" also finds the sector
-and annotations. The plain loop resizes and encodes what it reads, with Pillow. Memory is what a fresh process takes at
-its peak to read a clip or volume of ten times as many frames, beyond what it takes for two frames.
+Simulated frames of about 512 x 700 pixels are first written in each format. One thread, so that the figures are
+images/s/core; the methods take turns. "Read" is files to pixels, compared with what a script would use (Pillow,
+pydicom, PyAV, SimpleITK, h5py). "Stored" is all of our work up to a record, including two hashes for duplicates;
+"cleaned" also finds the sector and annotations. The plain loop resizes and encodes what it reads, with Pillow. Memory
+is the peak of a new process that reads a clip or volume of ten times as many frames, less the peak for two frames.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from data_prep.readers import Options, read_frames
 from data_prep.work import Storage, process
 
 _SIZE = 512
-_LONG = 10  # times the frames, for memory
+_LONG = 10  # times as many frames, for memory
 
 
 def _simulate(count: int) -> list[np.ndarray]:
-    """Frames of one shape, so that they also make a clip and a volume."""
+    """Simulates frames of one shape, so that they can also form a clip and a volume."""
     frames: list[np.ndarray] = []
     patient = 0
     while len(frames) < count:
@@ -49,7 +49,7 @@ def _simulate(count: int) -> list[np.ndarray]:
 
 
 def _write_all(folder: pathlib.Path, frames: list[np.ndarray]) -> dict[str, list[str]]:
-    """Writes the frames in every format -> kind: names of files."""
+    """Writes the frames in every format; returns the file names by format."""
     stack = np.stack(frames)
     files: dict[str, list[str]] = {}
     for suffix in ("png", "jpg"):
@@ -122,7 +122,7 @@ def _write_hdf5(path: pathlib.Path, stack: np.ndarray) -> None:
 
 
 def _plain_frames(path: str) -> Iterator[np.ndarray]:
-    """What a short script reads a file with -> uint8 [H, W]."""
+    """Reads a file as a short script would; yields uint8 [H, W]."""
     if path.endswith((".png", ".jpg")):
         yield np.asarray(Image.open(path).convert("L"))
     elif path.endswith(".dcm"):
@@ -177,7 +177,7 @@ def _speed(work: Callable[[], int]) -> float:
 
 
 def _peak_memory(module: str, path: pathlib.Path) -> float:
-    """MB that reading a long file takes at the peak, beyond what a file of two frames takes."""
+    """Peak memory in MB for reading a long file, less that for a file of two frames."""
     peaks = []
     for prefix in ("tiny_", "long_"):
         call = [sys.executable, "-m", "benchmarks.data_prep", f"--peak={module}"]
@@ -189,13 +189,13 @@ def _peak_memory(module: str, path: pathlib.Path) -> float:
 def _print_peak(module: str, path: str) -> None:
     for _ in read_frames(path, Options()) if module == "ours" else _plain_frames(path):
         pass
-    # Not getrusage: its maximum begins with that of the process that started this one.
+    # Not getrusage: its maximum includes that of the process that started this one.
     status = pathlib.Path("/proc/self/status").read_text()
     print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024)  # type: ignore[index]
 
 
 def _scaling(folder: pathlib.Path, rounds: int) -> list[float]:
-    """Images/s of the whole build with two workers over that with one, paired."""
+    """Speed of the whole build with two workers relative to one, sorted, one ratio per round."""
     ratios = []
     for _ in range(rounds):
         seconds = []
@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peak", default="", help=argparse.SUPPRESS)  # what this process runs of itself
+    parser.add_argument("--peak", default="", help=argparse.SUPPRESS)  # for child processes of this benchmark
     parser.add_argument("--path", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak:
@@ -245,7 +245,7 @@ def main() -> None:
 
 
 def _row(kind: str, paths: list[str], rounds: int) -> str:
-    """One format's line of the table."""
+    """The row of one format in the table."""
     works = {
         "read": functools.partial(_read, paths),
         "plain read": functools.partial(_plain_read, paths),
@@ -257,7 +257,7 @@ def _row(kind: str, paths: list[str], rounds: int) -> str:
     for round_number in range(rounds + 1):
         for name, work in works.items():
             speed = _speed(work)
-            if round_number:  # the first one warms up
+            if round_number:  # the first round is the warm-up
                 speeds[name].append(speed)
     ratios = sorted(a / b for a, b in zip(speeds["read"], speeds["plain read"], strict=True))
     read, plain_read, *rest = (f"{statistics.median(values):,.0f}" for values in speeds.values())

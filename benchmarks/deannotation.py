@@ -1,18 +1,18 @@
-"""What removing annotations removes and what it does to tissue: ours beside the published recipe, in one run.
+"""What removing annotations removes, and how it changes tissue: ours compared with the published recipe.
 
     python -m benchmarks.deannotation [--images=40] [--data=DIR] [--picture=docs/deannotation.png]
 
-Annotations are burnt into phantoms of a seed that nothing was chosen or looked at on (7, 8, 9, 11, 21, 31, 100, 2025
-and 4711 were), half of them on larger screens, a third each lossless, JPEG 90 and JPEG 80. With --data they are also
-burnt into public frames; those were looked at for gross faults, and on all of USGRA thresholds were chosen. The recipe
-is in `published_recipe.py`, with Tesseract where that is installed. The text detector of
-`pip install rapidocr-onnxruntime` is measured where that is.
+Annotations are burnt into phantoms with a seed not used for any choice or inspection (7, 8, 9, 11, 21, 31, 100, 2025
+and 4711 were), half of them on larger screens; a third each are lossless, JPEG 90 and JPEG 80. With --data they are
+also burnt into public frames; these were inspected for gross faults, and thresholds were chosen on all of USGRA. The
+recipe is in `published_recipe.py`, with Tesseract if it is installed. The text detector of
+`pip install rapidocr-onnxruntime` is measured if it is installed.
 
-An ink pixel counts where it was seen: it changed by more than 16 grey levels and 2 sigma, the standard deviation of the
-clean frame in 15 x 15 pixels. It is gone when what is left is at most half of that change, or within 2 sigma. Found: it
-is in the mask, or beyond the sector and so blank. Tissue is what lies in the sector and has no ink or Doppler on it;
-"away" leaves out what is within 4 pixels of ink, where compression changed it. Changes are in grey levels. Speed is by
-the processor time of one thread. Each figure is the mean over frames, in brackets the 10th and 90th percentile.
+Ink pixels count only if visible: changed by more than 16 grey levels and by more than 2 sigma, the standard deviation
+of the clean frame in 15 x 15 pixels. Gone: the remaining change is at most half of that, or within 2 sigma. Found: in
+the mask, or outside the sector and so blanked. Tissue is the sector without ink and Doppler; "away" also leaves out
+pixels within 4 of ink, which compression changed. Changes are in grey levels. Speed is per processor time of one
+thread. Each figure is the mean over frames, with the 10th and 90th percentiles in brackets.
 """
 
 import argparse
@@ -33,9 +33,9 @@ from data_prep.clean.inpainting import clean_frame, overlay_mask
 from data_prep.clean.sector import Sector, find_sector
 from data_prep.readers import read_frames
 
-Frames = Iterable[tuple[np.ndarray, np.ndarray]]  # uint8 [H, W] and where its sector is
+Frames = Iterable[tuple[np.ndarray, np.ndarray]]  # frame and mask of its sector, uint8 [H, W] each
 Method = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, float]]  # image -> result, mask, seconds
-Figures = dict[str, dict[str, list[float]]]  # of each method
+Figures = dict[str, dict[str, list[float]]]  # method -> figure -> value for each frame
 
 _SEED = 90210
 _REAL = (
@@ -55,7 +55,7 @@ def phantoms(number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def real_frames(folder: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Grey public frames, cropped to their sectors, and those."""
+    """Grey public frames, cropped to their sectors, and their sectors."""
     for pattern in _REAL:
         for path in sorted(pathlib.Path(folder).glob(pattern)):
             frame = next(read_frames(path)).pixels
@@ -67,7 +67,7 @@ def real_frames(folder: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def burnt(frames: Frames, *, doppler: bool = False, soft: float = 0.0) -> Iterator[tuple[overlays.Burnt, np.ndarray]]:
-    """The frames with annotations, and their sectors."""
+    """The frames with annotations burnt in, and their sectors."""
     for number, (clean, sector) in enumerate(frames):
         rng = np.random.default_rng([_SEED, number, 1])
         quality = (0, 90, 80)[number % 3]
@@ -75,13 +75,13 @@ def burnt(frames: Frames, *, doppler: bool = False, soft: float = 0.0) -> Iterat
 
 
 def _processor_time():
-    """Of this process and those it waited for, in seconds."""
+    """Processor time of this process and its finished children, in seconds."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
 def ours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Result in the place of the whole frame, mask with what lies beyond the sector, seconds without making that."""
+    """Result in the size of the whole frame, mask including all outside the sector, seconds without the mask."""
     start = _processor_time()
     sector = find_sector([image])
     cleaned = clean_frame(image, sector)
@@ -93,7 +93,7 @@ def ours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
 
 
 def published(find_text: published_recipe.Boxes | None) -> Method:
-    """The recipe with an engine that finds text, or without."""
+    """The published recipe, with or without an engine that finds text."""
 
     def run(image):
         image = _rgb(image)
@@ -119,7 +119,7 @@ def _sigma(clean):
 
 
 def judge(truth: overlays.Burnt, sector: np.ndarray, result: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """The figures of one frame; kinds that cannot be seen in it are missing."""
+    """The figures of one frame; kinds of annotations not visible in it are missing."""
     before, clean = _rgb(truth.image).astype(np.int16), _rgb(truth.clean)
     change = np.abs(before - clean).max(axis=2)
     left_over = np.abs(result.astype(np.int16) - clean).max(axis=2)
@@ -147,7 +147,7 @@ def judge(truth: overlays.Burnt, sector: np.ndarray, result: np.ndarray, mask: n
 
 
 def measure(frames: Frames, methods: dict[str, Method], **how: Any) -> Figures:
-    """All figures of all methods on the same frames, burnt as `how` says."""
+    """All figures of all methods on the same frames, with annotations burnt in by `burnt(frames, **how)`."""
     figures: Figures = {name: collections.defaultdict(list) for name in methods}
     for truth, sector in burnt(frames, **how):
         for name, method in methods.items():
@@ -159,7 +159,7 @@ def measure(frames: Frames, methods: dict[str, Method], **how: Any) -> Figures:
 
 
 def changes(frames: Frames, methods: dict[str, Method]) -> Figures:
-    """What the methods do to frames without annotations."""
+    """How the methods change frames without annotations."""
     figures: Figures = {name: collections.defaultdict(list) for name in methods}
     for clean, sector in frames:
         for name, method in methods.items():
@@ -170,7 +170,7 @@ def changes(frames: Frames, methods: dict[str, Method]) -> Figures:
 
 
 def detectors(frames: Frames, engines: dict[str, published_recipe.Boxes], soft: float = 0.0) -> Figures:
-    """Detection of letters alone: what of them is found, what of the tissue is taken for them, how fast."""
+    """Detection of letters alone: share of letters found, share of tissue mistaken for letters, and speed."""
     figures: Figures = {name: collections.defaultdict(list) for name in ("ours", *engines)}
     for truth, sector in burnt(frames, soft=soft):
         image, ink = _rgb(truth.image), np.max(list(truth.masks.values()), axis=0)
@@ -202,7 +202,7 @@ def show(title: str, figures: Figures) -> None:
 
 
 def draw(path: str) -> None:
-    """Writes a picture: phantoms with annotations, what is found in them (red), and what is left, in rows."""
+    """Writes a picture with a row per phantom: with annotations, annotations found (red), and the result."""
     rows: list[np.ndarray] = []
     for clean, sector in itertools.islice(phantoms(8), 0, 8, 3):
         rng = np.random.default_rng([_SEED, len(rows)])

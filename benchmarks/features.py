@@ -1,13 +1,13 @@
-"""Frozen features and a logistic regression on them: our evaluation beside PyTorch and scikit-learn scripts.
+"""Frozen features and a logistic regression on them: our evaluation compared with PyTorch and scikit-learn scripts.
 
     python -m benchmarks.features --data=data/bus_bra [--model=tiny] [--images=0] [--rounds=3]
     python -m benchmarks.features --data=data/bus_bra --model=base --images=64
 
-All sides see the same frames, the same (random) weights, the same folds and the same strengths of regularisation; each
-run is a process of its own, and rounds alternate. Measured are seconds for the features (from files to an array, with
-what has to be compiled for it), for the regression (5 folds, 12 strengths), and for the whole process. PyTorch reads
-loose JPEG files, which are written before the clock starts; the largest difference between our features and theirs is
-printed, relative to their deviation.
+All sides use the same frames, (random) weights, folds and regularisation strengths; each run is a separate process,
+and the sides take turns. Measured are the seconds for the features (from files to an array, including compilation), for
+the regression (5 folds, 12 strengths), and for the whole process. PyTorch reads single JPEG files, which are written
+before the clock starts. The largest difference between our features and theirs is printed, relative to their standard
+deviation.
 """
 
 import argparse
@@ -29,7 +29,7 @@ GREY = {"mean": [0.5], "std": [0.25]}
 
 
 def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
-    """Writes what both sides read: an encoder directory; for PyTorch also JPEG files, labels and folds."""
+    """Writes the inputs of all sides: an encoder directory, and for PyTorch also JPEG files, labels and folds."""
     from flax import nnx
 
     from usfmae_jax.data import splits
@@ -70,7 +70,7 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path) -> None:
 
 
 def ours(args: argparse.Namespace) -> alternate.Result:
-    """What `usfmae_jax.evaluate` does between its settings and its report."""
+    """The work of `usfmae_jax.evaluate` between its settings and its report."""
     import jax
     from sklearn.metrics import roc_auc_score
 

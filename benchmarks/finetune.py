@@ -1,14 +1,14 @@
-"""Cross-validated fine-tuning: our command beside a PyTorch loop with the same recipe.
+"""Cross-validated fine-tuning: our command compared with a PyTorch loop with the same recipe.
 
     python -m benchmarks.finetune --data=data/bus_bra [--model=tiny] [--epochs=3] [--folds=5] [--rounds=3]
 
-Same frames, folds, initial weights (random), batch, epochs, augmentation, AdamW with layer-wise decay, schedule,
-clipping, drop path and label smoothing; both evaluate on the validation part after every epoch and test the best. Each
-run is a process of its own and rounds alternate. Ours is `python -m usfmae_jax.finetune` as a person types it: the
-whole process includes intervals, checkpoints and the report, which the PyTorch loop has none of. `training` is the time
-from when the data is open to the last test, compiling included. Ours trains folds of a small model side by side, as
-many as there are cores, which is what the command does by itself; the PyTorch loop has one after the other, as such
-loops do, each on all cores. `--parallel=1` has ours do the same.
+Same frames, folds, initial weights (random), batch size, epochs, augmentation, AdamW with layer-wise decay, schedule,
+clipping, drop path and label smoothing; both evaluate on the validation part after every epoch and test the best model.
+Each run is a separate process, and the sides take turns. Ours is the complete `python -m usfmae_jax.finetune`: its
+process includes confidence intervals, checkpoints and the report, which the PyTorch loop lacks. `training` is the time
+from opening the data to the last test, including compilation. Ours trains folds of a small model in parallel, one per
+core, which is the command's default; the PyTorch loop trains them one after another, as such loops do, each on all
+cores. With `--parallel=1`, ours does the same.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from benchmarks import alternate, features
 
 
 def settings(args: argparse.Namespace) -> Any:
-    """Our recipe for labelled folders, as long as the benchmark wants it."""
+    """Our recipe for labelled folders, with the length that the arguments give."""
     from configs.finetune import get_config
 
     config = get_config("folder")
@@ -34,7 +34,7 @@ def settings(args: argparse.Namespace) -> Any:
     config.data.path = args.data
     config.train.update(epochs=args.epochs, min_steps=0, batch_size=args.batch)
     config.parallel = args.parallel
-    config.split.duplicates = False  # the loop beside it does not look for them
+    config.split.duplicates = False  # the PyTorch loop does not look for them either
     if args.folds:
         known = json.loads(pathlib.Path(args.work, "frames.json").read_text())
         config.split.only = tuple(known["names"][: args.folds])
@@ -42,7 +42,7 @@ def settings(args: argparse.Namespace) -> Any:
 
 
 def ours(args: argparse.Namespace) -> alternate.Result:
-    """The command, with a clock on its loop."""
+    """Our command, with its loop timed."""
     from usfmae_jax.data import cells
     from usfmae_jax.finetuning import loop
 
@@ -68,7 +68,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
 
 
 def _schedule(step: int, total: int, warmup: float, floor: float) -> float:
-    """Share of the highest learning rate."""
+    """Learning rate as a fraction of its peak."""
     rising = round(warmup * total)
     if step < rising:
         return step / rising
@@ -76,7 +76,7 @@ def _schedule(step: int, total: int, warmup: float, floor: float) -> float:
 
 
 def _parameter_groups(model: Any, depth: int, rate: float, optimizer: Any) -> list[dict[str, Any]]:
-    """Layer-wise rates; matrices decay, biases, norms and tokens do not."""
+    """Groups with layer-wise learning rates; weight decay applies to matrices, not to biases, norms and tokens."""
     groups: dict[tuple[float, float], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if name.startswith("norm."):  # after the mean: part of the head

@@ -1,16 +1,16 @@
-"""How fast files become augmented batches: ours from shards, beside two loaders of PyTorch.
+"""How fast files become augmented batches: ours from shards, compared with two PyTorch loaders.
 
     python -m benchmarks.input_pipeline --png=DIR [--rgb=560x470] [--size=224] [--workers=2]
 
-The reference loader reads the original PNG files as USF-MAE's public one does, in Pillow: resized to the nearest pixel,
-rotated, flipped, cropped and resized again, normalised. The tuned loader reads the same JPEG shards as ours, with
-OpenCV, and draws all of that as one warp; both leave uint8. All decode in `--workers`: ours threads or
-processes (`config.data.threads`, `.workers`), a DataLoader processes.
+The reference loader reads the original PNG files with Pillow, like USF-MAE's public one: nearest-neighbour resize,
+rotation, flips, crop, second resize, normalisation. The tuned loader reads the same JPEG shards as ours, with OpenCV,
+and combines all of that into one warp; it and ours return uint8. All use `--workers`: ours threads or processes
+(`config.data.threads`, `.workers`), a DataLoader processes.
 
     python -m benchmarks.input_pipeline --records=1000000 --shards=1000
 
-writes so many tiny records into a temporary folder and measures what opening them costs, and going on in the middle of
-an epoch.
+writes that many tiny records to a temporary folder and measures the cost of opening them and of resuming in the middle
+of an epoch.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from usfmae_jax.data.records import FIELDS, decode_image, decode_record, encode_
 
 PROCESSES = f"{alternate.OURS}, processes instead of threads"
 REFERENCE, TUNED = "reference loader, PNG", "tuned loader, the same shards"
-CROP, ROTATION = (0.5, 1.0), (0.0, 90.0)  # of the published recipe, whose crops of more than the image cannot be
+CROP, ROTATION = (0.5, 1.0), (0.0, 90.0)  # of the published recipe, without its impossible crops larger than the image
 
 
 def prepare(args: argparse.Namespace, folder: pathlib.Path) -> int:
-    """Fills `png/` with the original files and `shards/` with what a build makes of them; returns how many."""
+    """Fills `png/` with the original files and `shards/` with shards built from them; returns the number of files."""
     files = sorted(pathlib.Path(args.png).rglob("*.png"))[: args.files] if args.png else []
     if args.png and not files:
         sys.exit(f"--png={args.png} has no PNG files")
@@ -73,7 +73,7 @@ def _build(output: pathlib.Path, *how: str) -> None:
 
 
 def ours(args: argparse.Namespace) -> Iterator[int]:
-    """Batches as the training loop takes them, decoded in as many threads or processes as the peers have."""
+    """Yields the sizes of batches of our training pipeline, with as many threads or processes as the peers have."""
     flags.FLAGS.mark_as_parsed()
     sources = pipeline.open_sources(args.work + "/shards", "")
     how = augment.Augmentation(crop_scale=CROP, rotation=ROTATION, hflip=0.5, vflip=0.5)
@@ -85,7 +85,7 @@ def ours(args: argparse.Namespace) -> Iterator[int]:
 
 
 def theirs(args: argparse.Namespace) -> Iterator[int]:
-    """Batches of a DataLoader, of the original files or of the shards."""
+    """Yields the sizes of batches of a DataLoader, which reads the original files or the shards."""
     import torch
 
     from benchmarks import torch_loaders
@@ -108,14 +108,14 @@ def theirs(args: argparse.Namespace) -> Iterator[int]:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """The process of a side: images/s of its batches, without those that wait already."""
+    """The process of a side: measures images/s, without the batches that were prefetched."""
 
     def begin() -> tuple[alternate.Result, Callable[[], alternate.Result]]:
         batches = (ours if args.side.startswith(alternate.OURS) else theirs)(args)
         next(batches)
 
         def turn() -> alternate.Result:
-            for _ in range(2 * args.workers + 2):  # were loaded while the other sides had their turns
+            for _ in range(2 * args.workers + 2):  # prefetched during the turns of the other sides
                 next(batches)
             start, images = time.perf_counter(), 0
             while time.perf_counter() - start < args.seconds:
@@ -185,7 +185,7 @@ def main() -> None:
     if args.quick:
         args.files, args.size, args.batch, args.seconds, args.rounds = 8, 32, 4, 0.2, min(args.rounds, 2)
     if args.records:
-        flags.FLAGS.mark_as_parsed()  # grain's worker processes ask for it
+        flags.FLAGS.mark_as_parsed()  # needed by grain's worker processes
         with tempfile.TemporaryDirectory() as folder:
             _write_many(pathlib.Path(folder), args.records, args.shards)
             _measure_many(pathlib.Path(folder), args.batch)

@@ -1,9 +1,9 @@
-"""Memory and time of weights in and out: a ViT-L MAE with random weights, each step in a process of its own.
+"""Memory and time of importing and exporting weights: a ViT-L MAE with random weights, one process per step.
 
     python -m benchmarks.interop [--size=large] [--folder=DIR]
 
-Prints the table that RESULTS.md holds. `copy` is the disk's own time for as many bytes, read, written and synced.
-PyTorch files and the comparisons inside the exports need the interop extra; what is missing is left out.
+Prints the table of RESULTS.md. `copy` is the disk's own time to read, write and sync a file of the same size. PyTorch
+files and the comparisons inside the exports need the interop extra; steps that need what is missing are left out.
 """
 
 import argparse
@@ -26,7 +26,7 @@ DECODER = {"decoder_width": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 
 
 def main() -> None:
-    """Makes the file, runs the doors, prints the table."""
+    """Makes the file, runs the commands, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="large", choices=list(SIZES))
     parser.add_argument("--folder", help="where to work; default: a temporary one")
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def measure(size: dict, folder: str) -> None:
-    """All steps in that folder."""
+    """Runs all steps in a folder."""
     source = os.path.join(folder, "random.safetensors")
     write_random(size, source)
     megabytes = os.path.getsize(source) / 1e6
@@ -74,7 +74,7 @@ def measure(size: dict, folder: str) -> None:
 
 
 def write_random(size: dict, path: str) -> None:
-    """A file in the original names, decoder included."""
+    """Writes random weights under the original names, including the decoder."""
     rng = np.random.default_rng(0)
 
     def tensor(shape: tuple[int, ...]) -> Tensor:
@@ -89,7 +89,7 @@ def write_random(size: dict, path: str) -> None:
 
 
 def run(name: str, command: list[str], megabytes: float) -> None:
-    """Runs Python with that command; prints seconds and the peak of its resident memory."""
+    """Runs Python with these arguments; prints a row with the seconds and its peak resident memory."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -1,14 +1,14 @@
-"""Whether copies of real frames are recognised, and frames of other patients are not.
+"""Whether copies of real frames are recognised, and frames of other patients are not mistaken for copies.
 
     python -m benchmarks.near_duplicates --data=DIR [--frames=400] [--pictures=DIR]
 
-DIR holds the public datasets BUS-BRA, HC18, AUL_liver, USGRA_nerve, TimTrack_muscle, COVID-BLUES and POCUS_lung as they
-come; those that are missing are left out. Patients are split in two halves: the first is there to choose `NEAR` and
-`ALIKE` by, the second is reported, one frame a patient, with 95% intervals (Wilson). A false match is
-a pair of frames of different patients that is called the same picture. Patients of AUL and USGRA are not known: their
-pairs, and those within a patient, are listed for a person to judge; --pictures writes them side by side.
+DIR holds the public datasets BUS-BRA, HC18, AUL_liver, USGRA_nerve, TimTrack_muscle, COVID-BLUES and POCUS_lung as
+published; missing ones are left out. Patients are split in two halves: the first is for choosing `NEAR` and `ALIKE`,
+the second is reported, with one frame per patient and 95% intervals (Wilson). A false match is a pair of frames of
+different patients that is called the same picture. Patients of AUL and USGRA are not known: their pairs, and those
+within a patient, are listed for a person to judge; --pictures writes them side by side.
 
-Three pairs of cases of BUS-BRA show the same frames, cut off at different depths; they count as one patient each here.
+Three pairs of cases of BUS-BRA show the same frames, cut off at different depths; each pair counts as one patient here.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from usfmae_jax.data.records import decode_image
 _RADII = (16, 24, 48, 64, 80, 88, 96, 104)
 _LIMITS = (0.02, 0.03, 0.05, 0.1)
 _FONT = cv2.FONT_HERSHEY_SIMPLEX
-_ONE_PATIENT = {"65": "44", "91": "56", "356": "341"}  # cases of BUS-BRA
+_ONE_PATIENT = {"65": "44", "91": "56", "356": "341"}  # cases of BUS-BRA that show the same frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _jpeg(grey: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _crop(grey: np.ndarray, part: float, right: float | None = None, bottom: float | None = None) -> np.ndarray:
-    """Cuts off a part of the height above and below, and of the width on both sides, but for what is given."""
+    """Cuts off a fraction of the height at top and bottom and of the width on both sides, unless given otherwise."""
     height, width = grey.shape
     below = height - round((part if bottom is None else bottom) * height)
     beside = width - round((part if right is None else right) * width)
@@ -110,7 +110,7 @@ def _on_screen(grey: np.ndarray) -> np.ndarray:
 
 
 def _sector(grey: np.ndarray) -> np.ndarray:
-    """The frame with its corners blanked as a convex probe leaves them."""
+    """The frame with its corners blanked, as in images of a convex probe."""
     outline = np.array([[0.3, 0], [0.7, 0], [1, 0.6], [0.98, 0.85], [0.5, 1], [0.02, 0.85], [0, 0.6]])
     mask = np.zeros_like(grey)
     cv2.fillPoly(mask, [(outline * grey.shape[::-1]).astype(np.int32)], 1)
@@ -148,7 +148,7 @@ COPIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def interval(hits: int, number: int) -> str:
-    """A proportion in % with its 95% Wilson interval."""
+    """A proportion in percent with its 95% Wilson interval."""
     z, share = 1.96, hits / number
     middle = (share + z * z / (2 * number)) / (1 + z * z / number)
     half = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2)) / (1 + z * z / number)
@@ -156,7 +156,7 @@ def interval(hits: int, number: int) -> str:
 
 
 def _copies(stills: list[Still]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per treatment the distances and similarities between the frames and their copies."""
+    """Hash distances and similarities between the frames and their copies, by treatment."""
     seen = [fingerprints.views(still.pixels) for still in stills]
     codes = [fingerprints.hash_views(view)[None] for view in seen]
     found = {}
@@ -172,7 +172,7 @@ def _copies(stills: list[Still]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _pairs(stills: list[Still]) -> tuple[list[tuple[float, int, str, int, int]], dict[str, int]]:
-    """Pairs within the largest radius as (similarity, distance, kind, i, j), best first; how many pairs of a kind."""
+    """Pairs within the largest radius, (similarity, distance, kind, i, j), best first; number of all pairs by kind."""
     seen = [fingerprints.views(still.pixels) for still in stills]
     codes = np.array([fingerprints.hash_views(view) for view in seen])
     patients = np.array([still.patient for still in stills])
@@ -282,7 +282,7 @@ def main() -> None:
     cv2.setNumThreads(1)
     stills = list(_read(args.data))
     print(", ".join(f"{n} of {name}" for name, n in collections.Counter(still.dataset for still in stills).items()))
-    people = {(still.dataset, still.patient or still.name): still for still in reversed(stills)}  # a frame of each
+    people = {(still.dataset, still.patient or still.name): still for still in reversed(stills)}  # a frame each
     tuning = set(np.random.default_rng(1).permutation(len(people))[: len(people) // 2])
     side = {person: number in tuning for number, person in enumerate(sorted(people))}
     for report, chosen in ((_print_radii, True), (_print_verdict, False)):

@@ -1,13 +1,13 @@
-r"""What objectives and settings of pretraining are worth in the same time: small models, several seeds, probes.
+r"""Compares objectives and settings of pretraining for equal training time: small models, several seeds, probes.
 
     python -m benchmarks.objectives --data='data/aul,data/hc' --phantoms=data/demo --probe=data/bus_bra \
         --output=objectives.jsonl --work=runs/objectives [--minutes=10] [--settings=mae,cross] [--attentive]
     python -m benchmarks.objectives --output=objectives.jsonl --summary
 
-Trains each setting with each seed for as many steps as fit into so many CPU minutes of one core: the wall-clock of a
-core that has nothing else to do. The speed comes from a short run before. Then probes what was learnt on frames that
-were never seen, and on the phantoms' test split. The file has a line for each finished part; the same command goes on
-where it ended.
+Trains each setting with each seed for as many steps as fit into the given CPU minutes of one core, which equal the
+wall-clock time of an otherwise idle core. The speed is measured in a short run first. Then probes the features on
+frames that were not trained on, and on the phantoms' test split. The output file gets a line for each finished part;
+the same command resumes from there.
 """
 
 import argparse
@@ -29,8 +29,8 @@ from typing import Any
 import psutil
 
 PLAIN = "mae"
-#: By name: what is overridden in a variant of `configs/pretrain.py`, where {real} and {phantoms} stand for shards; or
-#: what is probed without any training.
+#: By name: overrides of a variant of `configs/pretrain.py`, where {real} and {phantoms} stand for shards; or a
+#: checkpoint to be probed without any training.
 SETTINGS: dict[str, dict[str, Any] | str] = {
     "pixels": "pixels",
     "untrained": "random:tiny",
@@ -62,17 +62,17 @@ SETTINGS: dict[str, dict[str, Any] | str] = {
     "real_only": {"data.path": "{real}"},
     "phantoms_only": {"data.path": "{phantoms}"},
 }
-#: Of every run: a checkpoint at the end alone, no pictures, no probe, and nothing that another process would do.
+#: Overrides for every run: a checkpoint only at the end, no pictures, no probe, and no other threads or processes.
 ALWAYS = {
     "checkpoint.every": 10**9, "log.every": 1, "log.pictures_every": 0, "probe.data.path": "", "data.workers": 0,
     "data.threads": 1,
 }  # fmt: skip
 METRICS = {"f1_macro": "macro-F1", "auroc": "AUROC"}
-_ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # of XLA's pool; of NumPy's libraries
+_ONE_THREAD = {"NPROC": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # XLA; NumPy's libraries
 
 
 class Runner:
-    """Starts doors, each on a core of its own, and keeps what they found."""
+    """Starts commands, each on its own core, and records their results."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.lock = args, threading.Lock()
@@ -83,8 +83,8 @@ class Runner:
             self.cores.put(cores[place % len(cores)])
 
     def start(self, core: int, module: str, log: pathlib.Path, *arguments: str) -> subprocess.Popen:
-        """Starts `python -m usfmae_jax.MODULE` on one core; what it says goes to the end of `log`."""
-        os.sched_setaffinity(0, {core})  # of this thread, and of what it starts
+        """Starts `python -m usfmae_jax.MODULE` on one core; its output is appended to `log`."""
+        os.sched_setaffinity(0, {core})  # of this thread, inherited by the process it starts
         command = [sys.executable, "-m", f"usfmae_jax.{module}", *arguments]
         with log.open("a") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | _ONE_THREAD)
@@ -92,7 +92,7 @@ class Runner:
         return process
 
     def stop(self) -> None:
-        """Ends what is still running."""
+        """Kills the processes that are still running."""
         for process in self.started:
             if process.poll() is None:
                 process.kill()
@@ -106,7 +106,7 @@ class Runner:
         return [f"--config=pretrain:{self.args.variant}", f"--workdir={workdir}", *overriding]
 
     def measure(self, setting: str, core: int) -> dict[str, Any]:
-        """CPU seconds of a warm step, and how many steps fit."""
+        """Images per CPU second after warm-up, and the number of steps that fit into the time."""
         first, more = self.args.trial
         workdir, log = self.fresh(f"{setting}-trial")
         process = self.start(core, "main", log, *self.training(setting, 0, workdir, 10**6))
@@ -153,7 +153,7 @@ class Runner:
     def probe(
         self, core: int, checkpoint: str, data: str, protocol: str, workdir: pathlib.Path, log: pathlib.Path
     ) -> dict[str, Any]:
-        """What `usfmae_jax.evaluate` finds: each metric with its interval, and by fold."""
+        """Runs `usfmae_jax.evaluate`; returns each metric with its interval and its values by fold."""
         where = workdir / f"{pathlib.Path(data).name}-{protocol}"
         fields = {"checkpoint": checkpoint, "data.path": data, "protocol": protocol, "examples": 0, "data.threads": 1}
         fields["cache"] = self.args.work / "cache"
@@ -166,14 +166,14 @@ class Runner:
         return {name: results["metrics"][name] | {"folds": folds[name]} for name in METRICS}
 
     def fresh(self, name: str) -> tuple[pathlib.Path, pathlib.Path]:
-        """An empty workdir, and the file for what its processes say."""
+        """An empty workdir, and a log file for the output of its processes."""
         workdir = self.args.work / name
         shutil.rmtree(workdir, ignore_errors=True)
         workdir.mkdir(parents=True)
         return workdir, self.args.work / f"{name}.log"
 
     def part(self, setting: str, seed: int | None, steps: int = 0) -> dict[str, Any]:
-        """One part of the comparison, on a core that is free; writes its line."""
+        """Runs one part of the comparison on a free core; appends its line to the output file."""
         core, start = self.cores.get(), time.monotonic()
         try:
             found = self.measure(setting, core) if seed is None else self.train(setting, seed, core, steps)
@@ -200,10 +200,10 @@ def _steps(workdir: pathlib.Path) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Does what the file has no line of yet, seed by seed, so that an early end leaves whole rounds.
+    """Runs the parts that have no line in the file yet, seed by seed, so that an early end leaves whole rounds.
 
     Returns:
-      how many parts failed; the others are done all the same.
+      the number of failed parts; the others are done nevertheless.
     """
     lines, runner = _lines(args.output), Runner(args)
     failed: list[str] = []
@@ -243,9 +243,9 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def summary(lines: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
-    """Markdown: a row a setting; percent, mean over seeds (lowest to highest), and the difference to plain MAE.
+    """Markdown table with a row per setting: percent, mean over seeds (range), and the difference to plain MAE.
 
-    Differences are of the same seed, their mean and range; widths of intervals are told below.
+    Differences are between runs of the same seed, given as mean and range; widths of intervals are stated below.
     """
     speeds = {line["setting"]: line["images_per_second"] for line in lines if line.get("trial")}
     runs: dict[str, dict[int, Mapping[str, Any]]] = {}
@@ -301,7 +301,7 @@ def _added(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """What is asked for, with the `table` of all settings."""
+    """Parses the command line; the result includes `table`, all settings by name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="shards to train on: folders or globs, separated by commas")
     parser.add_argument("--phantoms", default="", help="simulated shards: trained on too, and probed by their splits")
@@ -344,9 +344,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Compares, and prints the table."""
+    """Runs the comparison and prints the table."""
     args = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that child processes are ended, too
     try:
         failed = 0 if args.summary else compare(args)
     except KeyboardInterrupt:

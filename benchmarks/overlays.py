@@ -1,8 +1,8 @@
-"""Burns annotations into clean frames, so that removing them can be measured: what scanners write over tissue.
+"""Burns annotations like those of scanners into clean frames, so that their removal can be measured.
 
-The pieces follow what screens show: measurement text and comments, calipers with dotted lines, traces, rulers and focus
-marks, boxes, logos, body marks, grey and colour bars, arrows; with and without anti-aliasing and a dark outline; white,
-grey or coloured. Colour Doppler belongs to the image: it is painted into the clean frame and has to survive.
+The pieces are modelled on real screens: measurement text and comments, calipers with dotted lines, traces, rulers and
+focus marks, boxes, logos, body marks, grey and colour bars, arrows; with and without anti-aliasing and a dark outline;
+white, grey or coloured. Colour Doppler is part of the image: it is painted into the clean frame and must be preserved.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 KINDS = ("text", "caliper", "line", "scale", "box", "logo", "mark", "bar", "arrow")
 
-_FAINT = 25  # of 255: less ink is not seen
+_FAINT = 25  # of 255: fainter ink is not visible
 _GREYS = ((255, 255, 255), (235, 235, 235), (200, 200, 200))
 _COLOURS = ((255, 255, 0), (0, 255, 0), (0, 255, 255), (255, 160, 0), (90, 200, 255))
 _WORDS = ("RIGHT", "LT BREAST", "MAMA DIR. QIE", "TRANS", "SAG ML", "Liver", "QSE", "Kidney R", "3 o'clock", "THYROID")
@@ -25,13 +25,13 @@ _LINES = ("D1 {:.2f} cm", "1 L {:.1f} mm", "HC {:.1f} cm", "x {:.1f}mm", "Vol {:
 
 @dataclasses.dataclass(frozen=True)
 class Burnt:
-    """A frame with annotations and the truth about them.
+    """A frame with annotations and their ground truth.
 
     Attributes:
-      image: uint8 `[H, W, 1]`, or `[H, W, 3]` where colour was burnt in or asked for.
-      clean: the same without annotations, of the same shape; Doppler is in it, JPEG is not.
-      masks: for each kind, uint8 `[H, W]`, 255 where ink covers a tenth or more, its dark outline included.
-      doppler: uint8 `[H, W]`, 255 where colour Doppler is.
+      image: uint8 `[H, W, 1]`, or `[H, W, 3]` if it contains coloured annotations or Doppler.
+      clean: the same without annotations, of the same shape; with Doppler, but without JPEG compression.
+      masks: by kind, uint8 `[H, W]`, 255 where ink or its dark outline covers a tenth of the pixel or more.
+      doppler: uint8 `[H, W]`, 255 on colour Doppler.
     """
 
     image: np.ndarray
@@ -41,7 +41,7 @@ class Burnt:
 
 
 def screen(image: np.ndarray, sector: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Puts uint8 `[H, W]` images into a larger dark screen: margins of 4 to 20% on each side -> image, sector."""
+    """Places a uint8 `[H, W]` image and its sector on a larger dark screen, with margins of 4 to 20% on each side."""
     height, width = image.shape
     top, bottom = (round(height * rng.uniform(0.06, 0.2)) for _ in range(2))
     left, right = (round(width * rng.uniform(0.04, 0.2)) for _ in range(2))
@@ -65,18 +65,18 @@ def burn(
 
     Args:
       clean: uint8 `[H, W]`.
-      sector: uint8 `[H, W]`, nonzero where tissue is imaged; four of five pieces begin on it, the others anywhere, bars
-        and rulers near the left or right side of the frame.
-      rng: decides everything.
-      kinds: those to choose from.
-      pieces: how many are painted; each of `kinds` once before any comes again.
-      doppler: whether a colour Doppler patch lies in the sector.
+      sector: uint8 `[H, W]`, nonzero on imaged tissue; four of five pieces start on it, the others anywhere, bars and
+        rulers near the left or right side of the frame.
+      rng: source of all random choices.
+      kinds: the kinds to choose from.
+      pieces: number of pieces; each of `kinds` is used once before any is repeated.
+      doppler: whether to add a colour Doppler patch to the sector.
       colour: probability that a piece is coloured.
-      soft: standard deviation in pixels of the blur of the ink, as video capture and resizing leave it.
-      quality: of JPEG compression on top, 0 for none.
+      soft: standard deviation in pixels of a blur of the ink, as caused by video capture and resizing.
+      quality: of a final JPEG compression, 0 for none.
 
     Raises:
-      ValueError: a kind is not known.
+      ValueError: a kind is unknown.
     """
     if unknown := set(kinds) - set(KINDS):
         raise ValueError(f"kinds are {', '.join(KINDS)}; not {', '.join(sorted(unknown))}.")
@@ -124,7 +124,7 @@ def _place(allowed, rng):
 
 
 def _pixels(alpha, rng, low, high):
-    """A length for a screen of 600 lines that the frame is a smaller or larger picture of, at least 1."""
+    """A random length, given in pixels of a screen of 600 lines, scaled to the size of the frame; at least 1."""
     return max(1, round(rng.uniform(low, high) * max(min(alpha.shape) / 600, 0.6)))
 
 
@@ -151,7 +151,7 @@ def _write(alpha, text, place, size, rng):
 
 
 def _dots(alpha, points, gap, radius):
-    """Dots along a polyline, so many pixels apart."""
+    """Draws dots along a polyline, `gap` pixels apart."""
     for start, end in itertools.pairwise(points):
         steps = max(round(math.dist(start, end) / gap), 1)
         for x, y in np.linspace(start, end, steps, endpoint=False).round().astype(int).tolist():
@@ -240,7 +240,7 @@ def _logo(alpha, place, rng, piece):
 
 
 def _mark(alpha, place, rng, piece):
-    """A body mark: an outline with the probe's place on it."""
+    """A body mark: an outline with the position of the probe."""
     size, line = _pixels(alpha, rng, 18, 34), _antialias(rng)
     for side in (-1, 1)[: 1 + int(rng.integers(2))]:
         for radius in (size, max(1, size // 5)):
@@ -268,7 +268,7 @@ _PAINT = dict(zip(KINDS, (_text, _caliper, _line, _scale, _box, _logo, _mark, _b
 
 
 def _doppler(clean, sector, rng):
-    """Colour flow in vessels: red to yellow and blue to cyan by velocity -> image, where it is."""
+    """Paints colour flow in vessels, red to yellow and blue to cyan by velocity; returns the image and its mask."""
     (x, y), side = _place(cv2.erode(sector, np.ones((9, 9), np.uint8)), rng), _pixels(clean, rng, 80, 200)
     noise = [cv2.GaussianBlur(rng.normal(size=clean.shape).astype(np.float32), (0, 0), side / k) for k in (7, 25)]
     field = noise[0] / noise[0].std() + 0.3 * noise[1] / noise[1].std()

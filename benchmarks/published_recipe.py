@@ -1,9 +1,9 @@
-"""The de-annotation of USF-MAE's public notebook, written anew from its description as a baseline to measure against.
+"""The de-annotation of USF-MAE's public notebook, reimplemented from its description as a baseline for comparison.
 
-The mask joins three parts. Colour: CLAHE (clip 2, 8 x 8) on L of LAB, HSV saturation above 40, k-means (k = 3) on those
-pixels, centres with S > 40 and V > 20, components of 20 pixels or more. Grey: CLAHE, Canny 50/150, dilation by 3 x 3,
-outer contours with areas of 30 to 2,000, filled. Text: whole boxes of an OCR engine. The mask is closed and opened with
-5 x 5 and filled by Navier-Stokes with radius 3.
+The mask is the union of three parts. Colour: CLAHE (clip 2, 8 x 8) on L of LAB, HSV saturation above 40, k-means
+(k = 3) on those pixels, centres with S > 40 and V > 20, components of 20 pixels or more. Grey: CLAHE, Canny 50/150,
+dilation by 3 x 3, outer contours with areas of 30 to 2,000, filled. Text: whole boxes of an OCR engine. The mask is
+closed and opened with 5 x 5 and inpainted by Navier-Stokes with radius 3.
 """
 
 import shutil
@@ -18,7 +18,7 @@ Boxes = Callable[[np.ndarray], list[tuple[int, int, int, int]]]  # left, top, ri
 
 
 def deannotate(image: np.ndarray, find_text: Boxes | None) -> tuple[np.ndarray, np.ndarray]:
-    """Runs the recipe on RGB uint8 `[H, W, 3]` -> the image and the mask it filled, uint8 `[H, W]`."""
+    """Runs the recipe on RGB uint8 `[H, W, 3]`; returns the image and the mask that was filled, uint8 `[H, W]`."""
     mask = cv2.bitwise_or(_colour_mask(image), _grey_mask(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)))
     if find_text:
         mask = cv2.bitwise_or(mask, text_mask(image, find_text))
@@ -28,7 +28,7 @@ def deannotate(image: np.ndarray, find_text: Boxes | None) -> tuple[np.ndarray, 
 
 
 def text_mask(image: np.ndarray, find_text: Boxes) -> np.ndarray:
-    """The boxes of an engine, filled -> uint8 `[H, W]`, 0 or 255."""
+    """Mask of the boxes that an engine finds: uint8 `[H, W]`, 0 or 255."""
     mask = np.zeros(image.shape[:2], np.uint8)
     for left, top, right, bottom in find_text(image):
         cv2.rectangle(mask, (left, top), (right, bottom), (255,), -1)
@@ -64,7 +64,7 @@ def _grey_mask(grey):
 
 
 def tesseract() -> Boxes | None:
-    """Boxes of words by Tesseract, the engine of the notebook, or None where its command is not installed."""
+    """Boxes of words from Tesseract, the engine of the notebook, or None if its command is not installed."""
     command = shutil.which("tesseract")
     if not command:
         return None
@@ -84,7 +84,7 @@ def tesseract() -> Boxes | None:
 
 
 def rapidocr() -> Boxes | None:
-    """Boxes of lines by the DB detector of `pip install rapidocr-onnxruntime`, or None where it is not installed."""
+    """Boxes of lines from the DB detector of `pip install rapidocr-onnxruntime`, or None if it is not installed."""
     try:
         from rapidocr_onnxruntime import RapidOCR
     except ImportError:

@@ -1,9 +1,9 @@
-"""Compiles the training steps of the shipped configs for the hardware they name, none of which has to be here.
+"""Compiles the training steps of the shipped configs for their target hardware, none of which needs to be present.
 
     python -m benchmarks.scale [--data=data/demo] [--only=pretrain:huge] [--output=runs/scale] [--list]
 
-Wants the TPU's compiler, and for GPUs CUDA's: see docs/launch.md. A row takes minutes; what is in `--output` already is
-not compiled again. Prints the table of docs/scale.md, and ends with status 1 if a step does not fit that should.
+Needs the TPU compiler, and for GPUs that of CUDA: see docs/launch.md. A row takes minutes; rows already in `--output`
+are not compiled again. Prints the table of docs/scale.md; the exit status is 1 if a step that should fit does not.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from usfmae_jax.training.hardware import GIB
 from usfmae_jax.training.mesh import one_device, place_to_split
 from usfmae_jax.training.state import abstract_state
 
-#: Config, target, and what is overridden.
+#: Config, target, and overrides.
 ROWS = [
     ("pretrain:demo", "v5e:2x2", ""),
     ("pretrain:tiny", "v5e:2x2", ""),
@@ -48,12 +48,12 @@ ROWS = [
     ("finetune:folder", "h100:1", ""),
     ("segment:folder", "v5e:2x2", ""),
 ]
-#: Of fine-tuning: a model of the reference's size, and shards for their classes.
+#: Overrides for fine-tuning: a model of the reference's size, and shards that define the classes.
 _FINETUNE = "model.arch=base data.path={data}"
 
 
 def main() -> None:
-    """Compiles what is asked for and not there yet, and prints the table."""
+    """Compiles the requested rows that do not exist yet, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="configs, as pretrain:base, separated by commas; default: all")
     parser.add_argument("--data", default="data/demo", help="labelled shards for fine-tuning; default: %(default)s")
@@ -76,7 +76,7 @@ def main() -> None:
         if not found.exists():
             print(shlex.join(door), file=sys.stderr, flush=True)
             subprocess.run([sys.executable, *door, f"--workdir={workdir}"], check=False, stdout=sys.stderr)
-        if not found.exists():  # it has said why
+        if not found.exists():  # the command has printed why
             fits = False
             continue
         said = json.loads(found.read_text())
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def row(name: str, overridden: str, said: dict[str, Any]) -> str:
-    """One row of the table, of what the door has found."""
+    """One row of the table, from the report of the command."""
     config = cli.load_config(name)
     config.update_from_flattened_dict({name: json.loads(value) for name, value in _pairs(overridden)})
     memory, mesh = said["memory"], said["mesh"]
@@ -112,10 +112,10 @@ def _pairs(overridden: str) -> list[list[str]]:
 
 
 def least_sent(config: Any, data: int, fsdp: int) -> float:
-    """Bytes that a device must send in a step, on rings, if every matrix is split over `fsdp` devices (ZeRO-3).
+    """Least bytes that a device must send per step, on rings, if all matrices are split over `fsdp` devices (ZeRO-3).
 
-    A matrix that is split is gathered for the forward and for the backward pass, its gradient reduced in parts and the
-    parts over `data`, all in the compute dtype; what is not split has its gradient reduced whole.
+    A split matrix is all-gathered for the forward and for the backward pass; its gradient is reduce-scattered, and the
+    parts all-reduced over `data`, all in the compute dtype. The gradient of any other parameter is all-reduced whole.
     """
     optimizer, _ = build.make_optimizer(config)
     params = abstract_state(build.objective(config).make, optimizer, one_device())["params"]

@@ -1,10 +1,10 @@
-"""A long run with a checkpoint, a probe and pictures every minute, and the memory that it and its workers take.
+"""A long run with a checkpoint, a probe and pictures every minute, and the memory that it and its workers use.
 
     python -m benchmarks.soak --data=data/demo [--minutes=30] [--output=docs/soak.png]
 
-The demonstration's model in batches of 16, with one loader process. A short run tells how many steps a minute has.
-Memory is what no file holds (anonymous and shared, from /proc): pages of files, such as libraries, the system takes
-back and reads again as it likes. A page that several processes share counts once (PSS).
+The model of the demo in batches of 16, with one loader process. A short run first measures the steps per minute.
+Memory is anonymous and shared memory, from /proc, without pages backed by files, such as libraries, which the system
+can drop and read again at any time. A page shared by several processes counts once (PSS).
 """
 
 import argparse
@@ -25,15 +25,15 @@ import psutil
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WARM_UP = 15  # minutes: what is freed is kept and divided anew, so that the peak is reached after some probes
+WARM_UP = 15  # minutes: freed memory is kept and reused, so that the peak is only reached after some probes
 _BATCH = 16
 _EVENTS = ("checkpoint.every", "probe.every", "log.pictures_every")
 
-Sample = tuple[float, float, float]  # minutes since the start, MB of the main process, MB of all
+Sample = tuple[float, float, float]  # minutes since the start, MB of the main process, MB of all processes
 
 
 def start(data: str, workdir: pathlib.Path, steps: int, every: int) -> subprocess.Popen:
-    """Starts a run that does everything there is to do every so many steps."""
+    """Starts a run that writes a checkpoint, probes and draws pictures every `every` steps."""
     fields = {"data.path": data, "probe.data.path": data, "probe.data.split": "test", "data.workers": 1}
     fields |= {"train.batch_size": _BATCH, "train.steps": steps, "log.every": 25} | dict.fromkeys(_EVENTS, every)
     overriding = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -42,19 +42,19 @@ def start(data: str, workdir: pathlib.Path, steps: int, every: int) -> subproces
 
 
 def memory(process: psutil.Process) -> tuple[float, float]:
-    """MB of a process, and of it and all that it started."""
+    """Memory in MB of a process, and of it together with all its descendants."""
     sizes = []
     for member in (process, *process.children(recursive=True)):
         try:
             pages = pathlib.Path(f"/proc/{member.pid}/smaps_rollup").read_text()
-        except OSError:  # ended meanwhile
+        except OSError:  # it has ended in the meantime
             continue
         sizes.append(sum(map(int, re.findall(r"Pss_(?:Anon|Shmem): +(\d+) kB", pages))) * 1024 / 1e6)
     return sizes[0], sum(sizes)
 
 
 def soak(data: str, minutes: float, folder: pathlib.Path) -> list[Sample]:
-    """Runs for so many minutes and then asks the run to stop; exits when it does not end as it should."""
+    """Lets a run last for `minutes` and then asks it to stop; exits with its log if it does not end as expected."""
     trial = start(data, folder / "trial", 400, 400)
     if trial.wait():
         sys.exit((folder / "log.txt").read_text()[-2000:])
@@ -68,13 +68,13 @@ def soak(data: str, minutes: float, folder: pathlib.Path) -> list[Sample]:
         samples.append(((time.monotonic() - begin) / 60, *memory(psutil.Process(run.pid))))
         time.sleep(3)
     run.send_signal(signal.SIGTERM)
-    if run.wait(timeout=300) != 75:  # stopped after saving
+    if run.wait(timeout=300) != 75:  # the status after saving and stopping
         sys.exit((folder / "log.txt").read_text()[-2000:])
     return samples
 
 
 def by_minute(samples: list[Sample]) -> dict[int, float]:
-    """The median MB of all processes in every minute after the warm-up."""
+    """Median memory of all processes in MB, for every minute after the warm-up."""
     found = collections.defaultdict(list)
     for minute, _, size in samples:
         found[int(minute)].append(size)

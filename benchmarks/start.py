@@ -1,12 +1,13 @@
-"""How long a person waits: from typing the command to the first step, and to a probe that shows something was learnt.
+"""How long a user waits: from the command to the first step, and to a probe that shows that something was learnt.
 
     python -m benchmarks.start [--variants=demo,tiny,base]
     python -m benchmarks.start --demo [--gain=0.05]
 
-The first step counts from the start of the process to its line in `metrics.jsonl`, with an empty and then with a filled
-compilation cache (`JAX_COMPILATION_CACHE_DIR`; on a CPU nothing is cached unless that names a folder). `--demo` is
-`make pretrain` with everything installed: simulating the frames, if data/demo is not there, and training until logistic
-regression on frozen features is `--gain` of AUROC above what it was on random weights; then it is stopped.
+The time to the first step is measured from the start of the process to the first line in `metrics.jsonl`, with an
+empty, with a filled and without a compilation cache (`JAX_COMPILATION_CACHE_DIR`; on a CPU nothing is cached unless
+that names a folder). `--demo` measures `make pretrain` with everything installed: simulating the frames, unless --data
+names shards, and training until the AUROC of logistic regression on frozen features is `--gain` above that of random
+weights; then the run is stopped.
 """
 
 import argparse
@@ -27,10 +28,10 @@ _SMALL = ["model.width=32", "model.depth=1", "model.decoder_width=16", "probe.li
 
 
 def run(config: str, changes: list[str], workdir: pathlib.Path, cache: str, enough: Callable[[Any], bool]) -> Any:
-    """Trains until a line of the log is enough, and stops the run.
+    """Trains until a line of the log satisfies `enough`, then stops the run.
 
     Returns:
-      that line with `seconds` since the start of the process; or `error`, why there is none.
+      that line, with `seconds` since the start of the process; or a dict with `error`, why there is none.
     """
     command = [sys.executable, "-m", "usfmae_jax.main", f"--config={config}", f"--workdir={workdir}"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
@@ -64,7 +65,7 @@ def run(config: str, changes: list[str], workdir: pathlib.Path, cache: str, enou
 
 
 def first_steps(args: argparse.Namespace, data: str) -> None:
-    """Every variant, cold and then warm."""
+    """Measures every variant with an empty, a filled and no compilation cache."""
     found: dict[str, Any] = {}
     lines = ["| | empty cache, s | filled cache, s | no cache, s |", "|---|---|---|---|"]
     for variant in args.variants.split(","):
@@ -99,7 +100,7 @@ def first_steps(args: argparse.Namespace, data: str) -> None:
 
 
 def demo(args: argparse.Namespace, data: str, simulated: float) -> None:
-    """Until the probe is better than on random weights."""
+    """Measures the time until the probe is better than on random weights."""
     scores: list[tuple[float, int, float]] = []
 
     def enough(line: Any) -> bool:

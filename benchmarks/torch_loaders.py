@@ -1,4 +1,4 @@
-"""Data sets for PyTorch's DataLoader, as the published recipe has them and as a careful person writes them."""
+"""Datasets for PyTorch's DataLoader: that of the published recipe, and carefully optimised ones."""
 
 import io
 import math
@@ -14,13 +14,13 @@ from PIL import Image
 
 
 def single_threaded(_: int) -> None:
-    """For workers of a DataLoader: the parallelism is over them."""
+    """For workers of a DataLoader, which run in parallel with one thread each."""
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
 
 def _crop(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random part, as RandomResizedCrop draws it; the whole after ten vain tries."""
+    """Left, top, width and height of a random crop, as in RandomResizedCrop; the whole image after ten failed tries."""
     for _ in range(10):
         area = width * height * random.uniform(*scale)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -33,7 +33,7 @@ def _crop(width: int, height: int, scale: tuple[float, float]) -> tuple[int, int
 class Originals(torch.utils.data.Dataset):
     """The published recipe: RGB, nearest resize, rotation by 0 to 90 degrees, flips, random crop of 0.5 to 2, ImageNet.
 
-    Each step is the call of Pillow that torchvision's transform of this name makes. float32 `[3, size, size]`.
+    Each step is the Pillow call that the torchvision transform of the same name makes. float32 `[3, size, size]`.
     """
 
     def __init__(self, files: Sequence[str], size: int):
@@ -96,10 +96,10 @@ class Images(torch.utils.data.Dataset):
 
     Args:
       files: paths.
-      labels: class of each file.
-      size: (height, width) of what comes out.
+      labels: class number of each file.
+      size: (height, width) of the output.
       channels: 1 or 3.
-      view: takes the decoded uint8 image and returns what training sees of it; None resizes the whole.
+      view: maps the decoded uint8 image to the view for training; None resizes the whole image.
     """
 
     def __init__(
@@ -128,9 +128,9 @@ class Images(torch.utils.data.Dataset):
 
 
 def image_of(example: bytes) -> bytes:
-    """The feature `image` of a serialised `tf.train.Example`."""
+    """The bytes of the feature `image` in a serialised `tf.train.Example`."""
     for features in _fields(example):
-        for entry in _fields(features):  # of the map from names to values
+        for entry in _fields(features):  # of the map from names to features
             name, value = _fields(entry)
             if name == b"image":
                 (values,) = _fields(value)
@@ -139,7 +139,7 @@ def image_of(example: bytes) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[bytes]:
-    """The fields of a message all of which have lengths."""
+    """Yields the fields of a protobuf message whose fields are all length-delimited."""
     stream = io.BytesIO(message)
     while stream.read(1):
         length = shift = 0

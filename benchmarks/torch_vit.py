@@ -1,6 +1,6 @@
-"""Models of the PyTorch sides: the same vision transformer as a careful person writes it, and Hugging Face's.
+"""Models of the PyTorch sides: a careful implementation of the same vision transformer, and Hugging Face's.
 
-Fused query-key-value, `scaled_dot_product_attention`, the patch embedding as a strided convolution.
+Fused query-key-value projection, `scaled_dot_product_attention`, patch embedding as a strided convolution.
 """
 
 import pathlib
@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """`[B, C, H, W]` to the mean of the patch tokens after the norm, or to logits when there are classes."""
+    """Maps `[B, C, H, W]` to the mean of the patch tokens after the norm, or to logits if there are classes."""
 
     def __init__(self, architecture: dict[str, Any], classes: int = 0, drop_path: float = 0.0):
         super().__init__()
@@ -75,7 +75,7 @@ class ViT(nn.Module):
 
 
 def load_encoder(model: ViT, directory: str | pathlib.Path) -> ViT:
-    """Fills a model with the weights of an encoder directory and the position table, `position.npy`, beside them."""
+    """Loads the weights of an encoder directory, and the position table `position.npy` beside them, into a model."""
     flat = load_file(pathlib.Path(directory) / "model.safetensors")
     with torch.no_grad():
         model.position.copy_(torch.from_numpy(np.load(pathlib.Path(directory) / "position.npy")))
@@ -96,21 +96,21 @@ def _translate(name: str, flat: dict[str, np.ndarray], shape: Sequence[int]) -> 
         value = flat[f"blocks.stack.{part}.{leaf}"][int(number)]
     else:
         value = flat[f"{module}.{leaf}"]
-    if module == "patch_embed" and leaf == "kernel":  # rows in row, column, channel order
+    if module == "patch_embed" and leaf == "kernel":  # its rows are in row, column, channel order
         width, channels, height, _ = shape
         return value.reshape(height, height, channels, width).transpose(3, 2, 0, 1)
     return value.T if leaf == "kernel" else value
 
 
 def normalize(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 `[B, C, H, W]` to float32; grey is repeated to as many channels as `mean` has."""
+    """Converts uint8 `[B, C, H, W]` to normalised float32; grey is repeated to the number of channels in `mean`."""
     shape = (1, -1, 1, 1)
     return (images.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def transformers() -> Any:
-    """Hugging Face's package; without torchvision, which it does not need here and which fails to be imported where it
-    was built for another PyTorch.
+    """Hugging Face's package, without torchvision, which is not needed here and cannot be imported if it was built for
+    another PyTorch.
     """
     sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
     import transformers
@@ -119,7 +119,7 @@ def transformers() -> Any:
 
 
 def vit_mae(config: Any) -> Any:
-    """Hugging Face's ViTMAE of the shape that a config of ours has, with random weights."""
+    """Hugging Face's ViTMAE with the architecture of one of our configs and random weights."""
     model, library = config.model, transformers()
     shape = library.ViTMAEConfig(
         image_size=model.image_size[0],
@@ -138,7 +138,7 @@ def vit_mae(config: Any) -> Any:
         layer_norm_eps=1e-6,
     )
     built = library.ViTMAEForPreTraining(shape)
-    # Built from a config the position tables are left at zero; the published weights come with them.
+    # A model built from a config has zero position tables; the published weights include them.
     for part in (built.vit.embeddings.patch_embeddings.projection, *built.parameters()):
         part._is_hf_initialized = False
     built.vit.embeddings.initialize_weights()

@@ -1,14 +1,14 @@
-"""One pretraining step beside Hugging Face's ViTMAE with AdamW, eager and compiled, in float32 or bfloat16.
+"""One pretraining step compared with Hugging Face's ViTMAE and AdamW, eager and compiled, in float32 or bfloat16.
 
     python -m benchmarks.train_step --model=base --batch=16       # or ti128 --batch=256, or tiny --batch=64
     python -m benchmarks.train_step --model=ti128 --batch=256 --dtypes=float32,bfloat16
     python -m benchmarks.train_step --model=tiny --batch=64 --allocators
     python -m benchmarks.train_step --model=tiny --batch=64 --ablate
 
-A side is a process that keeps training on one batch of noise; sides take turns of `--seconds`. The limit is what its
-matrix products alone would allow at the speed of one large product, which each side measures in its turn: no step of
-this arithmetic is faster. With `--allocators` ours runs under several ways to keep memory, each in a new process every
-round; with `--ablate` without what the model does for speed, one thing at a time.
+A side is a process that keeps training on one batch of noise; sides take turns of `--seconds`. The limit is the speed
+if the step consisted only of its matrix products, each as fast as one large product, which each side measures in its
+turn: no step with this arithmetic can be faster. With `--allocators`, ours runs with several memory allocators and
+settings, in a new process every round; with `--ablate`, without each of the model's optimisations for speed in turn.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _AS_IT_IS = "glibc as it is"
 
 
 def sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What is compared, by name: `who`; `cross`, `compiled`, `dtype`, `without`, `keep` and `environment`."""
+    """The sides by name: `who`, and optionally `cross`, `compiled`, `dtype`, `without`, `keep` and `environment`."""
     if args.allocators:
         found: dict[str, dict[str, Any]] = {
             _AS_IT_IS: {},
@@ -62,14 +62,14 @@ def sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
             f"{_PEER}, compiled": {"compiled": True},
         }
         for name, more in kinds.items():
-            if not (args.quick and more.get("compiled")):  # takes minutes
+            if not (args.quick and more.get("compiled")):  # compiling takes minutes
                 full = name if dtype == "float32" else f"{name}, {dtype}"
                 all_sides[full] = {"who": name.partition(",")[0], "dtype": dtype} | more
     return all_sides
 
 
 def allocators(folder: str) -> dict[str, str]:
-    """Libraries to be loaded first, by name, of those that this machine has in the usual places or in `folder`."""
+    """Allocator libraries to preload, by name, found on this machine in the usual places or in `folder`."""
     found = {}
     for name, pattern in (("tcmalloc", "libtcmalloc*.so*"), ("jemalloc", "libjemalloc*.so*")):
         places = [folder] if folder else ["/usr/lib", "/usr/lib/*", "/usr/local/lib", "/usr/lib64", "/opt/*/lib"]
@@ -82,7 +82,7 @@ def allocators(folder: str) -> dict[str, str]:
 
 
 def settings(args: argparse.Namespace, dtype: str, cross: bool) -> Any:
-    """The run's config."""
+    """The config of a run."""
     config = get_config("base" if args.model == "ti128" else args.model)
     if args.model == "ti128":
         config.model.update(image_size=(128, 128), width=192, num_heads=3)
@@ -90,7 +90,7 @@ def settings(args: argparse.Namespace, dtype: str, cross: bool) -> Any:
     if args.quick:
         config.model.update(image_size=(32, 32), width=32, depth=2, num_heads=2, patch_size=8)
         config.model.update(decoder_width=16, decoder_depth=1, decoder_num_heads=2)
-    config.model.update(dtype=dtype, scan=False, remat="none")  # unrolled: what one does on a CPU; all is kept there
+    config.model.update(dtype=dtype, scan=False, remat="none")  # unrolled and without remat, as usual on a CPU
     config.train.batch_size = args.batch
     if cross:
         config.objective = "cross_mae"
@@ -104,7 +104,7 @@ def settings(args: argparse.Namespace, dtype: str, cross: bool) -> Any:
 
 
 def noise(config: Any) -> np.ndarray:
-    """Images of a batch, uint8 `[B, H, W, C]`."""
+    """A batch of random images, uint8 `[B, H, W, C]`."""
     shape = (config.train.batch_size, *config.model.image_size, config.data.channels)
     return np.random.default_rng(0).integers(0, 255, shape, np.uint8)
 
@@ -146,7 +146,7 @@ def ours(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Resu
 
 @contextlib.contextmanager
 def without(what: str) -> Any:
-    """The model lacks one of the things that it does for speed, while it is compiled."""
+    """Disables one of the model's optimisations for speed while it is compiled."""
     import jax
     from flax import nnx
 
@@ -166,7 +166,7 @@ def without(what: str) -> Any:
 
 
 def theirs(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Result, Callable[[], alternate.Result]]:
-    """Hugging Face's ViTMAE of the same shape, and PyTorch's fused AdamW."""
+    """Hugging Face's ViTMAE with the same architecture, and PyTorch's fused AdamW."""
     import torch
 
     from benchmarks import torch_vit
@@ -195,7 +195,7 @@ def theirs(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Re
 
 
 def warm_up(train: Callable[[], None], steps: int) -> alternate.Result:
-    """Some steps that do not count; the first one compiles where nothing did before."""
+    """Runs some steps that do not count; the first one compiles unless that was done before."""
     times = []
     for _ in range(max(steps, 1)):
         start = time.perf_counter()
@@ -205,7 +205,7 @@ def warm_up(train: Callable[[], None], steps: int) -> alternate.Result:
 
 
 def turn(args: argparse.Namespace, train: Callable[[], None], multiply: Callable[[], Any]) -> alternate.Result:
-    """Trains for some seconds; images/s, and GFLOP/s of the best of four large products."""
+    """Trains for `--seconds`; returns images/s, and the GFLOP/s of the best of four large products."""
     start, steps = time.perf_counter(), 0
     while not steps or time.perf_counter() - start < args.seconds:
         train()
@@ -219,9 +219,9 @@ def turn(args: argparse.Namespace, train: Callable[[], None], multiply: Callable
 
 
 def add_limits(found: alternate.Found) -> None:
-    """Adds to each round the share of its own limit, in percent."""
+    """Adds to each round its speed as a share of the side's own limit, in percent."""
     for name, side in found.items():
-        own = side if "gflop" in side["about"] else found.get(alternate.OURS, side)  # full decoders are the same work
+        own = side if "gflop" in side["about"] else found.get(alternate.OURS, side)  # full decoders do equal work
         gflop = own["about"].get("gflop")
         best = max((one["gflops"] for one in side["rounds"]), default=0.0)
         for one in side["rounds"] if gflop else ():
@@ -253,7 +253,7 @@ def main() -> None:
         alternate.serve(lambda: (ours if side["who"] == alternate.OURS else theirs)(args, side))
         return
     with tempfile.TemporaryDirectory() as folder:
-        # Where a process lasts one round it does not compile anew; where it lasts, what it compiles counts.
+        # Processes that last only one round use a compilation cache; in lasting ones, compilation is measured.
         cached = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         environments = {name: (cached if args.allocators else {}) | side.get("environment", {})
                         for name, side in chosen.items()}  # fmt: skip

@@ -107,7 +107,7 @@ def write_manifest(
         "verified": entry.verified,
         "benchmark": entry.benchmark,
         "problems": list(entry.problems),
-        "warnings": ([] if plan.salt else plan.found.warnings) + _of_readers(gathered),  # the plan's warnings quote file names
+        "warnings": ([] if plan.salt else plan.found.warnings) + _of_readers(gathered),  # plans quote file names
         "arguments": plan.arguments,
         "input": {
             "fingerprint": plan.found.fingerprint,

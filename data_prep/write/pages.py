@@ -130,7 +130,7 @@ class _Look:
     sizes: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # width, height
     means: list[float] = dataclasses.field(default_factory=list)  # grey level of a frame, 0 to 255
     blacks: list[float] = dataclasses.field(default_factory=list)  # share of a frame, percent
-    groups: dict[tuple[str, int], list[int]] = dataclasses.field(default_factory=dict)  # (split, label) -> indices of records
+    groups: dict[tuple[str, int], list[int]] = dataclasses.field(default_factory=dict)  # (split, label): indices
     anatomies: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     masks: int = 0
 
@@ -163,7 +163,7 @@ def _sheet(shards: records.Shards, look: _Look, manifest: Mapping[str, Any]) -> 
     by_size = sorted(look.groups.items(), key=lambda one: (len(one[1]), one[0]))
     shares, left = {}, _SHEET
     for number, (key, indices) in enumerate(by_size):
-        shares[key] = min(len(indices), left // (len(by_size) - number))  # small groups leave room for large ones
+        shares[key] = min(len(indices), left // (len(by_size) - number))  # small groups leave room
         left -= shares[key]
     sheet: dict[str, list[dict[str, Any]]] = {}
     for key, indices in sorted(by_size, key=lambda one: (order.get(one[0][0], 3), one[0])):
