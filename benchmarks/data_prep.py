@@ -211,7 +211,7 @@ def _scaling(folder: pathlib.Path, rounds: int) -> list[float]:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)

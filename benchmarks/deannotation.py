@@ -219,7 +219,7 @@ def draw(path: str) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=40, help="phantoms (default %(default)s)")
     parser.add_argument("--data", help="folder with the public datasets")

@@ -111,7 +111,7 @@ def ours(args: argparse.Namespace) -> alternate.Result:
 
 
 def theirs(args: argparse.Namespace) -> alternate.Result:
-    """The same as a plain script."""
+    """The same work as a plain PyTorch and scikit-learn script."""
     import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import log_loss, roc_auc_score
@@ -168,7 +168,7 @@ def theirs(args: argparse.Namespace) -> alternate.Result:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/bus_bra", help="labelled shards of two classes")
     parser.add_argument("--model", default="tiny", help="a size of usfmae_jax.models.vit.SIZES")

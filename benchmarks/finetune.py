@@ -26,7 +26,7 @@ from benchmarks import alternate, features
 
 
 def settings(args: argparse.Namespace) -> Any:
-    """Our recipe for labelled folders, with the length that the arguments give."""
+    """Our recipe for labelled folders, with the epochs, batch size and folds of the arguments."""
     from configs.finetune import get_config
 
     config = get_config("folder")
@@ -191,7 +191,7 @@ def theirs(args: argparse.Namespace) -> alternate.Result:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/bus_bra", help="labelled shards of two classes")
     parser.add_argument("--model", default="tiny", help="a size of usfmae_jax.models.vit.SIZES")

@@ -169,7 +169,7 @@ def _measure_many(folder: pathlib.Path, batch: int) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--png", default="", help="folder of PNG files; default: simulated ones")
     parser.add_argument("--files", type=int, default=800, help="how many of them")

@@ -62,7 +62,7 @@ SETTINGS: dict[str, dict[str, Any] | str] = {
     "real_only": {"data.path": "{real}"},
     "phantoms_only": {"data.path": "{phantoms}"},
 }
-#: Overrides for every run: a checkpoint only at the end, no pictures, no probe, and no other threads or processes.
+#: Overrides for every run: only a last checkpoint, no pictures, no probe, one loader thread and no loader process.
 ALWAYS = {
     "checkpoint.every": 10**9, "log.every": 1, "log.pictures_every": 0, "probe.data.path": "", "data.workers": 0,
     "data.threads": 1,

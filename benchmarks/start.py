@@ -125,7 +125,7 @@ def demo(args: argparse.Namespace, data: str, simulated: float) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="shards; default: phantoms, simulated first")
     parser.add_argument("--variants", default="demo,tiny,base", help="of configs/pretrain.py; base in batches of 16")

@@ -231,7 +231,7 @@ def add_limits(found: alternate.Found) -> None:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", choices=_MODELS, help="ti128: ViT-Ti/16, 128 px, decoder 128 x 2")
     parser.add_argument("--batch", type=int, default=64)

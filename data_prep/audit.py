@@ -221,7 +221,7 @@ def _pixels(record: dict[str, Any]) -> np.ndarray:
 def _map(
     function: isolate.Work, tasks: list[Any], workers: int, name: str, unit: str, size: Callable[[Any], int]
 ) -> list[Any]:
-    """Results in the order of the tasks; `size` gives the progress, in `unit`, that a task counts for."""
+    """Results in the order of the tasks; `size` returns how many units, named `unit`, a task counts for."""
     import tqdm
 
     results: dict[int, Any] = {}

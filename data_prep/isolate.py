@@ -201,7 +201,7 @@ def _prepare() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, resource.RLIM_INFINITY))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    cv2.setNumThreads(1)  # the parallelism is over files
+    cv2.setNumThreads(1)  # files are processed in parallel
     # No log messages: damaged files are named in the summary. OpenCV 5 has moved the function.
     logging = getattr(cv2.utils, "logging", cv2)
     logging.setLogLevel(0)

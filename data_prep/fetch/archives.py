@@ -78,7 +78,7 @@ class _Budget:
     archive: str
     limit: int  # bytes until it counts as a bomb
     room: int  # bytes on the disk
-    names: int = _NAMES  # letters
+    names: int = _NAMES  # characters
 
     def take(self, size: int, declared: int = 0) -> None:
         """Uses up `size` bytes; raises InputError if they and the `declared` ones exceed the limits."""

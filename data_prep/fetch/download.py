@@ -183,7 +183,7 @@ def _try(session: requests.Session, url: str, target: pathlib.Path, size: int, b
         if not first:
             _check_content(chunk, response, url, target)
         with part.open("ab" if first else "wb") as file:
-            if not first:  # now that the file is empty: bytes of one version never have the note of another
+            if not first:  # written once the file is empty, so that bytes of another version never have this note
                 note.write_text(json.dumps({"url": url, "version": version, "bytes": total}) + "\n")
             bar.reset(total=total or size or None)
             bar.initial = bar.n = first

@@ -172,7 +172,7 @@ def label_names(labels: Iterable[str], where: str) -> list[str]:
     """Sorted class names, by value if all are integers; the index is the class number. "" and "-1" are no class.
 
     Raises:
-      InputError: two names differ in case only; the message says `where` to give them one spelling.
+      InputError: two names differ only in case; the message includes `where`, which tells how to unify them.
     """
     names = sorted(set(labels) - {"", "-1"})
     spellings: dict[str, str] = {}

@@ -151,9 +151,9 @@ def draw_lesion(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws a lesion: its outline (0 on it, positive inside) and its inside (dB), float32 [D, L] each.
 
-    Adds its wall to `reflections`, where it replaces the interfaces inside the lesion, in place. Its size is drawn from
-    `sizes` and the depth of its centre from `down`, as fractions of the depth; its centre is within `across` of the
-    middle, as a fraction of half the width. It avoids the outlines in `taken` if there is room.
+    Edits `reflections` in place: removes the interfaces inside the lesion and adds its wall. Its size is drawn from
+    `sizes` and the depth of its centre from `down`, both as fractions of the imaged depth; sideways, the centre is at
+    most `across` from the middle, as a fraction of half the width. It avoids the outlines in `taken` if there is room.
     """
     for _ in range(_TRIES):
         at_x, at_z = to_space(probe, rng.uniform(*down), rng.uniform(-across, across))

@@ -14,7 +14,7 @@ SUFFIXES = (IMAGES | VIDEOS | VOLUMES | ARRAYS | DICOM) - {""}
 
 DEFAULTS = Options()
 
-_LIBRARIES = {"av": "Videos", "h5py": "HDF5 and MATLAB 7.3 files", "pydicom": "DICOM files"}  # that may be missing
+_LIBRARIES = {"av": "Videos", "h5py": "HDF5 and MATLAB 7.3 files", "pydicom": "DICOM files"}  # optional ones
 
 __all__ = [
     "ARRAYS",

@@ -175,7 +175,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
         if version not in parsers:
             raise UnreadableError("NumPy array with names in its type, expected plain numbers")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about Python 2
+            warnings.simplefilter("ignore")  # about headers written by Python 2
             dims, fortran, dtype = parsers[version](file)
     except _HEADER_ERRORS as error:
         raise UnreadableError("header is damaged or cut off") from error

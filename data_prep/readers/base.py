@@ -68,7 +68,7 @@ class Frame:
       number: index of the frame or slice in its file, from 0, counted before the stride.
       boxes: imaged regions that the file itself declares, as (left, top, right, bottom) in pixels, right and bottom
         exclusive; empty if it declares none.
-      patient: identifier from the file, to be hashed before anything private is written; empty if unknown.
+      patient: identifier from the file, hashed before it is written in private builds; empty if unknown.
       video: likewise, an identifier that distinguishes clips.
       facts: technical values that may be written, from an allowlist; the same in every frame of a file.
       removed: number of items in the file that were not kept, by kind; the same in every frame.

@@ -15,8 +15,8 @@ cleaning blanks whatever is outside all boxes. Files that declare M-mode, spectr
 refused. If a region extends beyond the picture, the regions were declared before it was cropped or resized, and none
 is used.
 
-Pixel size: that of the regions, if all of them state the same one in cm, else `PixelSpacing`; unknown if they state
-different ones or were declared for another size of picture.
+Pixel size: that of the 2D regions, if they state one in cm, else `PixelSpacing`; unknown if regions state different
+ones or were declared for another size of picture.
 
 Only ultrasound is read: modality US or IVUS, or OT (secondary captures: paper, frame grabbers); a file without a
 modality must have an ultrasound or secondary capture SOP class. Video inside DICOM (MPEG, HEVC) is not supported.

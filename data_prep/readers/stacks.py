@@ -38,7 +38,7 @@ _ALIKE = 3  # aspect ratio that pictures rarely exceed, but slices across a clip
 _STILL = 0.01  # share of pixels that are constant: the screen around a moving picture
 _STILL_TIMES = 2  # times as many as along any other axis; in 45 real clips, only ever along time
 _STILL_LEVELS = 4 / 255  # of the range: variation of a constant pixel
-_LOOKED_AT = 64  # positions along each axis
+_LOOKED_AT = 64  # positions sampled along each axis
 
 _WINDOW = 0.1, 99.9  # percentiles
 _SAMPLED_PLANES = 16

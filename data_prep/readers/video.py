@@ -6,7 +6,7 @@ not square. The frames of a clip are either all grey or all in colour (`clips.as
 A damaged clip yields its intact frames, then an UnreadableError that states how many they were, so that the file is
 reported with the reason. Detected are decoder errors, truncated packets, fewer frames than MP4 and MOV list (the
 decoder skips some damage silently), an AVI shorter than it declares, and a GIF without its end. MPEG streams, Matroska
-and WMV have no list of frames: one truncated between two frames is taken for a shorter clip. If the number of frames in
+and WMV have no list of frames: one truncated between two frames passes for a shorter clip. If the number of frames in
 the header differs from the list of frames, there is a warning.
 """
 
@@ -36,7 +36,7 @@ def read(path: str | os.PathLike[str], options: Options) -> Iterator[Frame]:
     """
     kind, cut = _container(path)
     warnings: list[str] = []
-    # A path with an explicit protocol, so that names are not taken for addresses; twice as fast as an open file.
+    # A path with an explicit protocol, so that names are not mistaken for URLs; twice as fast as an open file.
     url = f"file:{os.path.abspath(os.fspath(path))}"
     yield from as_frames(_decode(url, kind, cut, options, warnings), warnings=warnings)
 
@@ -113,7 +113,7 @@ def _opened(url: str, kind: str) -> Any:
         if not (decoder.width and decoder.height):  # also 0 if there are more than `max_pixels`
             raise UnreadableError(f"declares no size, or more than {MAX_PIXELS // 1_000_000} million pixels")
         check_size(decoder.width, decoder.height)
-        decoder.thread_type, decoder.thread_count = "NONE", 1  # the parallelism is over files
+        decoder.thread_type, decoder.thread_count = "NONE", 1  # files are processed in parallel
         # Errors are raised rather than concealed, and frames that grow within a clip are refused before allocation.
         decoder.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
         if kind == "gif":

@@ -209,7 +209,7 @@ def _meta_image(file: IO[bytes], path: str) -> stacks.Stack:
 
 
 def _nrrd(file: IO[bytes], path: str) -> stacks.Stack:
-    _line(file)  # the magic
+    _line(file)  # the magic number
     fields: dict[str, str] = {}
     while line := _line(file, end_allowed=True):
         if not line.startswith(b"#") and b":=" not in line:

@@ -68,7 +68,7 @@ class Index:
     dropped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     cleaned: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     removed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    warnings: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # files
+    warnings: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # number of files
     technical: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
     originals: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     digests: dict[str, str] = dataclasses.field(default_factory=dict)  # SHA-256 of the source files
