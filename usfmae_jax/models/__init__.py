@@ -1,1 +1,1 @@
-"""Models: arrays in, arrays out; nothing here knows of data, training or files."""
+"""Models: arrays in, arrays out; independent of data, training and files."""

@@ -1,4 +1,4 @@
-"""Segmentation: what says of every pixel what it belongs to, on a plain ViT and without one."""
+"""Segmentation models, which predict the class of every pixel: heads on a plain ViT, and a U-Net without one."""
 
 import math
 from typing import Any, Literal
@@ -15,20 +15,20 @@ Kind = Literal["linear", "decoder"]
 
 
 class Segmenter(nnx.Module):
-    """A ViT and a head for its pixels: images `[B, H, W, C]` to logits float32 `[B, H, W, num_classes]`.
+    """A ViT with a segmentation head: images `[B, H, W, C]` to logits float32 `[B, H, W, num_classes]`.
 
     Args:
-      num_classes: outputs of a pixel, the background among them.
-      kind: "linear", one linear layer on the last patch tokens, whose answer is resized (the probe of a frozen
+      num_classes: outputs per pixel, including the background.
+      kind: "linear", one linear layer on the last patch tokens, whose logits are resized (the probe of a frozen
         encoder); or "decoder", see `Decoder`.
-      decoder_width: channels of the decoder where it is widest.
-      drop_path: highest rate of stochastic depth of the encoder while training.
-      freeze: number of first blocks that are not trained, see `ViT`; all of them leaves only the head to train.
+      decoder_width: channels of the decoder at its widest.
+      drop_path: maximum stochastic depth rate of the encoder during training.
+      freeze: number of leading blocks that are not trained, see `ViT`; with all of them frozen, only the head trains.
       rngs: for the initial parameters.
       **encoder: arguments of `ViT`.
 
     Raises:
-      ValueError: no such kind, or more blocks are to be frozen than there are.
+      ValueError: unknown kind, or `freeze` exceeds the number of blocks.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Segmenter(nnx.Module):
             )
 
     def __call__(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Logits of all pixels.
+        """Computes the logits of all pixels.
 
         Args:
           images: normalised, `[B, H, W, C]`.
           rng: key for drop path; needed only while training.
-          train: drop paths.
+          train: apply drop path.
         """
         b, height, width, _ = images.shape
         grid = (height // self.encoder.patch_size, width // self.encoder.patch_size)
@@ -83,35 +83,35 @@ class Segmenter(nnx.Module):
         return resized(logits, (height, width))
 
     def features(self, images: jax.Array) -> jax.Array:
-        """The mean of the patch tokens of normalised images `[B, H, W, C]`: float32 `[B, width]`."""
+        """The mean patch token of normalised images `[B, H, W, C]`: float32 `[B, width]`."""
         return self.encoder(images)[:, 1:].mean(axis=1)
 
 
 def level_blocks(depth: int) -> tuple[int, ...]:
-    """The blocks that a decoder looks at: four, evenly spread, the last among them (2, 5, 8 and 11 of twelve)."""
+    """The blocks whose outputs a decoder uses: four, evenly spaced up to the last (2, 5, 8 and 11 of twelve)."""
     return tuple(sorted({round(depth * (i + 1) / 4) - 1 for i in range(4)} - {-1}))
 
 
 def resized(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Maps `[B, h, w, C]` in `size`, bilinear; float32."""
+    """Resizes maps `[B, h, w, C]` to `size` bilinearly; float32."""
     x = x.astype(jnp.float32)
     return x if x.shape[1:3] == size else jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear")
 
 
 class Decoder(nnx.Module):
-    """Convolutions from the patch grid of four levels up to the pixels, as UNETR (Hatamizadeh et al. 2022) has them.
+    """Convolutions from the patch tokens of up to four levels to pixels, as in UNETR (Hatamizadeh et al. 2022).
 
-    The last level is where it starts; each doubling of the resolution halves the channels and takes in
-    an earlier level, and the last of them the image itself, since a patch knows its borders to a few pixels only.
+    It starts from the last level. Each doubling of the resolution halves the channels and adds an earlier level; the
+    last one also adds the image itself, since patch tokens locate borders only to within a few pixels.
 
     Args:
       width: of the tokens.
-      channels_out: channels at the patch grid; half as many after each doubling, but no less than 16.
-      num_classes: outputs of a pixel.
+      channels_out: channels at the patch grid; half as many after each doubling, but no fewer than 16.
+      num_classes: outputs per pixel.
       patch_size: of the encoder.
       channels: of the images.
-      levels: how many there are, 1 to 4.
-      doublings: at most; as many as there are halvings of the patch at most, too.
+      levels: number of levels, 1 to 4.
+      doublings: maximum number of doublings; also limited by how often the patch size can be halved.
       dtype: compute dtype; the logits are float32.
       rngs: for the initial parameters.
     """
@@ -133,7 +133,7 @@ class Decoder(nnx.Module):
         widths = [max(channels_out >> i, min(channels_out, 16)) for i in range(doublings + 1)]
         self.stride, self.dtype = patch_size >> doublings, dtype
         self.norms = Chain([layer_norm(width, rngs=rngs) for _ in range(levels)])
-        # The last level comes in first; where there are more levels than doublings, the rest with it.
+        # Stage at which each level is added, last level first; surplus levels are all added at the last stage.
         self.at = tuple(min(i, doublings) for i in range(levels))
         self.project = Chain([Linear(width, widths[at], dtype=dtype, rngs=rngs) for at in self.at])
         self.image = conv3(channels, widths[-1], self.stride, dtype=dtype, rngs=rngs)
@@ -141,10 +141,10 @@ class Decoder(nnx.Module):
         self.out = nnx.Conv(widths[-1], num_classes, (1, 1), dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, levels: list[jax.Array], images: jax.Array) -> jax.Array:
-        """Logits.
+        """Computes logits.
 
         Args:
-          levels: `[B, h, w, D]` each, from the first to the last.
+          levels: `[B, h, w, D]` each, from first to last.
           images: normalised, `[B, H, W, C]`.
 
         Returns:
@@ -163,7 +163,7 @@ class Decoder(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Two 3x3 convolutions, `[B, H, W, I] -> [B, H, W, O]`; what comes in beside joins after the first of them."""
+    """Two 3x3 convolutions, `[B, H, W, I] -> [B, H, W, O]`; `beside` is added after the first."""
 
     def __init__(self, inputs: int, outputs: int, *, dtype: Any, rngs: nnx.Rngs):
         self.first = conv3(inputs, outputs, dtype=dtype, rngs=rngs) if inputs != outputs else None
@@ -171,35 +171,35 @@ class Stage(nnx.Module):
         self.second = conv3(outputs, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, beside: jax.Array | int) -> jax.Array:
-        """The stage."""
+        """Applies the stage."""
         x = (self.first(x) if self.first is not None else x) + beside
         x = gelu(self.norm1(x).astype(self.second.dtype))
         return gelu(self.norm2(self.second(x)).astype(self.second.dtype))
 
 
 def enlarged(x: jax.Array, times: int) -> jax.Array:
-    """Every pixel of `[B, h, w, C]` as a square of `times` by `times`."""
+    """Nearest-neighbour upsampling of `[B, h, w, C]` by an integer factor: `[B, h * times, w * times, C]`."""
     return x if times == 1 else jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
 
 
 def conv3(inputs: int, outputs: int, stride: int = 1, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
-    """A 3x3 convolution (with a stride, one as wide as that) with He's start."""
+    """A 3x3 convolution with He initialisation; a stride above 3 also sets the kernel size."""
     side = max(3, stride)
     init = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
     return nnx.Conv(inputs, outputs, (side, side), stride, padding="SAME", kernel_init=init, dtype=dtype, rngs=rngs)
 
 
 class UNet(nnx.Module):
-    """The baseline without pretraining: images `[B, H, W, C]` to logits float32 `[B, H, W, num_classes]`.
+    """U-Net, the baseline without pretraining: images `[B, H, W, C]` to logits float32 `[B, H, W, num_classes]`.
 
-    Convolutions down and up again with connections across (Ronneberger et al. 2015); as nnU-Net has it, the channels
-    double at each halving of the resolution, and every convolution is normalised, here over channels.
+    Convolutional encoder and decoder with skip connections (Ronneberger et al. 2015). As in nnU-Net, the channels
+    double at each halving of the resolution and every convolution is normalised, here over channels.
 
     Args:
-      num_classes: outputs of a pixel, the background among them.
+      num_classes: outputs per pixel, including the background.
       channels: of the images.
       width: channels at full resolution.
-      depth: halvings of the resolution; 2^depth divides the sides of the images.
+      depth: number of halvings of the resolution; 2^depth must divide height and width of the images.
       dtype: compute dtype.
       rngs: for the initial parameters.
     """
@@ -227,7 +227,7 @@ class UNet(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Logits of all pixels of normalised images; `rng` and `train` are what every model takes."""
+        """Logits of all pixels of normalised images; `rng` and `train` are unused, for a common signature."""
         levels = self._down(images)
         x = levels.pop()
         for stage, across in zip(self.up, self.across, strict=True):
@@ -235,7 +235,7 @@ class UNet(nnx.Module):
         return self.head(x.astype(jnp.float32))
 
     def features(self, images: jax.Array) -> jax.Array:
-        """The mean over places where the resolution is lowest: float32 `[B, width * 2^depth]`."""
+        """Spatial mean at the lowest resolution: float32 `[B, width * 2^depth]`."""
         return self._down(images)[-1].astype(jnp.float32).mean(axis=(1, 2))
 
     def _down(self, images: jax.Array) -> list[jax.Array]:
@@ -247,18 +247,18 @@ class UNet(nnx.Module):
 
 
 def unet_flops(size: tuple[int, int], channels: int, width: int, depth: int) -> float:
-    """Floating-point operations of a `UNet` on one image, forward: the convolutions."""
+    """Floating-point operations of a `UNet` forward pass on one image: convolutions only."""
     total, before = 0.0, channels
     for i in range(depth + 1):
         pixels, one = math.prod(size) / 4**i, width << i
         total += 18 * pixels * one * (before + one)
-        total += 18 * pixels * one * (4 * one if i < depth else 0)  # from below, across, and the second one
+        total += 18 * pixels * one * (4 * one if i < depth else 0)  # upsampled, skip, and the second convolution
         before = one
     return total
 
 
 def decoder_flops(size: tuple[int, int], patch_size: int, width: int, channels_out: int) -> float:
-    """Floating-point operations of a `Decoder` on one image, forward: about, the convolutions and projections."""
+    """Approximate floating-point operations of a `Decoder` forward pass on one image: convolutions and projections."""
     doublings = max(d for d in range(4) if patch_size % 2**d == 0)
     total, patches = 0.0, math.prod(size) / patch_size**2
     for i in range(doublings + 1):

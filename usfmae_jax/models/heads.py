@@ -1,4 +1,4 @@
-"""Classification heads: on a ViT that is trained with them, and on the tokens of a frozen one."""
+"""Classification heads: on a ViT trained with the head, and on the tokens of a frozen one."""
 
 from typing import Any, Literal
 
@@ -15,20 +15,20 @@ Pool = Literal["mean", "cls"]
 class Classifier(nnx.Module):
     """A ViT with pooling and a linear head: images `[B, H, W, C]` to logits `[B, num_classes]`.
 
-    Mean pooling is MAE's for fine-tuning (He et al. 2022): the mean of the patch tokens before the encoder's norm, then
-    a norm of its own, `head_norm`; the encoder's norm is then left unused. Class-token pooling takes the class token
-    after the encoder's norm. The head starts near zero, so that the first predictions are even.
+    Mean pooling is what MAE uses for fine-tuning (He et al. 2022): the mean of the patch tokens before the encoder's
+    norm, followed by a separate norm, `head_norm`; the encoder's norm is then unused. Class-token pooling takes the
+    class token after the encoder's norm. The head starts near zero, so that the first predictions are uniform.
 
     Args:
       num_classes: outputs.
       pool: "mean" or "cls".
-      drop_path: highest rate of stochastic depth while training, see `vit.drop_path_scales`.
-      freeze: number of first blocks that are not trained, see `ViT`; all of them leaves only the head to train.
+      drop_path: maximum stochastic depth rate during training, see `vit.drop_path_scales`.
+      freeze: number of leading blocks that are not trained, see `ViT`; with all of them frozen, only the head trains.
       rngs: for the initial parameters.
       **encoder: arguments of `ViT`.
 
     Raises:
-      ValueError: `pool` is neither of the two, or more blocks are to be frozen than there are.
+      ValueError: `pool` is neither of the two, or `freeze` exceeds the number of blocks.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class Classifier(nnx.Module):
         self.head = linear_head(self.encoder.width, num_classes, std=2e-5, rngs=rngs)
 
     def __call__(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Logits.
+        """Computes logits.
 
         Args:
           images: normalised, `[B, H, W, C]`.
           rng: key for drop path; needed only while training.
-          train: drop paths.
+          train: apply drop path.
 
         Returns:
           float32 `[B, num_classes]`.
@@ -65,7 +65,7 @@ class Classifier(nnx.Module):
         return self.head(self._pooled(images, rng if train else None))
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What the head sees of normalised images `[B, H, W, C]`: float32 `[B, width]`."""
+        """The head's input for normalised images `[B, H, W, C]`: float32 `[B, width]`."""
         return self._pooled(images, None)
 
     def _pooled(self, images: jax.Array, rng: jax.Array | None) -> jax.Array:
@@ -77,17 +77,17 @@ class Classifier(nnx.Module):
 class AttentivePool(nnx.Module):
     """Attentive probe: tokens `[B, N, width]` of a frozen encoder to logits `[B, num_classes]`.
 
-    One learned query attends to all tokens, as the probes of CAE (Chen et al. 2024) and V-JEPA (Bardes et al. 2024) do;
-    a norm and a linear layer follow. Unlike a linear probe it can pick the patches that matter.
+    One learned query attends to all tokens, as in the probes of CAE (Chen et al. 2024) and V-JEPA (Bardes et al. 2024);
+    a norm and a linear layer follow. Unlike a linear probe, it can select the patches that matter.
 
     Args:
       width: of the tokens.
-      num_heads: of the attention; divides the width.
+      num_heads: attention heads; must divide the width.
       num_classes: outputs.
       rngs: for the initial parameters.
 
     Raises:
-      ValueError: the heads do not divide the width.
+      ValueError: `num_heads` does not divide the width.
     """
 
     def __init__(self, width: int, num_heads: int, num_classes: int, rngs: nnx.Rngs):
@@ -103,11 +103,11 @@ class AttentivePool(nnx.Module):
         self.head = linear_head(width, num_classes, std=0.01, rngs=rngs)
 
     def __call__(self, tokens: jax.Array, rng: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Logits, float32 `[B, num_classes]`; `rng` and `train` are what every model takes, and change nothing."""
+        """Logits, float32 `[B, num_classes]`; `rng` and `train` are unused, for a common signature."""
         return self.head(self.features(tokens))
 
     def features(self, tokens: jax.Array) -> jax.Array:
-        """What the linear layer sees: float32 `[B, width]`."""
+        """The linear layer's input: float32 `[B, width]`."""
         b, n, d = tokens.shape
         shape = (self.num_heads, d // self.num_heads)
         k, v = jnp.moveaxis(self.kv(self.norm(tokens)).reshape(b, n, 2, *shape), 2, 0)
@@ -117,6 +117,6 @@ class AttentivePool(nnx.Module):
 
 
 def linear_head(inputs: int, num_classes: int, *, std: float, rngs: nnx.Rngs) -> nnx.Linear:
-    """A float32 linear layer whose kernel starts at a truncated normal of that deviation, its bias at 0."""
+    """A float32 linear layer; the kernel is initialised from a truncated normal of deviation `std`, the bias to 0."""
     init = nnx.initializers.truncated_normal(std)
     return nnx.Linear(inputs, num_classes, kernel_init=init, dtype=jnp.float32, rngs=rngs)

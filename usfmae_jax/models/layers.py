@@ -1,4 +1,4 @@
-"""Layers of a transformer, with the numerics of the MAE code, arranged for the compiler."""
+"""Transformer layers with the numerics of the MAE code, written so that XLA compiles them well."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 AttentionImplementation = Literal["xla", "cudnn"] | None
-#: What a block keeps of its values for the backward pass, which computes the rest again.
+#: Which intermediate values a block saves for the backward pass; the rest is recomputed.
 Remat = Literal["none", "dots", "full"]
 
 xavier = nnx.initializers.xavier_uniform()
@@ -24,8 +24,8 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @gelu.defjvp
 def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    # The derivative Phi(x) + x phi(x) shares the erf with the value and is all that the backward pass keeps;
-    # derived automatically it was the dearest part of a small model on a CPU.
+    # The derivative Phi(x) + x phi(x) shares the erf with the value and is all that is kept for the backward pass;
+    # derived automatically, it was the most expensive part of a small model on a CPU.
     (x,), (dx,) = primals, tangents
     cdf = 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
     pdf = jnp.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
@@ -33,13 +33,13 @@ def _gelu_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
 
 
 def recomputed(step: Callable, remat: Remat, *, scan: bool) -> Callable:
-    """A step over blocks whose backward pass computes again what it has not kept.
+    """Wraps a scan step so that its backward pass recomputes what was not saved (`jax.checkpoint`).
 
     Args:
       step: of `jax.lax.scan`.
-      remat: "none" keeps every value, "full" what goes into the step and no more; "dots" also the products with
-        matrices, so that only what is cheap is computed again (and the attention, whose memory is quadratic).
-      scan: whether the scan stays a loop; unrolled, the compiler must be kept from merging both computations.
+      remat: "none" saves every value; "full" saves only the step's inputs; "dots" also saves the matrix products with
+        parameters, so that only cheap operations are recomputed (and the attention, whose memory is quadratic).
+      scan: whether the scan stays a loop; if unrolled, the compiler must be kept from merging the two computations.
     """
     if remat == "none":
         return step
@@ -47,19 +47,19 @@ def recomputed(step: Callable, remat: Remat, *, scan: bool) -> Callable:
     return jax.checkpoint(step, prevent_cse=not scan, policy=policy)
 
 
-#: Arrays with fewer elements than this are replicated: splitting them costs more messages than it saves memory.
+#: Arrays with fewer elements are replicated: splitting them saves too little memory to justify the communication.
 MIN_SPLIT_SIZE = 2**14
 
 
 def split_axis(shape: Sequence[int], parts: int) -> int | None:
-    """The axis along which devices hold parts of an array; None = all hold it whole.
+    """The axis along which an array is split over devices; None = it is replicated.
 
-    It is the first that `parts` divides: parts of rows that lie together in memory can be reduced as they are, while of
-    others a TPU reduces the whole array.
+    It is the first axis that `parts` divides: shards that are contiguous in memory can be reduced directly, whereas for
+    other axes a TPU reduces the whole array.
 
     Args:
-      shape: of the array; of stacked blocks, of one.
-      parts: how many.
+      shape: of the array; for stacked blocks, that of a single block's.
+      parts: number of parts.
     """
     if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE:
         return None
@@ -67,24 +67,26 @@ def split_axis(shape: Sequence[int], parts: int) -> int | None:
 
 
 def spread(x: jax.Array) -> jax.Array:
-    """`[B, ...]` with its first axis over all devices of the mesh in use (`jax.sharding.use_abstract_mesh`), if any.
+    """Shards the first axis of `[B, ...]` over all devices of the mesh in use, if any.
 
-    Left to itself the compiler moves activations where parameters are split, which is dearer the larger the batch.
+    The mesh is that of `jax.sharding.use_abstract_mesh`. Without this, the compiler moves activations where parameters
+    are split, which costs more the larger the batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.size <= 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
 
 
 def _whole(matrix: jax.Array) -> jax.Array:
-    """A matrix on every device of the mesh in use."""
+    """Replicates a matrix on every device of the mesh in use."""
     return jax.lax.with_sharding_constraint(matrix, PartitionSpec())
 
 
 @jax.custom_vjp
 def _gathered_product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`x [N, I] @ matrix [I, O]` where devices hold parts of the matrix (ZeRO-3, Rajbhandari et al. 2020).
+    """`x [N, I] @ matrix [I, O]` for a matrix split over devices (ZeRO-3, Rajbhandari et al. 2020).
 
-    It is gathered for the product and again for the derivative: kept, every device would hold the whole model.
+    The matrix is gathered for the product and again for the derivative: if it were kept, every device would hold the
+    whole model.
     """
     return x @ _whole(matrix)
 
@@ -98,7 +100,7 @@ def _gathered_backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tupl
         return dy @ _whole(matrix).T, x.T @ dy
 
     def own_part(x: jax.Array, dy: jax.Array) -> jax.Array:
-        # Said in so many words: of sums that a compiler has to recognise it reduces some whole, for twice the bytes.
+        # An explicit reduce-scatter: left to the compiler, some sums become full all-reduces of twice the bytes.
         part = jax.lax.psum_scatter(x.T @ dy, last, scatter_dimension=axis, tiled=True)
         return jax.lax.psum(part, tuple(others))
 
@@ -111,9 +113,9 @@ _gathered_product.defvjp(lambda x, matrix: (_gathered_product(x, matrix), (x, ma
 
 
 class Linear(nnx.Linear):
-    """`[..., I] -> [..., O]`, computed as one 2-D product.
+    """Linear layer `[..., I] -> [..., O]`, computed as one 2-D product.
 
-    XLA on the CPU runs a 3-D by 2-D product up to three times slower than the same product with tokens flattened.
+    On the CPU, XLA runs a 3-D by 2-D product up to three times slower than the same product with tokens flattened.
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtype: Any, rngs: nnx.Rngs):
@@ -130,7 +132,7 @@ class Linear(nnx.Linear):
 
 
 class Chain(nnx.Module):
-    """Modules under the names "0", "1", ..., as torch's Sequential has them."""
+    """Submodules named "0", "1", ..., as in torch's `Sequential`."""
 
     def __init__(self, modules: Sequence[nnx.Module]):
         self.length = len(modules)
@@ -141,21 +143,22 @@ class Chain(nnx.Module):
         return (getattr(self, str(index)) for index in range(self.length))
 
 
-#: What LayerNorm adds to the variance in the MAE code, and in timm.
+#: LayerNorm's epsilon in the MAE code and in timm.
 NORM_EPS = 1e-6
 
 
 def layer_norm(width: int, eps: float = NORM_EPS, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm in float32 whatever comes in."""
+    """LayerNorm computed in float32, whatever the input dtype."""
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 @jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scaled dot-product attention, all `[B, H, N, E]`, with the softmax in float32; what CPUs use.
+    """Scaled dot-product attention for CPUs, all arrays `[B, H, N, E]`, with the softmax in float32.
 
-    XLA on the CPU runs the derivative that JAX derives at a sixth of the speed of large products; written out, with the
-    row sums taken from the output (Dao et al. 2022, appendix B), a training step of a small model is a sixth faster.
+    On the CPU, XLA runs the derivative generated by JAX at a sixth of the speed of large products. With the derivative
+    written out and the row sums taken from the output (Dao et al. 2022, appendix B), a training step of a small model
+    is a sixth faster.
     """
     return _attend(q, k, v)[0]
 
@@ -181,7 +184,7 @@ attend.defvjp(_attend, _attend_backward)
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, implementation: AttentionImplementation = None) -> jax.Array:
     """Scaled dot-product attention: queries `[B, N, H, E]`, keys and values `[B, M, H, E]` to `[B, N, H, E]`.
 
-    Without an `implementation` it is what suits the platform that is compiled for.
+    If `implementation` is None, it is chosen for the target platform.
     """
     if implementation is None:
         return jax.lax.platform_dependent(q, k, v, cpu=_attend_on_cpu, default=jax.nn.dot_product_attention)
@@ -194,7 +197,7 @@ def _attend_on_cpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 class LowRank(nnx.Module):
-    """What LoRA (Hu et al. 2022) adds to a matrix: `x @ down @ up`, of a low rank, nothing in the beginning."""
+    """The low-rank update `x @ down @ up` that LoRA (Hu et al. 2022) adds to a linear layer; zero at initialisation."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, *, dtype: Any, rngs: nnx.Rngs):
         self.down = nnx.Param(nnx.initializers.normal(1 / rank)(rngs.params(), (inputs, rank)))
@@ -207,7 +210,7 @@ class LowRank(nnx.Module):
 
 
 def without_lora(params: Any) -> Any:
-    """Parameters in which every low-rank addition has become part of its matrix; what has none is as it was."""
+    """Merges every low-rank update into its matrix; parameters without one are unchanged."""
     if not isinstance(params, dict):
         return params
     merged = {name: without_lora(one) for name, one in params.items() if not name.endswith("_lora")}
@@ -222,8 +225,8 @@ def without_lora(params: Any) -> Any:
 class Attention(nnx.Module):
     """Multi-head self-attention (Vaswani et al. 2017), `[B, N, D] -> [B, N, D]`.
 
-    Query, key and value come from one matrix; the softmax is float32 whatever the compute dtype. With `lora` both
-    matrices have a low-rank addition of that rank, see `LowRank`.
+    One matrix computes query, key and value; the softmax is float32 whatever the compute dtype. With `lora`, both
+    matrices get a low-rank update of that rank, see `LowRank`.
     """
 
     def __init__(

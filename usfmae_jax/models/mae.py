@@ -22,10 +22,10 @@ from usfmae_jax.models.vit import Block, Blocks, ViT, blocks_flops, vit_flops
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """How many patches the encoder sees: `n - round(n * ratio)`.
+    """Number of patches that the encoder sees: `n - round(n * ratio)`.
 
     Raises:
-      ValueError: the ratio leaves no patch to see or none to predict.
+      ValueError: the ratio leaves no patch visible or none hidden.
     """
     visible = num_patches - round(num_patches * mask_ratio)
     if not 0 < visible < num_patches:
@@ -38,15 +38,15 @@ def num_visible(num_patches: int, mask_ratio: float) -> int:
 def random_masking(
     rng: jax.Array, batch: int, num_patches: int, mask_ratio: float, inside: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """An independent random subset for every sample; see `mask_from_noise` for `inside` and what it returns."""
+    """An independent random mask for every sample; see `mask_from_noise` for `inside` and the return values."""
     return mask_from_noise(jax.random.uniform(rng, (batch, num_patches)), mask_ratio, inside)
 
 
 def block_noise(rng: jax.Array, batch: int, grid: tuple[int, int], block: int) -> jax.Array:
     """Noise for `mask_from_noise` that hides squares of `block` by `block` patches: float32 `[B, N]`, in [0, 1).
 
-    Where the squares lie is drawn for each image anew, so that no patch is always at a border of one. The square in
-    which the number of hidden patches is reached is hidden in part.
+    The grid of squares is shifted at random for each image, so that no patch is always at a border of a square. The
+    square in which the number of hidden patches is reached is hidden in part.
     """
     rows, columns = grid
     places, ties, shifts = jax.random.split(rng, 3)
@@ -57,7 +57,7 @@ def block_noise(rng: jax.Array, batch: int, grid: tuple[int, int], block: int) -
         return jax.lax.dynamic_slice(noise, shift, grid)
 
     found = jax.vmap(cut)(wide, jax.random.randint(shifts, (batch, 2), 0, block))
-    # The order of patches within a square, too small to change that of squares.
+    # Orders the patches within a square; too small to change the order of squares.
     return (found + 1e-6 * jax.random.uniform(ties, found.shape)).reshape(batch, -1)
 
 
@@ -66,8 +66,8 @@ def mask_from_noise(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Hides the patches whose noise is largest.
 
-    With `inside`, only patches in the imaged sector are hidden, in the same ratio; the places that this leaves free
-    among the visible ones are filled with patches from outside, so that shapes stay static.
+    With `inside`, only patches in the imaged sector are hidden, in the same ratio; patches from outside fill up the
+    visible ones, so that shapes stay static.
 
     Args:
       noise: `[B, N]`, uniform in [0, 1).
@@ -76,7 +76,7 @@ def mask_from_noise(
 
     Returns:
       keep: int `[B, K]`, the visible patches, `K = num_visible(N, mask_ratio)`.
-      restore: int `[B, N]`, where each patch stands in `concatenate([visible, hidden])`.
+      restore: int `[B, N]`, the index of each patch in `concatenate([visible, hidden])`.
       mask: float32 `[B, N]`, 1 = hidden, to be predicted.
     """
     n = noise.shape[1]
@@ -85,7 +85,7 @@ def mask_from_noise(
         order = jnp.argsort(noise, axis=1)
         restore = jnp.argsort(order, axis=1)
         return order[:, :visible], restore, (restore >= visible).astype(jnp.float32)
-    # Inside patches rank first; of M inside, the last round(M * ratio) are hidden and move behind those from outside.
+    # Patches inside rank first; of M inside, the last round(M * ratio) are hidden and move behind those from outside.
     rank = jnp.argsort(jnp.argsort(jnp.where(inside, noise, 2.0), axis=1), axis=1)
     shown_of = jnp.asarray([m - round(m * mask_ratio) for m in range(n + 1)])
     shown = shown_of[inside.sum(axis=1)][:, None]
@@ -95,15 +95,15 @@ def mask_from_noise(
 
 
 def sector_patches(images: jax.Array, patch_size: int, threshold: int = 8) -> jax.Array:
-    """Which patches lie in the imaged sector, told by brightness.
+    """Detects by brightness which patches lie in the imaged sector.
 
-    A patch is lit when a 64th of its pixels exceeds the threshold; dark patches between lit ones, in their row or in
-    their column, count too (cysts, shadows): a scan sector is convex, and stays so when it is rotated.
+    A patch is lit if at least 1/64 of its pixels exceed the threshold. Dark patches between lit ones in the same row or
+    column (cysts, shadows) count as inside too: a scan sector is convex and stays so under rotation.
 
     Args:
       images: uint8 `[B, H, W, C]`.
       patch_size: side of a patch.
-      threshold: grey values up to this are surround; leaves room for JPEG noise.
+      threshold: grey values up to this one are background; leaves room for JPEG noise.
 
     Returns:
       bool `[B, N]`; all True for an image with no lit patch.
@@ -121,7 +121,7 @@ def sector_patches(images: jax.Array, patch_size: int, threshold: int = 8) -> ja
 
 
 class Decoder(nnx.Module):
-    """The light decoder: visible tokens `[B, 1 + K, E]` to pixels of all patches `[B, N, P*P*C]`."""
+    """The lightweight decoder: visible tokens `[B, 1 + K, E]` to pixels of all patches `[B, N, P*P*C]`."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Decoder(nnx.Module):
         self.pred = Linear(width, outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, latent: jax.Array, restore: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """Puts a mask token where a patch is hidden and predicts every patch; float32 `[B, N, P*P*C]`."""
+        """Inserts mask tokens for hidden patches and predicts every patch; float32 `[B, N, P*P*C]`."""
         x = self.embed(latent)
         b, n = restore.shape
         hidden = jnp.broadcast_to(self.mask_token[...], (b, n + 1 - x.shape[1], self.width)).astype(x.dtype)
@@ -163,7 +163,7 @@ class Decoder(nnx.Module):
 
 
 def _of_encoder(encoder: ViT, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a decoder that follow from its encoder, which was built with those that are `given`."""
+    """The arguments of a decoder that follow from its encoder, which was built with the arguments `given`."""
     return {
         "encoder_width": encoder.width,
         "outputs": encoder.patch_size**2 * given.get("channels", 3),
@@ -181,7 +181,7 @@ class MAE(nnx.Module):
 
     Args:
       decoder_width, decoder_depth, decoder_num_heads: of the decoder.
-      outputs: numbers that are predicted of a patch; 0 = its pixels.
+      outputs: number of values predicted per patch; 0 = its pixels.
       rngs: for the initial parameters.
       **encoder: arguments of `ViT`.
     """
@@ -215,7 +215,7 @@ class MAE(nnx.Module):
 
 
 class CrossBlock(nnx.Module):
-    """Mask tokens attend to what the encoder saw, and to nothing else; then an MLP. See `CrossDecoder`."""
+    """Cross-attention from mask tokens to the encoder's tokens only, then an MLP. See `CrossDecoder`."""
 
     def __init__(
         self,
@@ -240,11 +240,11 @@ class CrossBlock(nnx.Module):
         self.fc2 = Linear(int(width * mlp_ratio), width, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, levels: jax.Array) -> jax.Array:
-        """One block.
+        """Applies the block.
 
         Args:
           x: mask tokens `[B, M, d]`.
-          levels: what came out of the encoder's blocks, `[L, B, 1 + K, D]`.
+          levels: outputs of the encoder's blocks, `[L, B, 1 + K, D]`.
         """
         weights = self.fuse[...].astype(levels.dtype)
         seen = self.norm_seen(jnp.tensordot(weights, levels, axes=1)).astype(x.dtype)
@@ -257,16 +257,16 @@ class CrossBlock(nnx.Module):
 
 
 class CrossDecoder(nnx.Module):
-    """The decoder of CrossMAE (Fu et al. 2024): hidden patches are predicted each by itself, from what is visible.
+    """The decoder of CrossMAE (Fu et al. 2024): predicts each hidden patch independently, from the visible ones.
 
-    Mask tokens attend to the encoder's tokens and not to one another, so that any share of the hidden patches can be
-    predicted alone. Every block sees a weighted sum of its own of what the encoder's blocks gave (inter-block fusion).
+    Mask tokens attend to the encoder's tokens and not to one another, so that any subset of the hidden patches can be
+    predicted. Each block sees its own weighted sum of the outputs of the encoder's blocks (inter-block fusion).
 
     Args:
       encoder_width: of the encoder's tokens.
-      levels: how many of them there are: the encoder's depth.
-      outputs: numbers of a patch.
-      grid: (rows, columns) that positions are made for.
+      levels: number of encoder outputs, the encoder's depth.
+      outputs: number of values per patch.
+      grid: (rows, columns) of the position table.
       width, depth, num_heads, mlp_ratio, norm_eps: of the blocks.
       dtype: compute dtype.
       scan, remat: see `vit.Blocks`.
@@ -317,7 +317,7 @@ class CrossDecoder(nnx.Module):
 
 
 class CrossMAE(nnx.Module):
-    """Encoder and `CrossDecoder`: images, what is visible and what to predict in, predicted patches out.
+    """Encoder and `CrossDecoder`: images, visible patches and patches to predict in, predicted patches out.
 
     Args:
       decoder_width, decoder_depth, decoder_num_heads: of the decoder.
@@ -343,13 +343,13 @@ class CrossMAE(nnx.Module):
         encoder = self.encoder
         grid = (images.shape[1] // encoder.patch_size, images.shape[2] // encoder.patch_size)
         levels = encoder.blocks.levels(encoder.embed(images, keep), range(encoder.blocks.depth))
-        # The last goes through the norm that an exported encoder has, which learns nothing otherwise.
+        # The last level goes through the norm that an exported encoder applies, which would otherwise not be trained.
         levels[-1] = encoder.norm(levels[-1]).astype(levels[-1].dtype)
         return self.decoder(jnp.stack(levels), chosen, grid)
 
 
 def patch_targets(images: jax.Array, patch_size: int, normalize: bool) -> jax.Array:
-    """What the decoder has to predict: float32 `[B, N, P*P*C]`, each patch standardised if `normalize`."""
+    """The decoder's targets: float32 `[B, N, P*P*C]`, each patch standardised if `normalize`."""
     patches = patchify(images.astype(jnp.float32), patch_size)
     if not normalize:
         return patches
@@ -367,7 +367,8 @@ def patch_statistics(patches: jax.Array) -> tuple[jax.Array, jax.Array]:
 def masked_error(predicted: jax.Array, target: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Squared error over hidden patches, as (sum of the patches' mean errors, number of hidden patches).
 
-    Their quotient is the MAE loss; kept apart so that gradients of micro-batches add up to that of the whole.
+    Their quotient is the MAE loss; they are kept separate so that gradients of micro-batches add up to that of the
+    whole batch.
     """
     error = jnp.square(predicted.astype(jnp.float32) - target).mean(axis=-1)
     return (error * mask).sum(), mask.sum()
@@ -387,10 +388,10 @@ def training_flops(
 ) -> float:
     """Floating-point operations to train on one image once: matrix products only, backward counted as twice forward.
 
-    `predicted` is the number of patches that a `CrossMAE` predicts; 0 = of an `MAE`.
+    `predicted` is the number of patches that a `CrossMAE` predicts; 0 = the model is an `MAE`.
     """
     visible = num_visible(num_patches, mask_ratio)
-    if predicted:  # of a CrossMAE
+    if predicted:  # a CrossMAE
         inner = round(mlp_ratio * decoder_width)
         each = 2 * predicted * decoder_width * (2 * decoder_width + 2 * inner)  # queries, projection and MLP
         each += 2 * (visible + 1) * width * (2 * decoder_width + depth)  # keys and values, and the sum over levels

@@ -1,4 +1,4 @@
-"""Images to patches and back, fixed sin-cos position tables, pixels to what a model sees."""
+"""Images to patches and back, sin-cos position tables, and normalising and blurring of images."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def normalize_images(images: jax.Array, mean: tuple[float, ...], std: tuple[floa
 
 
 def blurred(images: jax.Array, sigma: float) -> jax.Array:
-    """Float images `[B, H, W, C]` under a Gaussian of that deviation in pixels; the border is repeated outwards."""
+    """Float images `[B, H, W, C]` blurred by a Gaussian of deviation `sigma` pixels; borders are edge-padded."""
     radius = max(1, round(3 * sigma))
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     weights = (weights / weights.sum()).astype(np.float32)
@@ -61,15 +61,15 @@ def blurred(images: jax.Array, sigma: float) -> jax.Array:
 def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
     """The 2-D sin-cos position table of the MAE code (He et al. 2022).
 
-    The first half of the channels encodes the column (width first), the second the row; within a half, sines then
-    cosines of `position * 10000^(-2i/d)`, `d = width / 2`.
+    The first half of the channels encodes the column (width first), the second half the row; each half holds the sines,
+    then the cosines, of `position * 10000^(-2i/d)`, `d = width / 2`.
 
     Args:
       grid: patches down and across.
       width: channels, divisible by 4.
 
     Returns:
-      float32 `[grid[0] * grid[1], width]`, rows of patches first.
+      float32 `[grid[0] * grid[1], width]`, patches in row-major order.
     """
     if width % 4:
         raise ValueError(f"a 2-D sin-cos table needs a width divisible by 4, not {width}")
@@ -86,13 +86,13 @@ def sincos_table(grid: tuple[int, int], width: int) -> np.ndarray:
 def resize_table(table: jax.Array | np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> jax.Array:
     """Bicubic interpolation of a position table `[old[0] * old[1], D]` to `[new[0] * new[1], D]`.
 
-    The numbers are those of PyTorch's `interpolate(..., mode="bicubic", align_corners=False)`, with which the MAE code
-    and Hugging Face resize their tables: not antialiased, so that a smaller grid samples the same function.
+    Matches PyTorch's `interpolate(..., mode="bicubic", align_corners=False)`, with which the MAE code and Hugging Face
+    resize their tables: not antialiased, so that a smaller grid samples the same function.
     """
     if old == new:
         return jnp.asarray(table)
     down, across = (_cubic_weights(*sizes) for sizes in zip(old, new, strict=True))
-    # The matrices are small and the table goes into every token: not in the bfloat16 of a TPU's own choice.
+    # The matrices are small and the table goes into every token: avoid the TPU's default bfloat16 precision.
     resized = jnp.einsum(
         "ya,xb,abd->yxd", down, across, jnp.asarray(table).reshape(*old, -1), precision=jax.lax.Precision.HIGHEST
     )
@@ -100,9 +100,9 @@ def resize_table(table: jax.Array | np.ndarray, old: tuple[int, int], new: tuple
 
 
 def _cubic_weights(old: int, new: int, a: float = -0.75) -> np.ndarray:
-    """float32 `[new, old]` that interpolates along one axis: cubic convolution (Keys 1981), its `a` as PyTorch has it.
+    """Weights float32 `[new, old]` that interpolate along one axis: cubic convolution (Keys 1981), with PyTorch's `a`.
 
-    JAX's own cubic has a = -0.5. Beyond the border the last position is repeated.
+    JAX's own cubic interpolation uses a = -0.5. Beyond the border the last position is repeated.
     """
     place = (np.arange(new) + 0.5) * (old / new) - 0.5
     weights = np.zeros((new, old))

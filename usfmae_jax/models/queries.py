@@ -1,4 +1,4 @@
-"""Instances by queries: each of a fixed number of learned vectors says what it found, and on which pixels."""
+"""Instance segmentation by queries: each of a fixed number of learned vectors predicts a class and a mask."""
 
 from typing import Any
 
@@ -13,35 +13,35 @@ from usfmae_jax.models.vit import ViT
 #: Doublings of the resolution from the patch grid to the masks.
 DOUBLINGS = 2
 
-#: What queries say: `classes` float32 `[B, Q, 1 + C]`, logits, the first of "no object"; `masks` float32
-#: `[B, Q, h, w]`, logits of the pixels.
+#: Predictions of the queries: `classes`, logits float32 `[B, Q, 1 + C]`, index 0 being "no object"; `masks`, logits
+#: float32 `[B, Q, h, w]`.
 Answer = dict[str, jax.Array]
 
 
 class MaskTransformer(nnx.Module):
     """A plain ViT as a mask classifier: the encoder-only mask transformer (EoMT; Kerssies et al. 2025).
 
-    Learned queries join the tokens before the last blocks and go through them as tokens do. A linear layer gives the
-    class of each; its mask is the product of an MLP of it with the features of the pixels, which a few convolutions
-    make of the patch tokens (and, since a patch knows its borders to a few pixels only, of the image). The published
-    model masks the attention of queries to what they found so far while it learns, and anneals that away; here every
-    query attends to everything from the start. It also makes pixels of the patches behind each block; here the queries
-    of all blocks answer with those behind the last, which is cheaper. All
-    that is not the encoder's lies below `head`.
+    Learned queries join the tokens before the last blocks and are processed like any other token. A linear layer
+    predicts the class of each query; its mask is the dot product of an MLP of the query with per-pixel features, which
+    a few convolutions compute from the patch tokens (and from the image, since patch tokens locate borders only to
+    within a few pixels). There are two differences from the published model. During training it restricts each query's
+    attention to its predicted mask and anneals this away; here every query attends to everything from the start. And it
+    computes pixel features after each block; here the queries of all blocks share those after the last, which is
+    cheaper. All parameters outside the encoder are under `head`.
 
     Args:
-      num_classes: C + 1 outputs of a query, "no object" among them.
-      queries: Q, the most instances that can be found on an image.
-      blocks: how many of the encoder's last blocks the queries go through.
-      decoder_width: channels of the pixels' features at the patch grid, half as many after each doubling.
-      drop_path: highest rate of stochastic depth of the encoder while training.
-      freeze: number of first blocks that are not trained, see `ViT`; all of them leaves only the head to train, whose
-        queries then learn through the frozen blocks.
+      num_classes: C + 1 outputs per query, including "no object".
+      queries: Q, the maximum number of instances per image.
+      blocks: number of the encoder's last blocks that the queries pass through.
+      decoder_width: channels of the pixel features at the patch grid, half as many after each doubling.
+      drop_path: maximum stochastic depth rate of the encoder during training.
+      freeze: number of leading blocks that are not trained, see `ViT`; with all of them frozen, only the head trains,
+        whose queries then receive their gradient through the frozen blocks.
       rngs: for the initial parameters.
       **encoder: arguments of `ViT`.
 
     Raises:
-      ValueError: more blocks are asked for, or are to be frozen, than there are.
+      ValueError: `blocks` or `freeze` exceeds the number of blocks, or `blocks` is below 1.
     """
 
     def __init__(
@@ -75,17 +75,17 @@ class MaskTransformer(nnx.Module):
         )
 
     def __call__(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> Answer:
-        """What the queries say in the end.
+        """The queries' final predictions.
 
         Args:
           images: normalised, `[B, H, W, C]`.
           rng: key for drop path; needed only while training.
-          train: drop paths.
+          train: apply drop path.
         """
         return self.answers(images, rng, train)[-1]
 
     def answers(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> list[Answer]:
-        """What the queries say after each of the blocks that they go through; arguments as those of a call."""
+        """The queries' predictions after each block that they pass through; arguments as for `__call__`."""
         how: dict[str, Any] = {"rng": rng if train else None, "drop_path": self.drop_path, "freeze": self.freeze}
         blocks = self.encoder.blocks
         x = self.encoder.embed(images)
@@ -99,21 +99,19 @@ class MaskTransformer(nnx.Module):
         return self.head(found, images)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """The mean of the patch tokens of normalised images `[B, H, W, C]`: float32 `[B, width]`."""
+        """The mean patch token of normalised images `[B, H, W, C]`: float32 `[B, width]`."""
         return self.encoder(images)[:, 1:].mean(axis=1)
 
 
 class QueryHead(nnx.Module):
-    """The queries, and what is made of them and of the patch tokens: class logits and mask logits.
+    """The learned queries and the layers that turn query and patch tokens into class logits and mask logits.
 
     Args:
       width: of the tokens.
-      decoder_width: see `MaskTransformer`.
-      num_classes: likewise.
-      queries: likewise.
+      decoder_width, num_classes, queries: see `MaskTransformer`.
       patch_size: of the encoder.
       channels: of the images.
-      dtype: compute dtype; what comes out is float32.
+      dtype: compute dtype; the outputs are float32.
       rngs: for the initial parameters.
     """
 
@@ -148,7 +146,7 @@ class QueryHead(nnx.Module):
         self.dtype, self.patch_size = dtype, patch_size
 
     def __call__(self, levels: list[jax.Array], images: jax.Array) -> list[Answer]:
-        """What queries say, behind each of some blocks.
+        """The queries' predictions for each given level.
 
         Args:
           levels: `[B, 1 + N + Q, width]` each: class token, patches, queries.

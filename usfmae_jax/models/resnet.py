@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al. 2016) in Flax NNX, the baseline; v1.5, for which torchvision and timm publish weights."""
+"""ResNet-50 (He et al. 2016) in Flax NNX, the baseline: v1.5, for which torchvision and timm publish weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,21 +9,21 @@ from flax import nnx
 
 from usfmae_jax.models.layers import Chain
 
-#: Number of stages, and so what `freeze` counts to.
+#: Number of stages, and so the maximum of `freeze`.
 STAGES = 4
 
 
 def resnet_flops(size: tuple[int, int], width: int, depths: Sequence[int]) -> float:
-    """Floating-point operations of a `ResNet` on one image of (height, width), forward."""
-    # 4.1e9 multiply-adds at 224 pixels and a stem of 64 channels (He et al. 2016, table 1, and v1.5's stride).
+    """Approximate floating-point operations of a `ResNet` forward pass on one image of (height, width)."""
+    # 4.1e9 multiply-adds at 224 pixels with a stem of 64 channels (He et al. 2016, table 1, and v1.5's stride).
     return 2 * 4.1e9 * (size[0] * size[1] / 224**2) * (width / 64) ** 2 * sum(depths) / 16
 
 
 class BatchNorm(nnx.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) over all axes but the last, with torch's numerics.
 
-    Statistics are float32 at least. The batch is normalised with its biased variance and the running variance follows
-    the unbiased one, as torch does. In a batch spread over devices the statistics are those of the whole batch.
+    Statistics are at least float32. As in torch, the batch is normalised with its biased variance, while the running
+    variance tracks the unbiased one. For a batch sharded over devices, the statistics are those of the whole batch.
     """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
@@ -33,7 +33,7 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.ones(width))
 
     def __call__(self, x: jax.Array, train: bool, momentum: float = 0.9, epsilon: float = 1e-5) -> jax.Array:
-        """Normalises with the batch's statistics and remembers them (`train`), or with those remembered."""
+        """Normalises with the batch's statistics and updates the running ones (`train`), or with the running ones."""
         if train:
             pixels = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             axes = tuple(range(x.ndim - 1))
@@ -54,7 +54,7 @@ class Bottleneck(nnx.Module):
     def __init__(self, inputs: int, width: int, stride: int, *, dtype: Any, rngs: nnx.Rngs):
         outputs = 4 * width
         self.conv1, self.bn1 = conv(inputs, width, 1, dtype=dtype, rngs=rngs), BatchNorm(width, rngs=rngs)
-        # The stride is in the 3x3 convolution: v1.5; the paper had it in the first.
+        # v1.5 has the stride in the 3x3 convolution; the paper has it in the first 1x1.
         self.conv2, self.bn2 = conv(width, width, 3, stride, dtype=dtype, rngs=rngs), BatchNorm(width, rngs=rngs)
         self.conv3, self.bn3 = conv(width, outputs, 1, dtype=dtype, rngs=rngs), BatchNorm(outputs, rngs=rngs)
         self.projected = stride != 1 or inputs != outputs
@@ -63,7 +63,7 @@ class Bottleneck(nnx.Module):
             self.downsample = Chain([shortcut, BatchNorm(outputs, rngs=rngs)])
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """The block."""
+        """Applies the block."""
         y = jax.nn.relu(self.bn1(self.conv1(x), train))
         y = jax.nn.relu(self.bn2(self.conv2(y), train))
         y = self.bn3(self.conv3(y), train)
@@ -81,8 +81,8 @@ class ResNet(nnx.Module):
       channels: 1 or 3.
       depths: blocks in each of the four stages; (3, 4, 6, 3) is ResNet-50.
       width: channels of the stem; the features have 32 times as many.
-      freeze: number of first stages, with the stem, that are not trained and whose running statistics stay and are
-        what they normalise with; all four leaves only the head to train.
+      freeze: number of leading stages that, together with the stem, are not trained and normalise with their running
+        statistics, which stay fixed; with all four frozen, only the head trains.
       dtype: compute dtype; parameters and running statistics stay float32.
       rngs: for the initial parameters.
 
@@ -113,18 +113,18 @@ class ResNet(nnx.Module):
                 blocks.append(Bottleneck(inputs, width * 2**stage, stride, dtype=dtype, rngs=rngs))
                 inputs = 4 * width * 2**stage
             setattr(self, f"layer{stage + 1}", Chain(blocks))
-        # torch's own start of a linear layer, uniform within 1 / sqrt(inputs).
+        # torch's default initialisation of a linear layer, uniform within 1 / sqrt(inputs).
         init = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.head = nnx.Linear(
             inputs, num_classes, kernel_init=init, dtype=jnp.promote_types(dtype, jnp.float32), rngs=rngs
         )
 
     def __call__(self, images: jax.Array, rng: jax.Array | None = None, train: bool = False) -> jax.Array:
-        """Logits.
+        """Computes logits.
 
         Args:
           images: normalised, `[B, H, W, C]`.
-          rng: what every model takes; nothing here is random.
+          rng: unused, for a common signature; nothing here is random.
           train: normalise with the batch's statistics, and update the running ones in place.
 
         Returns:
@@ -133,7 +133,7 @@ class ResNet(nnx.Module):
         return self.head(self.features(images, train))
 
     def features(self, images: jax.Array, train: bool = False) -> jax.Array:
-        """What the head sees: the mean over places, float32 `[B, 32 * width]`."""
+        """The head's input: the spatial mean, float32 `[B, 32 * width]`."""
         learn = train and not self.freeze
         x = jax.nn.relu(self.bn1(self.conv1(images.astype(self.dtype)), learn))
         x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
@@ -146,7 +146,7 @@ class ResNet(nnx.Module):
 
 
 def conv(inputs: int, outputs: int, size: int, stride: int = 1, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Conv:
-    """A convolution without bias; padded evenly on both sides as torch does, which "SAME" does not at stride 2."""
+    """A convolution without bias, padded evenly on both sides as in torch, unlike "SAME" at stride 2."""
     return nnx.Conv(
         inputs,
         outputs,

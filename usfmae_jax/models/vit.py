@@ -20,7 +20,7 @@ from usfmae_jax.models.layers import (
 )
 from usfmae_jax.models.patches import check_patches, patchify, resize_table, sincos_table, take_tokens
 
-#: Architectures by name, as arguments of `ViT`; "small" to "huge" as the ViT and MAE papers have them.
+#: Architectures by name, as arguments of `ViT`; "small" to "huge" as in the ViT and MAE papers.
 SIZES: dict[str, dict[str, Any]] = {
     name: {
         "image_size": image_size,
@@ -42,12 +42,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def blocks_flops(tokens: int, *, width: int, depth: int, mlp_ratio: float) -> float:
-    """Floating-point operations of a stack of blocks on one image, forward: the matrix products."""
+    """Floating-point operations of a forward pass through a stack of blocks on one image: matrix products only."""
     return depth * (2 * tokens * width**2 * (4 + 2 * mlp_ratio) + 4 * tokens**2 * width)
 
 
 def vit_flops(patches: int, patch_dim: int, *, width: int, depth: int, mlp_ratio: float) -> float:
-    """Floating-point operations of a `ViT` on so many patches of `patch_dim` numbers each, forward."""
+    """Floating-point operations of a `ViT` forward pass on `patches` patches of `patch_dim` values each."""
     return 2 * patches * patch_dim * width + blocks_flops(patches + 1, width=width, depth=depth, mlp_ratio=mlp_ratio)
 
 
@@ -78,7 +78,7 @@ class Block(nnx.Module):
 
         Args:
           x: `[B, N, D]`.
-          scale: `[2, B]`, factors of the two branches (drop path); None = 1.
+          scale: `[2, B]`, factors for the two branches (drop path); None = 1.
         """
         x = x + _scaled(self.attn(self.norm1(x).astype(x.dtype)), scale, 0)
         return x + _scaled(self.fc2(gelu(self.fc1(self.norm2(x).astype(x.dtype)))), scale, 1)
@@ -89,10 +89,10 @@ def _scaled(branch: jax.Array, scale: jax.Array | None, which: int) -> jax.Array
 
 
 def drop_path_scales(rng: jax.Array, depth: int, batch: int, rate: float) -> jax.Array:
-    """What stochastic depth (Huang et al. 2016) multiplies the residual branches with.
+    """Factors by which stochastic depth (Huang et al. 2016) multiplies the residual branches.
 
-    The rate rises linearly from 0 at the first block to `rate` at the last; a branch that stays is scaled up, so that
-    its expectation is what it is without dropping.
+    The rate rises linearly from 0 at the first block to `rate` at the last; a branch that is kept is scaled up, so that
+    its expectation is the same as without dropping.
 
     Args:
       rng: key.
@@ -115,7 +115,7 @@ class Blocks(nnx.Module):
       make: builds one block from its `nnx.Rngs`.
       scan: compile one block and loop over it; False unrolls the loop: slower to compile, sometimes faster to run,
         the same parameters and the same result.
-      remat: what the backward pass computes again, see `layers.recomputed`.
+      remat: what the backward pass recomputes, see `layers.recomputed`.
     """
 
     def __init__(self, depth: int, make: Callable[[nnx.Rngs], Block], *, scan: bool, remat: Remat, rngs: nnx.Rngs):
@@ -125,13 +125,13 @@ class Blocks(nnx.Module):
     def __call__(
         self, x: jax.Array, *, rng: jax.Array | None = None, drop_path: float = 0.0, freeze: int = 0
     ) -> jax.Array:
-        """All blocks, one after the other.
+        """Applies all blocks in order.
 
         Args:
           x: `[B, N, D]`.
           rng: key for drop path; None = nothing is dropped.
-          drop_path: highest rate, see `drop_path_scales`; frozen blocks drop nothing.
-          freeze: number of first blocks that get no gradient, nor does what comes before them.
+          drop_path: maximum rate, see `drop_path_scales`; frozen blocks drop nothing.
+          freeze: number of leading blocks that get no gradient, nor does anything before them.
         """
         return self.levels(x, (self.depth - 1,), rng=rng, drop_path=drop_path, freeze=freeze)[0]
 
@@ -146,16 +146,16 @@ class Blocks(nnx.Module):
         freeze: int = 0,
         through: bool = False,
     ) -> list[jax.Array]:
-        """What comes out of some blocks, `[B, N, D]` each; those behind the last of them are not run.
+        """Outputs of selected blocks, `[B, N, D]` each; blocks after the last one selected are not run.
 
         Args:
           x: `[B, N, D]`.
-          after: numbers of blocks, ascending, from 0.
-          first: number of the block that `x` goes into.
+          after: indices of the selected blocks, ascending, from 0.
+          first: index of the block that `x` enters.
           rng: see `__call__`.
           drop_path: likewise.
           freeze: likewise.
-          through: `x` gets its gradient through frozen blocks too, which themselves get none.
+          through: let the gradient reach `x` through frozen blocks, which themselves still get none.
         """
         graph, stacked = nnx.split(self.stack)
         scales = None
@@ -166,7 +166,7 @@ class Blocks(nnx.Module):
             params, scale = block
             return nnx.merge(graph, params)(spread(x), scale), None
 
-        if tuple(after) == tuple(range(self.depth)) and not first and not freeze:  # one loop, not one for each
+        if tuple(after) == tuple(range(self.depth)) and not first and not freeze:  # one loop instead of one per block
 
             def kept(x: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
                 x = apply(x, block)[0]
@@ -181,8 +181,7 @@ class Blocks(nnx.Module):
             if end - start < self.depth:
                 part, scale = jax.tree.map(lambda p, s=start, e=end: p[s:e], (part, scale))
             if frozen:
-                # Without tangents going in, JAX derives no backward pass for these blocks and keeps none of their
-                # values.
+                # With gradients stopped, JAX derives no backward pass for these blocks and saves none of their values.
                 part, x = jax.lax.stop_gradient(part), x if through else jax.lax.stop_gradient(x)
             step = recomputed(apply, self.remat, scan=self.scan) if through or not frozen else apply
             x = jax.lax.scan(step, x, (part, scale), unroll=1 if self.scan else end - start)[0]
@@ -196,16 +195,16 @@ class ViT(nnx.Module):
     """ViT encoder without a head: images `[B, H, W, C]` to tokens `[B, 1 + K, width]`, the class token first.
 
     Args:
-      image_size: (height, width) that the position table is made for; other sizes get it interpolated.
+      image_size: (height, width) of the position table, which is interpolated for other sizes.
       patch_size: side of a patch; must divide the image size.
       channels: 1 or 3.
       width, depth, num_heads, mlp_ratio: of the transformer.
-      learned_positions: the position table is a parameter, as in ViT and after MAE's fine-tuning; else it is fixed.
+      learned_positions: the position table is a parameter, as in ViT and after MAE's fine-tuning; else fixed sin-cos.
       norm_eps: of the layer norms; Hugging Face's configs often have 1e-12.
       dtype: compute dtype; parameters stay float32.
-      attention: implementation for `jax.nn.dot_product_attention`: 'xla', 'cudnn', or None for its own choice.
+      attention: implementation for `jax.nn.dot_product_attention`: 'xla', 'cudnn', or None for the platform's default.
       scan, remat: see `Blocks`.
-      lora: rank of what is added to the matrices of the attention, see `layers.LowRank`; 0 = nothing.
+      lora: rank of the updates added to the attention matrices, see `layers.LowRank`; 0 = none.
     """
 
     def __init__(
@@ -253,22 +252,22 @@ class ViT(nnx.Module):
         drop_path: float = 0.0,
         freeze: int = 0,
     ) -> jax.Array:
-        """Encodes all patches, or only those that `keep` `[B, K]` names.
+        """Encodes all patches, or only those in `keep`.
 
         Args:
           images: normalised, `[B, H, W, C]`; height and width divisible by the patch size.
           keep: int `[B, K]`, the visible patches of each image.
           normalize: apply the final norm.
           rng: key for drop path; None = nothing is dropped.
-          drop_path: highest rate of drop path, see `drop_path_scales`.
-          freeze: number of first blocks that get no gradient, together with the patch embedding and the class token;
-            as many as there are blocks freezes the final norm too.
+          drop_path: maximum rate of drop path, see `drop_path_scales`.
+          freeze: number of leading blocks that get no gradient, together with the patch embedding and the class
+            token; freezing all blocks freezes the final norm too.
 
         Returns:
           float32 `[B, 1 + K, width]`, the class token first.
 
         Raises:
-          ValueError: `freeze` is negative or more than there are blocks.
+          ValueError: `freeze` is negative or exceeds the number of blocks.
         """
         if not 0 <= freeze <= self.blocks.depth:
             raise ValueError(f"cannot freeze {freeze} of {self.blocks.depth} blocks")
@@ -285,11 +284,11 @@ class ViT(nnx.Module):
         drop_path: float = 0.0,
         freeze: int = 0,
     ) -> list[jax.Array]:
-        """Patch tokens behind some blocks, without a norm: `[B, N, width]` each.
+        """Patch tokens after selected blocks, without the final norm: `[B, N, width]` each.
 
         Args:
-          images: as `__call__` takes them.
-          after: numbers of blocks, ascending, from 0.
+          images: as in `__call__`.
+          after: indices of the selected blocks, ascending, from 0.
           rng: see `__call__`.
           drop_path: likewise.
           freeze: likewise.
@@ -299,14 +298,14 @@ class ViT(nnx.Module):
         return jax.lax.stop_gradient(found) if freeze == self.blocks.depth else found
 
     def embed(self, images: jax.Array, keep: jax.Array | None = None) -> jax.Array:
-        """What the first block sees: class token and embedded patches with their positions, `[B, 1 + K, width]`."""
+        """Input of the first block: class token and embedded patches with their positions, `[B, 1 + K, width]`."""
         b, height, width, _ = images.shape
         grid = (height // self.patch_size, width // self.patch_size)
         table = self.position[...] if self.learned_positions else sincos_table(self.grid, self.width)
         position = resize_table(table, self.grid, grid)
         patches = patchify(images, self.patch_size)
         position = jnp.broadcast_to(position, (b, *position.shape))
-        if keep is not None:  # before the embedding: hidden patches cost nothing
+        if keep is not None:  # before the embedding, so that hidden patches cost nothing
             patches, position = take_tokens(patches, keep), take_tokens(position, keep)
         x = self.patch_embed(patches) + position.astype(self.dtype)
         cls = jnp.broadcast_to(self.cls_token[...], (b, 1, self.width)).astype(self.dtype)
@@ -317,16 +316,16 @@ def attention_rollout(encoder: ViT, images: jax.Array, pool: Literal["mean", "cl
     """Attention rollout (Abnar & Zuidema 2020): which patches the pooled output draws on.
 
     In every block the attention is averaged over heads, mixed half and half with the identity for the residual, and
-    multiplied onto that of the blocks before it. It tells where information may have come from, not what it was
-    worth: an illustration, no evidence.
+    multiplied by that of the blocks before it. It shows where information may have come from, not how much it mattered:
+    an illustration, not evidence.
 
     Args:
-      encoder: not trained while this looks at it; nothing is dropped.
+      encoder: run in inference mode; nothing is dropped.
       images: normalised, `[B, H, W, C]`.
-      pool: whose attention: "cls" of the class token, "mean" of all patches on average.
+      pool: whose attention: "cls" for the class token, "mean" for the average over all patches.
 
     Returns:
-      float32 `[B, H / patch, W / patch]`, each image's stretched to [0, 1]; all 0 where every patch counts the same.
+      float32 `[B, H / patch, W / patch]`, rescaled to [0, 1] per image; all 0 if every patch counts the same.
     """
     graph, stacked = nnx.split(encoder.blocks.stack)
 
@@ -343,6 +342,6 @@ def attention_rollout(encoder: ViT, images: jax.Array, pool: Literal["mean", "cl
     patches = rolled[:, 0, 1:] if pool == "cls" else rolled[:, 1:, 1:].mean(axis=1)
     low, high = patches.min(axis=1, keepdims=True), patches.max(axis=1, keepdims=True)
     spread = high - low
-    # Rounding alone makes a spread of some 1e-7; it must not be stretched to a picture.
+    # Rounding alone causes a spread of about 1e-7, which must not be stretched to the full range.
     stretched = jnp.where(spread > 1e-5 * high, (patches - low) / jnp.maximum(spread, 1e-30), 0)
     return stretched.reshape(-1, images.shape[1] // encoder.patch_size, images.shape[2] // encoder.patch_size)

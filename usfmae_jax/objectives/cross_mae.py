@@ -14,10 +14,10 @@ from usfmae_jax.objectives.mae import MaskedAutoencoding
 
 @dataclasses.dataclass(frozen=True)
 class CrossMaskedAutoencoding(MaskedAutoencoding):
-    """As the masked autoencoder, with a decoder that attends across, and predicts no more than it is asked for.
+    """The masked autoencoder with a cross-attention decoder, which predicts only a share of the hidden patches.
 
     Attributes:
-      share: of the hidden patches that are predicted in a step, in (0, 1]; another draw for each image and step.
+      share: share of the hidden patches that is predicted, in (0, 1]; drawn anew for each image and step.
     """
 
     share: float = 0.5
@@ -31,23 +31,23 @@ class CrossMaskedAutoencoding(MaskedAutoencoding):
         return CrossMAE(**self.encoder, **self.decoder, **self.computation, rngs=rngs)
 
     def prepare(self, images: jax.Array, rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Adds `keep` of `masks`; `chosen` int `[B, M]`, what is predicted; and `weight` `[B, M]`, 1 = hidden."""
+        """Adds `keep` of `masks`; `chosen`, int `[B, M]`, the patches to predict; and `weight` `[B, M]`, 1 = hidden."""
         masks = self.masks(images, rng)
         order = jnp.argsort(masks["restore"], axis=1)
-        # From the end: with masks that know the sector, what is hidden comes last.
+        # From the end: with fan-aware masks, the hidden patches come last.
         chosen = order[:, order.shape[1] - self._patches_predicted(*images.shape[1:3]) :]
         weight = jnp.take_along_axis(masks["mask"], chosen, axis=1)
         return {"image": images, "keep": masks["keep"], "chosen": chosen, "weight": weight}, rng
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The squared error of the chosen patches and their number; nothing more is drawn."""
+        """The squared error of the chosen patches and their number; `rng` is unused."""
         inputs = normalize_images(batch["image"], self.mean, self.std)
         targets = patch_targets(inputs, self.encoder["patch_size"], self.normalize_targets)
         predicted = model(self.seen(inputs), batch["keep"], batch["chosen"])
         return masked_error(predicted, take_tokens(targets, batch["chosen"]), batch["weight"])
 
     def predicted(self, model: nnx.Module, inputs: jax.Array, masks: dict[str, jax.Array]) -> jax.Array:
-        """What is predicted of all patches, the visible ones too; see `MaskedAutoencoding`."""
+        """Predictions for all patches, including the visible ones; see `MaskedAutoencoding`."""
         every = jnp.broadcast_to(jnp.arange(masks["restore"].shape[1]), masks["restore"].shape)
         return model(self.seen(inputs), masks["keep"], every)
 

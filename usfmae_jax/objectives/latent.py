@@ -1,9 +1,8 @@
-"""Latent targets: predict what a teacher makes of hidden patches, instead of their pixels.
+"""Latent targets: predict a teacher's features of hidden patches instead of their pixels.
 
-The teacher sees the whole image. It is an encoder that stays as it is, as in MILAN (Hou et al. 2022, arXiv 2208.06049),
-BEiT v2 (Peng et al. 2022, arXiv 2208.06366) and EVA (Fang et al. 2023, arXiv 2211.07636); or the running average of the
-model that is trained, as in data2vec (Baevski et al. 2022, arXiv 2202.03555) and I-JEPA (Assran et al. 2023, arXiv
-2301.08243).
+The teacher sees the whole image. It is either a fixed encoder, as in MILAN (Hou et al. 2022, arXiv 2208.06049), BEiT v2
+(Peng et al. 2022, arXiv 2208.06366) and EVA (Fang et al. 2023, arXiv 2211.07636); or the running average of the model
+being trained, as in data2vec (Baevski et al. 2022, arXiv 2202.03555) and I-JEPA (Assran et al. 2023, arXiv 2301.08243).
 """
 
 import dataclasses
@@ -22,14 +21,14 @@ from usfmae_jax.objectives.mae import MaskedAutoencoding
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentPrediction(MaskedAutoencoding):
-    """As the masked autoencoder, but that patches of the teacher's last block are predicted, standardised each.
+    """The masked autoencoder, predicting the patch tokens of the teacher's last block, each standardised.
 
-    The average is also what is probed and exported, where it is the teacher. Nothing of a fixed teacher is.
+    If the running average is the teacher, it is also what is probed and exported. Nothing of a fixed teacher is.
 
     Attributes:
-      teacher: a vision transformer that is not trained; None = the average of the model's own encoder. Images are
-        resized so that it divides them into as many patches as the model does.
-      everywhere: predict the visible patches too, with `fan_aware` those in the imaged sector.
+      teacher: a vision transformer that is not trained; None = the running average of the model's own encoder.
+        Images are resized so that the teacher has as many patches as the model.
+      everywhere: predict the visible patches too; with `fan_aware`, all those in the imaged sector.
     """
 
     teacher: Model | None = None
@@ -46,7 +45,7 @@ class LatentPrediction(MaskedAutoencoding):
         return MAE(**self.encoder, **self.decoder, outputs=outputs, **self.computation, rngs=rngs)
 
     def teach(self, params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Adds `target`, float32 `[B, N, D]`: the teacher's features of all patches, as a layer norm leaves them."""
+        """Adds `target`, float32 `[B, N, D]`: the teacher's features of all patches, each standardised."""
         encoder = nnx.merge(model_graph(build(self._teacher, **self.computation)), params["encoder"])
         mean, std = self.mean, self.std
         if self.teacher:
@@ -59,7 +58,7 @@ class LatentPrediction(MaskedAutoencoding):
         return batch | {"target": jax.nn.standardize(features, epsilon=1e-6)}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The squared error of the features of hidden patches, or all, and their number; nothing more is drawn."""
+        """The squared error of the features of hidden (or all) patches and their number; `rng` is unused."""
         inputs = normalize_images(batch["image"], self.mean, self.std)
         weight = batch["mask"]
         if self.everywhere:
@@ -68,15 +67,15 @@ class LatentPrediction(MaskedAutoencoding):
         return masked_error(model(self.seen(inputs), batch["keep"], batch["restore"]), batch["target"], weight)
 
     def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
-        """None: features cannot be looked at."""
+        """No pictures: features cannot be shown as images."""
         return {}
 
     def flops(self) -> float:
-        """See `Objective`; the teacher's arithmetic too, which has no backward pass."""
+        """See `Objective`; the teacher's forward pass is included."""
         (height, width), patch = self.encoder["image_size"], self.encoder["patch_size"]
         patches, about = (height // patch) * (width // patch), self._teacher["encoder"]
         shape = {name: about[name] for name in ("width", "depth", "mlp_ratio")}
-        last = about["width"] - patch**2 * self.encoder["channels"]  # of the decoder, beside that of pixels
+        last = about["width"] - patch**2 * self.encoder["channels"]  # more outputs than for pixels
         taught = vit_flops(patches, about["patch_size"] ** 2 * about["channels"], **shape)
         return super().flops() + 6.0 * patches * self.decoder["decoder_width"] * last + taught
 

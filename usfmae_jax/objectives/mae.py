@@ -24,18 +24,18 @@ from usfmae_jax.objectives import Objective
 
 @dataclasses.dataclass(frozen=True)
 class MaskedAutoencoding(Objective):
-    """Hides patches and has the model predict them.
+    """Hides patches and trains the model to predict them.
 
     Attributes:
-      encoder: arguments of `vit.ViT` that fix its parameters.
+      encoder: arguments of `vit.ViT` that determine its parameters.
       decoder: `decoder_width`, `decoder_depth` and `decoder_num_heads` of `mae.MAE`.
       mask_ratio: share of patches to hide.
       mean: of the model's input, per channel.
       std: likewise.
       fan_aware: hide and predict only patches in the imaged sector.
-      block: hide squares of so many by so many patches.
-      blur: deviation in pixels of the Gaussian that the model sees images under, whose sharp patches it predicts
-        (Kang et al. 2023, arXiv 2306.08249); 0 = none.
+      block: hide squares of `block` by `block` patches.
+      blur: deviation in pixels of the Gaussian that blurs the model's input, while the targets stay sharp (Kang et
+        al. 2023, arXiv 2306.08249); 0 = none.
       normalize_targets: predict standardised patches.
       computation: `dtype`, `attention`, `scan` and `remat` of `vit.ViT`.
     """
@@ -76,23 +76,23 @@ class MaskedAutoencoding(Objective):
         return {"keep": keep, "restore": restore, "mask": mask}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The squared error of hidden patches and their number; nothing more is drawn."""
+        """The squared error of hidden patches and their number; `rng` is unused."""
         inputs = normalize_images(batch["image"], self.mean, self.std)
         targets = patch_targets(inputs, self.encoder["patch_size"], self.normalize_targets)
         return masked_error(model(self.seen(inputs), batch["keep"], batch["restore"]), targets, batch["mask"])
 
     def seen(self, inputs: jax.Array) -> jax.Array:
-        """Normalised images as the model sees them, `[B, H, W, C]`."""
+        """The model's input: normalised images, blurred if `blur`, `[B, H, W, C]`."""
         return blurred(inputs, self.blur) if self.blur else inputs
 
     def predicted(self, model: nnx.Module, inputs: jax.Array, masks: dict[str, jax.Array]) -> jax.Array:
-        """What the model predicts of all patches of normalised images, `[B, N, P*P*C]`, for pictures."""
+        """Predictions for all patches of normalised images, `[B, N, P*P*C]`, for pictures."""
         return model(self.seen(inputs), masks["keep"], masks["restore"])
 
     def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
-        """Input, what the encoder sees, what comes back, and that pasted into what was seen.
+        """The input, the encoder's view, the reconstruction, and the input with its hidden patches reconstructed.
 
-        Standardised predictions are put back with each patch's own mean and scale, as the MAE demonstration does.
+        Standardised predictions are restored with each patch's own mean and scale, as in the MAE demo.
         """
         p = self.encoder["patch_size"]
         masks = self.masks(images, rng)
