@@ -1,4 +1,4 @@
-"""Classification: which of some classes a frame is of."""
+"""Classification: each frame belongs to one of several classes."""
 
 import dataclasses
 import math
@@ -22,14 +22,14 @@ from usfmae_jax.tasks import Arrays, Task
 
 
 def select(table: Table, classes: Sequence[str] = ()) -> Table:
-    """The frames that have a label; all their labels are in [0, C), and `label_names` are C names.
+    """The labelled frames, with labels in [0, C) and C names in `label_names`.
 
     Args:
       table: all frames.
-      classes: the class names that are expected, in order; empty takes what is there. Case does not count.
+      classes: expected class names, in order, case-insensitive; empty = those of the shards.
 
     Raises:
-      InputError: no labels, one class only, or see `class_names`.
+      InputError: no labels, only one class, or see `class_names`.
     """
     labelled = table.take(np.flatnonzero(table.label >= 0))
     if not len(labelled):
@@ -46,14 +46,14 @@ def select(table: Table, classes: Sequence[str] = ()) -> Table:
 
 
 def class_names(labelled: Table, expected: Sequence[str] = ()) -> tuple[str, ...]:
-    """The one list of names that all folders of shards agree on, and the person, if they said.
+    """The list of class names on which all folders of shards, and `expected` if given, agree.
 
     Args:
       labelled: frames that have a label.
       expected: see `select`.
 
     Raises:
-      InputError: sources (or `expected`) that disagree about the classes, or a label outside of the class list.
+      InputError: sources (or `expected`) disagree about the classes, or a label is outside the class list.
     """
     lists = {folder: names_beside(folder) for folder in folders(labelled)}
     named = {folder: names for folder, names in lists.items() if names}
@@ -87,15 +87,15 @@ def class_names(labelled: Table, expected: Sequence[str] = ()) -> tuple[str, ...
 
 
 def strata(table: Table) -> Strata:
-    """The classes of a table from `select`: every part of a split has some of each."""
+    """Strata of a table from `select`: its classes."""
     return Strata(table.label, table.label_names)
 
 
 def labelled_images(table: Table, *, size: tuple[int, int], channels: int, limit: int) -> dict[str, Any]:
-    """Decodes labelled frames whole, for a probe: at most `limit`, spread evenly; damaged ones are passed over.
+    """Decodes whole labelled frames for a probe: at most `limit`, evenly spaced; damaged ones are skipped.
 
     Returns:
-      `image` uint8 `[N, H, W, C]`, `label` int `[N]`, `patient` list of N ids (made unique by their dataset).
+      `image` uint8 `[N, H, W, C]`, `label` int `[N]`, `patient` list of N ids (unique across datasets).
 
     Raises:
       InputError: fewer than two classes are labelled.
@@ -122,17 +122,17 @@ def labelled_images(table: Table, *, size: tuple[int, int], channels: int, limit
 
 @dataclasses.dataclass(frozen=True)
 class Classification(Task):
-    """How a classifier is taught.
+    """How a classifier is trained and evaluated.
 
     Attributes:
       outputs: names of the classes.
-      pool: "mean" or "cls", of a vision transformer's tokens.
+      pool: pooling of a vision transformer's tokens, "mean" or "cls".
       positive: name of the positive one of two classes; "" = the last.
-      smoothing: of the labels, in [0, 1).
+      smoothing: label smoothing, in [0, 1).
       mixup: see `mix`; 0 = off.
       cutmix: see `mix`; 0 = off.
       erasing: probability, see `erase`.
-      balanced: whether all classes weigh alike in the loss, however many frames they have.
+      balanced: weight the loss so that all classes count equally, however many frames they have.
     """
 
     outputs: tuple[str, ...]
@@ -150,7 +150,7 @@ class Classification(Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Those that are defined for so many classes."""
+        """The metrics defined for this number of classes."""
         return tuple(defined(len(self.outputs) == 2))
 
     def strata(self, table: Table) -> Strata:
@@ -158,34 +158,34 @@ class Classification(Task):
         return strata(table)
 
     def summary(self, table: Table) -> str:
-        """Frames of each class."""
+        """The number of frames of each class."""
         counts = np.bincount(table.label, minlength=len(self.outputs))
         return ", ".join(f"{count} {name}" for name, count in zip(self.outputs, counts, strict=True))
 
     def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
-        """A linear head for the classes; a ResNet pools in its own way."""
+        """A linear head for the classes; a ResNet has its own pooling."""
         pool = {"pool": self.pool} if backbone["model"] == "vit" else {}
         return {**backbone, **pool, "classes": list(self.outputs)}
 
     def targets(self, table: Table, rows: np.ndarray) -> Arrays:
-        """`label` int32 `[R]`, and `weight` float32 `[R, C]`, the same for all: of the classes in the loss."""
+        """`label` int32 `[R]`, and `weight` float32 `[R, C]`, the class weights of the loss, the same in every row."""
         label, classes = table.label[rows].astype(np.int32), len(self.outputs)
         weights = np.ones(classes, np.float32)
-        if self.balanced:  # inverse to their share
+        if self.balanced:  # inverse class frequencies
             counts = np.bincount(label, minlength=classes)
             weights = (counts.sum() / (classes * np.maximum(counts, 1))).astype(np.float32)
         return {"label": label, "weight": np.broadcast_to(weights, (len(rows), classes))}
 
     def prepare(self, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Erases and mixes the images, and makes `target` `[B, C]` of the labels."""
+        """Applies random erasing, mixup and CutMix, and turns the labels into `target` `[B, C]`."""
         mix_rng, erase_rng, model_rng = jax.random.split(rng, 3)
         targets = smoothed_targets(batch["label"], len(self.outputs), self.smoothing)
-        inputs = erase(erase_rng, batch["image"], self.erasing)  # before they are mixed, as MAE's recipe has it
+        inputs = erase(erase_rng, batch["image"], self.erasing)  # before mixing, as in MAE's recipe
         inputs, targets = mix(mix_rng, inputs, targets, mixup=self.mixup, cutmix=self.cutmix)
         return {"image": inputs, "target": targets, "weight": batch["weight"]}, model_rng
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The weighted cross entropy, and the sum of the weights."""
+        """The weighted cross-entropy, summed, and the sum of the weights."""
         return cross_entropy(model(batch["image"], rng=rng, train=True), batch["target"], batch["weight"])
 
     def predict(self, model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
@@ -208,7 +208,7 @@ class Classification(Task):
     def examples(
         self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
     ) -> list[dict[str, Any]]:
-        """The errors, those first of which the model was most sure."""
+        """The errors, most confident first."""
         return errors(tested, count)
 
     def finish(self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any) -> Any:
@@ -228,7 +228,7 @@ def probabilities(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
 
 
 def errors(tested: Sequence[tuple[np.ndarray, Predictions]], count: int) -> list[dict[str, Any]]:
-    """At most `count` wrong answers with the predicted class's probability, the surest first; see `Task.examples`."""
+    """At most `count` wrong predictions with their probability, most confident first; see `Task.examples`."""
     found = []
     for member, (rows, predictions) in enumerate(tested):
         assert isinstance(predictions, ClassPredictions)
@@ -248,23 +248,23 @@ def errors(tested: Sequence[tuple[np.ndarray, Predictions]], count: int) -> list
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy in float32 as (weighted sum, sum of weights); their quotient is the loss.
+    """Cross-entropy in float32 as (weighted sum, sum of weights); their quotient is the loss.
 
-    Kept apart so that gradients of micro-batches add up to that of the whole batch.
+    They are kept separate so that gradients of micro-batches add up to that of the whole batch.
 
     Args:
       logits: `[B, C]`.
-      targets: `[B, C]`, rows add up to 1.
-      weights: of the classes, `[C]` or `[B, C]`.
+      targets: `[B, C]`, rows sum to 1.
+      weights: class weights, `[C]` or `[B, C]`.
     """
     weighted = targets * weights
     return -(weighted * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(), weighted.sum()
 
 
 def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """Label smoothing (Szegedy et al. 2016): int `[B]` to float32 `[B, C]`, rows add up to 1.
+    """Label smoothing (Szegedy et al. 2016): int `[B]` to float32 `[B, C]`, rows sum to 1.
 
-    The label has `1 - smoothing + smoothing / C`, every other class `smoothing / C`.
+    The labelled class gets `1 - smoothing + smoothing / C`, every other class `smoothing / C`.
     """
     return jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
 
@@ -274,7 +274,8 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Mixup (Zhang et al. 2018) or CutMix (Yun et al. 2019) of a batch with itself in reverse order.
 
-    One weight is drawn for the whole batch, from Beta(a, a); with both switched on a coin decides, as in MAE's recipe.
+    One weight is drawn for the whole batch, from Beta(a, a); if both are enabled, each batch uses one of them at
+    random, as in MAE's recipe.
 
     Args:
       rng: a key.
@@ -301,7 +302,7 @@ def mix(
 
 
 def _box(rng: jax.Array, kept: jax.Array, height: int, width: int) -> jax.Array:
-    """A bool `[H, W]`: a rectangle of area `1 - kept` around a random centre, cut off at the border."""
+    """A rectangle covering a share of `1 - kept`, around a random centre and clipped at the border: bool `[H, W]`."""
     centre_y, centre_x = jax.random.uniform(rng, (2,)) * jnp.asarray([height, width])
     side = jnp.sqrt(1 - kept)
 
@@ -314,14 +315,14 @@ def _box(rng: jax.Array, kept: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def erase(rng: jax.Array, images: jax.Array, probability: float) -> jax.Array:
-    """Random erasing (Zhong et al. 2020): a rectangle of some normalised images becomes Gaussian noise.
+    """Random erasing (Zhong et al. 2020): replaces a rectangle with Gaussian noise in randomly chosen images.
 
-    Its area is 2% to a third of the image, its aspect 0.3 to 3.3; of ten rectangles the first that fits is taken.
+    Its area is 2% to a third of the image, its aspect ratio 0.3 to 3.3; the first of ten candidates that fits is used.
 
     Args:
       rng: a key.
-      images: float `[B, H, W, C]`, standardised.
-      probability: for each image; 0 = off.
+      images: float `[B, H, W, C]`, normalised.
+      probability: per image; 0 = off.
     """
     if not probability:
         return images

@@ -1,7 +1,7 @@
-"""Instance segmentation: each of the connected areas of a class in a frame's mask is one to be found.
+"""Instance segmentation: each connected area of a class in a frame's mask is an instance.
 
-A set of queries answers for a frame; the best one-to-one matching of answers with drawn instances says which query
-learns which (DETR, Carion et al. 2020; as Mask2Former, Cheng et al. 2022, weighs it). Queries without an instance learn
+A set of queries predicts instances. The best one-to-one matching of predictions to annotated instances determines the
+target of each query (DETR, Carion et al. 2020; weights from Mask2Former, Cheng et al. 2022); unmatched queries learn
 "no object".
 """
 
@@ -34,26 +34,26 @@ from usfmae_jax.reporting.masks import encoded
 from usfmae_jax.tasks import Arrays, Task
 from usfmae_jax.tasks.segmentation import Segmentation, thirds
 
-#: Of the terms of the loss and of the cost of a match, as Mask2Former has them.
+#: Weights of the terms of the loss and of the matching cost, those of Mask2Former.
 CLASS, PIXELS, DICE = 2.0, 5.0, 5.0
-#: Detections of less than this are not kept: below it a query says "no object", and what is left is of no use.
+#: Lowest score of a detection that is kept: below it, a query effectively predicts "no object".
 LEAST = 0.02
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Instances(Task):
-    """How instances are taught to be found.
+    """How an instance segmenter is trained and evaluated.
 
     Attributes:
-      masks: what the pixels of the frames are of.
-      most: the most instances that a frame of the table has; of frames with more than `queries`, the smallest teach
-        nothing and are missed when they are tested.
+      masks: the segmentation task that reads the masks.
+      most: the largest number of instances in a frame of the table; in frames with more than `queries`, the smallest
+        are not trained on and count as missed in tests.
       queries: see `models.queries.MaskTransformer`.
       query_blocks: likewise.
       decoder_width: likewise.
-      min_pixels: areas of fewer are no instances, in a frame as in a training view of it.
-      no_object: weight of "no object" in the cross entropy of the classes.
-      dice: weight of the Dice loss of the masks, as a multiple of the usual one.
+      min_pixels: smaller areas are not instances, in a frame as well as in its augmented view.
+      no_object: weight of "no object" in the cross-entropy of the classes.
+      dice: weight of the Dice loss of the masks, relative to the default.
     """
 
     masks: Segmentation
@@ -77,36 +77,36 @@ class Instances(Task):
         return self.masks.outputs
 
     def strata(self, table: Table) -> Strata:
-        """The classes of a frame, as for segmentation."""
+        """The strata of the segmentation task."""
         return self.masks.strata(table)
 
     def summary(self, table: Table) -> str:
-        """Frames that have each class, and instances."""
+        """The number of frames with each class, and the largest number of instances."""
         each = self.masks.summary(table)
         beyond = f", of which the {self.queries} largest are learnt" if self.most > self.queries else ""
         return f"{each}; at most {tables.counted(self.most, 'instance')} a frame{beyond}"
 
     def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
-        """A head of queries."""
+        """A query head."""
         head = {"kind": "queries", "width": self.decoder_width, "queries": self.queries, "blocks": self.query_blocks}
         return {**backbone, "task": "instances", "outputs": list(self.outputs), "head": head}
 
     def targets(self, table: Table, rows: np.ndarray) -> Arrays:
-        """None: masks are read with the images."""
+        """No arrays: masks are read with the images."""
         return {}
 
     def mask(self, record: Record) -> np.ndarray:
-        """Class and number of the instance of each pixel, from 1, the largest first: uint8 `[H, W, 2]`; 0 = none."""
+        """Class and instance number of each pixel, both from 1, largest first: uint8 `[H, W, 2]`; 0 = none."""
         return numbered(self.masks.mask(record), len(self.outputs), self.min_pixels)
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum over images of the mean over the blocks after which the queries are asked, and their number."""
+        """The loss, averaged over the blocks that queries pass through and summed over images; and their number."""
         assert isinstance(model, MaskTransformer)
         answers = model.answers(batch["image"], rng, train=True)
         most = max(1, min(self.most, self.queries))
         _, _, height, width = answers[-1]["masks"].shape
         drawn, classes = drawn_masks(batch["mask"], most, (height, width), self.min_pixels)
-        said = jax.tree.map(lambda *each: jnp.concatenate(each), *answers)  # one matching for all of them
+        said = jax.tree.map(lambda *each: jnp.concatenate(each), *answers)  # one matching call for all of them
         drawn, classes = (jnp.concatenate([one] * len(answers)) for one in (drawn, classes))
         errors = set_loss(said, drawn, classes, no_object=self.no_object, dice=self.dice)
         return errors.sum() / len(answers), jnp.float32(len(batch["image"]))
@@ -116,7 +116,7 @@ class Instances(Task):
         return answers(model, images)
 
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
-        """`truth` and `detections`, object `[n]`: lists of `evaluation.instances.Instance`, as large as the frames."""
+        """`truth` and `detections`, object `[n]`: lists of `evaluation.instances.Instance` at the frames' own sizes."""
 
         def one(place: int) -> tuple[list[Instance], list[Instance]]:
             try:
@@ -134,14 +134,14 @@ class Instances(Task):
     def outlines(
         self, table: Table, rows: np.ndarray, predicted: Arrays
     ) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
-        """The class of each pixel, of the detections that count as found, and all detections."""
+        """The class map of the detections that count as found, and all detections."""
         for place, row in enumerate(rows.tolist()):
             size = self.masks.mask(read_row(table, row)).shape[:2]
             found = detections(predicted["classes"][place], predicted["masks"][place], size)
             yield painted(found, size), found
 
     def score(self, table: Table, rows: np.ndarray, predicted: Arrays) -> dict[str, float]:
-        """See `evaluation.instances.score`; 0 where nothing is drawn."""
+        """See `evaluation.instances.score`; 0 for metrics undefined for lack of annotated instances."""
         ids = {name: getattr(table, name)[rows] for name in ("dataset", "patient", "video")}
         nothing = np.zeros(len(rows))
         ids |= {"frame": table.frame_name[rows], "fold": nothing.astype(str), "seed": nothing, "fraction": nothing + 1}
@@ -149,13 +149,13 @@ class Instances(Task):
         return {name: float(np.nan_to_num(found[name][0])) for name in NAMES}
 
     def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> InstancePredictions:
-        """Instances of each frame."""
+        """Annotated and detected instances of each frame."""
         return InstancePredictions(**ids, classes=self.outputs, **predicted, **scoring.counts(**predicted))
 
     def examples(
         self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
     ) -> list[dict[str, Any]]:
-        """The best, the middling and the worst frames by F1 at an intersection over union of 0.5, a third each."""
+        """The best, middling and worst frames by F1 at an intersection over union of 0.5, a third each."""
         values, place = [], []
         for member, (rows, predictions) in enumerate(tested):
             assert isinstance(predictions, InstancePredictions)
@@ -172,7 +172,7 @@ class Instances(Task):
         return found
 
     def look(self, predict: Any, model: Any) -> Any:
-        """Nothing: what was detected stands in the predictions."""
+        """None: the detections are already in the predictions."""
         return None
 
     def finish(self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any) -> Any:
@@ -181,12 +181,12 @@ class Instances(Task):
         return reporting.finish(workdir, predictions, **found)
 
     def table(self, results: Mapping[str, Any]) -> str:
-        """The results for a terminal."""
+        """The results as text for a terminal."""
         return tables.overview(results, NAMES, "map")
 
 
 def most_instances(table: Table, classes: Classes, min_pixels: int, threads: int = 2) -> int:
-    """The most instances that a frame of a table has."""
+    """The largest number of instances in a frame of a table."""
 
     def one(row: int) -> int:
         record = read_row(table, row)
@@ -197,15 +197,12 @@ def most_instances(table: Table, classes: Classes, min_pixels: int, threads: int
 
 
 def numbered(classes: np.ndarray, count: int, min_pixels: int) -> np.ndarray:
-    """The connected areas of each class, numbered from 1, the largest first.
+    """Numbers the connected areas of all classes from 1, largest first.
 
     Args:
       classes: class of each pixel, uint8 `[H, W]`, 0 = background.
-      count: of the classes.
-      min_pixels: smaller areas are background; diagonal neighbours are connected.
-
-    Returns:
-      uint8 `[H, W, 2]`: class, and number; areas beyond the 255th are background.
+      count: number of classes, without background.
+      min_pixels: smaller areas become background; diagonal neighbours are connected.
     """
     found: list[tuple[int, int, np.ndarray]] = []
     for c in range(1, count + 1):
@@ -220,7 +217,7 @@ def numbered(classes: np.ndarray, count: int, min_pixels: int) -> np.ndarray:
 
 
 def instances_of(drawn: np.ndarray) -> list[Instance]:
-    """The instances of a frame, from what `numbered` gives."""
+    """The instances of a frame, from the output of `numbered`."""
     found = []
     for number in range(1, int(drawn[:, :, 1].max(initial=0)) + 1):
         area = drawn[:, :, 1] == number
@@ -229,10 +226,10 @@ def instances_of(drawn: np.ndarray) -> list[Instance]:
 
 
 def answers(model: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """What the queries of a `MaskTransformer` say of normalised images `[B, H, W, C]`.
+    """Predictions of the queries of a `MaskTransformer` for normalised images `[B, H, W, C]`.
 
     Returns:
-      `classes`, float32 `[B, Q, C]`, probabilities; `masks`, uint8 `[B, Q, h, w]`, probabilities in 255ths.
+      `classes`, probabilities float32 `[B, Q, C]`; `masks`, probabilities in 255ths, uint8 `[B, Q, h, w]`.
     """
     said = model(images)
     return {
@@ -242,7 +239,7 @@ def answers(model: Any, images: jax.Array) -> dict[str, jax.Array]:
 
 
 def painted(found: Sequence[Instance], size: tuple[int, int]) -> np.ndarray:
-    """The class of each pixel, uint8 `[H, W]`, of the detections that count as found; a better score lies on top."""
+    """Class map, uint8 `[H, W]`, of the detections that count as found; higher scores are painted on top."""
     shown = np.zeros(size, np.uint8)
     for one in sorted(found, key=lambda one: one["score"]):
         if one["score"] >= scoring.FOUND:
@@ -251,11 +248,11 @@ def painted(found: Sequence[Instance], size: tuple[int, int]) -> np.ndarray:
 
 
 def merged(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) -> list[Instance]:
-    """What M models found on a frame, as one answer.
+    """Merges the detections of M models on a frame.
 
-    From the best score down, detections of a class that share half of their pixels or more (intersection over union)
-    are one, of each model one at most. Its score is the mean over the models, of which those that did not find it say
-    0; its mask is where the models that did find it agree on average.
+    In order of descending score, detections of the same class with an intersection over union of at least 0.5 are
+    merged, at most one per model. The merged score is the mean over all models, counting 0 for those that did not find
+    it; the merged mask holds the pixels on which at least half of the models that found it agree.
 
     Args:
       classes: float `[M, Q, C]`, see `detections`.
@@ -263,7 +260,7 @@ def merged(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) -> lis
       size: (height, width) of the frame.
 
     Returns:
-      `Instance`, with `spread`, the deviation of the score between the models; from the best score down.
+      list of `Instance`, highest score first, each with `spread`, the standard deviation of the score over the models.
     """
     every = sorted(
         ((one, member) for member in range(len(classes)) for one in detections(classes[member], masks[member], size)),
@@ -291,11 +288,13 @@ def merged(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) -> lis
 
 
 def detections(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) -> list[Instance]:
-    """What the queries found on a frame, one each at most: of its best class, with the mean of its mask as a factor.
+    """The detections on a frame, at most one per query.
+
+    The score is the probability of the query's best class times the mean probability inside its mask.
 
     Args:
       classes: probabilities, float `[Q, C]`.
-      masks: probabilities of the pixels in 255ths, uint8 `[Q, h, w]`, as the model sees the frame.
+      masks: probabilities of the pixels in 255ths, uint8 `[Q, h, w]`, in the model's view of the frame.
       size: (height, width) of the frame.
     """
     found = []
@@ -312,17 +311,17 @@ def detections(classes: np.ndarray, masks: np.ndarray, size: tuple[int, int]) ->
 
 
 def drawn_masks(masks: jax.Array, most: int, size: tuple[int, int], min_pixels: int) -> tuple[jax.Array, jax.Array]:
-    """The instances in training views.
+    """The annotated instances in training views.
 
     Args:
       masks: class and number of each pixel, uint8 `[B, H, W, 2]`.
-      most: M, instances of a view that are learnt: those of the lowest numbers.
-      size: (h, w) of the masks that are compared with them; divides (H, W).
+      most: M, number of instances per view that are learnt: those with the lowest numbers.
+      size: (h, w) of the predicted masks; divides (H, W).
       min_pixels: see `Instances`.
 
     Returns:
-      float32 `[B, M, h, w]`, the share of each pixel that is the instance's; int32 `[B, M]`, its class from 1; 0 =
-      there is none.
+      float32 `[B, M, h, w]`, the share of each pixel that the instance covers; int32 `[B, M]`, its class from 1, 0 = no
+      instance.
     """
     b, height, width, _ = masks.shape
     own = masks[..., 1][:, None] == jnp.arange(1, most + 1)[:, None, None]
@@ -335,16 +334,16 @@ def drawn_masks(masks: jax.Array, most: int, size: tuple[int, int], min_pixels: 
 def set_loss(
     said: dict[str, jax.Array], drawn: jax.Array, classes: jax.Array, *, no_object: float, dice: float
 ) -> jax.Array:
-    """What the best matching of queries with instances costs.
+    """Loss under the best matching of queries to instances.
 
-    Cross entropy of the classes, a weighted mean over the queries, and cross entropy and Dice of the masks, means over
-    the instances.
+    The sum of the cross-entropy of the classes, a weighted mean over queries, and the cross-entropy and Dice loss of
+    the masks, means over instances.
 
     Args:
       said: see `models.queries.Answer`.
       drawn: from `drawn_masks`, `[B, M, h, w]` with M <= Q.
       classes: likewise, `[B, M]`.
-      no_object: weight of the queries without an instance in the first of these.
+      no_object: weight of unmatched queries in the cross-entropy of the classes.
       dice: factor of the Dice loss.
 
     Returns:
@@ -353,7 +352,7 @@ def set_loss(
     b, queries, _ = said["classes"].shape
     x = said["masks"].reshape(b, queries, -1).astype(jnp.float32)
     t = drawn.reshape(*drawn.shape[:2], -1)
-    # Of all pairs [B, M, Q], as products: softplus(x) - x t is the cross entropy of a pixel.
+    # For all pairs [B, M, Q], as matrix products: softplus(x) - x t is the cross-entropy of a pixel.
     entropy = (jax.nn.softplus(x).sum(axis=-1)[:, None] - jnp.einsum("bmp,bqp->bmq", t, x)) / x.shape[-1]
     share = jax.nn.sigmoid(x)
     both, either = jnp.einsum("bmp,bqp->bmq", t, share), t.sum(axis=-1)[:, :, None] + share.sum(axis=-1)[:, None]
@@ -371,16 +370,16 @@ def set_loss(
 
 
 def matched(cost: jax.Array, there: jax.Array) -> jax.Array:
-    """The query of each instance in the cheapest matching.
+    """The query assigned to each instance by the matching of lowest total cost.
 
     Args:
       cost: `[B, M, Q]`, M <= Q; gets no gradient.
-      there: bool `[B, M]`; instances that are not there take what the others leave.
+      there: bool `[B, M]`, False for padding, which gets the remaining queries.
 
     Returns:
       int32 `[B, M]`.
     """
-    # With a number that is none the algorithm would never end.
+    # With NaN or infinite costs the algorithm would never terminate.
     cost = jnp.nan_to_num(jax.lax.stop_gradient(cost), nan=1e6, posinf=1e6, neginf=-1e6)
 
     def one(cost: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Several labels: which of them a frame has, any number."""
+"""Multi-label classification: a frame may have any number of the labels."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,12 +25,12 @@ _LEAST = 10  # patients of a stratum
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MultiLabel(Task):
-    """How labels are learnt, each as a question of yes and no; those that are not known count nowhere.
+    """How labels are learnt, each as a binary problem; unknown labels are ignored.
 
     Attributes:
       outputs: names of the C labels.
-      values: float64 `[N, C]`, of the rows of the table: 0, 1, or NaN where it is not known.
-      pool: "mean" or "cls", of a vision transformer's tokens.
+      values: float64 `[N, C]`, for the rows of the table: 0, 1, or NaN for unknown.
+      pool: pooling of a vision transformer's tokens, "mean" or "cls".
       fingerprint: of the tables that `values` come from.
       notes: see `Task`.
     """
@@ -47,7 +47,7 @@ class MultiLabel(Task):
     predictions = LabelPredictions
 
     def strata(self, table: Table) -> Strata:
-        """The rarest label that a frame has, of those that ten patients have; the others together."""
+        """The rarest label of each frame, if at least ten patients have it; other frames form one stratum."""
         there = self.values == 1
         order = np.argsort(there.sum(axis=0), kind="stable")
         code, names = np.zeros(len(table), int), ["none of them"]
@@ -61,12 +61,12 @@ class MultiLabel(Task):
         return Strata(code, tuple(names)) if len(names) > 1 else super().strata(table)
 
     def summary(self, table: Table) -> str:
-        """Frames that have each label."""
+        """The number of frames with each label."""
         counts = (self.values == 1).sum(axis=0)
         return ", ".join(f"{count} with {name}" for name, count in zip(self.outputs, counts, strict=True))
 
     def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
-        """A linear head, whose outputs are log odds."""
+        """A linear head whose outputs are log-odds."""
         pool = {"pool": self.pool} if backbone["model"] == "vit" else {}
         return {**backbone, **pool, "task": "multilabel", "outputs": list(self.outputs)}
 
@@ -76,7 +76,7 @@ class MultiLabel(Task):
         return {"label": np.nan_to_num(values).astype(np.float32), "known": np.isfinite(values).astype(np.float32)}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum of the binary cross entropies, and how many labels are known."""
+        """The binary cross-entropies, summed over known labels, and the number of known labels."""
         logits = model(batch["image"], rng=rng, train=True).astype(jnp.float32)
         each = optax.sigmoid_binary_cross_entropy(logits, batch["label"])
         return (each * batch["known"]).sum(), batch["known"].sum()
@@ -89,7 +89,7 @@ class MultiLabel(Task):
         """See `evaluation.multilabel.score`.
 
         Raises:
-          InputError: no label has frames of both kinds among these rows.
+          InputError: no label has both positive and negative frames among these rows.
         """
         made = self.record(identify(table, rows, "", 0, 1.0), table, rows, predicted)
         if not made.both().any():
@@ -108,7 +108,7 @@ class MultiLabel(Task):
     def examples(
         self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
     ) -> list[dict[str, Any]]:
-        """The errors, those first of which the model was most sure."""
+        """The errors, most confident first."""
         found: list[dict[str, Any]] = []
         for member, (rows, predictions) in enumerate(tested):
             assert isinstance(predictions, LabelPredictions)
@@ -133,7 +133,7 @@ class MultiLabel(Task):
         return reporting.finish(workdir, predictions, **found)
 
     def table(self, results: Mapping[str, Any]) -> str:
-        """The results for a terminal."""
+        """The results as text for a terminal."""
         return tables.overview(results, NAMES, "auroc")
 
 

@@ -1,4 +1,4 @@
-"""Regression: a number of each frame, in its unit."""
+"""Regression: a quantity of each frame, in its unit."""
 
 import dataclasses
 import itertools
@@ -29,17 +29,17 @@ _LEAST = 10
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Regression(Task):
-    """How a quantity is learnt: the model predicts it standardised, as `fitted` finds it in the training part.
+    """How a quantity is learnt: the model predicts it standardised with the mean and deviation from `fitted`.
 
     Attributes:
       name: of the quantity.
-      unit: of it; "" = none.
-      values: float64 `[N]`, of the rows of the table.
-      extent: float64 `[N]`, what it is a multiple of: of a length, the side of the frame, see `extents`; else ones.
-      pool: "mean" or "cls", of a vision transformer's tokens.
-      kind: of the loss, "smooth_l1" (Girshick 2015) or "mse".
-      mean: that of `values / extent` in the training part.
-      deviation: likewise.
+      unit: of the quantity; "" = none.
+      values: float64 `[N]`, for the rows of the table.
+      extent: float64 `[N]`, divisor of the values: for lengths relative to the frame, its side (`extents`); else 1.
+      pool: pooling of a vision transformer's tokens, "mean" or "cls".
+      kind: loss, "smooth_l1" (Girshick 2015) or "mse".
+      mean: mean of `values / extent` in the training part.
+      deviation: standard deviation of the same.
       fingerprint: of the tables that `values` come from.
       notes: see `Task`.
     """
@@ -62,11 +62,11 @@ class Regression(Task):
 
     @property
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The quantity."""
+        """The name of the quantity."""
         return (self.name,)
 
     def strata(self, table: Table) -> Strata:
-        """Bins of equally many frames from the smallest values to the largest, as many as have ten patients each."""
+        """Quantile bins of the values: the largest number, at most four, with at least ten patients in each bin."""
         for count in _BINS:
             edges = np.unique(np.quantile(self.values, np.arange(1, count) / count))
             code = np.searchsorted(edges, self.values, side="right")
@@ -79,19 +79,19 @@ class Regression(Task):
         return super().strata(table)
 
     def summary(self, table: Table) -> str:
-        """The range."""
+        """The range of the values."""
         low, high = self.values.min(), self.values.max()
         return f"{self.name} from {low:.4g} to {high:.4g} {self.unit}".strip()
 
     def fitted(self, table: Table, rows: np.ndarray) -> "Regression":
-        """With mean and deviation of the training rows."""
+        """The task with mean and deviation of the training rows."""
         found = self.values[rows] / self.extent[rows]
         mean, deviation = float(found.mean()), float(found.std())
-        # Of equal values there is nothing to learn but the value.
+        # If all values are equal, the mean is all there is to learn.
         return dataclasses.replace(self, mean=mean, deviation=deviation if deviation > 1e-9 * abs(mean) else 1.0)
 
     def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
-        """A linear head for the standardised number, and what gives it its unit."""
+        """A linear head for the standardised value, and the scale that converts it back to its unit."""
         pool = {"pool": self.pool} if backbone["model"] == "vit" else {}
         scale = {"mean": [self.mean], "deviation": [self.deviation], "unit": [self.unit]}
         scale["of_frame"] = [bool((self.extent != 1).any())]
@@ -102,7 +102,7 @@ class Regression(Task):
         return {"value": ((self.values[rows] / self.extent[rows] - self.mean) / self.deviation).astype(np.float32)}
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum over images, and their number."""
+        """The loss summed over images, and their number."""
         error = model(batch["image"], rng=rng, train=True)[:, 0] - batch["value"]
         each = optax.huber_loss(error) if self.kind == "smooth_l1" else jnp.square(error)
         return each.sum(), jnp.float32(len(each))
@@ -123,13 +123,13 @@ class Regression(Task):
         return {name: value for name, value in found.items() if np.isfinite(value)}
 
     def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> QuantityPredictions:
-        """As measured and as predicted."""
+        """True and predicted values."""
         return QuantityPredictions(**ids, truth=self.values[rows], value=predicted["value"])
 
     def examples(
         self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
     ) -> list[dict[str, Any]]:
-        """Those frames that are farthest off, and those that are nearest, half of `count` each."""
+        """The frames with the largest and the smallest errors, half of `count` each."""
         found = []
         for member, (rows, predictions) in enumerate(tested):
             assert isinstance(predictions, QuantityPredictions)
@@ -146,21 +146,21 @@ class Regression(Task):
         return reporting.finish(workdir, predictions, name=self.name, unit=self.unit, **found)
 
     def table(self, results: Mapping[str, Any]) -> str:
-        """The results for a terminal."""
+        """The results as text for a terminal."""
         return tables.overview(results, scoring.titles(self.unit), "mae")
 
 
 def of_table(table: Table, targets: Targets, of_frame: bool, **how: Any) -> tuple[Table, Regression]:
-    """The frames that have a number, and the task that it is.
+    """The frames with a known value, and the regression task on them.
 
     Args:
       table: of the frames.
-      targets: of one column.
+      targets: with one column.
       of_frame: see `extents`.
       **how: fields of `Regression`.
 
     Raises:
-      InputError: there are several columns, no frame has a number, or the size of a frame's pixels is not known.
+      InputError: there are several columns, no frame has a value, or the pixel size of a frame is unknown.
     """
     if len(targets.names) != 1:
         raise InputError(f"config.target must name one of the columns {', '.join(map(repr, targets.names))}")
@@ -172,17 +172,17 @@ def of_table(table: Table, targets: Targets, of_frame: bool, **how: Any) -> tupl
 
 
 def extent(size: tuple[int, int], spacing: Sequence[float]) -> float:
-    """The side of a square as large as a frame of (height, width) pixels, in mm; 0 where their size is not known."""
+    """Side in mm of the square with the area of a frame of (height, width) pixels; 0 if `spacing` is unknown (0)."""
     return float(np.sqrt(np.prod(spacing) * size[0] * size[1]))
 
 
 def extents(table: Table) -> np.ndarray:
-    """The side of a square as large as each frame, in mm, float64 `[N]`: what lengths in a frame are a share of.
+    """`extent` of each frame in mm, float64 `[N]`, by which lengths are divided.
 
-    A model sees every frame in one size: without it, no length in mm can be told from a picture.
+    A model sees every frame at the same size, so lengths in mm cannot be inferred from the image alone.
 
     Raises:
-      InputError: the size of a frame's pixels is not known, or a record is damaged.
+      InputError: the pixel size of a frame is unknown, or a record is damaged.
     """
     found = np.zeros(len(table))
     for row in range(len(table)):
@@ -203,5 +203,5 @@ def extents(table: Table) -> np.ndarray:
 
 
 def standardised(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-    """`value` float32 `[B]`, as a multiple of the deviation above the mean of what was learnt."""
+    """`value` float32 `[B]`, in standard deviations from the mean of the training values."""
     return {"value": model(images)[:, 0].astype(jnp.float32)}

@@ -1,4 +1,4 @@
-"""Segmentation: which class each pixel of a frame is of."""
+"""Semantic segmentation: the class of each pixel of a frame."""
 
 import contextlib
 import dataclasses
@@ -27,23 +27,23 @@ from usfmae_jax.reporting.masks import areas
 from usfmae_jax.tasks import Arrays, Task, classification
 
 UNMASKED = ("drop", "background", "refuse")
-#: Patients who have a class, from which on every part of a split gets some of them.
+#: Minimum number of patients for a class to be a stratum of its own in splits.
 FEWEST = 10
-#: Examples of each of the best, the middling and the worst.
+#: Maximum number of examples in each group: best, middling and worst.
 SHOWN = 3
 
 
 def select(table: Table, found: annotations.Found, unmasked: str) -> np.ndarray:
-    """The rows that are learnt from and tested, int `[M]`.
+    """The rows used for training and testing, int `[M]`.
 
     Args:
       table: all frames.
-      found: what their masks hold.
-      unmasked: of a frame without a mask: "drop" leaves it out, "background" takes it for one on which nothing is to
-        be found, "refuse" raises.
+      found: survey of their masks.
+      unmasked: treatment of frames without a mask: "drop" leaves them out, "background" takes every pixel as
+        background, "refuse" raises an error.
 
     Raises:
-      InputError: see above.
+      InputError: `unmasked` is "refuse" and a frame has no mask.
     """
     without = int((~found.there).sum())
     if unmasked == "refuse" and without:
@@ -56,14 +56,14 @@ def select(table: Table, found: annotations.Found, unmasked: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segmentation(Task):
-    """How a segmenter is taught: cross entropy of the pixels plus soft Dice of the classes.
+    """How a segmenter is trained: cross-entropy over pixels plus soft Dice loss over classes.
 
     Attributes:
-      classes: what masks tell apart.
-      present: bool `[N, C]`, whether a frame of the table has a class.
+      classes: the classes in the masks.
+      present: bool `[N, C]`, whether a frame of the table contains a class.
       head: "linear" or "decoder", see `models.decoders.Segmenter`.
-      decoder_width: see there.
-      dice: weight of the soft Dice loss (Milletari et al. 2016) beside that of the cross entropy, 1.
+      decoder_width: likewise.
+      dice: weight of the soft Dice loss (Milletari et al. 2016) relative to the cross-entropy.
     """
 
     classes: Classes
@@ -79,11 +79,11 @@ class Segmentation(Task):
 
     @property
     def outputs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the classes beside the background."""
+        """Names of the classes, without the background."""
         return self.classes.names
 
     def strata(self, table: Table) -> Strata:
-        """The rarest class of each frame; what too few patients have to be spread counts as the commonest."""
+        """The rarest class of each frame; classes with too few patients are merged into the most common stratum."""
         patients = np.array([len(np.unique(table.patient_key[there])) for there in self.present.T])
         rarity = np.where(self.present, patients, np.iinfo(np.int64).max)
         which = np.where(self.present.any(axis=1), rarity.argmin(axis=1), len(self.outputs))
@@ -94,30 +94,30 @@ class Segmentation(Task):
         return Strata(np.searchsorted(kept, which), tuple(names[one] for one in kept.tolist()))
 
     def summary(self, table: Table) -> str:
-        """Frames that have each class."""
+        """The number of frames with each class."""
         counts = self.present.sum(axis=0)
         return ", ".join(f"{count} with {name}" for name, count in zip(self.outputs, counts, strict=True))
 
     def describe(self, backbone: Mapping[str, Any]) -> dict[str, Any]:
-        """A head for the pixels; a U-Net brings its own."""
+        """A segmentation head; a U-Net has its own."""
         about = {**backbone, "task": "segmentation", "outputs": list(self.outputs)}
         if backbone["model"] == "vit":
             about["head"] = {"kind": self.head} | ({"width": self.decoder_width} if self.head == "decoder" else {})
         return about
 
     def targets(self, table: Table, rows: np.ndarray) -> Arrays:
-        """None: masks are read with the images."""
+        """No arrays: masks are read with the images."""
         return {}
 
     def mask(self, record: Record) -> np.ndarray:
-        """Class of each pixel, uint8 `[H, W]`; of a frame without a mask all background."""
+        """Class of each pixel, uint8 `[H, W]`; all background for a frame without a mask."""
         if record["mask"]:
             return self.classes.read(record)
         height, width = record["height"], record["width"]
         return np.zeros((height, width) if height else decode_image(record["image"]).shape[:2], np.uint8)
 
     def loss(self, model: nnx.Module, batch: dict[str, jax.Array], rng: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The sum over images, and their number."""
+        """The loss summed over images, and their number."""
         logits = model(batch["image"], rng=rng, train=True)
         return pixel_loss(logits, batch["mask"], self.dice).sum(), jnp.float32(len(logits))
 
@@ -130,7 +130,7 @@ class Segmentation(Task):
         return mirror(predicted)
 
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
-        """`evaluation.segmentation.MEASURES`, float `[n, C]`, in the frames' own sizes, and `pixel_area`, `[n]`."""
+        """`evaluation.segmentation.MEASURES`, float `[n, C]`, at the frames' own sizes, and `pixel_area`, `[n]`."""
 
         def one(place: int) -> Arrays:
             row = int(rows[place])
@@ -152,7 +152,7 @@ class Segmentation(Task):
     def outlines(
         self, table: Table, rows: np.ndarray, predicted: Arrays
     ) -> Iterator[tuple[np.ndarray, list[dict[str, Any]]]]:
-        """The class of each pixel, and the connected areas of the classes."""
+        """The class map, and the connected areas of the classes as instances."""
         for place, row in enumerate(rows.tolist()):
             record = read_row(table, row)
             size = record["height"], record["width"]
@@ -174,13 +174,13 @@ class Segmentation(Task):
         return {name: value for name, value in found.items() if np.isfinite(value)}
 
     def record(self, ids: Arrays, table: Table, rows: np.ndarray, predicted: Arrays) -> MaskPredictions:
-        """Agreement of each frame."""
+        """The measures of each frame."""
         return MaskPredictions(**ids, classes=self.outputs, **predicted)
 
     def examples(
         self, table: Table, tested: Sequence[tuple[np.ndarray, Predictions]], count: int
     ) -> list[dict[str, Any]]:
-        """The worst, the middling and the best frames by Dice, with the mask as drawn."""
+        """The worst, middling and best frames by Dice, with the annotated mask."""
         dice, place = [], []
         for member, (rows, predictions) in enumerate(tested):
             assert isinstance(predictions, MaskPredictions)
@@ -195,7 +195,7 @@ class Segmentation(Task):
         return found
 
     def look(self, predict: Any, model: Any) -> Any:
-        """What is shown beside an example: the class of each pixel, uint8 `[n, H, W]` of the model's input."""
+        """Shows the predicted class map beside each example, uint8 `[n, H, W]` at the model's input size."""
         return lambda images: predict(images)["probabilities"].argmax(axis=-1).astype(np.uint8)
 
     def finish(self, workdir: str, predictions: Predictions, validation: Predictions | None, **found: Any) -> Any:
@@ -204,21 +204,21 @@ class Segmentation(Task):
         return reporting.finish(workdir, predictions, **found)
 
     def table(self, results: Mapping[str, Any]) -> str:
-        """The results for a terminal."""
+        """The results as text for a terminal."""
         return tables.overview(results, NAMES, "dice")
 
 
 def of_table(
     table: Table, names: Sequence[str], unmasked: str, threads: int, by_label: bool = False, **how: Any
 ) -> tuple[Table, Segmentation]:
-    """The frames of a table that are learnt from and tested, and the task that their masks are.
+    """The frames of a table used for training and testing, and the segmentation task on them.
 
     Args:
       table: all frames.
-      names: of the classes, see `annotations.classes`; by label see `classification.class_names`.
+      names: of the classes, see `annotations.classes`; with `by_label` see `classification.class_names`.
       unmasked: see `select`.
-      threads: that decode.
-      by_label: whether what a mask outlines has the class of its frame.
+      threads: number of decoding threads.
+      by_label: give the foreground of a mask the class label of its frame.
       **how: the other fields of `Segmentation`.
 
     Raises:
@@ -241,17 +241,17 @@ def of_table(
 
 
 def probabilities(model: nnx.Module, images: jax.Array) -> dict[str, jax.Array]:
-    """`probabilities` of background and classes, in 255ths: uint8 `[B, H, W, 1 + C]`."""
+    """`probabilities` of background and classes in 255ths: uint8 `[B, H, W, 1 + C]`."""
     return {"probabilities": jnp.round(255 * jax.nn.softmax(model(images))).astype(jnp.uint8)}
 
 
 def mirror(predicted: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Maps `[B, H, W, ...]` of mirrored images turned back."""
+    """Flips maps `[B, H, W, ...]` of mirrored images back."""
     return {name: maps[:, :, ::-1] for name, maps in predicted.items()}
 
 
 def pixel_loss(logits: jax.Array, classes: jax.Array, dice: float) -> jax.Array:
-    """Cross entropy, the mean over pixels, plus `dice` times one minus the soft Dice, the mean over classes.
+    """Cross-entropy, averaged over pixels, plus `dice` times (1 - soft Dice), averaged over classes.
 
     Args:
       logits: `[B, H, W, 1 + C]`, the background first.
@@ -268,16 +268,16 @@ def pixel_loss(logits: jax.Array, classes: jax.Array, dice: float) -> jax.Array:
         return entropy
     said, truth = jax.nn.softmax(logits)[..., 1:], truth[..., 1:]
     both, either = ((one).sum(axis=(1, 2)) for one in (said * truth, said + truth))
-    # One pixel more of each, as is usual: a class that is neither drawn nor predicted is right.
+    # Smoothing by one, as is usual: a class neither annotated nor predicted has Dice 1.
     return entropy + dice * (1 - (2 * both + 1) / (either + 1)).mean(axis=-1)
 
 
 def thirds(values: np.ndarray, count: int) -> list[tuple[str, int]]:
-    """Which of some values are the worst, in the middle and the best, a third of `count` each: (group, number).
+    """Picks the worst, middling and best values, at most a third of `count` each: list of (group, index).
 
     Args:
-      values: float `[N]`, NaN where there is none.
-      count: how many at most.
+      values: float `[N]`, higher is better; NaN = missing.
+      count: maximum number of picks.
     """
     order = [i for i in np.argsort(values, kind="stable").tolist() if np.isfinite(values[i])]
     third = min(count // 3, len(order) // 3, SHOWN) or min(len(order), count, 1)
@@ -287,10 +287,10 @@ def thirds(values: np.ndarray, count: int) -> list[tuple[str, int]]:
 
 
 def classes_of(probabilities: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The most probable class of each pixel of a frame in its own size.
+    """The most probable class of each pixel at the frame's own size.
 
     Args:
-      probabilities: uint8 `[h, w, K]`, as the model sees the frame; or float, the mean over several models.
+      probabilities: uint8 `[h, w, K]`, in the model's view of the frame; or float, the mean over several models.
       size: (height, width) of the frame.
 
     Returns:
