@@ -203,6 +203,9 @@ def numbered(classes: np.ndarray, count: int, min_pixels: int) -> np.ndarray:
       classes: class of each pixel, uint8 `[H, W]`, 0 = background.
       count: number of classes, without background.
       min_pixels: smaller areas become background; diagonal neighbours are connected.
+
+    Returns:
+      uint8 `[H, W, 2]`: class and number; areas beyond the 255th become background.
     """
     found: list[tuple[int, int, np.ndarray]] = []
     for c in range(1, count + 1):

@@ -1,1 +1,1 @@
-"""What every loop shares: devices, state, update, checkpoints, forward passes, probes, and what a person sees."""
+"""Shared by all training loops: devices, state, update, checkpoints, forward passes, probes, logs and progress."""

@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax holds the state; the data position and the config travel inside the same checkpoint."""
+"""Checkpoints: Orbax stores the state, with the data position and the config inside the same checkpoint."""
 
 import functools
 import logging
@@ -21,13 +21,13 @@ from usfmae_jax.training.checks import flat
 from usfmae_jax.training.mesh import on_first_process, replicated
 from usfmae_jax.training.state import State
 
-#: Config fields that a resumed run of any loop may change: they alter where and how fast it computes, not what.
+#: Config fields that any resumed run may change: they affect where and how fast it computes, not what.
 RESUMABLE = (
     "mesh",
     "log",
     "checkpoint",
-    "init",  # the weights may have moved
-    "data.path",  # likewise the shards; their fingerprint is compared instead
+    "init",  # the weights may have been moved
+    "data.path",  # so may the shards; their fingerprint is compared instead
     "data.workers",
     "data.threads",
     "data.max_damaged",
@@ -37,7 +37,7 @@ RESUMABLE = (
     "model.attention",
 )
 
-#: What Orbax writes of a checkpoint.
+#: Fields of Orbax's own checkpoint metadata.
 _ORBAX_FIELDS = {
     *("item_handlers", "metrics", "performance_metrics", "init_timestamp_nsecs", "commit_timestamp_nsecs"),
     "custom_metadata",
@@ -47,16 +47,16 @@ _ORBAX_FIELDS = {
 def open_checkpoints(
     directory: str, *, keep_latest: int = 2, keep_every: int = 0, keep_best: int = 1
 ) -> orbax.training.Checkpointer:
-    """Opens the checkpoints below a folder; a half-written one, left by a killed run, is removed.
+    """Opens the checkpoints in a folder; incomplete ones, left by a killed run, are removed.
 
     Args:
       directory: local (absolute) or `gs://`; created if absent.
-      keep_latest: how many of the newest to keep.
-      keep_every: keep those at multiples of this step for good; 0 = none.
-      keep_best: how many of those with the lowest loss to keep.
+      keep_latest: number of newest checkpoints to keep.
+      keep_every: keep checkpoints at multiples of this step permanently; 0 = none.
+      keep_best: number of checkpoints with the lowest loss to keep.
     """
-    # What fails while a checkpoint is written in the background is logged by every thread that meets it, in pages, and
-    # raised at the next save or at the end.
+    # Failures of background writes are logged at length by every thread involved; they are raised anyway, at the next
+    # save or at the end.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     on_first_process(lambda: _mend_ranks(epath.Path(directory)))
     keep = orbax.training.preservation_policies
@@ -68,20 +68,20 @@ def open_checkpoints(
     start = functools.partial(
         _Checkpointer,
         epath.Path(directory),
-        # The loop decides when; asking again here would refuse the save on preemption.
+        # The loop decides when to save; another policy here would refuse the save on preemption.
         save_decision_policy=orbax.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=keep.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
     )
     try:
         return start()
-    except Exception:  # whatever the bytes of damaged metadata happen to spell
+    except Exception:  # damaged metadata can raise anything
         on_first_process(lambda: _put_metadata_aside(epath.Path(directory)))
         return start()
 
 
 def _mend_ranks(directory: epath.Path) -> None:
-    """A loss that cannot be read any more costs its checkpoint the rank; Orbax would not open the others either."""
+    """Gives a checkpoint with an unreadable loss the worst rank, since Orbax would otherwise fail to open any."""
     for path in matches(directory, "*/metrics/metrics"):
         try:
             math.isfinite(files.parse(path.read_bytes())["loss"])
@@ -90,7 +90,7 @@ def _mend_ranks(directory: epath.Path) -> None:
 
 
 def _put_metadata_aside(directory: epath.Path) -> None:
-    """Without metadata a checkpoint counts as damaged; with such as Orbax cannot read it would not open the others."""
+    """Renames metadata that Orbax cannot read, so that only that checkpoint counts as damaged and the others open."""
     for path in directory.glob("*/_CHECKPOINT_METADATA"):
         try:
             damaged = not files.parse(path.read_bytes()).keys() <= _ORBAX_FIELDS
@@ -101,42 +101,41 @@ def _put_metadata_aside(directory: epath.Path) -> None:
 
 
 class _Checkpointer(orbax.training.Checkpointer):
-    """Orbax's, which leaves no path in what it has written."""
+    """Orbax's checkpointer, with paths removed from the files it has written."""
 
     def close(self) -> None:
         super().close()
         clean = functools.partial(without_paths, self.directory)
         if sys.exc_info()[0] is None:
             on_first_process(clean)
-        elif jax.process_index() == 0:  # what has failed here may be at work elsewhere: nobody is waited for
+        elif jax.process_index() == 0:  # other processes may not have failed: do not wait for them
             clean()
 
 
 def save(
     checkpoints: orbax.training.Checkpointer, state: State, step: int, metadata: dict[str, Any], *, loss: float
 ) -> None:
-    """Starts saving and returns as soon as the arrays are copied off the devices.
+    """Starts saving and returns as soon as the arrays have been copied off the devices.
 
     Args:
       checkpoints: from `open_checkpoints`.
       state: the train state.
-      step: finished updates; names the checkpoint.
-      metadata: JSON: `position` of the data; `config` of the run, compared on resume; and `about`, which says what kind
-        of run wrote it and what the model is, see `interop.checkpoint`.
+      step: number of completed updates; names the checkpoint.
+      metadata: JSON: `position` of the data; `config` of the run, compared on resume; and `about`, the kind of run and
+        the description of the model, see `interop.checkpoint`.
       loss: ranks checkpoints for `keep_best`.
     """
     if checkpoints.latest is not None and checkpoints.latest.step == step:
-        return  # saved already, by schedule, before the run was told to stop
+        return  # already saved by schedule before the run was told to stop
     metadata = signed(metadata | {"checksums": _checksums(state)})
     checkpoints.save_async(step, state, metrics={"loss": loss}, custom_metadata=metadata)
 
 
 def _checksums(state: State) -> list[int]:
-    """A number for each array, which changes with every bit of it and not with how it is divided among devices.
+    """One checksum per array, sensitive to every bit and independent of how the array is sharded.
 
-    `interop.checkpoint.checksum` computes the same on the host, when a model is opened.
-
-    Orbax has checksums of its indices alone: a bit that a disk turns in a parameter would go unnoticed.
+    `interop.checkpoint.checksum` computes the same on the host when a model is opened. Orbax only checksums its
+    indices: a bit flipped on disk in a parameter would go unnoticed.
     """
     leaves = jax.tree.leaves(state)
     return jax.device_get(_checksum(leaves[0].sharding.mesh)(leaves)).tolist()
@@ -151,7 +150,7 @@ def _checksum(mesh: Mesh) -> Callable[[Any], jax.Array]:
         for axis in reversed(range(leaf.ndim)):
             place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
             stride *= leaf.shape[axis]
-        # An odd factor: no bit of a value is lost, and values that change places are told.
+        # Odd factors lose no bit of a value, and since they differ, swapped values are detected.
         return jnp.sum(bits.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
 
     return jax.jit(lambda leaves: jnp.stack([one(leaf) for leaf in leaves]), out_shardings=replicated(mesh))
@@ -164,20 +163,20 @@ def resume(
     *,
     fallback: bool = False,
 ) -> tuple[State, int, dict[str, Any], str] | None:
-    """Loads the newest state straight onto the devices that `abstract()` names.
+    """Loads the newest checkpoint directly onto the devices, sharded as `abstract()` specifies.
 
     Args:
       checkpoints: from `open_checkpoints`.
-      abstract: gives what `state.abstract_state` does; not asked when there is nothing to load.
-      accept: raises InputError when the config of a checkpoint, nested JSON, is not that of this run.
-      fallback: take the newest that can be loaded; damaged ones after it are moved to `damaged_checkpoints/` beside.
+      abstract: returns the result of `state.abstract_state`; not called if there is nothing to load.
+      accept: raises InputError if the config of a checkpoint, nested JSON, does not match that of this run.
+      fallback: load the newest intact checkpoint; damaged newer ones are moved to `damaged_checkpoints/` beside it.
 
     Returns:
-      the state, its step, the position of the data, and what was left aside, for a person ("" = nothing); None when
-      there is no checkpoint.
+      the state, its step, the data position, and a message about checkpoints moved aside ("" = none); None if there is
+      no checkpoint.
 
     Raises:
-      InputError: the newest checkpoint cannot be loaded, and with `fallback` none of them can.
+      InputError: the newest checkpoint cannot be loaded, or with `fallback`, none of them can.
     """
     steps = [checkpoint.step for checkpoint in checkpoints.checkpoints]
     wanted = abstract() if steps else {}
@@ -194,7 +193,7 @@ def resume(
                 raise ValueError("its checksum is wrong")
         except InputError:
             raise
-        except Exception as error:  # whatever its bytes happen to spell
+        except Exception as error:  # damaged bytes can raise anything
             if fallback and place:
                 continue
             remedy = "remove that checkpoint to resume from the one before, or add --config.checkpoint.fallback=true"
@@ -210,13 +209,13 @@ def resume(
 
 
 def _set_aside(checkpoints: orbax.training.Checkpointer, steps: Sequence[int]) -> str:
-    """Moves damaged checkpoints out of the way of the run that goes on before them."""
+    """Moves damaged checkpoints out of the way of a run that resumes from an earlier one."""
     folder = checkpoints.directory.parent / "damaged_checkpoints"
 
     def move() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for step in steps:
-            taken = len(list(folder.iterdir()))  # the same step may be damaged again
+            taken = len(list(folder.iterdir()))  # a checkpoint of the same step may have been moved here before
             (checkpoints.directory / str(step)).rename(folder / f"{step}-{taken}")
 
     on_first_process(move)
@@ -227,16 +226,16 @@ def _set_aside(checkpoints: orbax.training.Checkpointer, steps: Sequence[int]) -
 def check_resumable(
     stored: Mapping[str, Any], current: Mapping[str, Any], workdir: str, resumable: Sequence[str]
 ) -> None:
-    """Refuses to resume with a config that would compute something else.
+    """Refuses to resume with a config that would compute something different.
 
     Args:
       stored: config of the checkpoint, nested JSON.
       current: config of this run, nested JSON.
-      workdir: for the message.
-      resumable: fields, or groups of them, that may differ.
+      workdir: for the error message.
+      resumable: fields, or groups of fields, that may differ.
 
     Raises:
-      InputError: names every field that differs, with both values.
+      InputError: lists every other field that differs, with both values.
     """
     old, new = flat(stored), flat(current)
     differences = [

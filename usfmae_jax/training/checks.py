@@ -1,4 +1,4 @@
-"""What a person gives: whether a run can use it, and what artefacts may show of it."""
+"""Checks of the user's settings, and what artefacts may reveal of them."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ Fields = Mapping[str, Any]
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names."""
+    """Flattens nested settings to a dict by dotted names."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         name = f"{prefix}{key}"
@@ -29,7 +29,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_ranges(fields: Fields, ranges: Mapping[str, tuple[float, float]], prefix: str = "") -> None:
-    """Raises InputError for the first field that is not between its lowest and highest value."""
+    """Raises InputError for the first field outside its range (lowest, highest)."""
     for name, (low, high) in ranges.items():
         if not low <= fields[name] <= high:
             bound = "at least {}" if high == np.inf else "between {} and {}"
@@ -37,14 +37,14 @@ def check_ranges(fields: Fields, ranges: Mapping[str, tuple[float, float]], pref
 
 
 def check_least(fields: Fields, least: Mapping[str, int], prefix: str = "") -> None:
-    """Raises InputError for the first count that is less than it may be."""
+    """Raises InputError for the first count below its minimum."""
     for name, value in least.items():
         if fields[name] < value:
             raise InputError(f"config.{prefix}{name}={fields[name]} must be {value} or more")
 
 
 def check_augmentation(fields: Mapping[str, Any]) -> None:
-    """Raises InputError for the first field of `config.augment` that `augment.Augmentation` could not use."""
+    """Raises InputError for the first field of `config.augment` that `augment.Augmentation` cannot use."""
     for name, pair in fields.items():
         if not isinstance(pair, tuple):
             continue
@@ -53,7 +53,7 @@ def check_augmentation(fields: Mapping[str, Any]) -> None:
         if name in ("crop_ratio", "contrast", "gamma") and pair[0] <= 0:
             raise InputError(f"config.augment.{name}={pair} must be two positive numbers")
     low, high = fields["crop_scale"]
-    # The higher one may be more than 1, as in the published recipe: of crops that do not fit none is drawn.
+    # The upper bound may exceed 1, as in the published recipe: crops that do not fit are rejected.
     if not 0 < low <= 1:
         pair = f"({low:g}, {high:g})"
         raise InputError(f"config.augment.crop_scale={pair} must be two shares of the area, the lower one up to 1")
@@ -63,14 +63,14 @@ def check_augmentation(fields: Mapping[str, Any]) -> None:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises InputError unless `config.seeds` are different numbers."""
+    """Raises InputError unless `config.seeds` are distinct integers from 0 on."""
     whole = all(isinstance(seed, int) for seed in seeds)
     if not seeds or not whole or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise InputError(f"config.seeds={tuple(seeds)} must be one or more different numbers from 0 on")
 
 
 def check_batch(fields: Fields, devices: int) -> None:
-    """Raises InputError unless counts are positive, and devices and micro-batches divide the batch."""
+    """Raises InputError unless counts are positive and the batch is divisible by devices times micro-batches."""
     check_least(fields, dict.fromkeys(("train.batch_size", "train.accumulate", "checkpoint.every", "log.every"), 1))
     batch_size, accumulate = fields["train.batch_size"], fields["train.accumulate"]
     parts = devices * accumulate
@@ -82,7 +82,7 @@ def check_batch(fields: Fields, devices: int) -> None:
 
 
 def check_computation(dtype: str, attention: str, remat: str) -> None:
-    """Raises InputError unless `config.model.dtype`, `.attention` and `.remat` name something that exists."""
+    """Raises InputError unless `config.model.dtype`, `.attention` and `.remat` have known values."""
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"config.model.dtype={dtype!r} must be 'float32' or 'bfloat16'")
     if attention not in ("", "xla", "cudnn"):
@@ -92,10 +92,10 @@ def check_computation(dtype: str, attention: str, remat: str) -> None:
 
 
 def square(size: Any) -> tuple[int, int]:
-    """`config.model.image_size` as (height, width); a single number stands for both.
+    """`config.model.image_size` as (height, width); a single number means both.
 
     Raises:
-      InputError: it is neither one number nor two.
+      InputError: it is not one or two positive integers.
     """
     size = tuple(size)
     if len(size) not in (1, 2) or not all(isinstance(side, int) and side > 0 for side in size):
@@ -104,7 +104,7 @@ def square(size: Any) -> tuple[int, int]:
 
 
 def names(values: Sequence[Any]) -> tuple[str, ...]:
-    """Names as a person may type them: `('a', 'b')`, `a,b`, or numbers."""
+    """Parses names as typed by a user: `('a', 'b')`, `a,b`, or numbers."""
     return tuple(name.strip() for value in values for name in str(value).split(",") if name.strip())
 
 
@@ -112,7 +112,7 @@ def make_workdir(workdir: str) -> str:
     """Creates the working directory and returns its absolute path.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: it is not writable.
     """
     path = epath.Path(workdir)
     if "://" not in workdir and path.is_file():
@@ -132,7 +132,7 @@ def read_frames(path: str, split: str) -> Table:
     """All frames of `config.data.path` in the TFDS split `config.data.split`, "" = all.
 
     Raises:
-      InputError: there are none, with how to make some, or they cannot be used.
+      InputError: there are none (the message tells how to make some), or they cannot be used.
     """
     how_to = (
         "\n  Prepare your own:  python -m data_prep.build --dataset=folder --input=DIR --labels=parent --output=data"
@@ -147,11 +147,11 @@ def read_frames(path: str, split: str) -> Table:
 
 
 def public_settings(settings: str, paths: tuple[str, ...]) -> dict[str, Any]:
-    """A run's settings, with paths as `public_paths` has them.
+    """A run's settings, with paths shortened by `public_paths`.
 
     Args:
       settings: JSON.
-      paths: names of the fields, such as `data.path`, that hold paths, several separated by commas.
+      paths: dotted names of the fields, such as `data.path`, that hold comma-separated paths.
     """
     public = json.loads(settings)
     for name in paths:
@@ -162,10 +162,10 @@ def public_settings(settings: str, paths: tuple[str, ...]) -> dict[str, Any]:
 
 
 def public_paths(paths: str) -> str:
-    """Paths separated by commas as artefacts may show them: of one that leaves the folder only the last part.
+    """Comma-separated paths as artefacts may show them: only the last part of any path that leaves the working folder.
 
-    The rest would tell who ran where: absolute paths of all systems, those of homes (`~name/x`) and those above
-    (`../../home/name/x`), wherever in a text they begin.
+    The rest would reveal who ran it and where. This covers absolute paths of all operating systems, home folders
+    (`~name/x`) and parent folders (`../../home/name/x`), wherever in a text they begin.
     """
 
     def public(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Forward passes over many images: padded to one shape, spread over the mesh, decoded ahead."""
+"""Forward passes over many images: padded to one shape, sharded over the mesh, with the host working ahead."""
 
 import functools
 import os
@@ -18,25 +18,25 @@ from usfmae_jax.interop.model import Model, build, model_graph
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.training.mesh import batch_sharding, global_batch, replicated
 
-#: A pass that lasts longer than this shows a progress bar, seconds.
+#: Seconds after which a pass shows a progress bar.
 PATIENCE = 2.0
 
 Forward = Callable[[Any, jax.Array], Any]
 
 
 def fitting_batch(asked: int, mesh: Mesh, field: str) -> int:
-    """Images per call; 0 asks for what suits the devices.
+    """Number of images per call; 0 = a default that suits the devices.
 
-    A CPU is quickest with few images, whose activations stay in its cache (measured: 16 take a fifth less time than
-    64); an accelerator wants many.
+    A CPU is fastest with few images, whose activations stay in its cache (measured: batches of 16 take a fifth less
+    time than batches of 64); an accelerator needs many.
 
     Args:
-      asked: by the person.
-      mesh: its devices must divide it.
-      field: what the person calls it, for the error.
+      asked: the user's setting.
+      mesh: the setting must be divisible by its number of devices.
+      field: name of the setting, for the error.
 
     Raises:
-      InputError: it is negative, or the devices do not divide it.
+      InputError: the setting is negative, or not divisible by the number of devices.
     """
     if not asked:
         return mesh.size * (16 if jax.default_backend() == "cpu" else 128)
@@ -48,18 +48,18 @@ def fitting_batch(asked: int, mesh: Mesh, field: str) -> int:
 def fitted(
     function: Forward, variables: Any, shape: tuple[int, ...], mesh: Mesh, asked: int, field: str
 ) -> tuple[Forward, int]:
-    """The compiled program of a function for as many images per call as suit the devices and fit into their memory.
+    """Compiles a function for as many images per call as suit the devices and fit into their memory.
 
     Args:
       function: `(variables, images uint8 [B, *shape])`.
       variables: on the mesh.
       shape: of an image.
-      mesh: batches are spread over it.
-      asked: by the person; 0 = what fits.
+      mesh: batches are sharded over it.
+      asked: the user's batch size; 0 = what fits.
       field: see `fitting_batch`.
 
     Returns:
-      the program, for images from `global_batch` and variables that lie as these do; and B.
+      the compiled program, for images from `global_batch` and variables sharded like these; and B.
 
     Raises:
       InputError: see `fitting_batch`.
@@ -77,11 +77,11 @@ def fitted(
 
 
 def _free(mesh: Mesh) -> float:
-    """Bytes of each device that a program may take."""
+    """Bytes per device that a program may use."""
     said = mesh.local_devices[0].memory_stats() or {}
     if "bytes_limit" in said:
         return 0.9 * (said["bytes_limit"] - said.get("bytes_in_use", 0))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / mesh.size  # the CPU's is others' too
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4 / mesh.size  # shared with others
 
 
 def apply_batches(
@@ -94,19 +94,19 @@ def apply_batches(
     total: int,
     desc: str = "",
 ) -> Any:
-    """Applies `function(variables, images uint8 [B, H, W, C])` to batches and collects what it returns.
+    """Applies `function(variables, images uint8 [B, H, W, C])` to batches and concatenates the results.
 
-    Every batch is padded to `batch_size` rows, so that one program is compiled; the padding is cut off again. The host
-    prepares a batch while the devices compute the one before.
+    Every batch is padded to `batch_size` rows, so that only one program is compiled; the padding is removed from the
+    results. The host prepares a batch while the devices compute the previous one.
 
     Args:
-      mesh: batches are spread over it; its devices must divide `batch_size`.
-      function: returns an array or a dict of arrays, the first axis that of the images.
-      variables: parameters (and statistics) as `function` takes them; arrays of the mesh stay as they are sharded.
-      batches: uint8 `[n, H, W, C]`, or what else the function takes, with n <= `batch_size`; the same in all processes.
+      mesh: batches are sharded over it; its number of devices must divide `batch_size`.
+      function: returns an array or a dict of arrays, with images along the first axis.
+      variables: parameters (and statistics) for `function`; arrays already on the mesh keep their sharding.
+      batches: uint8 `[n, H, W, C]`, or other arrays for `function`, n <= `batch_size`; the same in all processes.
       batch_size: rows per call.
-      total: images in all, for the progress bar.
-      desc: names the pass in the bar.
+      total: total number of images, for the progress bar.
+      desc: label of the progress bar.
 
     Returns:
       numpy array `[N, ...]`, or a dict of them, as `function` returns.
@@ -132,7 +132,7 @@ def apply_batches(
                 padding = np.zeros((batch_size - count, *images.shape[1:]), images.dtype)
                 images = np.concatenate([images, padding])
             pending.append((run(variables, global_batch(mesh, images[first : first + rows])), count))
-            collect(1)  # the batch before: the devices have this one to work on
+            collect(1)  # the previous batch, while the devices compute this one
             bar.update(count)
         collect(0)
     if not found:
@@ -144,7 +144,7 @@ def _lies_on(mesh: Mesh, leaf: Any) -> bool:
     return isinstance(leaf, jax.Array) and leaf.sharding.device_set == set(mesh.devices.flat)
 
 
-@functools.lru_cache(16)  # the same function over other images is not compiled again
+@functools.lru_cache(16)  # applying the same function to other images does not recompile it
 def _compiled(function: Forward, mesh: Mesh) -> Forward:
     return jax.jit(function, out_shardings=replicated(mesh))
 
@@ -166,9 +166,9 @@ def encoder_function(weights: Model, pool: str = "mean", *, dtype: Any = jnp.flo
     """The function `(params, images uint8 [B, H, W, c]) -> features float32` of an encoder, and its parameters.
 
     Args:
-      weights: of an encoder, or of a classifier with one inside.
-      pool: 'mean' of patch tokens or 'cls', `[B, D]`; 'patches', all patch tokens, float16 `[B, N, D]`.
-      dtype: of the arithmetic.
+      weights: of an encoder, or of a model that contains one.
+      pool: 'mean' of the patch tokens or 'cls', `[B, D]`; 'patches', all patch tokens, float16 `[B, N, D]`.
+      dtype: compute dtype.
     """
     encoder = weights.encoder()
     mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
@@ -184,17 +184,17 @@ def encoder_function(weights: Model, pool: str = "mean", *, dtype: Any = jnp.flo
 
 
 def model_function(weights: Model, apply: Callable[..., Any], *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
-    """The function `(variables, images uint8 [B, H, W, C])` that gives what `apply(network, normalised images)` gives.
+    """The function `(variables, images uint8 [B, H, W, C])` that returns `apply(network, normalised images)`.
 
-    It is the same one for equal models, such as the members of a run, so that it is compiled once.
+    Models of equal architecture, such as the members of a run, share one function, so that it is compiled once.
 
     Args:
       weights: of any kind of model.
-      apply: to be kept, since it tells functions apart: no lambda that is made anew.
-      dtype: of the arithmetic.
+      apply: part of the cache key, so pass the same function every time, not a new lambda.
+      dtype: compute dtype.
 
     Returns:
-      the function, and the variables.
+      the function and the variables.
     """
     mean, std = tuple(weights.preprocessing["mean"]), tuple(weights.preprocessing["std"])
     return _function(model_graph(build(weights.description, dtype=dtype)), mean, std, apply), (
@@ -213,23 +213,23 @@ def _function(graph: Any, mean: tuple[float, ...], std: tuple[float, ...], apply
 
 
 def mean_of_two(one: jax.Array, other: jax.Array) -> jax.Array:
-    """Of two predictions, such as of an image and its mirror; of whole numbers rounded."""
+    """Mean of two predictions, such as for an image and its mirror image; rounded for integer dtypes."""
     mean = (one.astype(jnp.float32) + other.astype(jnp.float32)) / 2
     return jnp.round(mean).astype(one.dtype) if jnp.issubdtype(one.dtype, jnp.integer) else mean.astype(one.dtype)
 
 
 def features_of(network: Any, images: jax.Array) -> jax.Array:
-    """What the head of a network sees, float32 `[B, D]`; for `model_function`."""
+    """The input of a network's head, float32 `[B, D]`; for `model_function`."""
     return network.features(images)
 
 
 def head_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
     """The function `(variables, images uint8) -> {"logits" [B, C], "features" [B, D]}` of a classifier.
 
-    `logits` are what the head puts out, `features` what it sees.
+    `logits` are the outputs of the head, `features` its inputs.
 
     Returns:
-      the function, and the variables.
+      the function and the variables.
 
     Raises:
       InputError: the weights have no head.

@@ -1,8 +1,8 @@
-"""Hardware that is not here: the TPU and CUDA compilers, which need none of it, say what a training step will take.
+"""Plans for absent hardware: the TPU and CUDA compilers, which need no device, report what a training step requires.
 
-A target is a chip and how many there are: `v5e:4x4`, a TPU slice, or `h100:8`, the GPUs of one machine. What a step
-needs of memory and sends between devices is read from the compiled program; nothing is executed, so that times are an
-estimate from published figures.
+A target is a chip and a layout: `v5e:4x4`, a TPU slice, or `h100:8`, the GPUs of one machine. A step's memory use and
+communication between devices are read from the compiled program. Nothing is executed, so times are estimates from
+published figures.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ from usfmae_jax.training.monitor import PEAK_FLOPS
 from usfmae_jax.training.update import Update, compile_update
 
 GIB = 2**30
-#: Settings that are compiled, one after the other, to find those with which a step fits that does not.
+#: Maximum number of settings to compile in search of one with which the step fits.
 ATTEMPTS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is published of a kind of device.
+    """Published figures of a device.
 
     Attributes:
       flops: bf16 peak, dense, FLOP/s.
-      memory: bytes; of a TPU those that its compiler gives out.
+      memory: bytes; for a TPU, those that its compiler makes available.
       bandwidth: of the memory, bytes/s.
-      links: bytes/s that a device can send to the others of its slice or machine, all links together.
-      axes: of a slice; 0 for a GPU.
-      spec: what the CUDA compiler wants to know beside memory and bandwidth, fields of XLA's GpuTargetConfigProto.
+      links: bytes/s that a device can send to the others of its slice or machine, over all links.
+      axes: number of axes of a slice; 0 for a GPU.
+      spec: what else the CUDA compiler needs to know, fields of XLA's GpuTargetConfigProto.
     """
 
     flops: float
@@ -63,15 +63,15 @@ CHIPS = {
     "h100": Chip(PEAK_FLOPS["H100"], 84942979072, 3352e9, 450e9, spec=_GPU + _HOPPER),
     "h200": Chip(PEAK_FLOPS["H200"], 151397597184, 4800e9, 450e9, spec=_GPU + _HOPPER),
 }
-#: GPUs of one machine, between which `Chip.links` is true.
+#: Maximum number of GPUs in one machine, within which `Chip.links` applies.
 _MOST_GPUS = 8
 
 
 def parse_target(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """`CHIP:LAYOUT` as the chip and the numbers of the layout, whose product is that of the devices.
+    """Parses `CHIP:LAYOUT` into the chip and the layout's sizes, whose product is the number of devices.
 
     Raises:
-      InputError: it is no target.
+      InputError: not a valid target.
     """
     kind, _, layout = name.partition(":")
     chip = CHIPS.get(kind)
@@ -92,7 +92,7 @@ def parse_target(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def devices_of(name: str) -> list[Any]:
-    """The devices of a target, which can be compiled for and nothing else.
+    """The devices of a target, usable for compilation only.
 
     Raises:
       InputError: there is no such target, or its compiler is not installed.
@@ -101,10 +101,10 @@ def devices_of(name: str) -> list[Any]:
     extra, packages = ("tpu", ("libtpu",)) if chip.axes else ("cuda13", ("jax_cuda13_plugin", "jax_cuda12_plugin"))
     if not any(map(importlib.util.find_spec, packages)):
         raise InputError(f"--compile_for={name} needs no such device but its compiler: pip install 'jax[{extra}]'")
-    jax.config.update("jax_platforms", "cpu")  # devices that are here stay free for others
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud which machine this is
+    jax.config.update("jax_platforms", "cpu")  # local devices stay free for other programs
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu asks Google Cloud which machine this is
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is used that two programs could not share
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, since no chip is used
     try:
         if chip.axes:
             return list(topologies.get_topology_desc(topology_name=name, platform="tpu").devices)
@@ -115,7 +115,7 @@ def devices_of(name: str) -> list[Any]:
 
 
 def _target_config(name: str, chip: Chip) -> str:
-    """What XLA compiles for, a GpuTargetConfigProto as text."""
+    """XLA's compilation target, a GpuTargetConfigProto as text."""
     return (
         f"gpu_device_info {{ {chip.spec} memory_bandwidth: {chip.bandwidth:.0f} "
         f"device_memory_size: {chip.memory:.0f} }}"
@@ -124,27 +124,27 @@ def _target_config(name: str, chip: Chip) -> str:
 
 
 def usable_memory(chip: Chip) -> int:
-    """Bytes of a device that a program can have: of a GPU the share that JAX takes, three quarters unless told else."""
+    """Bytes of a device available to a program: for a GPU, the share that JAX allocates, three quarters by default."""
     share = 1.0 if chip.axes else float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
     return int(chip.memory * share)
 
 
 def measure(name: str, update: Update, state: Any, batch: Any, flops: float, *, remat: str) -> dict[str, Any]:
-    """Compiles an update for a target and reads from the program what it takes.
+    """Compiles an update for a target and reads its requirements from the program.
 
     Args:
       name: of the target.
       update: from `update.make_update`.
       state: shapes with shardings over a mesh of the target's devices.
       batch: likewise.
-      flops: arithmetic of a step, all devices together.
-      remat: what is computed twice, see `models.layers.recomputed`.
+      flops: floating-point operations of a step, over all devices.
+      remat: what is recomputed, see `models.layers.recomputed`.
 
     Returns:
-      JSON. `memory`, bytes of a device: what it has as `device` and what of that is `available`; `arguments`, which are
-      the state and the batch, `temporary`, and what is `needed` in all (None where the compiler gave up and did not
-      say). `fits`; `collectives`, from `count_collectives`, None where there is no program; `flops` of a step; and
-      `estimate`, from the function of that name.
+      JSON. `memory`, bytes per device: its size, `device`, and the part `available`; `arguments` (state and batch),
+      `temporary`, and the total `needed` (None if the compiler ran out of memory without reporting it). `fits`;
+      `collectives`, from `count_collectives`, and `estimate`, from the function of that name, both None if compilation
+      failed; and `flops` of a step.
     """
     chip, _ = parse_target(name)
     mesh = jax.tree.leaves(state)[0].sharding.mesh
@@ -169,7 +169,7 @@ def measure(name: str, update: Update, state: Any, batch: Any, flops: float, *, 
         return found | {"memory": memory | {"arguments": _bytes_of((state, batch)), "needed": needed}, "fits": False}
     said = compiled.memory_analysis()
     memory["arguments"], memory["temporary"] = said.argument_size_in_bytes, said.temp_size_in_bytes
-    new = said.output_size_in_bytes - said.alias_size_in_bytes  # the next state takes the place of the last
+    new = said.output_size_in_bytes - said.alias_size_in_bytes  # the next state reuses the memory of the previous one
     memory["needed"] = memory["arguments"] + memory["temporary"] + new + said.generated_code_size_in_bytes
     found["fits"] = memory["needed"] <= memory["available"]
     found["collectives"] = count_collectives(compiled.as_text(), mesh.size)
@@ -180,22 +180,23 @@ def measure(name: str, update: Update, state: Any, batch: Any, flops: float, *, 
 
 
 def _bytes_of(tree: Any) -> int:
-    """What a device holds of shapes with shardings."""
+    """Bytes per device of a tree of shapes with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def estimate(chip: Chip, flops: float, moved: float, sent: float) -> dict[str, Any]:
-    """A roofline (Williams et al. 2009): seconds that a step takes at the least, if all else went on meanwhile.
+    """Roofline estimate (Williams et al. 2009): lower bound on the time of a step, if everything overlaps perfectly.
 
     Args:
       chip: the device.
-      flops: of a device.
-      moved: bytes between a device and its memory, at the least.
-      sent: bytes from a device to others.
+      flops: floating-point operations per device.
+      moved: bytes moved between a device and its memory, at least.
+      sent: bytes sent by a device to others.
 
     Returns:
-      seconds of `compute`, `memory` and `communication` at published peaks, of the `step`, and what it is bound by.
+      seconds of `compute`, `memory` and `communication` at published peaks, of the `step`, and which of them it is
+      `bound` by.
     """
     seconds = {"compute": flops / chip.flops, "memory": moved / chip.bandwidth, "communication": sent / chip.links}
     bound = max(seconds, key=lambda name: seconds[name])
@@ -211,9 +212,9 @@ _COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast)(-start)?\("
 )
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
-#: Pieces of one TPU collective, which overlaps with several fusions, have a chain in common.
+#: The pieces of a TPU collective that overlaps with several fusions share a chain id.
 _CHAIN = re.compile(r'channel_id=(\d+).*"?chain_id"?="?(\w+)')
-#: Of n devices each sends so many times the size of the whole array, on a ring.
+#: Bytes that each of n devices sends on a ring, as a multiple of the size of the whole array.
 _SENT: dict[str, Callable[[int], float]] = {
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -225,18 +226,18 @@ _SENT: dict[str, Callable[[int], float]] = {
 
 
 def count_collectives(text: str, devices: int) -> dict[str, dict[str, int]]:
-    """Reads from a compiled program what its devices send each other in one run.
+    """Reads from a compiled program what its devices send to each other in one run.
 
-    What a loop does is counted as often as it turns: a number that the program's text tells of the loops that
-    `jax.lax.scan` makes; else once.
+    The body of a loop is counted once per iteration if the program states their number, as for loops made by
+    `jax.lax.scan`; otherwise once.
 
     Args:
       text: of the optimised HLO module.
-      devices: that run it.
+      devices: number of devices that run it.
 
     Returns:
-      of each kind that there is: `count` of operations, `bytes` of the arrays, whole, that they work on, and bytes that
-      a device has `sent`, on a ring.
+      for each kind of collective that occurs: `count` of operations, `bytes` of the whole arrays that they work on, and
+      bytes that a device has `sent`, on a ring.
     """
     lines: dict[str, list[str]] = {}
     entry, current = "", ""
@@ -279,7 +280,7 @@ def count_collectives(text: str, devices: int) -> dict[str, dict[str, int]]:
 
 
 def _turns(line: str, condition: Any) -> int:
-    """How often a loop turns: what the compiler says, else the number that its counter is compared with."""
+    """Number of iterations of a loop: as stated by the compiler, else the constant its counter is compared with."""
     known = _TRIPS.search(line)
     if known:
         return int(known[1])
@@ -288,16 +289,16 @@ def _turns(line: str, condition: Any) -> int:
 
 
 def _sized(computation: str, collective: re.Match[str], line: str, devices: int) -> tuple[str, int, float]:
-    """Kind, devices that take part in one group, and bytes of the whole array."""
+    """Kind, number of devices in a group, and bytes of the whole array."""
     result, kind, start = collective.groups()
     arrays = _ARRAY.findall(result)
-    if start and result.startswith("(("):  # what goes in, in parentheses, and what comes out
+    if start and result.startswith("(("):  # ((inputs), outputs)
         arrays = _ARRAY.findall(result.partition("), ")[2])
-    elif start and kind in ("all-gather", "collective-permute"):  # the same of one array
+    elif start and kind in ("all-gather", "collective-permute"):  # (input, output) for a single array
         arrays = arrays[1:2]
     group = 2 if kind == "collective-permute" else _group(line, devices)
     size = sum(map(_bytes, arrays)) * (group if kind == "reduce-scatter" else 1)
-    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # how TPUs spell it: a fusion
+    if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):  # a fusion on TPUs
         kind = "reduce-scatter"
     return kind, group, size
 
@@ -324,15 +325,15 @@ def _group(line: str, devices: int) -> int:
 
 
 def fit(attempt: Callable[[dict[str, Any]], dict[str, Any]], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Compiles a run's step, and if it does not fit, again with other settings until it does or four have not.
+    """Compiles a run's step; if it does not fit, tries up to four other settings until one does.
 
     Args:
-      attempt: compiles the step with settings that differ from the run's, by name, and returns what `measure` does.
+      attempt: compiles the step with changed settings, by name, and returns the result of `measure`.
       fields: the run's settings by name.
 
     Returns:
-      what `measure` said of the run as it is; `remedy`, if it does not fit, the settings with which it does and what
-      memory is needed then, or None.
+      the result of `measure` for the unchanged run; if it does not fit, also `remedy`, the settings with which it does
+      and their memory and estimate, or None.
     """
     found = last = attempt({})
     if found["fits"]:
@@ -350,10 +351,10 @@ def fit(attempt: Callable[[dict[str, Any]], dict[str, Any]], fields: Mapping[str
 
 
 def remedy(found: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What to change first for a step that does not fit: {} where nothing is left that changes no result.
+    """The next setting to change for a step that does not fit; {} if no change is left that preserves the results.
 
-    A state that takes more than half of a device is split over more of them, since nothing else makes it smaller;
-    activations are recomputed before a batch is cut into more micro-batches, which costs more of the time.
+    A state that takes more than half of a device is split over more devices, since nothing else reduces it. Activations
+    are recomputed before the batch is split into more micro-batches, which costs more time.
     """
     memory, devices, split = found["memory"], found["devices"], found["mesh"]["fsdp"]
     wider = [n for n in range(split + 1, devices + 1) if devices % n == 0]
@@ -365,14 +366,14 @@ def remedy(found: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any
         return {"model.remat": stricter}
     room = 0.9 * memory["available"] - memory["arguments"]
     activations = memory.get("temporary", (memory["needed"] or 2 * memory["available"]) - memory["arguments"])
-    parts, whole = fields["train.accumulate"], fields["train.batch_size"] // devices  # images of a device
+    parts, whole = fields["train.accumulate"], fields["train.batch_size"] // devices  # images per device
     finer = [n for n in range(2 * parts, whole + 1, parts) if whole % n == 0]
     enough = [n for n in finer if activations * parts / n <= room]
     return {"train.accumulate": (enough or finer[-1:])[0]} if finer else {}
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """What `fit` found, for a person."""
+    """The result of `fit` as text for the user."""
     memory, devices = found["memory"], found["devices"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in found["mesh"].items())
     lines = [f"{found['target']}: {devices} devices as {mesh}, {found['images']} images a step; nothing was executed"]

@@ -1,4 +1,4 @@
-"""A closer look at what was tested: where attention went, which answers are shown, and a map of the features."""
+"""Illustrations for reports: attention maps, example images, and a map of the features."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +14,12 @@ from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.models.vit import attention_rollout
 from usfmae_jax.reporting.classification import embedding_points
 
-#: Images uint8 `[n, H, W, C]` to what is shown beside them, as maps of attention, float32 `[n, gh, gw]`.
+#: Maps images uint8 `[n, H, W, C]` to the maps shown beside them, such as attention, float32 `[n, gh, gw]`.
 Attention = Callable[[np.ndarray], np.ndarray]
 
 
 def rollout(model: Model | None, pool: Literal["mean", "cls"]) -> Attention | None:
-    """Attention rollout of a vision transformer; None for other models, and for raw pixels (no model)."""
+    """Attention rollout of a vision transformer; None for other models and for raw pixels (no model)."""
     if model is None or model.description["model"] != "vit":
         return None
     encoder = model.encoder()
@@ -39,7 +39,7 @@ def _follower(
 
 
 def foremost(members: Sequence[Any]) -> list[int]:
-    """Numbers of the members that are looked at: of the largest label `fraction`, those of the first `seed`."""
+    """Indices of the members to illustrate: those of the largest label `fraction` and its first `seed`."""
     fraction = max(member.fraction for member in members)
     seed = next(member.seed for member in members if member.fraction == fraction)
     return [i for i, member in enumerate(members) if member.fraction == fraction and member.seed == seed]
@@ -51,12 +51,12 @@ def shown(
     looks: Sequence[Attention | None],
     image_format: tuple[tuple[int, int], int],
 ) -> list[dict[str, Any]]:
-    """Examples as reports show them, with their images and what is shown beside.
+    """Adds to examples the `image`, the `map` shown beside it and the name of the `frame`.
 
     Args:
       table: of the frames.
-      examples: with `row`, and `member`, a place in `looks`.
-      looks: what gives that, of each model that was asked.
+      examples: with `row`, and `member`, an index into `looks`.
+      looks: for each model, the function that computes the maps, or None.
       image_format: (height, width) and channels of the model's input.
     """
     size, channels = image_format
@@ -71,14 +71,14 @@ def shown(
 def feature_map(
     table: Table, rows: np.ndarray, names: np.ndarray, features: np.ndarray, space: str, seed: int = 0
 ) -> dict[str, Any] | None:
-    """A map of features for a report; None where there is nothing to see.
+    """A 2-D map of features for a report; None if there are no points to show.
 
     Args:
       table: of the frames.
-      rows: int `[N]` of it.
-      names: str `[N]`, what points are coloured by.
+      rows: int `[N]`, rows of the table.
+      names: str `[N]`, by which points are coloured.
       features: float `[N, D]`.
-      space: what the features are, a few words.
+      space: a few words on what the features are.
       seed: of the map.
     """
     chosen, points = embedding_points(features, seed)
@@ -94,9 +94,9 @@ def feature_map(
 
 
 def cautions(table: Table) -> list[str]:
-    """What a reader of any result on these frames has to know of them."""
+    """Caveats about these frames that readers of any result on them should know."""
     found = []
-    # Without an id, a build writes the path of the file.
+    # Without a patient id, a build writes the file's path.
     unknown = int(((table.patient == "") | (table.patient == table.source)).sum())
     if unknown:
         found.append(f"{unknown} of {len(table)} frames have no patient id and count as patients of their own")

@@ -1,9 +1,10 @@
-"""A workdir belongs to one run at a time: two would interleave their numbers and remove each other's checkpoints.
+"""Locks a workdir for one run at a time: two would interleave their logs and remove each other's checkpoints.
 
-Two things guard it. `flock`, which ends with the process however that ends, on one machine and over NFS as most mount
-it. And since some shared file systems grant it on each machine for itself, or not at all: a note in the file that the
-run renews every few seconds. A note of another machine is watched before it is taken for what a crash left behind.
-Compared are notes, not clocks. The machine is in it as a hash, for the file may outlive its run.
+Two mechanisms guard it. `flock` is released when the process ends, however it ends; it works on one machine and over
+NFS as usually mounted. Since some shared file systems only lock per machine, or not at all, the run also renews a note
+in the lock file every few seconds. A note from another machine is watched for a while before it is considered left
+over from a crash; notes are compared with each other, never with a clock. The note holds only a hash of the machine,
+since the file may outlive its run.
 """
 
 import contextlib
@@ -21,22 +22,21 @@ from typing import Any
 from usfmae_jax import files
 from usfmae_jax.errors import FaultError, InputError
 
-NAME = ".lock"  # hidden: no part of what a run leaves
+NAME = ".lock"  # hidden: not one of the run's outputs
 _RENEWED = 3.0  # seconds
 _WATCHED = 4 * _RENEWED
 
 
 @contextlib.contextmanager
 def hold(workdir: str, option: str = "--workdir") -> Iterator[None]:
-    """Holds the working directory of a run, which is created; an option of the door names it.
+    """Creates and locks the working directory of a run; `option` is the command-line option that names it.
 
-    A bucket, `gs://` or the like, knows no locks: nothing guards it, and it is for the person to start one run in it.
-
-    Of a job of several processes the first one holds it.
+    Buckets (`gs://` and the like) have no locks: nothing guards them, and users must start only one run in each. In a
+    job of several processes, the first one holds the lock.
 
     Raises:
-      InputError: another run is at work there.
-      FaultError: the directory vanished meanwhile, or another took its place.
+      InputError: another run is using the directory.
+      FaultError: the directory vanished or was replaced during the run.
     """
     if "://" in workdir:
         yield
@@ -46,7 +46,7 @@ def hold(workdir: str, option: str = "--workdir") -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _open(folder / NAME, workdir, option)
-    except OSError:  # a folder that cannot be written, which the run says itself
+    except OSError:  # not writable, which the run itself reports
         descriptor = -1
     with contextlib.ExitStack() as stack:
         if descriptor < 0:
@@ -55,7 +55,7 @@ def hold(workdir: str, option: str = "--workdir") -> Iterator[None]:
         stack.callback(_remove_empty, made)
         stack.callback(os.close, descriptor)
         _take(descriptor, folder / NAME, workdir, option)
-        stack.callback(_remove, folder / NAME)  # before it is closed, so that it is never another's
+        stack.callback(_remove, folder / NAME)  # before closing, so that the file is never another run's
         stop = threading.Event()
         renewing = threading.Thread(target=_renew, args=(descriptor, stop), daemon=True)
         renewing.start()
@@ -65,7 +65,7 @@ def hold(workdir: str, option: str = "--workdir") -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if _vanished(folder, entered):  # whatever it is that failed for it
+            if _vanished(folder, entered):  # the likely cause of whatever failed
                 raise FaultError(_gone(workdir, option)) from error
             raise
         if _vanished(folder, entered):
@@ -73,7 +73,7 @@ def hold(workdir: str, option: str = "--workdir") -> Iterator[None]:
 
 
 def _open(path: pathlib.Path, workdir: str, option: str) -> int:
-    """Opens the file that is there and locks it, if nobody else has it and the file system knows locks."""
+    """Opens the lock file and locks it, unless another run holds it; file systems without locks are accepted."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -82,15 +82,15 @@ def _open(path: pathlib.Path, workdir: str, option: str) -> int:
             os.close(descriptor)
             raise InputError(_taken(workdir, option)) from None
         except OSError:
-            pass  # no locks here: the note decides
+            pass  # no locks here: rely on the note
         with contextlib.suppress(FileNotFoundError):
             if os.stat(path).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor
-        os.close(descriptor)  # the run before has removed it meanwhile
+        os.close(descriptor)  # the previous run has just removed it
 
 
 def _take(descriptor: int, path: pathlib.Path, workdir: str, option: str) -> None:
-    """Makes sure that the run whose note is there has ended."""
+    """Makes sure that the run that left a note in the file, if any, has ended."""
     left = _read(path)
     note: dict[str, Any] = json.loads(left) if left else {}
     if not left or (note["machine"] == _machine() and _ended(note["process"])):
@@ -103,7 +103,7 @@ def _take(descriptor: int, path: pathlib.Path, workdir: str, option: str) -> Non
 
 
 def _read(path: pathlib.Path) -> str:
-    """The note as it is now: opening a file asks the server of a shared file system for it."""
+    """The current note, "" if there is no valid one; reopening the file bypasses caches of shared file systems."""
     try:
         text = path.read_text(encoding="utf-8")
         note = files.parse(text)
@@ -138,16 +138,16 @@ def _digest(text: str) -> str:
 def _ended(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):  # no number of a process
+    except (ProcessLookupError, OverflowError):  # not a valid process id
         return True
     except OSError:
         return False
-    return process == os.getpid()  # a run before in the same process
+    return process == os.getpid()  # an earlier run in this process
 
 
 def _vanished(folder: pathlib.Path, entered: os.stat_result) -> bool:
-    """Whether a folder is no longer the one that was entered: removed, unmounted, or another in its place."""
-    note = json.loads(_read(folder / NAME) or "{}")  # asked first: not every file system numbers folders for good
+    """Whether a folder is no longer the one that was locked: removed, unmounted or replaced."""
+    note = json.loads(_read(folder / NAME) or "{}")  # checked first: not all file systems have stable inode numbers
     if (note.get("machine"), note.get("process")) == (_machine(), os.getpid()):
         return False
     try:
@@ -157,7 +157,7 @@ def _vanished(folder: pathlib.Path, entered: os.stat_result) -> bool:
 
 
 def _remove(path: pathlib.Path) -> None:
-    with contextlib.suppress(OSError):  # gone, or read-only by now
+    with contextlib.suppress(OSError):  # already gone, or read-only by now
         path.unlink()
 
 

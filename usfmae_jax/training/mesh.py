@@ -1,6 +1,6 @@
-"""Devices: start the processes, keep their memory, lay out the mesh, say where each array lives.
+"""Devices: starting the processes, keeping their memory, laying out the mesh, placing each array.
 
-One mesh with two axes. `data` replicates parameters and splits the batch; `fsdp` splits both. With `fsdp=1` this is
+The mesh has two axes. `data` replicates parameters and splits the batch; `fsdp` splits both. With `fsdp=1` this is
 plain data parallelism, with `data=1` every parameter is split over all devices (ZeRO-3); XLA inserts the collectives.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import clusters, distributed  # what several processes say to each other has no public name
+from jax._src import clusters, distributed  # the key-value store shared by processes has no public API
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -26,11 +26,11 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.tables import counted
 from usfmae_jax.models.layers import split_axis
 
-#: Seconds without a sign of life after which a process of a job counts as dead, and ends the others.
+#: Seconds without a heartbeat after which a process of a job counts as dead, which ends the others.
 DEAD_AFTER = 30
-_GOODBYE = 10.0  # seconds that a process which failed waits for others to fail of the same
+_GOODBYE = 10.0  # seconds that a failed process waits for others to fail for the same reason
 _AS_LONG_AS_IT_TAKES = 7 * 24 * 3600 * 1000  # milliseconds
-#: What JAX raises of a connection, after a word in capitals for the kind of error.
+#: JAX's connection errors, which follow the kind of error in capitals.
 _CONNECTION = re.compile(
     r"[A-Z_]{4,}: .*?((?:Gloo|NCCL|[Hh]eartbeat|[Cc]oordination service|[Cc]onnection (?:reset|closed)).*)"
 )
@@ -40,12 +40,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 
 
 def keep_memory() -> None:
-    """Tells glibc to keep freed memory instead of giving it back to the system; for JAX on a CPU under Linux.
+    """Tells glibc to keep freed memory instead of returning it to the system; for JAX on a CPU under Linux.
 
-    XLA frees and asks for the same hundreds of megabytes at every step. Given back, each page is faulted in anew: a
-    third of a small model's training step. Must come before anything starts threads, JAX or PyArrow: a thread that has
-    an arena of its own keeps it, others share it, and what is large there is given back all the same. Memory stays at
-    its peak.
+    XLA frees and reallocates the same hundreds of megabytes at every step. If they are returned, each page is faulted
+    in again, which takes a third of a small model's training step. Must be called before JAX or PyArrow start any
+    threads: a thread that already has its own arena keeps it, and large blocks in such arenas are returned all the
+    same. Memory use stays at its peak.
     """
     accelerated = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")))
     if sys.platform != "linux" or accelerated:
@@ -59,8 +59,8 @@ def keep_memory() -> None:
 def initialize_distributed(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
     """Joins the processes of a job into one JAX runtime; does nothing for a single process.
 
-    With a coordinator (`host:port`) the three arguments are used. Without one, Cloud TPU pods, Slurm, GKE and Open MPI
-    are recognised by their environment and JAX finds the rest by itself. Must run before any other JAX call.
+    With a coordinator (`host:port`), the three arguments are used. Without one, Cloud TPU pods, Slurm, GKE and Open MPI
+    are recognised by their environment and JAX detects the rest. Must be called before any other JAX call.
 
     Raises:
       InputError: a coordinator is given without the other two arguments, or JAX does not find the other processes.
@@ -72,7 +72,7 @@ def initialize_distributed(coordinator: str = "", num_processes: int = 0, proces
     elif _is_multiprocess_job(os.environ) or _is_tpu_pod():
         try:
             jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_AFTER)
-        except ValueError as error:  # a part of what it needs is not there
+        except ValueError as error:  # some of the settings it needs are missing
             raise InputError(
                 "this is one process of several, says its environment, but JAX does not find the others; add "
                 "--coordinator=HOST:PORT --num_processes=N --process_id=I"
@@ -82,14 +82,14 @@ def initialize_distributed(coordinator: str = "", num_processes: int = 0, proces
 
 
 def _say_nothing() -> None:
-    """Leaves it to process 0 to show what all do; errors are still said. Before JAX's own libraries begin to print."""
+    """Silences standard output and progress bars, which process 0 shows for all; errors are still printed."""
     sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
 
 
 def _is_multiprocess_job(env: Mapping[str, str]) -> bool:
-    """Whether the environment is that of one process among several."""
+    """Whether the environment is that of a job of several processes."""
     return (
         # A Slurm step: srun sets the step's variables, a bare salloc shell does not.
         ("SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1)
@@ -103,18 +103,18 @@ def _is_multiprocess_job(env: Mapping[str, str]) -> bool:
 
 
 def _is_tpu_pod() -> bool:
-    """Whether this is one of several machines of a TPU, whose environment says nothing: the metadata server does."""
+    """Whether this is one of several machines of a TPU; only the metadata server tells, not the environment."""
     cluster = clusters.GceTpuCluster
     return cluster.is_env_present() and cluster.get_process_count() > 1
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """Lays devices out as `(data, fsdp)`; one of the two may be -1, "whatever is left".
+    """Lays devices out as `(data, fsdp)`; one of the two may be -1, "the rest".
 
     Args:
-      data: see above.
-      fsdp: likewise.
-      devices: None = all that are here.
+      data: size of the data axis.
+      fsdp: size of the fsdp axis.
+      devices: None = all available ones.
 
     Raises:
       InputError: the product is not the number of devices.
@@ -133,40 +133,40 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis over all devices."""
+    """Sharding of the first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def describe(mesh: Mesh) -> str:
-    """The devices, how they are laid out, and the processes, for a person."""
+    """Devices, their layout and the processes, as text for the user."""
     devices, processes = counted(mesh.size, "device"), counted(jax.process_count(), "process")
     layout = f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}"
     return f"{jax.devices()[0].device_kind}: {devices} as {layout}, {processes}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Sharding with a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def place_to_split(path: Sequence[Any], leaf: Any, parts: int) -> int | None:
-    """The axis along which the array at a path of a state is split, or None; of stacked blocks each by itself."""
+    """The axis along which the array at a path of a state is split, or None; never the stacking axis of blocks."""
     first = int(any(getattr(key, "key", None) == "stack" for key in path))
     axis = split_axis(leaf.shape[first:], parts)
     return None if axis is None else first + axis
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """Where each array of a train state lives: one rule for parameters and the optimiser's moments alike.
+    """Sharding of each array of a train state, by the same rule for parameters and the optimiser's moments.
 
-    An array is split over `fsdp` along the axis that `place_to_split` says.
+    An array is split over `fsdp` along the axis that `place_to_split` returns.
 
     Args:
       mesh: from `make_mesh`.
       state: pytree of arrays or `jax.ShapeDtypeStruct`.
 
     Returns:
-      the same tree of `NamedSharding`.
+      a tree of `NamedSharding` of the same structure.
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -178,7 +178,7 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
 
 
 def global_batch(mesh: Mesh, local: Any) -> Any:
-    """Host arrays of this process to arrays over the mesh, starting the transfer and not waiting for it.
+    """Assembles global arrays over the mesh from this process's host arrays; starts the transfer without waiting.
 
     Args:
       mesh: from `make_mesh`.
@@ -189,12 +189,12 @@ def global_batch(mesh: Mesh, local: Any) -> Any:
 
 
 def on_first_process(action: Callable[[], Any]) -> None:
-    """Has process 0 do what is done once; the others wait for it, and if it fails none of them goes on.
+    """Runs an action on process 0 only, while the others wait; if it fails, all processes stop.
 
-    They wait for a word and not for a sum, for which some backends have a time limit.
+    They wait for a key in the key-value store rather than for a collective, which times out on some backends.
 
     Raises:
-      InputError: the action failed on process 0, which raises what it did.
+      InputError: on the other processes if the action failed; process 0 raises the original error.
     """
     client = distributed.global_state.client
     if client is None or jax.process_count() == 1:
@@ -213,14 +213,14 @@ def on_first_process(action: Callable[[], Any]) -> None:
 
 
 def damage_of_all(damaged: np.ndarray, run: str = "") -> np.ndarray:
-    """Damaged records of a batch, and on process 0 what the others have found up to now: it alone counts and says it.
+    """Damaged records of a batch; process 0, which alone counts and reports them, also gets those found by the others.
 
     Args:
-      damaged: int64 `[..., 2]`, (source, record) or -1, of this process's part of the batch.
-      run: tells the runs of a job apart.
+      damaged: int64 `[..., 2]`, (source, record) or -1, in this process's part of the batch.
+      run: distinguishes the runs of a job.
 
     Returns:
-      int64 `[n, 2]`; of other processes than the first, none.
+      int64 `[n, 2]`; empty on processes other than the first.
     """
     own = damaged.reshape(-1, 2)
     own = own[own[:, 0] >= 0]
@@ -237,11 +237,11 @@ def damage_of_all(damaged: np.ndarray, run: str = "") -> np.ndarray:
 
 
 def rows_of_all(rows: np.ndarray, place: str) -> np.ndarray:
-    """Rows of this process's part of a batch to those of the whole batch, on every process.
+    """Gathers the rows of all processes' parts of a batch, on every process.
 
     Args:
-      rows: int64 `[n, ...]`.
-      place: names what is asked for; all processes ask, once.
+      rows: int64 `[n, ...]`, of this process's part.
+      place: unique name of this exchange; all processes must take part.
     """
     client = distributed.global_state.client
     if client is None or jax.process_count() == 1:
@@ -252,7 +252,7 @@ def rows_of_all(rows: np.ndarray, place: str) -> np.ndarray:
 
 
 def lost_another(error: BaseException | None) -> str:
-    """What to say when an error is that another process of the job is gone; "" when it is not."""
+    """The message to show if an error means that another process of the job is gone; "" if it does not."""
     while error:
         found = _CONNECTION.search(str(error))
         if isinstance(error, RuntimeError | ValueError) and found:
@@ -265,13 +265,14 @@ def lost_another(error: BaseException | None) -> str:
 
 
 def leave(code: int, at_once: bool = False) -> None:
-    """Ends a process that failed in a job of several; returns where there is only one.
+    """Ends a failed process in a job of several processes; just returns if there is only one.
 
-    An ordinary exit would wait for the others for minutes, while they wait for this one. They end when it is gone.
+    An ordinary exit would wait minutes for the others, while they wait for this one. They end when it is gone.
 
     Args:
       code: the exit code.
-      at_once: whether another one is known to be gone; if not, all may have failed of the same, and each says so.
+      at_once: set if another process is known to be gone; otherwise wait briefly, so that all processes that failed for
+        the same reason can report it.
     """
     if not jax.distributed.is_initialized():
         return
@@ -285,6 +286,6 @@ def leave(code: int, at_once: bool = False) -> None:
 
 
 def one_device() -> Mesh:
-    """A mesh of one device of this process, for what one process does alone."""
+    """A mesh of one local device, for computations that a process does alone."""
     axes = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=axes, devices=jax.local_devices()[:1])

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bar, throughput, logs; and the wish to stop that reaches it from outside."""
+"""Monitoring of a run: progress bar, throughput, logs, profiles; and stop requests from outside."""
 
 import contextlib
 import gzip
@@ -27,7 +27,7 @@ from usfmae_jax.reporting import progress
 from usfmae_jax.training.mesh import rows_of_all
 from usfmae_jax.training.writers import Writer
 
-#: Published dense bf16 peaks, FLOP/s per JAX device, by a part of `device_kind`; the first match counts.
+#: Published dense bf16 peaks, FLOP/s per JAX device, by substring of `device_kind`; the first match counts.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -47,34 +47,34 @@ PEAK_FLOPS = {
     "TPU v2": 22.5e12,
 }
 
-#: In JSON, what leads from the root of a file system to the last part of a path.
+#: All but the last part of an absolute path, as it appears in JSON.
 _ABSOLUTE = re.compile(r'(?<=["\s:=(])\\?/(?:[^"\s:/\\]+\\?/)+')
 
 
 class DivergedError(RuntimeError):
-    """Loss or gradient stopped being a number.
+    """Loss or gradient norm is not finite.
 
     Args:
       message: what happened.
-      step: in which update.
+      step: of the update.
     """
 
     def __init__(self, message: str, step: int = 0):
         super().__init__(message)
         self.step = step
 
-    def __reduce__(self) -> Any:  # it comes out of other processes
+    def __reduce__(self) -> Any:  # it is passed between processes
         return DivergedError, (str(self), self.step)
 
 
 @contextlib.contextmanager
 def naming_records(dataset: Any, sources: Sequence[Shards], workdir: str) -> Iterator[None]:
-    """Adds to a `DivergedError` which records the batch of its step held, all of them in `diverged.csv`.
+    """Adds to a `DivergedError` the records in the batch of its step, and lists all of them in `diverged.csv`.
 
     Args:
       dataset: from `data.pipeline.training_batches`, of this process.
-      sources: what its numbers refer to.
-      workdir: receives the file.
+      sources: the shards to which its record numbers refer.
+      workdir: where the file is written.
     """
     try:
         yield
@@ -90,31 +90,31 @@ def naming_records(dataset: Any, sources: Sequence[Shards], workdir: str) -> Ite
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """bf16 peak of a device in FLOP/s; None where it is not known (any CPU)."""
+    """bf16 peak of a device in FLOP/s; None if unknown (any CPU)."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device.device_kind), None)
 
 
 class Monitor:
-    """Follows a loop and writes `metrics.jsonl`, one progress bar, and what `writers` hand on.
+    """Follows a training loop: writes `metrics.jsonl`, shows a progress bar, passes numbers and pictures to `writers`.
 
-    Numbers are those of the step before the one just dispatched, so that the device never waits for the log. Rates
-    leave out pauses (saving, probing, drawing), which the loop marks with `pause`.
+    It reports the step before the one just dispatched, so that the device never waits for the log. Rates exclude pauses
+    (saving, probing, drawing), which the loop marks with `pause`.
 
     Args:
-      workdir: receives the logs; what a killed run wrote beyond `first_step` is cut off.
+      workdir: where the logs are written; lines that a killed run wrote beyond `first_step` are removed.
       total_steps: of the whole run.
-      first_step: finished before this start.
+      first_step: number of steps completed before this start.
       batch_size: global.
-      every: steps between two lines of the log.
-      flops_per_image: training arithmetic; with a known peak it gives MFU.
-      skippable: steps that may be skipped in all because their loss or gradient is not finite.
-      name: of the bar.
-      line: of the terminal that the bar is on, from the cursor down, where several runs share one.
+      every: steps between log lines.
+      flops_per_image: floating-point operations to train on one image; gives MFU if the device's peak is known.
+      skippable: maximum number of steps that may be skipped because their loss or gradient is not finite.
+      name: label of the progress bar.
+      line: terminal line of the bar, counted down from the cursor, if several runs share a terminal.
       page: keep `index.html` up to date, see `reporting.progress`.
-      writers: further places that get the numbers and pictures; they are closed with the monitor.
+      writers: other outputs for numbers and pictures; they are closed with the monitor.
 
     Attributes:
-      skipped: how many steps were; a resumed run sets it to what it was.
+      skipped: number of skipped steps; a resumed run restores it.
     """
 
     def __init__(
@@ -148,11 +148,11 @@ class Monitor:
             position=line if interactive and line else None,
             smoothing=0.1,
             dynamic_ncols=interactive,
-            # A log file wants a line now and then, not one per step.
+            # A log file needs a line now and then, not one per step.
             mininterval=0.2 if interactive else 30,
             disable=not self._main,
         )
-        # Its own clock is that of the wall: set back, the bar would stand still until that time has come again.
+        # tqdm uses the wall clock: if that were set back, the bar would freeze until the time has passed again.
         self._bar._time = time.monotonic
         self._bar.start_t = self._bar.last_print_t = time.monotonic()
         self._losses: list[float] = []
@@ -174,27 +174,27 @@ class Monitor:
 
     @contextlib.contextmanager
     def waiting_for_input(self) -> Iterator[None]:
-        """Marks the time in which the loop waits for the next batch."""
+        """Marks time that the loop spends waiting for the next batch."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Marks time that is not training."""
+        """Marks time that is not spent training."""
         start = time.perf_counter()
         yield
         paused = time.perf_counter() - start
         self._paused += paused
-        if not self._bar.disable:  # the bar's clock: the ETA leaves pauses out as well
+        if not self._bar.disable:  # shift the bar's clock, so that its ETA excludes pauses too
             self._bar.start_t += paused
             self._bar.last_print_t += paused
 
     def update(self, step: int, metrics: Any) -> None:
-        """Takes the metrics that step `step` will have, and reports those of the step before.
+        """Takes the metrics, possibly still being computed, of step `step`, and reports those of the previous step.
 
         Raises:
-          DivergedError: the step before had a loss or gradient norm that is not finite.
+          DivergedError: the previous step had a non-finite loss or gradient norm, and no more steps may be skipped.
         """
         previous, self._pending = self._pending, (step, metrics)
         if previous:
@@ -211,7 +211,7 @@ class Monitor:
 
     def _report(self, step: int, metrics: Any) -> dict[str, float]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        values.pop("skipped", None)  # told by the loss
+        values.pop("skipped", None)  # the loss already shows it
         self._steps += 1
         self._bar.update(1)
         for name in ("loss", "grad_norm"):
@@ -250,7 +250,7 @@ class Monitor:
         return rates
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Adds numbers to the log, and hands them on."""
+        """Adds numbers to the log and passes them to the writers."""
         if self._log:
             self._log.append({"step": step, **values})
             if self._page:
@@ -259,23 +259,23 @@ class Monitor:
                 writer.scalars(step, values)
 
     def write_image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Adds a uint8 `[H, W, 3]` picture to where pictures go."""
+        """Passes a uint8 `[H, W, 3]` picture to the writers and the page."""
         for writer in self._writers:
             writer.image(step, name, image)
         if self._page:
             self._page.picture = image
 
     def say(self, text: str) -> None:
-        """Prints a line above the bar, on the main process."""
+        """Prints a line above the bar, on the main process only."""
         if self._main:
             self._bar.write(text, file=sys.stderr)
         if self._page and text.startswith("warning: "):
             self._page.warnings.append(text.removeprefix("warning: "))
 
     def mean_loss_since_save(self) -> float:
-        """Mean loss since this was last asked, or since the start: less noisy than one step's, to rank checkpoints.
+        """Mean loss since the last call, or since the start, to rank checkpoints: less noisy than a single step's.
 
-        Infinite where every step was skipped.
+        Infinite if every step was skipped.
         """
         mean = sum(self._losses) / len(self._losses) if self._losses else math.inf
         self._losses.clear()
@@ -283,17 +283,17 @@ class Monitor:
 
 
 class Profile:
-    """Traces some steps of a loop into `<workdir>/profile/steps-FROM-TO.json.gz`, which https://ui.perfetto.dev opens.
+    """Traces some steps of a loop into `<workdir>/profile/steps-FROM-TO.json.gz`, for https://ui.perfetto.dev.
 
-    What JAX writes beside it for TensorBoard names the machine and the folders of its programs and is not kept; of a
-    path in the trace only the last part is. Process 0 alone traces.
+    The files that JAX writes for TensorBoard reveal the machine's name and folders and are not kept; paths in the trace
+    are reduced to their last part. Only process 0 traces.
 
     Args:
       workdir: of the run.
-      steps: the first step, from 1 on, and how many; (0, 0) = none.
+      steps: the first step, counted from 1, and the number of steps; (0, 0) = none.
 
     Raises:
-      InputError: they are no such numbers.
+      InputError: `steps` is not such a pair.
     """
 
     def __init__(self, workdir: str, steps: Sequence[int]):
@@ -307,7 +307,7 @@ class Profile:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def between(self, done: int, total: int) -> str:
-        """Leaves out steps that are done, or that the run has not; what to say if none are left, else ""."""
+        """Restricts tracing to the steps from `done` + 1 to `total`; returns a warning if none are left, else ""."""
         asked = self._first <= self._last
         self._first, self._last = max(self._first, done + 1), min(self._last, total)
         if not asked or self._first <= self._last or done >= total:
@@ -321,7 +321,7 @@ class Profile:
         self._stop()
 
     def begin(self, step: int) -> None:
-        """Before a step, the wait for its input included."""
+        """To be called before a step and its wait for input."""
         self._reached = step
         if step == self._first <= self._last and jax.process_index() == 0:
             options = jax.profiler.ProfileOptions()
@@ -330,7 +330,7 @@ class Profile:
             jax.profiler.start_trace(self._folder.name, create_perfetto_trace=True, profiler_options=options)
 
     def end(self, step: int, metrics: Any) -> None:
-        """After it, with its metrics, which are waited for at the last step."""
+        """To be called after a step, with its metrics, which are waited for at the last traced step."""
         if step == self._last and self._folder:
             jax.block_until_ready(metrics)
             self._stop()
@@ -349,7 +349,7 @@ class Profile:
 
 
 class _Page:
-    """The page of a run, written anew every few seconds in which something happened."""
+    """The progress page of a run, rewritten at most every few seconds."""
 
     def __init__(self, workdir: str, total_steps: int, lines: list[dict[str, Any]]):
         self._workdir, self._total, self._lines = workdir, total_steps, lines
@@ -374,13 +374,13 @@ class _Page:
 
 
 class _JsonLines:
-    """A file of JSON lines that a resumed run continues at its step; whole rewrites where a bucket cannot append."""
+    """A JSON Lines file that a resumed run continues at its step; rewritten in full on buckets, which cannot append."""
 
     def __init__(self, path: epath.Path, first_step: int):
         self._path, self._lines = path, []
         if path.exists():
             for line in path.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError):  # a killed run may leave half a line, and a disk anything
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line, a faulty disk anything
                     if _is_record(found := files.parse(line)) and found["step"] <= first_step:
                         self._lines.append(line.decode())
         self._write()
@@ -402,21 +402,21 @@ class _JsonLines:
 
 
 def _is_record(found: Any) -> bool:
-    """Whether this is a line of the log: numbers by name, which floats can hold, at a step."""
+    """Whether this is a valid log line: an integer `step` and numbers by name that fit into a float."""
     if not isinstance(found, dict) or type(found.get("step")) is not int:
         return False
     return all(type(one) is float or (type(one) is int and abs(one) < 2**63) for one in found.values())
 
 
 class Preemption:
-    """Notices SIGTERM (the scheduler wants the machine) and the first Ctrl-C; the loop asks at every step."""
+    """Catches SIGTERM (the scheduler needs the machine) and the first Ctrl-C; the loop calls `requested` every step."""
 
     def __init__(self) -> None:
         self._noticed, self._asked = False, 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Preemption":
-        # With several processes JAX's own service notices SIGTERM and has all of them stop after the same step.
+        # With several processes, JAX's own service catches SIGTERM and makes all of them stop after the same step.
         numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGTERM, signal.SIGINT]
         for number in numbers:
             self._previous[number] = signal.signal(number, self._notice)
@@ -428,13 +428,13 @@ class Preemption:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._noticed = True
-        signal.signal(number, self._previous[number])  # a second signal does what it always did
+        signal.signal(number, self._previous[number])  # a second signal has its usual effect
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self) -> bool:
         """Whether to save and stop after this step; every process of a job gets the same answer."""
-        self._asked += 1  # counted here, over all loops of a job: the same on every process, and without gaps
+        self._asked += 1  # counted here, over all loops of a job: identical on all processes, and without gaps
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(self._asked)
         return self._noticed

@@ -12,14 +12,14 @@ import optax
 def warmup_cosine(
     step: jax.Array, total_steps: jax.Array, *, learning_rate: float, floor: float, warmup: float
 ) -> jax.Array:
-    """Linear from 0 to `learning_rate` over the warm-up, half a cosine down to `floor` at the last step.
+    """Learning rate: linear from 0 to `learning_rate` over the warm-up, then half a cosine down to `floor` at the end.
 
     Args:
       step: int scalar.
       total_steps: int scalar; an array, so that runs of different lengths share one compiled program.
-      learning_rate: the highest.
+      learning_rate: peak.
       floor: at the last step.
-      warmup: share of all steps.
+      warmup: as a share of all steps.
 
     Returns:
       float32 scalar.
@@ -33,9 +33,9 @@ def warmup_cosine(
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the matrices: biases, norms and tokens are not decayed.
+    """True for matrices: biases, norms and tokens are not decayed.
 
-    Goes by name, since stacked biases have two axes like matrices.
+    Decided by name, since stacked biases have two axes like matrices.
     """
     return jax.tree.map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
@@ -43,14 +43,14 @@ def decay_mask(params: Any) -> Any:
 def layer_scales(params: Any, decay: float) -> Any:
     """Layer-wise learning-rate decay for a ViT (Bao et al. 2022): `decay^(depth + 1 - id)`.
 
-    Id 0 is for tokens and patch embedding, block i has id i + 1, whatever follows the blocks (norm, head) `depth + 1`.
+    Tokens and patch embedding have id 0, block i has id i + 1, all that follows the blocks (norm, head) `depth + 1`.
 
     Args:
       params: parameters of a model with an `encoder`; its blocks are stacked, `[depth, ...]`.
       decay: in (0, 1].
 
     Returns:
-      the same tree of scales that broadcast against the parameters.
+      a tree of the same structure, of scales that broadcast against the parameters.
     """
     depth = jax.tree.leaves(params["encoder"]["blocks"])[0].shape[0]
 
@@ -77,17 +77,17 @@ def adamw(
     last_blocks: int = 0,
     muon: bool = False,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) with a learning rate of 1: `update` multiplies by that of the step.
+    """AdamW (Loshchilov & Hutter 2019) with a learning rate of 1: `update.make_update` multiplies by the actual one.
 
     Args:
       weight_decay: decoupled, scaled by the learning rate, on matrices only.
       b1: decay of the first moment.
       b2: decay of the second moment.
-      clip_norm: global gradient norm is clipped to this; 0 = off.
+      clip_norm: maximum global gradient norm; 0 = off.
       layer_decay: see `layer_scales`; 1 = off.
       decay_all: decay biases, norms and tokens as well, as the published USF-MAE run did.
-      last_blocks: of the encoder's stack, only this many blocks are updated; 0 = all.
-      muon: the matrices of the blocks are updated by `_muon` instead.
+      last_blocks: update only this many last blocks of the encoder; 0 = all.
+      muon: update the matrices of the blocks with Muon instead (Jordan et al. 2024).
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     mask = None if decay_all else decay_mask
@@ -99,33 +99,33 @@ def adamw(
         parts.append(_scale(lambda updates: layer_scales(updates, layer_decay)))
     if last_blocks:
         parts.append(_scale(lambda updates: _last_blocks(updates, last_blocks)))
-    # A schedule that is constant keeps the count that optimiser states have had since version 0.1.
+    # A constant schedule keeps the step count that optimiser states have had since version 0.1.
     return optax.chain(*parts, optax.scale_by_learning_rate(lambda count: 1.0))
 
 
 def in_blocks(params: Any) -> Any:
-    """True for the matrices of transformer blocks, `[depth, I, O]`: what lies between pixels and outputs."""
+    """True for the matrices of transformer blocks, `[depth, I, O]`."""
     return jax.tree.map_with_path(
         lambda path, _: path[-1].key == "kernel" and any(key.key in ("blocks", "stack") for key in path), params
     )
 
 
-#: Matrices that are several side by side: queries, keys and values, see `layers.Attention` and `mae.CrossBlock`.
+#: Number of matrices concatenated in one kernel: queries, keys, values, see `layers.Attention`, `mae.CrossBlock`.
 _SIDE_BY_SIDE = {"qkv": 3, "key_value": 2}
 
 
 def _muon() -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) of stacked matrices: momentum, made orthogonal matrix by matrix.
+    """Muon (Jordan et al. 2024) for stacked matrices: momentum, orthogonalised matrix by matrix.
 
-    Every block's matrix is one of its own, and so are queries, keys and values. Updates are as large as Adam's (Liu et
-    al. 2025, arXiv 2502.16982), so that learning rates and decay stay what they are.
+    Each block's matrix is treated separately, and so are queries, keys and values. Updates are scaled to the magnitude
+    of Adam's (Liu et al. 2025, arXiv 2502.16982), so that learning rates and weight decay need not change.
     """
 
     def apart(path: tuple, leaf: Any) -> Any:
         parts = _SIDE_BY_SIDE.get(path[-2].key, 1)
         return leaf.reshape(*leaf.shape[:-1], parts, leaf.shape[-1] // parts)
 
-    def matrices(tree: Any) -> Any:  # [depth, I, parts, O]: all other axes are of separate matrices
+    def matrices(tree: Any) -> Any:  # [depth, I, parts, O]: depth and parts enumerate separate matrices
         return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-3, -1), tree)
 
     inner = optax.contrib.scale_by_muon(weight_dimension_numbers=matrices)
@@ -142,7 +142,7 @@ def _muon() -> optax.GradientTransformation:
 
 
 def _last_blocks(params: Any, count: int) -> Any:
-    """1 for the last `count` blocks of the stack and for all that is no block, 0 for the blocks before."""
+    """1 for the last `count` blocks of the encoder and for everything outside its blocks, 0 for the earlier blocks."""
 
     def scale(path: tuple, leaf: Any) -> Any:
         if [key.key for key in path[:2]] != ["encoder", "blocks"]:

@@ -1,9 +1,9 @@
-"""What frozen features know: logistic regression, k-NN, a linear layer, an attentive pool, and effective rank.
+"""Probes of frozen features: logistic regression, k-NN, a linear layer, attentive pooling, and effective rank.
 
-Settings of a probe are chosen by the log loss of validation frames: predictions of several folds are pooled, and a fold
-whose settings were chosen by rank alone may give probabilities of another scale than the others. All probes see
-features that were computed once, so without augmentation. Of those that are trained by gradient descent, several
-learning rates are trained side by side in one program.
+The settings of a probe are chosen by the log loss on validation frames: since the predictions of several folds are
+pooled, a ranking metric would not do, as it leaves the scale of the probabilities open. All probes use features that
+were computed once, hence without augmentation. Probes trained by gradient descent train several learning rates in
+parallel in one program.
 """
 
 import dataclasses
@@ -32,31 +32,31 @@ from usfmae_jax.training.state import model_graph
 
 Data = tuple[np.ndarray, np.ndarray]
 
-#: Inverse strengths of regularisation that are tried, as the DINO evaluations do.
+#: Inverse regularisation strengths to try, as in the DINO evaluations.
 REGULARIZATION = tuple(10.0**power for power in range(-6, 6))
-#: Penalties of ridge regression that are tried, of the squared weights beside the mean squared error.
+#: Penalties of ridge regression to try: factors of the squared weights relative to the mean squared error.
 PENALTIES = tuple(10.0**power for power in range(-5, 3))
-#: Numbers of neighbours that are tried, and the temperature of their votes (Caron et al. 2021).
+#: Numbers of neighbours to try, and the temperature of their votes (Caron et al. 2021).
 NEIGHBOURS, TEMPERATURE = (10, 20, 100, 200), 0.07
-#: Newton's method factorises a square matrix of this many rows at most; above it L-BFGS is quicker.
+#: Maximum number of rows of the Hessian that Newton's method factorises; above this, L-BFGS is faster.
 LARGEST_HESSIAN = 1600
-#: Learning rates per 256 frames that are tried: LARS takes large ones.
+#: Learning rates to try, per 256 frames of batch size; LARS needs large ones.
 RATES = {"lars": (0.1, 0.3, 1.0, 3.0, 10.0), "adamw": (3e-4, 1e-3, 3e-3, 1e-2)}
-#: Of the attentive probe, for its batch as it is.
+#: Learning rates of the attentive probe to try, not scaled by its batch size.
 ATTENTIVE_RATES = (3e-4, 1e-3, 3e-3)
 
 
-#: Frames whose patch tokens are looked at together.
+#: Number of frames per forward pass on patch tokens.
 _BATCH = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A head fitted on frozen features.
+    """A head fitted to frozen features.
 
     Attributes:
       predict: features `[N, ...]` to probabilities float64 `[N, C]`.
-      settings: what was chosen on the validation frames, and its score there; JSON.
+      settings: the settings chosen on the validation frames, and their score there; JSON.
     """
 
     predict: Callable[[np.ndarray], np.ndarray]
@@ -77,12 +77,12 @@ def fit(
 
     Args:
       protocol: 'logistic', 'knn', 'linear' or 'attentive'.
-      train: features float `[N, D]` (of 'attentive' tokens `[N, T, D]`) and labels int `[N]`.
-      validation: the same of other patients; chooses the settings.
-      num_classes: labels are below it.
-      num_heads: of the attentive pool.
+      train: features float `[N, D]` (tokens `[N, T, D]` for 'attentive') and labels int `[N]`.
+      validation: likewise, for other patients; used to choose the settings.
+      num_classes: C; labels are in [0, C).
+      num_heads: of the attentive pooling.
       seed: of the linear and the attentive probe.
-      options: of those two, by their names.
+      options: of those two, by name.
     """
     if protocol == "logistic":
         return logistic(train, validation, num_classes)
@@ -103,11 +103,11 @@ def refit(
     seed: int,
     options: Mapping[str, Mapping[str, Any]],
 ) -> Probe:
-    """Fits the head of a protocol with settings that are chosen already, as DINO's evaluations do in the end.
+    """Fits the head of a protocol with settings already chosen, as the final step of DINO's evaluations.
 
     Args:
       protocol: see `fit`.
-      chosen: `Probe.settings` of what `fit` gave.
+      chosen: `settings` of the `Probe` that `fit` returned.
       train: features and labels of the training and the validation frames together.
       num_classes: see `fit`.
       num_heads: likewise.
@@ -128,16 +128,16 @@ def refit(
 def logistic(
     train: Data, validation: Data | None, num_classes: int, strengths: Sequence[float] = REGULARIZATION
 ) -> Probe:
-    """Multinomial logistic regression on standardised features, its regularisation chosen on validation frames.
+    """Multinomial logistic regression on standardised features, with regularisation chosen on validation frames.
 
-    Inverse strengths C are fitted on the training frames alone, each starting from the one before; the
+    Models are fitted to the training frames alone for each inverse strength C, warm-started from the previous one; the
     lowest validation log loss wins.
 
     Args:
-      train: features float `[N, D]` and labels int `[N]` with every class in it.
-      validation: the same of other patients; None where there is but one strength.
-      num_classes: labels are below it.
-      strengths: that are tried.
+      train: features float `[N, D]` and labels int `[N]` that include every class.
+      validation: likewise, for other patients; None if there is only one strength.
+      num_classes: C; labels are in [0, C).
+      strengths: inverse strengths to try.
     """
     mean, scale = train[0].mean(axis=0, dtype=np.float64), train[0].std(axis=0, dtype=np.float64)
     scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
@@ -153,7 +153,7 @@ def logistic(
     best: tuple[float, float, np.ndarray, np.ndarray] | None = None
     for strength in strengths:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # hardly regularised and separable: the weights grow without end
+            warnings.simplefilter("ignore")  # separable and hardly regularised: the weights diverge
             model.set_params(C=strength).fit(x, train[1])
         loss = validation_loss(validation[1], model.predict_proba(held_out)) if validation else 0.0
         if best is None or loss < best[0]:
@@ -173,15 +173,15 @@ def logistic(
 def ridge(
     train: Data, validation: Data | None, penalties: Sequence[float] = PENALTIES
 ) -> tuple[Callable[[np.ndarray], np.ndarray], dict[str, float]]:
-    """Ridge regression of a number on standardised features, its penalty chosen by the error of validation frames.
+    """Ridge regression on standardised features, with the penalty chosen by the error on validation frames.
 
     Args:
-      train: features float `[N, D]` and numbers float `[N]`.
-      validation: the same of other patients; None where there is but one penalty.
-      penalties: that are tried; of equally good ones the largest counts.
+      train: features float `[N, D]` and values float `[N]`.
+      validation: likewise, for other patients; None if there is only one penalty.
+      penalties: to try; ties are resolved in favour of the largest.
 
     Returns:
-      what predicts numbers float64 `[n]` from features `[n, D]`; and the settings, JSON.
+      a function that predicts values float64 `[n]` from features `[n, D]`; and the settings, JSON.
     """
     mean, scale = train[0].mean(axis=0, dtype=np.float64), train[0].std(axis=0, dtype=np.float64)
     scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
@@ -204,23 +204,23 @@ def ridge(
 def knn(train: Data, validation: Data | None, num_classes: int, counts: Sequence[int] = NEIGHBOURS) -> Probe:
     """Weighted vote of the nearest training frames by cosine similarity (Wu et al. 2018, eq. 4), temperature 0.07.
 
-    The number of neighbours is chosen by the log loss of validation frames.
+    The number of neighbours is chosen by the log loss on validation frames.
 
     Args:
-      train: features float `[N, D]` and labels int `[N]` with every class in it.
-      validation: the same of other patients; None where there is but one number.
-      num_classes: labels are below it.
-      counts: numbers that are tried; no more than N are taken.
+      train: features float `[N, D]` and labels int `[N]` that include every class.
+      validation: likewise, for other patients; None if there is only one count.
+      num_classes: C; labels are in [0, C).
+      counts: numbers of neighbours to try, capped at N.
     """
     known, votes = _unit(train[0]), np.eye(num_classes)[train[1]]
     counts = sorted({min(count, len(known)) for count in counts})
 
     def predict(features: np.ndarray, count: int) -> np.ndarray:
         found = np.empty((len(features), num_classes))
-        for start in range(0, len(features), 1024):  # similarities of all frames at once may not fit
+        for start in range(0, len(features), 1024):  # similarities of all frames at once may not fit into memory
             similar = _unit(features[start : start + 1024]) @ known.T
             nearest = np.argpartition(-similar, count - 1, axis=1)[:, :count]
-            # Relative to the nearest one: the same shares, and no overflow.
+            # Relative to the nearest neighbour: the same shares without overflow.
             near = np.take_along_axis(similar, nearest, axis=1)
             weight = np.exp((near - near.max(axis=1, keepdims=True)) / TEMPERATURE)
             found[start : start + 1024] = np.einsum(
@@ -234,7 +234,7 @@ def knn(train: Data, validation: Data | None, num_classes: int, counts: Sequence
 
 
 def validation_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Mean log loss of probabilities `[N, C]`, those below 1e-6 taken for it; infinite if any is no number."""
+    """Mean log loss of probabilities `[N, C]`, clipped to at least 1e-6; infinite if any is not finite."""
     if not np.isfinite(probabilities).all():
         return np.inf
     return float(-np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-6)).mean())
@@ -257,21 +257,21 @@ def rankme(features: np.ndarray) -> float:
 def probe(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], *, seed: int = 0) -> dict[str, float]:
     """Scores frozen features by 5-fold cross-validation with every group in one fold.
 
-    Two probes with fixed settings, so that nothing is tuned on what is measured: `knn` of 20 neighbours and `logistic`
-    with C = 0.01.
+    It uses two probes with fixed settings, so that nothing is tuned on the test folds: `knn` with 20 neighbours and
+    `logistic` with C = 0.01.
 
     Args:
       features: float `[N, D]`.
       labels: int `[N]`.
-      groups: patient of each frame; a group is never on both sides.
-      seed: of the folds.
+      groups: patient of each frame; a group is never split between training and test.
+      seed: of the folds and the bootstrap.
 
     Returns:
       `{knn,logistic}_{auroc,balanced_accuracy}` over the pooled held-out predictions (AUROC one-vs-rest, macro); the
       ends of the AUROC's 95% interval over patients, `{knn,logistic}_auroc_{low,high}`; and `rankme`.
 
     Raises:
-      InputError: a class has frames of fewer than two groups.
+      InputError: see `group_folds`.
     """
     folds = group_folds(labels, groups, seed=seed)
     classes, codes = np.unique(labels, return_inverse=True)
@@ -296,10 +296,10 @@ def probe(features: np.ndarray, labels: np.ndarray, groups: Sequence[str], *, se
 def group_folds(
     labels: np.ndarray, groups: Sequence[str], *, count: int = 5, seed: int = 0
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Stratified folds as (train, test) indices, every group in one test fold; fewer where a class has fewer groups.
+    """Stratified folds as (train, test) indices, each group in one test fold; fewer if a class has fewer groups.
 
     Raises:
-      InputError: a class has frames of fewer than two groups.
+      InputError: a class has frames of fewer than two groups, or too few groups to be in every training fold.
     """
     group_array = np.asarray(groups)
     fewest = min((len(np.unique(group_array[labels == label])), label) for label in np.unique(labels))
@@ -326,19 +326,19 @@ def linear(
 ) -> Probe:
     """MAE's linear probe (He et al. 2022): BatchNorm without affine parameters (eps 1e-6) and a linear layer.
 
-    LARS (momentum 0.9) or AdamW, no weight decay, a tenth of the epochs to warm up, a cosine down to 0. Training
-    standardises each batch; evaluation takes mean and variance of all training frames, which the running averages of a
-    long training tend to when features do not change.
+    LARS (momentum 0.9) or AdamW without weight decay; warm-up over a tenth of the steps, then a cosine down to 0.
+    Training standardises each batch; evaluation uses mean and variance of all training frames, to which running
+    averages would converge, since the features are fixed.
 
     Args:
       train: features float `[N, D]` and labels int `[N]`.
-      validation: the same of other patients; None where there is but one rate.
-      num_classes: labels are below it.
+      validation: likewise, for other patients; None if there is only one rate.
+      num_classes: C; labels are in [0, C).
       optimizer: 'lars' or 'adamw'.
       epochs: over the training frames.
-      batch_size: at most; a smaller training set is one batch.
+      batch_size: maximum; a smaller training set is one batch.
       seed: of the initial weights and the order.
-      rates: learning rates that are tried, per 256 frames; () = those of `RATES`.
+      rates: learning rates to try, per 256 frames of batch size; () = those of `RATES`.
     """
     x, y = jnp.asarray(train[0], jnp.float32), jnp.asarray(train[1])
     batch_size = min(batch_size, len(x))
@@ -367,9 +367,9 @@ def linear(
 def _train_linear(
     x: jax.Array, y: jax.Array, order: jax.Array, kernel: jax.Array, rates: jax.Array, optimizer: str
 ) -> Any:
-    """Parameters of every rate, `[R, ...]`."""
+    """Trained parameters for every rate, `[R, ...]`."""
     schedule = _schedule(len(order))
-    # Decay is off, and so is the scaling of biases by their norm, which starts at 0.
+    # No weight decay, and no trust ratio for biases, whose norm starts at 0.
     base = (
         optax.lars(schedule, weight_decay=0.0, trust_coefficient=0.001, trust_ratio_mask=_matrices, momentum=0.9)
         if optimizer == "lars"
@@ -410,20 +410,21 @@ def attentive(
 ) -> Probe:
     """Attentive probe: `models.heads.AttentivePool` on the patch tokens of a frozen encoder.
 
-    AdamW with weight decay 0.05 on matrices, cosine after a tenth of warm-up. After every epoch the validation frames
-    are scored; the best epoch of the best rate is kept, and training ends when none has improved for `patience` epochs.
+    AdamW with weight decay 0.05 on matrices; warm-up over a tenth of the steps, then a cosine. Validation frames are
+    scored after every epoch; the best epoch of the best rate is kept, and training stops after `patience` epochs
+    without improvement.
 
     Args:
       train: tokens float `[N, T, D]` and labels int `[N]`.
-      validation: the same of other patients; None where there is but one rate, and `until` is known.
-      num_classes: labels are below it.
-      num_heads: of the pool; divides D.
-      epochs: at most.
-      batch_size: at most; a smaller training set is one batch.
-      patience: epochs.
+      validation: likewise, for other patients; None if there is only one rate and `until` is given.
+      num_classes: C; labels are in [0, C).
+      num_heads: of the pooling; must divide D.
+      epochs: maximum, and length of the schedule.
+      batch_size: maximum; a smaller training set is one batch.
+      patience: in epochs.
       seed: of the initial weights and the order.
-      rates: learning rates that are tried.
-      until: the epoch whose weights are taken, of a schedule of `epochs`; 0 = the best one.
+      rates: learning rates to try.
+      until: without validation, the epoch after which to stop and keep the weights.
     """
     batch_size = min(batch_size, len(train[0]))
     order = _order(len(train[0]), batch_size, epochs, seed)
@@ -460,7 +461,7 @@ def attentive(
     return Probe(lambda tokens: softmax(_by_batches(forward, best[2], tokens)[:, 0], axis=-1), settings)
 
 
-@functools.lru_cache(4)  # folds of equal shapes share the compiled programs
+@functools.lru_cache(4)  # folds of equal shape share the compiled programs
 def _attentive_program(
     graph: Any, steps: int, tried: tuple[float, ...]
 ) -> tuple[Any, Any, optax.GradientTransformation]:
@@ -490,14 +491,14 @@ def _by_batches(forward: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _order(count: int, batch_size: int, epochs: int, seed: int) -> np.ndarray:
-    """Rows of every batch, int `[steps, batch_size]`: each epoch shuffled anew, its incomplete batch left out."""
+    """Rows of every batch, int `[steps, batch_size]`: reshuffled every epoch, dropping the incomplete last batch."""
     rng = np.random.default_rng(seed)
     kept = count // batch_size * batch_size
     return np.concatenate([rng.permutation(count)[:kept].reshape(-1, batch_size) for _ in range(epochs)])
 
 
 def _schedule(steps: int) -> optax.Schedule:
-    """Relative: the rate itself multiplies it."""
+    """Schedule with a peak of 1, to be multiplied by the learning rate."""
     warmup = steps // 10 / steps
     return lambda step: warmup_cosine(step, jnp.asarray(steps), learning_rate=1.0, floor=0.0, warmup=warmup)
 

@@ -1,8 +1,7 @@
-"""The train state: a plain pytree `{step, params, opt_state, rng}`, born sharded.
+"""The train state: a plain pytree `{step, params, opt_state, rng}`, created sharded.
 
-A model with running statistics (`nnx.BatchStat`) has them beside the parameters, as `stats`; a run that averages its
-parameters over time has the average as `ema`. A teacher that is not trained is beside them while a run lasts, as
-`teacher`; no checkpoint has it.
+Running statistics of a model (`nnx.BatchStat`) are in `stats`, and the running average of the parameters, if a run
+keeps one, in `ema`. A fixed teacher is in `teacher` during a run, but not in checkpoints.
 """
 
 from collections.abc import Callable
@@ -27,14 +26,14 @@ def init_state(
     seed: int,
     ema: bool = False,
 ) -> tuple[Any, State]:
-    """Creates a model's train state on the mesh; no device ever holds more than its part.
+    """Creates a model's train state on the mesh; no device ever holds more than its shard.
 
     Args:
-      make_model: builds the model from its random numbers.
+      make_model: builds the model from `nnx.Rngs`.
       optimizer: its state is created for the parameters.
       mesh: from `mesh.make_mesh`.
-      seed: of the parameters and of all randomness of training.
-      ema: whether parameters are averaged over time.
+      seed: for the initial parameters and all randomness in training.
+      ema: whether to keep a running average of the parameters.
 
     Returns:
       the model's graph (`nnx.merge(graph, state["params"])` is the model) and the state.
@@ -49,14 +48,14 @@ def state_maker(
     trained: Callable[[Any], Any] = lambda params: params,
     ema: bool = False,
 ) -> Callable[[int], State]:
-    """Compiles once what creates the train state of a seed; see `init_state`.
+    """Compiles, once, a function that creates the train state from a seed; see `init_state`.
 
     Args:
       make_model: see `init_state`.
-      optimizer: see there.
-      mesh: see there.
-      trained: picks from all parameters those that are trained; the optimiser keeps moments for no others.
-      ema: see there.
+      optimizer: likewise.
+      mesh: likewise.
+      trained: selects the trained parameters; the optimiser keeps moments for these only.
+      ema: see `init_state`.
     """
     create = _creator(make_model, optimizer, trained, ema)
     compiled = jax.jit(create, out_shardings=state_sharding(mesh, jax.eval_shape(create, _words(0))))
@@ -70,7 +69,7 @@ def abstract_state(
     trained: Callable[[Any], Any] = lambda params: params,
     ema: bool = False,
 ) -> State:
-    """Shapes, dtypes and shardings of `init_state`, without computing anything."""
+    """Shapes, dtypes and shardings of the train state, without computing anything."""
     abstract = jax.eval_shape(_creator(make_model, optimizer, trained, ema), _words(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -80,7 +79,7 @@ def abstract_state(
 
 
 def fill(state: State, loaded: dict[str, Any]) -> State:
-    """Puts weights into a fresh state, on the devices that its arrays are on.
+    """Loads weights into a fresh state, with the sharding of its arrays.
 
     Args:
       state: from `init_state`.
@@ -95,12 +94,12 @@ def fill(state: State, loaded: dict[str, Any]) -> State:
 
 
 def teacher_state(params: Any, mesh: Mesh, *, abstract: bool = False) -> State:
-    """What a train state has more where a teacher stays as it is: its parameters on the mesh, split as all others.
+    """The `teacher` entry of a train state with a fixed teacher: its parameters, sharded like all others.
 
     Args:
       params: of the teacher, nested, on the host.
       mesh: from `mesh.make_mesh`.
-      abstract: shapes, dtypes and shardings alone.
+      abstract: return only shapes, dtypes and shardings.
     """
 
     def place(leaf: Any, sharding: Any) -> Any:
@@ -112,12 +111,12 @@ def teacher_state(params: Any, mesh: Mesh, *, abstract: bool = False) -> State:
 
 
 def weights_of(state: State) -> Any:
-    """The parameters to be tested and exported: their average where a run has one."""
+    """The parameters to evaluate and export: the running average if the run keeps one."""
     return state.get("ema", state["params"])
 
 
 def _words(seed: int) -> jax.Array:
-    # As an argument of the compiled function: another seed is no reason to compile again.
+    # An argument of the compiled function, so that another seed does not recompile it.
     return jax.random.key_data(jax.random.key(seed))
 
 
@@ -136,7 +135,7 @@ def _creator(
             "step": jnp.zeros((), jnp.int32),
             "params": params,
             "opt_state": optimizer.init(trained(params)),
-            # As raw words: a plain array is what every checkpoint reader understands.
+            # As raw key data: a plain array, which every checkpoint reader understands.
             "rng": jax.random.key_data(train_rng),
         }
         state |= {"ema": jax.tree.map(jnp.copy, params)} if ema else {}

@@ -1,4 +1,4 @@
-"""One update, whatever is learnt: gradient of a (sum, count) loss, accumulation, optimiser, metrics."""
+"""The training step of all objectives and tasks: gradient of a (sum, count) loss, accumulation, optimiser, metrics."""
 
 import time
 from collections.abc import Callable
@@ -15,19 +15,19 @@ from usfmae_jax.training.mesh import batch_sharding, replicated
 from usfmae_jax.training.state import State
 
 Metrics = dict[str, jax.Array]
-#: `(state, batch, total_steps)` to the next state and what the step was like.
+#: `(state, batch, total_steps)` to the next state and the step's metrics.
 Update = Callable[[State, Any, Any], tuple[State, Metrics]]
 
 
 def pick(params: Any, trained: tuple[str, ...]) -> Any:
-    """The part of `params` whose names start with one of `trained`; () = all."""
+    """The subtree of `params` whose names start with one of `trained`; () = all."""
     if not trained:
         return params
     return unflatten({name: leaf for name, leaf in flatten(params).items() if name.startswith(trained)})
 
 
 def combine(params: Any, part: Any) -> Any:
-    """`params` with the leaves of `part`, a subtree of it, in their places."""
+    """`params` with the leaves of `part`, a subtree, replaced."""
     return unflatten(flatten(params) | flatten(part))
 
 
@@ -49,20 +49,21 @@ def make_update(
 
     Args:
       graph: of the model, from `interop.model.model_graph`.
-      prepare: of an objective or a task, `(batch, rng) -> (arrays, rng)`: draws what is random, for the whole batch.
+      prepare: of an objective or a task, `(batch, rng) -> (arrays, rng)`: draws random numbers for the whole batch.
       loss: likewise, `(model, arrays, rng) -> (sum, count)`.
-      optimizer: what `state["opt_state"]` belongs to, with a learning rate of 1.
+      optimizer: the optimiser of `state["opt_state"]`, with a learning rate of 1.
       learning_rate: `(step, total_steps) -> rate`; the length is an argument, so that runs of different lengths share
         one compiled program.
-      mesh: the batch is spread over it.
-      trained: beginnings of the names of the parameters that are trained, () = all; no gradient is computed for others.
-      accumulate: micro-batches per update; the update is that of the whole batch (batch norm sees micro-batches).
-      skip: a step whose loss or gradient is not finite changes nothing but the number of the step, and the metric
-        `skipped` is 1.
-      ema: decay of the average of the parameters, `state["ema"]`; less in the beginning, (1 + step) / (10 + step), so
-        that the first parameters are forgotten. 0 = there is none.
-      teach: `(parameters, arrays) -> arrays` for `loss`: what a teacher adds, of whom no gradient is computed. The
-        parameters are `state["teacher"]`, which stay as they are, or else the average.
+      mesh: the batch is sharded over it.
+      trained: name prefixes of the trained parameters, () = all; no gradient is computed for others.
+      accumulate: micro-batches per update; the update is that of the whole batch (except that batch norm sees
+        micro-batches).
+      skip: a step whose loss or gradient is not finite changes nothing but the step number, and the metric `skipped`
+        is 1.
+      ema: decay of the running average of the parameters, `state["ema"]`; lower in the beginning, (1 + step) /
+        (10 + step), so that the initial parameters are forgotten. 0 = none.
+      teach: `(parameters, arrays) -> arrays` for `loss`: adds the output of a teacher, without gradient. The parameters
+        are the fixed `state["teacher"]`, or else the running average.
     """
     sharding = batch_sharding(mesh)
 
@@ -75,7 +76,7 @@ def make_update(
     gradient = jax.value_and_grad(summed, has_aux=True)
 
     def split(x: jax.Array) -> jax.Array:
-        # Strided, so that every micro-batch is spread over all devices and nothing moves.
+        # Strided, so that every micro-batch is spread over all devices and no data move.
         return x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     def update(state: State, batch: Any, total_steps: Any) -> tuple[State, Metrics]:
@@ -97,7 +98,7 @@ def make_update(
             zero = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, part))
             micro = (jax.tree.map(split, batch), jax.random.split(rng, accumulate))
             (((total, count), gradients), stats), _ = jax.lax.scan(add, (zero, stats), micro)
-        # The count does not depend on the parameters: dividing last gives the gradient of the mean.
+        # The count does not depend on the parameters: dividing at the end gives the gradient of the mean.
         gradients = jax.tree.map(lambda g: g / count, gradients)
         updates, opt_state = optimizer.update(gradients, state["opt_state"], part)
         rate = learning_rate(state["step"], total_steps)
@@ -118,13 +119,13 @@ def make_update(
 
 
 def compile_update(update: Update, state: Any, batch: Any, say: Callable[[str], None]) -> Update:
-    """Compiles the update for the shapes and shardings at hand, and says how long that took.
+    """Compiles the update for given shapes and shardings, and reports how long that took.
 
     Args:
       update: from `make_update`.
       state: arrays, or shapes with shardings, of the train state; it is donated.
       batch: likewise, on the mesh.
-      say: takes a line for a person.
+      say: prints a line for the user.
     """
     say("compiling the training step ...")
     start = time.perf_counter()

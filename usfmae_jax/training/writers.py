@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go beside its own log: TensorBoard's event files, Weights & Biases, MLflow."""
+"""Outputs for a run's numbers and pictures besides its own log: TensorBoard event files, Weights & Biases, MLflow."""
 
 import contextlib
 import importlib
@@ -25,12 +25,12 @@ from usfmae_jax import files
 from usfmae_jax.data.records import matches
 from usfmae_jax.errors import InputError
 
-#: What trackers that are not part of the core need.
+#: Packages needed by the optional trackers.
 _PACKAGES = {"wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
 
 
 class Writer(Protocol):
-    """One place that a run is reported to. Steps come in order; a resumed run goes on in the same place."""
+    """One output for a run's numbers and pictures. Steps come in order; a resumed run continues the same record."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds numbers by name."""
@@ -41,12 +41,12 @@ class Writer(Protocol):
         ...
 
     def close(self, failed: bool) -> None:
-        """Writes what is left; `failed` says that an error ends the run."""
+        """Writes what is pending and closes; `failed` means that the run ended with an error."""
         ...
 
 
 def check(log: Mapping[str, Any], workdir: str) -> None:
-    """Raises InputError if a tracker that is asked for cannot be used.
+    """Raises InputError if a requested tracker cannot be used.
 
     Args:
       log: `config.log`, whose fields `wandb` and `mlflow` are "", "offline" or "online".
@@ -73,17 +73,17 @@ def check(log: Mapping[str, Any], workdir: str) -> None:
 def open_writers(
     log: Mapping[str, Any], folder: str, first_step: int, settings: Mapping[str, Any], workdir: str = ""
 ) -> Sequence[Writer]:
-    """The places that a run is reported to, none on other processes than the first.
+    """Opens the writers that the config requests; none on processes other than the first.
 
     Args:
       log: `config.log`.
-      folder: of what is trained; keeps the ids under which trackers know it.
-      first_step: finished before this start.
+      folder: of the model being trained; stores the ids under which trackers know it.
+      first_step: number of steps completed before this start.
       settings: of the run, as artefacts may show them.
-      workdir: of the run, where several are trained in it.
+      workdir: of the run, if several models are trained in it.
 
     Raises:
-      InputError: a tracker refuses.
+      InputError: a tracker cannot be opened.
     """
     if jax.process_index():
         return ()
@@ -92,9 +92,9 @@ def open_writers(
     found: list[Writer] = [EventFile(epath.Path(folder) / "tensorboard", first_step)] if log["tensorboard"] else []
     for field, make in (("wandb", Wandb), ("mlflow", Mlflow)):
         if log[field]:
-            place = epath.Path(folder) / f"{field}_id"  # a random one: a name would tell what it is a run of
+            place = epath.Path(folder) / f"{field}_id"  # a random id: a name would reveal what the run is about
             kept = place.read_bytes().decode(errors="replace").strip() if place.exists() else ""
-            known = kept if re.fullmatch(r"[\w-]{1,128}", kept, re.ASCII) else ""  # a damaged one is none
+            known = kept if re.fullmatch(r"[\w-]{1,128}", kept, re.ASCII) else ""  # a damaged id is ignored
             writer = make(top, name, known, settings, online=log[field] == "online")
             files.write(place, writer.id + "\n")
             found.append(writer)
@@ -104,25 +104,25 @@ def open_writers(
 class EventFile:
     """An event file for TensorBoard.
 
-    Written by the loop itself: the thread that tensorboardX's own writer has for it dies of a full disk without a word
-    to the loop, which then waits for it for ever; and the host's name is left out of the file's.
+    Written in the loop's own thread: the background thread of tensorboardX's writer dies silently when the disk is
+    full, and the loop then waits for it forever. The file's name does not contain the host's name.
     """
 
     def __init__(self, folder: epath.Path, first_step: int):
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads in the order of names, which has to be that of the starts though the clock may be set back.
+        # TensorBoard reads files in order of name, which must be that of the starts even if the clock was set back.
         stamps = [path.name.split(".")[3] for path in matches(folder, "events.out.tfevents.*")]
         stamp = max([time.time_ns() // 1000, *(int(one) + 1 for one in stamps if one.isdecimal())])
         self._file = RecordWriter(os.fspath(folder / f"events.out.tfevents.{stamp}.usfmae_jax"))
         self._flushed = time.monotonic()
         self._write(event_pb2.Event(file_version="brain.Event:2"))
-        # What a killed run wrote beyond its last checkpoint is not shown.
+        # Hides what a killed run wrote beyond its last checkpoint.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(event_pb2.Event(step=first_step + 1, session_log=start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """See `Writer`."""
-        # One message for all: at every 10,000th, protobuf gives the free memory of the process back to the system.
+        # One message for all: every 10,000 messages, protobuf returns the process's free memory to the system.
         event = event_pb2.Event(step=step)
         for name, value in values.items():
             event.summary.value.add(tag=name, simple_value=float(value))
@@ -148,12 +148,12 @@ class EventFile:
 
 
 class Wandb:
-    """A run of Weights & Biases: on its server, or offline in `<workdir>/wandb/` for `wandb sync`.
+    """A Weights & Biases run: on its server, or offline in `<workdir>/wandb/` for `wandb sync`.
 
-    By itself it would tell the host, the user, the program and its Git repository.
+    The settings keep it from recording the host, the user, the program and its Git repository, as it does by default.
 
     Attributes:
-      id: under which a resumed run goes on.
+      id: of the run, under which a resumed run continues.
     """
 
     def __init__(self, workdir: str, name: str, known: str, settings: Mapping[str, Any], *, online: bool):
@@ -187,7 +187,7 @@ class Wandb:
         except wandb.errors.Error as error:
             said = (str(error).splitlines() or [""])[0]
             raise InputError(f"config.log.wandb: {said}; try wandb login, or --config.log.wandb=offline") from error
-        self._logs = os.path.join(os.path.dirname(self._run.dir), "logs")  # which name paths
+        self._logs = os.path.join(os.path.dirname(self._run.dir), "logs")  # they contain paths
         shutil.rmtree(self._logs, ignore_errors=True)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -205,13 +205,13 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of MLflow: on the server that MLFLOW_TRACKING_URI names, or in `<workdir>/mlflow/`.
+    """An MLflow run: on the server that MLFLOW_TRACKING_URI names, or in `<workdir>/mlflow/`.
 
-    What is in that folder names no path, so that it can be moved; in it,
-    `mlflow server --backend-store-uri sqlite:///mlflow.db --artifacts-destination artifacts` shows it.
+    That folder contains no absolute paths, so that it can be moved. To view it, run there
+    `mlflow server --backend-store-uri sqlite:///mlflow.db --artifacts-destination artifacts`.
 
     Attributes:
-      id: under which a resumed run goes on.
+      id: of the run, under which a resumed run continues.
     """
 
     def __init__(self, workdir: str, name: str, known: str, settings: Mapping[str, Any], *, online: bool):
@@ -227,10 +227,10 @@ class Mlflow:
             folder = os.path.join(os.path.abspath(workdir), "mlflow")
             self._artifacts = os.path.join(folder, "artifacts")
             os.makedirs(self._artifacts, exist_ok=True)
-            # Members that are trained side by side share the database: two would make its tables at the same time.
+            # Members trained in parallel share the database, and two could create its tables at the same time.
             self._lock = filelock.FileLock(os.path.join(folder, ".lock"))
             uri = f"sqlite:///{folder}/mlflow.db"
-            # Else the database names the folder that the run was started in.
+            # Otherwise the database would contain the folder in which the run was started.
             os.environ.setdefault("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
         try:
             with self._lock:
@@ -241,7 +241,7 @@ class Mlflow:
             raise InputError(f"config.log.mlflow: {str(error).splitlines()[0]}") from error
 
     def _continued(self, known: str) -> str:
-        """The id, if a run goes on under it; "" where it is of another server or folder."""
+        """The id, if that run can be continued; "" if it belongs to another server or folder."""
         try:
             if known:
                 self._client.update_run(known, status="RUNNING")
@@ -257,7 +257,7 @@ class Mlflow:
         found = self._client.get_experiment_by_name(experiment)
         try:
             number = found.experiment_id if found else self._client.create_experiment(experiment)
-        except self._error:  # another process was quicker
+        except self._error:  # another process was faster
             number = self._client.get_experiment_by_name(experiment).experiment_id
         made = self._client.create_run(number, run_name=name).info.run_id
         for field, value in settings.items():
@@ -279,14 +279,14 @@ class Mlflow:
         if self._artifacts is None:
             self._client.log_image(self.id, picture, artifact_file=file)
             return
-        # As a server would: it finds them by the run.
+        # Where a server would put them, which finds artifacts by run.
         number = self._client.get_run(self.id).info.experiment_id
         path = os.path.join(self._artifacts, number, self.id, "artifacts", file)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         cv2.imwrite(path, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 
     def _try(self, action: Any) -> None:
-        """A server that is away costs its numbers, not the training."""
+        """Runs an action; if the server fails, a warning is printed and logging stops, not the training."""
         if not self.id:
             return
         try:
@@ -302,5 +302,5 @@ class Mlflow:
 
 
 def _plain(name: str) -> str:
-    """A name of letters that MLflow allows."""
+    """A name with only the characters that MLflow allows."""
     return re.sub(r"[^\w./ -]", "_", name)
