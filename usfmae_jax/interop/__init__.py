@@ -1,1 +1,1 @@
-"""Weights in files: our own encoder directory, and other people's formats; knows models only."""
+"""Weights in files: our own format and those of others; depends on models only."""

@@ -1,4 +1,4 @@
-"""The model card of an export, `README.md` as the Hugging Face Hub reads it, and what a lineage says about licences."""
+"""The model card of an export, a `README.md` for the Hugging Face Hub, and the licences stated in a lineage."""
 
 import html
 import os
@@ -15,7 +15,7 @@ _LIBRARY = {
     "safetensors": "jax", "timm": "timm", "hf": "transformers", "mae": "pytorch", "onnx": "onnx", "stablehlo": "jax"
 }  # fmt: skip
 
-#: File names of published weights whose origin is known, with the stages behind them.
+#: File name patterns of well-known published weights, with the training stage behind them.
 _PUBLISHED = (
     (
         r"(mae_(pretrain|finetuned|finetune)_vit_|vit-mae-)(base|large|huge)",
@@ -32,12 +32,12 @@ _PUBLISHED = (
 
 
 def published_stage(name: str) -> dict[str, Any] | None:
-    """The stage behind weights that are published under that file or folder name; None if it is not known here."""
+    """The training stage behind weights published under this file or folder name; None if unknown."""
     return next((dict(stage) for pattern, stage in _PUBLISHED if re.search(pattern, name, re.IGNORECASE)), None)
 
 
 def licences(lineage: Lineage) -> list[tuple[str, str]]:
-    """(what, licence) of every ancestor's weights and of all training data, without repetition; "" = not stated."""
+    """(what, licence) of all ancestors' weights and all training data, without duplicates; "" = not stated."""
     found: dict[tuple[str, str], None] = {}
     for stage in lineage:
         if "licence" in stage:
@@ -48,7 +48,7 @@ def licences(lineage: Lineage) -> list[tuple[str, str]]:
 
 
 def citations(lineage: Lineage) -> list[tuple[str, str]]:
-    """(dataset, citation) of all training data with one, without repetition: what most licences want to be said."""
+    """(dataset, citation) of all training data that have one, without duplicates; most licences require citation."""
     found = [
         (str(data.get("dataset", "unnamed")), str(data["citation"]))
         for stage in lineage
@@ -59,7 +59,7 @@ def citations(lineage: Lineage) -> list[tuple[str, str]]:
 
 
 def non_commercial(lineage: Lineage) -> bool:
-    """Whether any ancestor's weights or data may be used without commerce only; what starts from them inherits that."""
+    """Whether any ancestor's weights or data are restricted to non-commercial use, which derived models inherit."""
     return any(
         re.search(r"\bNC\b|non-?commercial|research (and education )?only", licence, re.IGNORECASE)
         for _, licence in licences(lineage)
@@ -70,10 +70,10 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
     """Writes `README.md`: what the model is, how to load it, what it was trained on, and under which licences.
 
     Args:
-      model: what was exported.
-      form: the format.
+      model: the exported model.
+      form: the export format.
       directory: of the export.
-      export: what is in `export.json`.
+      export: contents of `export.json`.
     """
     description, has_head = model.description, model.kind in ("classifier", "model")
     outputs = "class_token, mean_patch, patch_grid"
@@ -93,7 +93,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
     known = {licence for _, licence in licences(model.lineage)}
     restricted = non_commercial(model.lineage)
     by_nc = restricted and all("CC BY-NC 4.0" in one for one in known if "NC" in one.upper())
-    environment = jinja2.Environment(  # Markdown: nothing is escaped, and what stands in the front matter is quoted
+    environment = jinja2.Environment(  # Markdown: no HTML escaping; values in the front matter are quoted
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     environment.filters |= {"quoted": _quoted, "plain": _plain}
@@ -103,7 +103,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         kind=model.kind,
         export=export,
         library=_LIBRARY[form],
-        # Terms that are stricter than CC BY-NC have no name that the Hub knows.
+        # The Hub has no name for terms stricter than CC BY-NC.
         hub_licence="cc-by-nc-4.0" if by_nc else "unknown",
         licence="; ".join(sorted(known)) if all(known) and not by_nc else "",
         datasets=sorted({d["dataset"] for stage in model.lineage for d in stage.get("data", ()) if d.get("dataset")}),
@@ -119,7 +119,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         width=width,
         pixels=model.preprocessing,
         outputs=outputs,
-        beside=os.path.exists(os.path.join(directory, "model.safetensors")),  # of a program: its weights
+        beside=os.path.exists(os.path.join(directory, "model.safetensors")),  # weights of an exported program
         stages=[_stage(stage) for stage in model.lineage],
         licences=licences(model.lineage),
         citations=citations(model.lineage),
@@ -130,12 +130,12 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
 
 
 def _quoted(text: str) -> str:
-    """A string in YAML, where names of datasets can be anything."""
+    """A quoted YAML string, since dataset names can contain anything."""
     return "'" + visible(" ".join(text.split())).replace("'", "''") + "'"
 
 
 def _plain(value: Any) -> str:
-    """Text of whoever wrote the lineage, in one line and so that it is neither HTML nor Markdown."""
+    """Untrusted text from the lineage on one line, with HTML and Markdown escaped."""
     text = html.escape(visible(" ".join(str(value).split())), quote=False)
     return re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 

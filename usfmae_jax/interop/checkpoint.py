@@ -20,21 +20,21 @@ from orbax.checkpoint import v1 as orbax
 from usfmae_jax import files
 from usfmae_jax.errors import InputError
 
-#: Bytes of a checkpoint that are on their way to or from the disk at any time.
+#: Bytes of a checkpoint in transit to or from the disk at any time.
 CONCURRENT = 128 * 2**20
 
 
 def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any], config: dict[str, Any]) -> None:
-    """Makes a folder that looks like a run which stands before its first step, with these parameters.
+    """Creates a workdir like that of a run before its first step, with these parameters.
 
     Args:
-      workdir: receives `checkpoints/0` and `config.json`.
+      workdir: where `checkpoints/0` and `config.json` are written.
       params: nested dict of arrays; `encoder`, and `decoder` if there is one.
-      about: what the checkpoint holds, JSON: `kind`, `description` and `preprocessing` as in `interop.model.Model`.
-      config: nested JSON, which becomes `config.json`; `model` and `data.channels` as in `configs/pretrain.py`.
+      about: JSON: `kind`, `description` and `preprocessing` as in `interop.model.Model`.
+      config: nested JSON, written to `config.json`; `model` and `data.channels` as in `configs/pretrain.py`.
 
     Raises:
-      InputError: there are checkpoints of a run.
+      InputError: the workdir already holds checkpoints of a run.
     """
     root = epath.Path(workdir)
     root = root if "://" in workdir else root.resolve()
@@ -44,7 +44,7 @@ def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any],
             raise InputError(f"{workdir} holds the checkpoints of a run; name a new folder")
         folder.rmtree()
     context = orbax.Context()
-    context.memory.deepcopy_host_arrays = False  # nobody changes them, and a large model is in memory once
+    context.memory.deepcopy_host_arrays = False  # unmodified, and a large model should be in memory once
     context.memory.write_concurrent_bytes = CONCURRENT
     context.array.saving.use_compression = False  # float32 weights hardly shrink, and it takes most of the time
     with context:
@@ -59,16 +59,16 @@ def save_parameters(workdir: str, params: dict[str, Any], about: dict[str, Any],
 def load_parameters(
     workdir: str, step: int | None = None, check: Callable[[dict[str, Any], dict[str, Any]], None] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Reads the parameters of one checkpoint as numpy arrays, whatever it was trained on and with.
+    """Reads the parameters of one checkpoint as numpy arrays, on whatever devices it was trained.
 
     Args:
       workdir: of a run, with `checkpoints/` in it; or a folder of checkpoints.
-      step: default is the newest.
-      check: is called with what was stored beside the parameters and with their names, nested, which lead to `shape`
-        and `dtype`, before memory is taken for them; raises InputError, whose sentence begins with what is wrong.
+      step: None = the newest.
+      check: called before memory is allocated, with the metadata stored with the parameters and a nested dict of
+        entries with `shape` and `dtype`; may raise an InputError whose message continues "checkpoint STEP in WORKDIR".
 
     Returns:
-      the parameters; what was stored with them: `config` and, but for checkpoints of version 0.1, `about`, see
+      the parameters; the metadata stored with them: `config` and, except in checkpoints of version 0.1, `about`, see
       `save_parameters`; and the step.
 
     Raises:
@@ -94,7 +94,7 @@ def load_parameters(
         check_metadata(said)
         if metadata.metadata is None:
             raise ValueError(_DAMAGED)
-        name = "ema" if "ema" in metadata.metadata else "params"  # the average is what is tested and exported
+        name = "ema" if "ema" in metadata.metadata else "params"  # the average is what is evaluated and exported
         stored = metadata.metadata[name]
         if check is not None:
             try:
@@ -103,7 +103,7 @@ def load_parameters(
                 raise InputError(f"checkpoint {step} in {workdir} {error}") from error
         context = orbax.Context()
         context.memory.read_concurrent_bytes = CONCURRENT
-        context.pytree.loading.partial_load = True  # the optimiser's moments are twice as large, and not asked for
+        context.pytree.loading.partial_load = True  # the optimiser's moments are large and not needed
         with context, quiet():
             abstract = {name: jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)}
             params = saver.load(step, abstract)[name]
@@ -113,7 +113,7 @@ def load_parameters(
         return params, said, step
     except InputError:
         raise
-    except Exception as error:  # whatever damaged bytes happen to spell
+    except Exception as error:  # damaged bytes can raise anything
         raise InputError(f"checkpoint {step} in {workdir} cannot be read: {reason(error)}; try another step") from error
     finally:
         saver.close()
@@ -124,12 +124,12 @@ _FIELDS = {"position", "config", "about", "checksums", "digest"}
 
 
 def signed(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What is stored beside the arrays of a checkpoint, with a hash of it: Orbax has none, and it says what goes on."""
+    """Adds a hash to a checkpoint's metadata: Orbax has none, and a resumed run depends on the metadata."""
     return metadata | {"digest": _digest(metadata)}
 
 
 def check_metadata(stored: dict[str, Any] | None) -> None:
-    """Raises ValueError unless what `signed` gave has come back as it was; earlier versions wrote no hash."""
+    """Raises ValueError unless metadata from `signed` are intact; earlier versions wrote no hash."""
     if not stored or not {"position", "config"} <= stored.keys() <= _FIELDS:
         raise ValueError(_DAMAGED)
     if "digest" in stored and stored["digest"] != _digest(stored):
@@ -142,16 +142,16 @@ def _digest(metadata: dict[str, Any]) -> str:
 
 
 def _place(checksums: list[int], stored: dict[str, Any], name: str) -> list[int]:
-    """Of the checksums of all arrays of a state, in the order of its leaves, those of one entry."""
+    """Selects the checksums of one entry of a state from those of all its arrays, in the order of its leaves."""
     counts = {one: len(jax.tree.leaves(stored[one])) for one in stored}
-    # From the end: the optimiser's state, of which empty parts leave no trace, comes before the parameters.
+    # Counted from the end: the optimiser's state, whose empty parts are not stored, comes before the parameters.
     end = len(checksums) - sum(count for one, count in counts.items() if one > name)
     start = 0 if name == min(stored) else end - counts[name]
     return checksums[start : start + counts[name]]
 
 
 def checksum(array: np.ndarray) -> int:
-    """A number that changes with every bit of an array; what `training.checkpoints` writes, computed on the host."""
+    """Checksum of an array, sensitive to every bit; what `training.checkpoints` writes, computed on the host."""
     flat = np.ascontiguousarray(array).reshape(-1)
     bits, total = flat if flat.dtype == bool else flat.view(f"uint{8 * flat.dtype.itemsize}"), 0
     for start in range(0, len(bits), 1 << 22):
@@ -163,9 +163,9 @@ def checksum(array: np.ndarray) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps to itself what every array of a damaged checkpoint has to tell, at length; `reason` says it once.
+    """Silences the lengthy messages about every array of a damaged checkpoint; `reason` gives a short one.
 
-    Some arrays fail when the first failure is told already, up to when Python exits: what silences them stays.
+    Some arrays fail after the first failure has been reported, even while Python exits: their silencing is permanent.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
@@ -183,7 +183,7 @@ def _unless_too_late(unraisable: Any) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """What is at the bottom of an error from Orbax, in a few words; around it are pages of arrays' names."""
+    """The root cause of an error from Orbax in a few words, without the pages of array names around it."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
     if type(error).__name__ == "InvalidLayoutError":
@@ -193,21 +193,21 @@ def reason(error: BaseException) -> str:
 
 
 def without_paths(folder: epath.Path) -> None:
-    """Takes out of finished checkpoints what Orbax writes into them of where they lie, and of whose home that is."""
+    """Removes the absolute paths that Orbax writes into finished checkpoints, which may reveal a user's name."""
     if "://" in os.fspath(folder):
         return
     for marker in pathlib.Path(folder).rglob("commit_success.txt"):
-        with contextlib.suppress(OSError):  # removed meanwhile, or nobody's to change
+        with contextlib.suppress(OSError):  # removed meanwhile, or not writable
             if b"/" in marker.read_bytes():
                 marker.write_text("Checkpoint commit was successful")
 
 
 def holds_checkpoints(folder: epath.Path) -> bool:
-    """Whether a folder has checkpoints in it, finished or not."""
+    """Whether a folder contains checkpoints, finished or not."""
     return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
 
 
 def _open(folder: epath.Path) -> orbax.training.Checkpointer:
-    """Leaves everything as it is: a run may be writing there."""
+    """Opens checkpoints without deleting any, since a run may be writing there."""
     keep = orbax.training.preservation_policies.PreserveAll()
     return orbax.training.Checkpointer(folder, preservation_policy=keep, cleanup_tmp_directories=False)

@@ -1,7 +1,7 @@
-"""Somebody else's files: PyTorch and safetensors, opened without running anything; and safetensors files written.
+"""Reads PyTorch and safetensors files from others, without executing any code in them; writes safetensors files.
 
-A tensor is read when it is needed and written at once, so that converting a large model costs the memory of its
-parameters once, not once for every step on the way.
+Tensors are read lazily and written one at a time, so that converting a large model needs the memory of its parameters
+only once, not once per processing step.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ml_dtypes  # noqa: F401 - numpy has no bfloat16 without it
+import ml_dtypes  # noqa: F401 - gives numpy bfloat16
 import numpy as np
 import safetensors
 from etils import epath
@@ -26,14 +26,14 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.interop import schema
 from usfmae_jax.weights import find
 
-#: Names of weights in a directory, best first.
+#: File names of weights in a directory, in order of preference.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "mae.pth")
-#: Weights of more bytes than this stay outside of exported programs, in a file beside them.
+#: Weights larger than this, in bytes, are stored outside of exported programs, in a separate file.
 EXTERNAL = 512 * 2**20
 
-#: Endings of PyTorch's files.
+#: File name extensions of PyTorch files.
 TORCH = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar", ".pt.tar")
-#: Where training scripts keep the parameters in a checkpoint, and their average over the last steps.
+#: Keys under which training scripts store the parameters in a checkpoint, and their running average.
 _NESTED = ("model", "state_dict", "model_state_dict", "module", "net", "network")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "module_ema")
 _SETTINGS = ("config", "preprocessor_config", "export", "architecture", "preprocessing", "lineage")
@@ -41,11 +41,11 @@ _SETTINGS = ("config", "preprocessor_config", "export", "architecture", "preproc
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A float32 tensor that may still lie in a file.
+    """A float32 tensor, possibly still in a file.
 
     Attributes:
       shape: known without reading.
-      read: gives the values, a float32 array of that shape.
+      read: returns the values, a float32 array of that shape.
     """
 
     shape: tuple[int, ...]
@@ -57,16 +57,16 @@ Tensors = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Weights as they were found.
+    """Weights as found in files.
 
     Attributes:
-      tensors: by the names of whoever wrote them.
+      tensors: by their names in the files.
       metadata: of the safetensors header.
-      settings: the JSON files beside the weights, by file name without the suffix: `config`, `preprocessor_config`,
-        and ours: `export`, `architecture`, `preprocessing`, `lineage`.
-      files: names of the files that hold the weights.
-      sha256: of them.
-      note: which of several parameters in a file these are, for a person; "" = there are no others.
+      settings: the JSON files next to the weights, by file name without suffix: `config`, `preprocessor_config`, and
+        ours: `export`, `architecture`, `preprocessing`, `lineage`.
+      files: names of the weight files.
+      sha256: of those files.
+      note: a message stating which of several sets of weights in the file these are; "" = there is only one.
     """
 
     tensors: Tensors
@@ -78,12 +78,12 @@ class Source:
 
 
 def from_array(array: np.ndarray) -> Tensor:
-    """A tensor that is in memory already."""
+    """A tensor that is already in memory."""
     return Tensor(array.shape, lambda: np.asarray(array, np.float32))
 
 
 def check_output(output: str, written: Sequence[str]) -> None:
-    """Raises InputError when a folder holds anything but what a door writes, or is a file."""
+    """Raises InputError if the output folder is a file or holds anything but the files `written` by the command."""
     if os.path.exists(output) and not os.path.isdir(output):
         raise InputError(f"--output={output} is a file; name a new folder")
     others = sorted(set(os.listdir(output)) - set(written)) if os.path.isdir(output) else []
@@ -92,11 +92,11 @@ def check_output(output: str, written: Sequence[str]) -> None:
 
 
 def open_source(path: str, *, averaged: bool = False) -> Source:
-    """Opens a weights file, or a directory with one under a usual name, or weights that are included by theirs.
+    """Opens weights.
 
     Args:
-      path: see above.
-      averaged: take the average of the weights over the last steps (EMA) that a training script kept beside them.
+      path: a weights file, a directory with one under a usual name, or the name of weights included in the package.
+      averaged: take the running average of the weights (EMA) that a training script stored with them.
 
     Raises:
       InputError: nothing there, it cannot be read, or it holds no averaged weights.
@@ -122,28 +122,28 @@ def open_source(path: str, *, averaged: bool = False) -> Source:
         with open(name, "rb") as file:
             while block := file.read(1 << 22):
                 digest.update(block)
-    # Only to weights under a usual name do other files belong.
+    # Other files belong to the weights only if these have a usual name.
     settings = _read_settings(os.path.dirname(path)) if os.path.basename(path) in WEIGHTS else {}
     return Source(tensors, metadata, settings, tuple(map(os.path.basename, files)), digest.hexdigest(), note)
 
 
 def open_safetensors(path: str) -> tuple[Tensors, dict[str, str]]:
-    """Floating-point tensors and metadata of a local safetensors file; values are read when asked for.
+    """Floating-point tensors and metadata of a local safetensors file; values are read lazily.
 
     Raises:
-      InputError: the file is damaged or of another kind.
+      InputError: the file is damaged or not a safetensors file.
     """
 
     def tensor(name: str, shape: Sequence[int]) -> Tensor:
         def read() -> np.ndarray:
-            # Opened anew: the file is mapped into memory, and what was read of it would stay there while it is open.
+            # Reopened: the file is memory-mapped, and the parts read would stay in memory while it is open.
             with safetensors.safe_open(path, framework="np") as file:
                 return file.get_tensor(name).astype(np.float32, copy=False)
 
         return Tensor(tuple(shape), read)
 
     try:
-        with safetensors.safe_open(path, framework="np") as file:  # checks the whole header against the file's size
+        with safetensors.safe_open(path, framework="np") as file:  # validates the header against the file size
             parts = {name: file.get_slice(name) for name in file.offset_keys()}
             tensors = {
                 name: tensor(name, part.get_shape())
@@ -156,13 +156,13 @@ def open_safetensors(path: str) -> tuple[Tensors, dict[str, str]]:
 
 
 def write_safetensors(path: os.PathLike | str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes float32 tensors, one after the other; the file is renamed into place last.
+    """Writes float32 tensors one at a time; the file is renamed into place at the end.
 
-    The library wants all of them in memory, laid out as they are stored.
+    The safetensors library would need all of them in memory at once, in the layout of the file.
 
     Args:
       path: local or `gs://`.
-      tensors: by name; stored in the order of their names.
+      tensors: by name; stored in order of name.
       metadata: stored in the header.
     """
     names, offset = sorted(tensors), 0
@@ -172,7 +172,7 @@ def write_safetensors(path: os.PathLike | str, tensors: Mapping[str, Tensor], me
         header[name] = {"dtype": "F32", "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the values start at a multiple of 8 bytes
+    encoded += b" " * (-len(encoded) % 8)  # the data start at a multiple of 8 bytes
     whole = epath.Path(path)
     partial = whole.parent / (whole.name + ".incomplete")
     with partial.open("wb") as file:
@@ -183,17 +183,17 @@ def write_safetensors(path: os.PathLike | str, tensors: Mapping[str, Tensor], me
 
 
 def open_torch(path: str, *, averaged: bool = False) -> tuple[Tensors, str]:
-    """The floating-point tensors of a PyTorch file's state dict, nested as training scripts do it or not.
+    """The floating-point tensors of the state dict in a PyTorch file, nested as in training checkpoints or not.
 
     Args:
       path: of the file.
       averaged: see `open_source`.
 
     Returns:
-      the tensors, and which ones they are if there are others; see `Source`.
+      the tensors, and a note on which set they are if there are several; see `Source`.
 
     Raises:
-      InputError: PyTorch is missing, the file is damaged, holds code, or holds no (averaged) tensors by name.
+      InputError: PyTorch is missing, the file is damaged, holds code, or holds no named (averaged) tensors.
     """
     try:
         import torch
@@ -217,7 +217,7 @@ def open_torch(path: str, *, averaged: bool = False) -> tuple[Tensors, str]:
 
 
 def _choose(state: Any, path: str, averaged: bool) -> tuple[Any, str]:
-    """The state dict in what a training script saved, and which one it is if there are several."""
+    """The state dict in a training checkpoint, and a note on which one it is if there are several."""
     if not isinstance(state, dict):
         return state, ""
     plain, ema = ([key for key in keys if isinstance(state.get(key), dict)] for keys in (_NESTED, _AVERAGED))
@@ -234,12 +234,12 @@ def _choose(state: Any, path: str, averaged: bool) -> tuple[Any, str]:
 
 
 def _inner(state: dict[str, Any]) -> Any:
-    """Averages are wrapped once more by some scripts, beside their decay."""
+    """Unwraps averages that some scripts nest once more, next to their decay."""
     return next((state[key] for key in (*_NESTED, "shadow") if isinstance(state.get(key), dict)), state)
 
 
 def _harmless() -> list[Any]:
-    """What training scripts keep beside tensors and runs nothing: their arguments, and numbers of NumPy's."""
+    """Types that training scripts store along with tensors and that execute no code: arguments and NumPy scalars."""
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
     return [argparse.Namespace, np.dtype, *kinds, scalar, (scalar, "numpy.core.multiarray.scalar")]
@@ -250,9 +250,9 @@ def _unpickle(path: str) -> Any:
 
     try:
         with torch.serialization.safe_globals(_harmless()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kinds of pickles; what cannot be read is said below
+            warnings.simplefilter("ignore")  # warnings about pickles; errors are reported below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to spell
+    except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
         if code:
             raise InputError(
@@ -289,7 +289,7 @@ def _parts(index: str) -> list[str]:
         names = sorted(set(files.parse(epath.Path(index).read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is no index of safetensors files: {error}") from error
-    # A name with a folder in it could point anywhere.
+    # A name with folders in it could point anywhere.
     parts = [os.path.join(os.path.dirname(index), os.path.basename(str(name))) for name in names]
     missing = [part for part in parts if not os.path.isfile(part)]
     if missing:

@@ -1,12 +1,12 @@
-"""A trained model: one type, what opens it from wherever it lies, what saves it, and what builds its network.
+"""Trained models: one type for all of them, and functions to open and save them and to build their networks.
 
-An encoder or a classifier directory:
-  model.safetensors     float32 parameters; blocks stacked along their first axis; running statistics below `stats.`
-  architecture.json     format, and of an encoder the arguments of `ViT`, else the description: model "vit" (with
+Layout of an encoder or classifier directory:
+  model.safetensors     float32 parameters; blocks stacked along their first axis; running statistics under `stats.`
+  architecture.json     format, and for an encoder the arguments of `ViT`, else the description: model "vit" (with
                         encoder: arguments of `ViT`, and pool or head), "resnet50" (with resnet: arguments of
-                        `ResNet`) or "unet" (of `UNet`), and the names of the outputs in their order
+                        `ResNet`) or "unet" (with unet: arguments of `UNet`), and the names of the outputs, in order
   preprocessing.json    how pixels become the model's input
-  lineage.json          where the weights come from: one entry for each job that trained them, oldest first
+  lineage.json          origin of the weights: one entry for each job that trained them, oldest first
 """
 
 import dataclasses
@@ -39,11 +39,11 @@ from usfmae_jax.models.resnet import ResNet
 from usfmae_jax.models.vit import ViT
 from usfmae_jax.weights import find
 
-#: Changes when an older reader could no longer use what is written.
+#: Incremented when older readers can no longer use what is written.
 FORMAT = 1
 
 _STATS = "stats."
-#: Kinds of models with a head, which are the names of their directories too.
+#: Kinds of models with a head; also the names of their directories.
 _WITH_HEAD = ("classifier", "model")
 
 #: One entry for each job that trained the weights, oldest first: `job`, `code`, `step`, `config` and `data`
@@ -53,20 +53,22 @@ Lineage = list[dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
-    """A trained model: parameters, what they belong to, how pixels become its input, and where they come from.
+    """A trained model: its parameters, architecture, preprocessing and origin.
 
     Attributes:
-      params: nested dict of float32 numpy arrays; of a vision transformer below `encoder`, and `decoder`, or `head` and
-        `head_norm`, or what else its objective has; of a ResNet its own names.
-      description: what `build` takes, JSON: `{"model": "vit", "encoder": arguments of ViT}`, of an MAE with `decoder`
-        (`decoder_width`, `decoder_depth` and `decoder_num_heads`; of a `CrossMAE` the `kind` "cross"; where features
-        are predicted "latent", and `outputs`, their number), with a head `pool` and the names of its outputs, `classes`
-        (of another task than classification: `outputs`); for pixels instead of `pool` the `head`, its `kind` and
-        `width`, see `Segmenter`, and of the kind "queries" `queries` and `blocks`, see `MaskTransformer`;
-        `{"model": "resnet50", "resnet": arguments of ResNet, "classes"}`, and
-        `{"model": "unet", "unet": arguments of UNet, "outputs"}`; `task` where it is not classification. Of a
-        regression, `scale` holds of each output `mean` and `deviation`, of which it is a multiple above the mean,
-        `unit`, and `of_frame`: whether that is to be multiplied by the side, in mm, of a square as large as the frame.
+      params: nested dict of float32 numpy arrays; for a vision transformer under `encoder`, plus `decoder`, or `head`
+        and `head_norm`, or other parts of its objective; for other networks under their own names.
+      description: JSON from which `build` makes the network. One of
+        `{"model": "vit", "encoder": arguments of ViT}`,
+        `{"model": "resnet50", "resnet": arguments of ResNet, "classes": names}` and
+        `{"model": "unet", "unet": arguments of UNet, "outputs": names}`.
+        A ViT may also have a `decoder` (`decoder_width`, `decoder_depth`, `decoder_num_heads`; `kind` "cross" for a
+        `CrossMAE`; `kind` "latent" and their number, `outputs`, if it predicts features), or a head: `pool` and the
+        names of its outputs, `classes` (`outputs` for tasks other than classification). For pixels there is `head`
+        instead of `pool`, with its `kind` and `width`, see `Segmenter`, and for the kind "queries" also `queries` and
+        `blocks`, see `MaskTransformer`. `task` is given unless it is classification. For regression, `scale` holds for
+        each output the `mean` and `deviation` that convert it from its standardised value, its `unit`, and `of_frame`:
+        whether the result is to be multiplied by the side, in mm, of a square with the area of the frame.
       preprocessing: see `preprocessing`.
       lineage: stages, oldest first.
       stats: nested dict of running statistics (ResNet).
@@ -80,21 +82,21 @@ class Model:
 
     @property
     def kind(self) -> str:
-        """'encoder', 'mae' (an encoder with its decoder), 'classifier', or 'model', which has another head."""
+        """'encoder', 'mae' (an encoder with its decoder), 'classifier', or 'model' (with a head for another task)."""
         if _has_head(self.description):
             return "model" if "outputs" in self.description else "classifier"
         return "mae" if "decoder" in self.description else "encoder"
 
     @property
     def segments(self) -> bool:
-        """Whether it tells what class each pixel of an image is of, see `Segmenter` and `UNet`."""
+        """Whether the model predicts the class of each pixel, see `Segmenter` and `UNet`."""
         return self.kind == "model" and self.description.get("task") == "segmentation"
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of names, shapes and values, of the description and of the preprocessing, 12 hex digits."""
+        """Hash of parameter names, shapes and values, description and preprocessing: 12 hex digits."""
         params = self.params["encoder"] if self.kind == "encoder" else self.params
-        # Of somebody else's ResNet, whose classes are not known, nothing but the numbers is sure.
+        # For a third-party ResNet without known classes, only the values are certain.
         known = self.description["model"] == "vit" or "classes" in self.description
         return _fingerprint(params, self.stats, (self.description, self.preprocessing) if known else ())
 
@@ -102,7 +104,7 @@ class Model:
         """The vision transformer alone, without head and decoder.
 
         Raises:
-          InputError: the model is no vision transformer.
+          InputError: the model is not a vision transformer.
         """
         if self.description["model"] != "vit":
             raise InputError(f"these weights are of a {self.description['model']}, not of a vision transformer")
@@ -111,23 +113,23 @@ class Model:
 
     @property
     def image_format(self) -> tuple[tuple[int, int], int]:
-        """(height, width) and channels of the images that it takes, as decoded."""
+        """(height, width) and channels of the decoded images that the model takes."""
         height, width = self.preprocessing["image_size"]
         return (int(height), int(width)), int(self.preprocessing["channels"])
 
     def grid(self) -> tuple[int, int]:
-        """Patches down and across of the images that it is used on."""
+        """(rows, columns) of patches in the images that the model is used on."""
         (height, width), _ = self.image_format
         patch = self.description["encoder"]["patch_size"]
         return height // patch, width // patch
 
     def table_grid(self) -> tuple[int, int]:
-        """Patches down and across of the images that its position table is made for."""
+        """(rows, columns) of patches of the model's own position table."""
         (height, width), patch = (self.description["encoder"][name] for name in ("image_size", "patch_size"))
         return height // patch, width // patch
 
     def stored_positions(self) -> np.ndarray:
-        """The position table for these images as files hold it: float32 `[1, 1 + N, width]`, see `stored_table`."""
+        """The position table for `grid()` as stored in files: float32 `[1, 1 + N, width]`, see `stored_table`."""
         width, learned = self.description["encoder"]["width"], self.params["encoder"].get("position")
         return stored_table(self.table_grid(), self.grid(), width, learned)
 
@@ -139,8 +141,8 @@ def preprocessing(
 
     Args:
       image_size: (height, width) that images are resized to.
-      channels: as decoded; a grey image is repeated for a model of three.
-      mean: of the normalisation, one number for each channel of the model; pixels lie between 0 and 1.
+      channels: of decoded images; grey images are repeated for a model with three channels.
+      mean: for normalisation, one number per channel of the model, for pixels in [0, 1].
       std: likewise.
     """
     return {
@@ -161,15 +163,14 @@ def build(
     freeze: int = 0,
     **computation: Any,
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """What makes the network that a description is of: a class of `usfmae_jax.models`.
+    """A function that makes the described network, an instance of a class in `usfmae_jax.models`, from `nnx.Rngs`.
 
     Args:
       description: see `Model`.
       dtype: compute dtype.
-      drop_path: highest rate of stochastic depth of a classifier; a ResNet has none.
-      freeze: number of first blocks of a classifier (of a ResNet: stages, of which there are four) that are not
-        trained.
-      **computation: `attention`, `scan`, `remat` and `lora` of `ViT`; other networks have none of them.
+      drop_path: maximum stochastic depth rate, for a ViT with a head; a ResNet has none.
+      freeze: number of leading blocks (for a ResNet: of its four stages) that are not trained, for models with a head.
+      **computation: `attention`, `scan`, `remat` and `lora` of `ViT`; ignored for other networks.
     """
     outputs = len(description.get("classes", description.get("outputs", ())))
     if description["model"] == "unet":
@@ -203,20 +204,20 @@ def build(
 def model_graph(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:
     """The static part of a network: `nnx.merge(model_graph(make), params)` is the network (with `stats` if any).
 
-    The parameters of a bare `ViT` are those below `encoder` in `Model.params`, of all others `Model.params`.
+    The parameters of a bare `ViT` are those under `encoder` in `Model.params`; those of all others are `Model.params`.
     """
     return nnx.graphdef(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
 
 def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Model:
-    """Reads the model that `path` names.
+    """Reads a model.
 
     Args:
       path: a pretraining workdir (its `encoder/`, else its newest checkpoint), its `checkpoints/` or one checkpoint
-        there; an encoder or classifier directory, or what `usfmae_jax.convert` wrote; one member of a fine-tuning run,
-        or a run with a single one; the name of weights that are included, see `usfmae_jax.weights`.
-      step: of a run's checkpoints; None takes `encoder/` if there is one, else the newest.
-      whole: with the decoder where there is one, so of a workdir a checkpoint rather than `encoder/`.
+        there; an encoder or classifier directory, or the output of `usfmae_jax.convert`; a member of a fine-tuning run,
+        or a run with a single member; or the name of weights included in the package, see `usfmae_jax.weights`.
+      step: of a run's checkpoints; None = `encoder/` if there is one, else the newest.
+      whole: include the decoder if there is one, by preferring the checkpoint in a workdir to `encoder/`.
 
     Raises:
       InputError: nothing there, or it cannot be read.
@@ -230,7 +231,7 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
             "with an encoder or a classifier"
         )
     if step is None and not (whole and is_pretraining(path)):
-        # convert writes both, of a classifier
+        # for a classifier, convert writes both
         for directory in (root, *(root / kind for kind in _WITH_HEAD), root / "encoder"):
             if (directory / "architecture.json").exists():
                 return _from_directory(os.fspath(directory))
@@ -255,15 +256,15 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
 
 
 def is_pretraining(path: str) -> bool:
-    """Whether a folder is the workdir of a pretraining run, or what `usfmae_jax.convert` wrote without a head."""
+    """Whether a folder is the workdir of a pretraining run, or output of `usfmae_jax.convert` without a head."""
     root = epath.Path(path)
     return (root / "checkpoints").is_dir() and (root / "config.json").exists()
 
 
 def members(path: str) -> list[str]:
-    """Folders of the trained members of a fine-tuning run, in order; [] when `path` is none.
+    """Folders of the trained members of a fine-tuning run, in order; [] if `path` is not one.
 
-    A member counts as trained when it has a `classifier/`, or a `model/` of another task.
+    A member counts as trained if it has a `classifier/`, or a `model/` for other tasks.
     """
     folder = epath.Path(path) / "members"
     if not folder.is_dir():
@@ -276,13 +277,13 @@ def members(path: str) -> list[str]:
 
 
 def save_model(directory: str, model: Model) -> None:
-    """Writes an encoder directory, or of a model with a head a classifier directory; a decoder is left out.
+    """Writes an encoder directory, or for a model with a head a classifier directory; a decoder is left out.
 
-    `model.safetensors` is renamed into place last, so that nobody reads half of one.
+    `model.safetensors` is renamed into place last, so that no reader sees an incomplete one.
 
     Args:
       directory: local or `gs://`; created if absent.
-      model: its lineage is stored in the safetensors metadata too, which stays with the weights.
+      model: its lineage is also stored in the safetensors metadata, which stays with the weights.
     """
     if _has_head(model.description):
         params, about = model.params, model.description
@@ -299,15 +300,15 @@ def save_model(directory: str, model: Model) -> None:
 
 
 def write_lineage(directory: str, lineage: Lineage) -> None:
-    """Writes `lineage.json`, into an encoder directory or a workdir."""
+    """Writes `lineage.json` to an encoder directory or a workdir."""
     files.write(epath.Path(directory) / "lineage.json", json.dumps({"stages": lineage}, indent=2) + "\n")
 
 
 def read_lineage(directory: str) -> Lineage:
-    """The stages in `lineage.json` of an encoder directory or a workdir; [] if it has none that can be read.
+    """The stages in `lineage.json` of an encoder directory or a workdir; [] if there is no readable one.
 
     Raises:
-      InputError: it says something else than a lineage does.
+      InputError: its contents are not a valid lineage.
     """
     try:
         stages = list(files.parse((epath.Path(directory) / "lineage.json").read_bytes())["stages"])
@@ -377,7 +378,7 @@ def _from_directory(directory: str) -> Model:
 
 
 def _shapes(about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a description; nothing is allocated."""
+    """Names and shapes of the tensors of the described model; nothing is allocated."""
     network = nnx.eval_shape(lambda: build(about)(nnx.Rngs(0)))
     kinds = {"" if _has_head(about) or "decoder" in about else "encoder.": nnx.Param, _STATS: nnx.BatchStat}
     states = {prefix: flatten(nnx.to_pure_dict(nnx.state(network, kind))) for prefix, kind in kinds.items()}
@@ -385,7 +386,7 @@ def _shapes(about: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _described(about: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What the description decides about: of the head of a task that is not ours it knows nothing."""
+    """The tensors that the description determines: all but the head of a third-party task."""
     ours = "outputs" not in about or "task" in about
     return {name: one for name, one in tensors.items() if ours or name.startswith("encoder.")}
 
@@ -407,10 +408,10 @@ def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Mo
 
 
 def _checked_about(said: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The description and the preprocessing that a checkpoint of a pretraining run says of itself.
+    """The description and preprocessing stored in a checkpoint of a pretraining run, checked.
 
     Raises:
-      InputError: it is of another run, says what none can be, or has other arrays than it says.
+      InputError: it is of another kind of run, its description is invalid, or its arrays do not match the description.
     """
     try:
         about = said.get("about") or _about_0_1(said["config"], stored)
@@ -429,7 +430,7 @@ def _checked_about(said: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[s
         described = {name: one for name, one in arrays.items() if name.partition(".")[0] in groups}
         schema.check_shapes(_shapes(description), described, "it", "its description")
         sizes = [sum(math.prod(one.shape) for one in group.values()) for group in (arrays, described)]
-        if sizes[0] > 2 * sizes[1]:  # an objective of one's own may have parts that no description knows of
+        if sizes[0] > 2 * sizes[1]:  # a custom objective may have parts that are not in the description
             raise InputError("it holds more than twice what its description says")
     except InputError as error:
         raise InputError(f"cannot be used: {error}") from error
@@ -437,11 +438,11 @@ def _checked_about(said: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[s
 
 
 def _about_0_1(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds, from the config of its run: version 0.1 stored nothing else.
+    """Description and preprocessing of a checkpoint of version 0.1, which stored only the config of its run.
 
     Raises:
       KeyError: it is not of a pretraining run.
-      TypeError, AttributeError: the config is none.
+      TypeError, AttributeError: the config is invalid.
     """
     if "head" in params:
         raise KeyError("head")
@@ -449,11 +450,11 @@ def _about_0_1(config: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str
     size = (list(model["image_size"]) * 2)[:2]
     names = ("patch_size", "channels", "width", "depth", "num_heads", "mlp_ratio")
     encoder = {"image_size": size} | {name: model[name] for name in names}
-    encoder |= {name: model[name] for name in ("learned_positions", "norm_eps") if model.get(name)}  # of convert
+    encoder |= {name: model[name] for name in ("learned_positions", "norm_eps") if model.get(name)}  # from convert
     description = {"model": "vit", "encoder": encoder}
     if "decoder" in params:
         decoder = ("decoder_width", "decoder_depth", "decoder_num_heads")
         description["decoder"] = {name: model[name] for name in decoder}
-    pixels = config.get("preprocessing")  # of convert
+    pixels = config.get("preprocessing")  # from convert
     pixels = pixels or preprocessing(size, config["data"]["channels"], model["mean"], model["std"])
     return {"description": description, "preprocessing": pixels}

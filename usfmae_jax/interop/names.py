@@ -1,8 +1,8 @@
-"""Whose parameters lie where: tables of other people's names, and the way from and to ours.
+"""Parameter names: tables of the names used by others, and conversion to and from ours.
 
-The names of the original MAE code (He et al. 2022), which timm shares, are the common ground that files are read and
-checked in; our names and Hugging Face's are brought to them and back by the tables below, in which `#` stands for the
-number of a block. Everything is moved, nothing is computed: there and back is bitwise the same.
+Files are read and checked under the names of the original MAE code (He et al. 2022), which timm shares. The tables
+below map our names and Hugging Face's to them and back; `#` stands for the number of a block. Values are only
+rearranged, never computed, so that a round trip is bitwise exact.
 
 PyTorch's kernels are `[out, in]` or `[out, in, P, P]`. Ours are `[in, out]`, the patch kernel flattened to
 `[P*P*C, D]` in row, column, channel order, and the blocks are stacked along a first axis.
@@ -21,7 +21,7 @@ from usfmae_jax.models.patches import resize_table, sincos_table
 
 Origin = Literal["usfmae_jax", "hf", "mae", "timm"]
 
-#: Parts of a block: the original name, ours, and the shape of the weight in PyTorch's layout.
+#: Parts of a block: original name, our name, shape of the weight in PyTorch's layout.
 _BLOCK = (
     ("norm1", "norm1", "D"),
     ("attn.qkv", "attn.qkv", "3D D"),
@@ -30,10 +30,10 @@ _BLOCK = (
     ("mlp.fc1", "fc1", "H D"),
     ("mlp.fc2", "fc2", "D H"),
 )
-#: The whole model likewise. D and H are the width and that of the MLP, small letters those of the decoder.
+#: The same for the whole model. D is the width and H that of the MLP; lower case is for the decoder.
 _PARTS = (
     ("cls_token", "encoder.cls_token", "1 1 D"),
-    ("position", "encoder.position", "N D"),  # only a learned table, without the row of the class token
+    ("position", "encoder.position", "N D"),  # only a learned table, without the class token's row
     ("patch_embed.proj", "encoder.patch_embed", "D C P P"),
     *((f"blocks.#.{theirs}", f"encoder.blocks.stack.{ours}", shape) for theirs, ours, shape in _BLOCK),
     ("norm", "encoder.norm", "D"),
@@ -45,13 +45,13 @@ _PARTS = (
     ("fc_norm", "head_norm", "D"),
     ("head", "head", "classes D"),
 )
-#: Position tables, with a row for the class token. Ours: fixed, or the parameter `position` without that row.
+#: Position tables, with a row for the class token. Ours are fixed, or the parameter `position` without that row.
 TABLES = ("pos_embed", "decoder_pos_embed")
-#: How far a stored table may be from the exact one; a table kept in bfloat16 is off by up to 0.004.
+#: Tolerance when comparing a stored table with the exact one; a table stored in bfloat16 is off by up to 0.004.
 TOLERANCE = 5e-3
 
-#: The original name and Hugging Face's in files, and that of modules since version 5, which `torch.save` writes.
-#: Query, key and value are kept apart there.
+#: Original name, Hugging Face's name in files, and that of modules since version 5, which `torch.save` writes.
+#: Hugging Face keeps query, key and value separate.
 _HF_BLOCK = (
     ("norm1", "layernorm_before"),
     ("attn.q", "attention.attention.query", "attention.q_proj"),
@@ -66,7 +66,7 @@ _HF_BLOCKS = (
     ("blocks", "encoder.layer", "layers"),
     (
         "decoder_blocks",
-        "decoder.decoder_layers",  # of published files, which every version loads; the next is of version 5 alone
+        "decoder.decoder_layers",  # in published files, which every version loads; the others are from version 5 on
         "decoder.decoder_encoder.layer",
         "decoder.encoder.layer",
         "decoder.layers",
@@ -89,9 +89,9 @@ _HF = (
     ),
 )
 _FROM_HF = {theirs: original for original, theirs in _HF}
-_TO_HF = dict(reversed(_HF))  # of several spellings the first, which is that of files
+_TO_HF = dict(reversed(_HF))  # the first of several spellings, the one used in files
 
-#: What files may hold beside the parameters, and why it is left out.
+#: Other tensors in files, and why they are left out.
 _EXPLAINED = {
     r"pooler\.dense\.(weight|bias)": "the pooler, which MAE does not train",
     r"embeddings\.mask_token": "the mask token of another pretraining",
@@ -110,13 +110,13 @@ def _parameters() -> list[tuple[str, str, list[str]]]:
     return rows
 
 
-#: Every parameter: the original name, ours, and the original shape.
+#: All parameters: original name, our name, original shape.
 _PARAMETERS = _parameters()
 _OURS = {original: ours for original, ours, _ in _PARAMETERS}
 _ORIGINAL = {ours: original for original, ours in _OURS.items()}
 
 
-#: How names begin once everything around the model is taken away.
+#: Beginnings of names once the prefixes of wrappers are removed.
 _FIRST = "|".join(
     [
         r"(cls_token|pos_embed|mask_token|decoder_pos_embed)$",
@@ -127,7 +127,7 @@ _FIRST = "|".join(
 
 
 def recognise(names: set[str]) -> Origin | None:
-    """Whose names these are; None when there is no ViT encoder of any kind among them."""
+    """The naming scheme of these parameters; None if they include no known ViT encoder."""
     plain = {_strip(name) for name in names}
     if any(name.startswith(("blocks.stack.", "encoder.blocks.stack.")) for name in names):
         return "usfmae_jax"
@@ -143,7 +143,7 @@ def expected_shapes(architecture: dict[str, Any], decoder: dict[str, Any] | None
 
     Args:
       architecture: arguments of `vit.ViT`.
-      decoder: `decoder_width`, `decoder_depth` and so on, as arguments of `mae.MAE`.
+      decoder: `decoder_width`, `decoder_depth` and so on, arguments of `mae.MAE`.
     """
     width, patch, channels = architecture["width"], architecture["patch_size"], architecture["channels"]
     ratio, depth = architecture["mlp_ratio"], {"blocks": architecture["depth"]}
@@ -162,9 +162,9 @@ def expected_shapes(architecture: dict[str, Any], decoder: dict[str, Any] | None
 
 
 def to_ours(original: Tensors) -> dict[str, np.ndarray]:
-    """Parameters under our names, `encoder.`, `decoder.`, `head_norm.` and `head.`, from the original ones.
+    """Converts parameters from the original names to ours, under `encoder.`, `decoder.`, `head_norm.` and `head.`.
 
-    Tensors are read one at a time into the stacked arrays, so that the parameters are in memory once.
+    Tensors are read one at a time into the stacked arrays, so that the parameters are in memory only once.
     """
     depths = collections.Counter(_pattern(name)[0] for name in original)
     ours: dict[str, np.ndarray] = {}
@@ -174,7 +174,7 @@ def to_ours(original: Tensors) -> dict[str, np.ndarray]:
         if new.endswith(".kernel"):
             value = value.transpose(*range(2, value.ndim), 1, 0).reshape(-1, len(value))
         if block is None:
-            ours[new] = np.array(value, np.float32, order="C")  # a copy: the file may be mapped into memory
+            ours[new] = np.array(value, np.float32, order="C")  # a copy, since the file may be memory-mapped
             continue
         if new not in ours:
             ours[new] = np.empty((depths[pattern], *value.shape), np.float32)
@@ -183,10 +183,10 @@ def to_ours(original: Tensors) -> dict[str, np.ndarray]:
 
 
 def to_original(ours: dict[str, np.ndarray], patch_size: int, channels: int) -> Tensors:
-    """The inverse of `to_ours`; values are laid out when they are read.
+    """The inverse of `to_ours`; values are rearranged lazily, when they are read.
 
     Raises:
-      KeyError, ValueError: a name that is none of ours, or another patch kernel.
+      KeyError, ValueError: a name is not one of ours, or the patch kernel has another size.
     """
     original: Tensors = {}
     for name, array in ours.items():
@@ -201,14 +201,14 @@ def to_original(ours: dict[str, np.ndarray], patch_size: int, channels: int) -> 
 
 
 def from_others(tensors: Tensors, origin: Origin) -> tuple[Tensors, dict[str, str], list[str]]:
-    """Renames tensors.
+    """Renames tensors to the original names.
 
     Args:
       tensors: under the names of `origin`, "hf", "mae" or "timm".
       origin: from `recognise`.
 
     Returns:
-      the tensors under the original names; what was left out, with the reason; names that mean nothing here.
+      the tensors under the original names; names left out, with the reason; unknown names.
 
     Raises:
       InputError: query, key and value of a block differ in shape.
@@ -232,7 +232,7 @@ def from_others(tensors: Tensors, origin: Origin) -> tuple[Tensors, dict[str, st
 
 
 def to_hf(original: Tensors) -> Tensors:
-    """Tensors under the original names, renamed to those of Hugging Face's files."""
+    """Renames tensors from the original names to those in Hugging Face's files."""
     renamed: Tensors = {}
     for name, tensor in original.items():
         stem, leaf = _split_leaf(name)
@@ -250,11 +250,11 @@ def to_hf(original: Tensors) -> Tensors:
 def stored_table(
     base: tuple[int, int], grid: tuple[int, int], width: int, learned: np.ndarray | None = None
 ) -> np.ndarray:
-    """A position table as files hold it: float32 `[1, 1 + N, width]`, zeros for the class token, then the table.
+    """A position table as stored in files: float32 `[1, 1 + N, width]`, zeros for the class token, then the table.
 
     Args:
-      base: the grid that the model's table is made for.
-      grid: the grid that the file is for; the table is interpolated as the model does it.
+      base: grid of the model's table.
+      grid: grid of the stored table, interpolated as in the model.
       width: channels.
       learned: the model's table `[base[0] * base[1], width]`; None = the sin-cos table.
     """
@@ -263,7 +263,7 @@ def stored_table(
 
 
 def find_grid(patches: int, hint: tuple[int, int] | None) -> tuple[int, int] | None:
-    """Patches down and across of a table for that many patches: what the hint says, else a square; None if neither."""
+    """Grid (rows, columns) of a table for that many patches: the hint if it fits, else a square; None if neither."""
     if hint and hint[0] * hint[1] == patches:
         return hint
     side = math.isqrt(patches)
@@ -271,13 +271,13 @@ def find_grid(patches: int, hint: tuple[int, int] | None) -> tuple[int, int] | N
 
 
 def _strip(name: str) -> str:
-    """A name without what training in parallel, compiling and a model around the encoder put before it."""
+    """A name without the prefixes added by parallel training, compilation and wrapping models."""
     around = rf"((module|_orig_mod|model|net|backbone|encoder|vit)\.)+(?={_FIRST})"
     return re.sub(rf"^({around}|((module|_orig_mod)\.)+)", "", name)
 
 
 def _pattern(name: str) -> tuple[str, int | None]:
-    """`blocks.3.norm1.bias` as `blocks.#.norm1.bias` and 3; a name without a block's number as it is, and None."""
+    """`blocks.3.norm1.bias` as `blocks.#.norm1.bias` and 3; a name without a block number is unchanged, with None."""
     found = re.search(r"(?<=\.)\d+(?=\.)", name)
     return (name[: found.start()] + "#" + name[found.end() :], int(found[0])) if found else (name, None)
 
@@ -297,7 +297,7 @@ def _join_qkv(tensors: Tensors) -> Tensors:
         which = re.search(r"\.attn\.([qkv])\.", name)
         trio = [name.replace(which[0], f".attn.{w}.") for w in "qkv"] if which else []
         if not trio or not all(other in tensors for other in trio):
-            joined[name] = tensor  # a part without the others: reported as unknown, the whole as missing
+            joined[name] = tensor  # one without the others: reported as unknown, and the joint matrix as missing
         elif name == trio[0]:
             for other in trio[1:]:
                 if tensors[other].shape != tensor.shape:

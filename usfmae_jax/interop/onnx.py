@@ -1,7 +1,7 @@
-"""A model as an ONNX graph, written from its parameters node by node.
+"""Export to ONNX: the graph is written node by node from a model's parameters.
 
-The graph is some twenty lines per block and always the same, so it is spelt out rather than traced by a converter: its
-names and shapes are what a reader expects, the weights stream into the file, and nothing but `onnx` is needed.
+A block takes some twenty lines and is always the same, so the graph is written out rather than traced by a converter:
+names and shapes are readable, the weights are streamed to the file, and only the `onnx` package is needed.
 """
 
 import math
@@ -17,18 +17,20 @@ from usfmae_jax.models.decoders import level_blocks
 from usfmae_jax.models.layers import NORM_EPS
 from usfmae_jax.models.queries import DOUBLINGS
 
-#: Old enough for runtimes of 2022, new enough for LayerNormalization.
+#: Old enough for runtimes from 2022, new enough for LayerNormalization.
 OPSET = 17
 
 
 def write_onnx(model: Model, directory: str) -> None:
-    """Writes `model.onnx`, for a large model with `model.onnx.data` beside it.
+    """Writes `model.onnx`, with the weights of a large model in `model.onnx.data`.
 
-    Input: `images`, uint8 `[batch, H, W, C]`, any batch size. Outputs: `class_token` `[batch, D]`, `mean_patch`
-    `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`; of a classifier, and of several labels, `probabilities`
-    `[batch, classes]`; of a segmenter `classes`, uint8 `[batch, H, W]`, and `probabilities` `[batch, H, W, 1 + C]`, the
-    background first; of a model of instances, of each query, `probabilities` `[batch, Q, classes]` and `masks`
-    `[batch, Q, H, W]`; of a model with another head `outputs` `[batch, outputs]`, see `stablehlo.inference`.
+    Input: `images`, uint8 `[batch, H, W, C]`, any batch size. Outputs, float32 except for `classes`:
+
+    - encoder: `class_token` `[batch, D]`, `mean_patch` `[batch, D]` and `patch_grid` `[batch, rows, columns, D]`
+    - classifier, single- or multi-label: `probabilities` `[batch, classes]`
+    - segmenter: `classes`, uint8 `[batch, H, W]`, and `probabilities` `[batch, H, W, 1 + C]`, the background first
+    - instance segmenter: `probabilities` `[batch, Q, classes]` and `masks` `[batch, Q, H, W]` of each query
+    - other heads: `outputs` `[batch, outputs]`, see `stablehlo.inference`
 
     Raises:
       InputError: the package onnx is missing.
@@ -60,7 +62,7 @@ def write_onnx(model: Model, directory: str) -> None:
 
 
 class _Graph:
-    """Nodes and weights as they are added; every value is called after the node that makes it."""
+    """Collects nodes and weights; every value is named after the node that produces it."""
 
     def __init__(self, norm_eps: float) -> None:
         self.norm_eps = norm_eps
@@ -69,17 +71,17 @@ class _Graph:
         self.shapes: dict[str, list[int]] = {}
 
     def add(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """One node with one output."""
+        """Adds a node with one output."""
         self.nodes.append((op, inputs, [name], attributes))
         return name
 
     def weight(self, name: str, array: np.ndarray) -> str:
-        """A float32 constant."""
+        """Adds a float32 constant."""
         self.weights[name] = np.asarray(array, "<f4", order="C")
         return name
 
     def reshape(self, x: str, shape: list[int], name: str) -> str:
-        """`x` in that shape; 0 keeps a dimension, -1 is the rest."""
+        """Reshapes `x`; 0 keeps a dimension, -1 is inferred."""
         self.shapes[name + ".shape"] = shape
         return self.add("Reshape", [x, name + ".shape"], name)
 
@@ -89,18 +91,18 @@ class _Graph:
         return self.add("Add", [product, self.weight(name + ".bias", bias)], name)
 
     def norm(self, x: str, scale: np.ndarray, bias: np.ndarray, name: str, eps: float = 0.0) -> str:
-        """LayerNorm over the last axis; with the encoder's addition to the variance unless another is given."""
+        """LayerNorm over the last axis, with the encoder's epsilon unless `eps` is given."""
         inputs = [x, self.weight(name + ".scale", scale), self.weight(name + ".bias", bias)]
         return self.add("LayerNormalization", inputs, name, axis=-1, epsilon=eps or self.norm_eps)
 
     def spatial(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """A node that wants channels second, for maps `[batch, h, w, channels]`."""
+        """Applies a node that expects channels second to maps `[batch, h, w, channels]`."""
         first = self.add("Transpose", inputs[:1], f"{name}.in", perm=[0, 3, 1, 2])
         done = self.add(op, [first, *inputs[1:]], f"{name}.out", **attributes)
         return self.add("Transpose", [done], name, perm=[0, 2, 3, 1])
 
     def conv(self, x: str, kernel: np.ndarray, bias: np.ndarray, name: str, stride: int = 1) -> str:
-        """A convolution with JAX's "SAME" padding, of sides that the stride divides; kernel `[side, side, I, O]`."""
+        """A convolution with JAX's "SAME" padding, for sizes that the stride divides; kernel `[side, side, I, O]`."""
         side = kernel.shape[0]
         before, total = max(side - stride, 0) // 2, max(side - stride, 0)
         pads = [before, before, total - before, total - before]
@@ -108,7 +110,7 @@ class _Graph:
         return self.spatial("Conv", [x, *weights], name, kernel_shape=[side] * 2, strides=[stride] * 2, pads=pads)
 
     def enlarged(self, x: str, times: tuple[int, int], name: str, linear: bool = False) -> str:
-        """Maps so many times as high and wide: every pixel as a rectangle, or linear between centres of pixels."""
+        """Upsamples maps by the factors (down, across): nearest-neighbour, or linear between pixel centres."""
         if times == (1, 1):
             return x
         scales = self.weight(f"{name}.scales", np.array([1, 1, *times], np.float32))
@@ -120,7 +122,7 @@ class _Graph:
 
 
 def _outputs(graph: _Graph, model: Model, pixels: str) -> dict[str, list[int]]:
-    """What the model is for, from normalised images: names and shapes behind the batch."""
+    """Adds the model's outputs, from normalised images; their names, and shapes without the batch axis."""
     if model.description["model"] == "unet":
         return _masks(graph, model, _unet(graph, model, pixels))
     if model.description.get("task") == "instances":
@@ -136,14 +138,14 @@ def _pixels(graph: _Graph, model: Model) -> str:
     mean, std = (np.asarray(model.preprocessing[name], np.float32) for name in ("mean", "std"))
     x = graph.add("Cast", ["images"], "pixels", to=1)
     x = graph.add("Div", [x, graph.weight("white", np.array(255, np.float32))], "intensity")
-    x = graph.add("Sub", [x, graph.weight("mean", mean)], "centred")  # a grey channel becomes as many as mean has
+    x = graph.add("Sub", [x, graph.weight("mean", mean)], "centred")  # a grey channel is broadcast to all
     return graph.add("Div", [x, graph.weight("std", std)], "normalised")
 
 
 def _tokens(graph: _Graph, model: Model, x: str, queries: np.ndarray | None = None, joined: int = 0) -> str:
-    """Tokens before the final norm, `[batch, 1 + N, D]`; those behind each block are called `blockI`.
+    """Tokens before the final norm, `[batch, 1 + N, D]`; those after block I are named `blockI`.
 
-    With `queries` `[1, Q, D]` there are so many more from block number `joined` on.
+    If given, `queries` `[1, Q, D]` are appended before block number `joined`.
     """
     p, about, (rows, columns) = flatten(model.params), model.description["encoder"], model.grid()
     patch, channels, width = about["patch_size"], about["channels"], about["width"]
@@ -182,7 +184,7 @@ def _block(graph: _Graph, x: str, p: dict[str, np.ndarray], tokens: int, heads: 
     y = graph.reshape(y, [-1, tokens, 3, heads, width // heads], f"{name}.heads")
     y = graph.add("Transpose", [y], f"{name}.by_head", perm=[2, 0, 3, 1, 4])  # [3, batch, heads, tokens, D / heads]
     graph.nodes.append(("Split", [y], [f"{name}.{w}1" for w in "qkv"], {"axis": 0}))
-    # Queries, keys and values lose their axis of one; -1 is the batch.
+    # Drop the leading axis of one of queries, keys and values; -1 is the batch.
     q, k, v = (graph.reshape(f"{name}.{w}1", [-1, heads, tokens, width // heads], f"{name}.{w}") for w in "qkv")
     k = graph.add("Transpose", [k], f"{name}.k.t", perm=[0, 1, 3, 2])
     scores = graph.add("MatMul", [q, k], f"{name}.scores")
@@ -200,7 +202,7 @@ def _block(graph: _Graph, x: str, p: dict[str, np.ndarray], tokens: int, heads: 
 
 
 def _gelu(graph: _Graph, x: str, name: str) -> str:
-    """Exact GELU in the five nodes that runtimes know and fuse: x * (1 + erf(x / sqrt 2)) * 0.5."""
+    """Exact GELU in the five nodes that runtimes recognise and fuse: x * (1 + erf(x / sqrt 2)) * 0.5."""
     for constant, value in (("root2", math.sqrt(2)), ("one", 1.0), ("half", 0.5)):
         graph.weight(constant, np.array(value, np.float32))
     y = graph.add("Erf", [graph.add("Div", [x, "root2"], f"{name}.divided")], f"{name}.erf")
@@ -245,7 +247,7 @@ def _head(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
 
 
 def _masks(graph: _Graph, model: Model, logits: str) -> dict[str, list[int]]:
-    """Class and probabilities of each pixel, from maps of logits whose sides divide those of the images."""
+    """Class and probabilities of each pixel, from logits at the images' size."""
     shares = graph.add("Softmax", [logits], "probabilities", axis=-1)
     first = graph.add("ArgMax", [shares], "classes.wide", axis=-1, keepdims=0)
     graph.add("Cast", [first], "classes", to=2)  # uint8
@@ -275,7 +277,7 @@ def _segmenter(graph: _Graph, model: Model, last: str, images: str) -> str:
 
 
 def _instances(graph: _Graph, model: Model, images: str) -> dict[str, list[int]]:
-    """What the queries of a `MaskTransformer` say."""
+    """Predictions of the queries of a `MaskTransformer`."""
     p, (rows, columns), about = flatten(model.params), model.grid(), model.description["encoder"]
     queries, size = p["head.queries"], list(model.preprocessing["image_size"])
     count = queries.shape[1]
@@ -320,7 +322,7 @@ def _decoder(
     patch: int,
     doublings: int,
 ) -> tuple[str, int]:
-    """A `Decoder` called `head`, on patch tokens from the last level to the first: its maps, and their stride."""
+    """A `Decoder` named `head`, on patch tokens from the last level to the first: its output maps, and their stride."""
     doublings = max(d for d in range(doublings + 1) if patch % 2**d == 0)
     stride, beside = patch >> doublings, dict[int, str]()
 
@@ -357,7 +359,7 @@ def _unet(graph: _Graph, model: Model, x: str) -> str:
 
 
 def _stage(graph: _Graph, p: dict[str, np.ndarray], name: str, x: str, beside: str) -> str:
-    """A `Stage` of a decoder or U-Net; `beside` joins after the first convolution, "" = nothing."""
+    """A `Stage` of a decoder or U-Net; `beside` is added after the first convolution, "" = nothing."""
     if f"{name}.first.kernel" in p:
         x = graph.conv(x, p[f"{name}.first.kernel"], p[f"{name}.first.bias"], f"{name}.first")
     x = graph.add("Add", [x, beside], f"{name}.joined") if beside else x
@@ -369,19 +371,19 @@ def _stage(graph: _Graph, p: dict[str, np.ndarray], name: str, x: str, beside: s
 
 
 def _weights(graph: _Graph, data_path: str) -> list[Any]:
-    """The constants; values of a large model are streamed to `data_path`."""
+    """The constants; those of a large model are streamed to `data_path`."""
     import onnx
 
     used = {name for _, inputs, _, _ in graph.nodes for name in inputs}
     shapes = {name: np.asarray(shape, np.int64) for name, shape in graph.shapes.items() if name in used}
     protos = [onnx.numpy_helper.from_array(shape, name) for name, shape in shapes.items()]
-    if sum(array.nbytes for array in graph.weights.values()) <= files.EXTERNAL:  # one protobuf ends at 2 GiB
+    if sum(array.nbytes for array in graph.weights.values()) <= files.EXTERNAL:  # a protobuf is limited to 2 GiB
         return protos + [onnx.numpy_helper.from_array(array, name) for name, array in graph.weights.items()]
     with open(data_path, "wb") as file:
         for name, array in graph.weights.items():
             proto = onnx.TensorProto(name=name, data_type=onnx.TensorProto.FLOAT, dims=array.shape)
             proto.data_location = onnx.TensorProto.EXTERNAL
-            file.write(b"\0" * (-file.tell() % 4096))  # runtimes map the file into memory, page by page
+            file.write(b"\0" * (-file.tell() % 4096))  # aligned to pages, since runtimes memory-map the file
             place = {"location": os.path.basename(data_path), "offset": file.tell(), "length": array.nbytes}
             for key, value in place.items():
                 proto.external_data.add(key=key, value=str(value))

@@ -1,4 +1,4 @@
-"""From somebody else's tensors and settings to a `Model`, with an account of every tensor."""
+"""Converts tensors and settings from other formats to a `Model`, accounting for every tensor."""
 
 import dataclasses
 import math
@@ -23,9 +23,9 @@ _LABELS: dict[names.Origin, str] = {
     "mae": "original MAE with decoder",
     "timm": "timm, or original MAE without decoder",
 }
-#: Beginnings of the original names of a classifier's head.
+#: Prefixes of the original names of a classifier's head.
 _HEAD = ("head.", "fc_norm.")
-#: Attention heads of the usual models, by width; the tensors do not tell. Hugging Face's name for the setting is first.
+#: Hugging Face's name of the setting, and the usual number of attention heads by width, which tensors do not show.
 _USUAL = {
     "num_heads": ("num_attention_heads", {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}),
     "decoder_num_heads": ("decoder_num_attention_heads", {128: 4, 256: 8, 512: 16}),
@@ -34,15 +34,15 @@ _USUAL = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a file may not say, or is to be changed.
+    """Settings that a file may not state, or that should be changed.
 
     Attributes:
-      channels: 1 or 3 changes the patch kernel to as many; 0 leaves it.
-      image_size: (height, width) that the model is to be used on; None = what the file says.
-      num_heads, decoder_num_heads: 0 = what the file says, else what is usual for the width.
-      mean, std: of the normalisation, one number per channel; () = what the file says, else ImageNet's.
-      norm_eps: of the layer norms; 0 = what the file says, else 1e-6.
-      allow_partial: go on without what is missing or not understood, where that can be.
+      channels: 1 or 3 converts the patch kernel to that many; 0 leaves it unchanged.
+      image_size: (height, width) that the model will be used on; None = as stated in the file.
+      num_heads, decoder_num_heads: 0 = as stated in the file, else the usual number for the width.
+      mean, std: for normalisation, one number per channel; () = as stated in the file, else ImageNet's.
+      norm_eps: of the layer norms; 0 = as stated in the file, else 1e-6.
+      allow_partial: continue despite missing or unknown tensors, where possible.
     """
 
     channels: int = 0
@@ -57,15 +57,15 @@ class Options:
 
 @dataclasses.dataclass
 class Account:
-    """What became of the tensors of a file.
+    """What happened to the tensors of a file.
 
     Attributes:
-      origin: whose names they had.
-      used: for each part of the model how many tensors went into it.
-      left: tensors that were left out, with the reason.
-      unknown: tensors that mean nothing here.
-      missing: parameters that the file does not have.
-      notes: what was assumed.
+      origin: the naming scheme.
+      used: number of tensors used, by part of the model.
+      left: tensors left out, with the reason.
+      unknown: names of unknown tensors.
+      missing: names of parameters that the file lacks.
+      notes: assumptions made.
     """
 
     origin: str
@@ -77,11 +77,11 @@ class Account:
 
 
 def read_model(source: Source, options: Options) -> tuple[Model, Account]:
-    """Recognises the format, checks every name and shape, and brings the parameters into our layout.
+    """Recognises the format, checks every name and shape, and converts the parameters to our layout.
 
     Raises:
-      InputError: no ViT encoder there; a tensor is of the wrong shape (both are named), unknown or missing; the file
-        does not say something that has to be known.
+      InputError: there is no ViT encoder; a tensor has the wrong shape (both shapes are given), is unknown or missing;
+        or a necessary setting is not stated.
     """
     origin = names.recognise(set(source.tensors))
     if origin is None:
@@ -101,7 +101,7 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     found, description = _check(found, model.description, options, account)
     params = names.to_ours(found | head)
     for name, value in params.items():
-        with np.errstate(invalid="ignore"):  # an infinite sum, or none, and no second array as large as this
+        with np.errstate(invalid="ignore"):  # detects inf and NaN by the sum, without another array of this size
             finite = np.isfinite(value.sum(dtype=np.float64))
         if not finite:
             raise InputError(f"{name} holds values that are not finite numbers: the training that made it diverged")
@@ -132,7 +132,7 @@ def _depth(found: Tensors, blocks: str) -> int:
 
 
 def _settings(source: Source, found: Tensors, options: Options, notes: list[str]) -> Model:
-    """What has to be known beside the tensors, from their shapes, the JSON files beside them, and what is usual.
+    """Settings of the model, from the shapes of its tensors, the JSON files next to them, and the usual values.
 
     Returns:
       the model without parameters and lineage.
@@ -170,7 +170,7 @@ def _settings(source: Source, found: Tensors, options: Options, notes: list[str]
         description["decoder"] = {"decoder_width": narrow, "decoder_depth": depth, "decoder_num_heads": heads}
     if any(name.startswith(_HEAD) for name in found):
         description["pool"] = "mean" if any(name.startswith("fc_norm.") for name in found) else "cls"
-        if own["outputs"]:  # of another task
+        if own["outputs"]:  # for another task
             description["outputs"] = list(own["outputs"])
         else:
             description["classes"] = _classes(own, config, found)
@@ -178,13 +178,13 @@ def _settings(source: Source, found: Tensors, options: Options, notes: list[str]
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The ratio whose product with the width is the hidden width when it is cut to an integer, as `ViT` does."""
+    """The `mlp_ratio` whose product with the width, truncated to an integer as in `ViT`, is the hidden width."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def _own_settings(source: Source) -> dict[str, Any]:
-    """What our own exports and directories say of the model."""
+    """Settings stated in our own exports and directories."""
     export, about = source.settings.get("export", {}).get("model"), source.settings.get("architecture", {})
     own = {"architecture": about.get("encoder", about), "decoder": None}
     own |= {name: about.get(name, ()) for name in ("classes", "outputs")}
@@ -204,7 +204,7 @@ def _heads(name: str, given: int, width: int, own: dict[str, Any], config: dict[
 
 
 def _image_size(config: dict[str, Any], own: dict[str, Any], found: Tensors, patch: int, options: Options) -> list[int]:
-    """The size that the position table is made for."""
+    """The image size of the position table."""
     arguments, stated = config.get("model_args") or {}, own["architecture"].get("image_size")
     size = stated or config.get("image_size") or arguments.get("img_size")
     sides = [size, size] if isinstance(size, int) else list(size or ())
@@ -248,7 +248,7 @@ def _classes(own: dict[str, Any], config: dict[str, Any], found: Tensors) -> lis
 
 
 def _take_head(found: Tensors, description: dict[str, Any], account: Account) -> Tensors:
-    """Takes a classifier's head out of `found`; checks its shapes."""
+    """Removes a classifier's head from `found` and returns it, with its shapes checked."""
     head = {name: found.pop(name) for name in list(found) if name.startswith(_HEAD)}
     if not head:
         return {}
@@ -265,8 +265,8 @@ def _take_head(found: Tensors, description: dict[str, Any], account: Account) ->
 
 
 def _take_tables(found: Tensors, model: Model, options: Options, account: Account) -> Model:
-    """Takes the position tables out of `found` and finds the grid that the model's own table has to be made for."""
-    if "position" in found:  # our own format
+    """Removes the position tables from `found` and determines the grid of the model's own table."""
+    if "position" in found:  # in our own format
         model = _with_encoder(model, learned_positions=True)
     for name in names.TABLES:
         if name in found:
@@ -276,9 +276,9 @@ def _take_tables(found: Tensors, model: Model, options: Options, account: Accoun
         if size[0] % patch or size[1] % patch:
             raise InputError(f"--image_size={size[0]},{size[1]} must be divisible by the patch size {patch}")
         model = dataclasses.replace(model, preprocessing=model.preprocessing | {"image_size": list(size)})
-        if "position" in found:  # a parameter is resized once, so that what is exported is what is here
+        if "position" in found:  # a parameter is resized here, once, so that exports match this model
             old, new, position = model.table_grid(), (size[0] // patch, size[1] // patch), found["position"]
-            if position.shape[0] == old[0] * old[1]:  # else the shapes are compared later
+            if position.shape[0] == old[0] * old[1]:  # otherwise the later check of shapes reports it
                 found["position"] = from_array(np.asarray(resize_table(position.read(), old, new)))
             model = _with_encoder(model, image_size=list(size))
     return model
@@ -291,15 +291,13 @@ def _take_table(found: Tensors, name: str, model: Model, account: Account) -> Mo
     grid = names.find_grid(table.shape[1] - 1, model.grid()) if table.ndim == 3 else None
     if grid is None:
         known = names.expected_shapes(about, model.description.get("decoder"))
-        if others := sorted(
-            found.keys() - known - {*names.TABLES}
-        ):  # such as tokens of its own, with rows in the table
+        if others := sorted(found.keys() - known - {*names.TABLES}):  # such as extra tokens with rows in the table
             raise InputError(
                 f"the file holds {_some(others)}, which mean nothing here, and {name} is {table.shape}: not a class "
                 "token and a square of patches"
             )
         raise InputError(f"{name} is {table.shape}: not a class token and a square of patches; give --image_size")
-    # A resized table is the interpolation of one of the size that the model was made for, or exact for its own.
+    # A resized table was either interpolated from the model's base size or computed exactly for its own size.
     differences = {
         one: float(np.abs(table - names.stored_table(one, grid, table.shape[-1])).max()) for one in (base, grid)
     }
@@ -310,7 +308,7 @@ def _take_table(found: Tensors, name: str, model: Model, account: Account) -> Mo
         return _with_encoder(model, image_size=[best[0] * patch, best[1] * patch]) if changed else model
     if name != "pos_embed":
         raise InputError(f"{name} is off the sin-cos table of MAE by {differences[best]:.2g}; decoders here have that")
-    # A learned table becomes a parameter; what it adds to the class token goes into the token.
+    # A learned table becomes a parameter; its row for the class token is added to that token.
     if "cls_token" not in found or found["cls_token"].shape[-1] != table.shape[-1]:
         raise InputError(f"pos_embed is {table.shape[-1]} wide, and cls_token is not; the file is not whole")
     token, first = found["cls_token"].read(), table[0, 0]
@@ -328,7 +326,7 @@ def _with_encoder(model: Model, **changes: Any) -> Model:
 def _check(
     found: Tensors, description: dict[str, Any], options: Options, account: Account
 ) -> tuple[Tensors, dict[str, Any]]:
-    """Compares what is there with what has to be there; returns what is to be used, and of what model it is."""
+    """Compares the tensors found with those expected; returns those to use and the description of their model."""
     decoder = description.get("decoder")
     expected = names.expected_shapes(description["encoder"], decoder)
     of_decoder = expected.keys() - names.expected_shapes(description["encoder"], None)
@@ -378,9 +376,9 @@ def _identity(missing: set[str], expected: dict[str, tuple[int, ...]]) -> Tensor
 def _change_channels(model: Model, channels: int) -> Model:
     """Averages the patch kernels of three channels to one, or repeats one three times.
 
-    An image that shows the same grey in all channels gets the tokens that it got before: the average is weighted by
-    the channels' normalisation and multiplied by their number, a repeated kernel is divided by it. The decoder
-    predicts the average of the channels, or the same for all.
+    An image with the same grey in all channels gets the same tokens as before: the average is weighted by the
+    channels' normalisation and multiplied by their number; a repeated kernel is divided by it. The decoder predicts
+    the average of the channels, or the same value for all.
     """
     old, pixels = model.description["encoder"]["channels"], model.preprocessing
     if {old, channels} != {1, 3}:

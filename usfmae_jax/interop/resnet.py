@@ -1,4 +1,4 @@
-"""ResNet-50 weights from PyTorch files, in torchvision's names, which timm shares."""
+"""ResNet-50 weights from PyTorch files under torchvision's names, which timm shares."""
 
 import os
 import re
@@ -19,16 +19,16 @@ def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple
     """Reads the weights of a ResNet with bottleneck blocks.
 
     Args:
-      path: `.safetensors`, or one of PyTorch's (`files.TORCH`), which need it; nothing in them is executed.
-      num_classes: the head is left out unless it has as many outputs; 0 always leaves it out.
-      grey: turn a first convolution of three channels into one for grey images. Its kernels are summed: under one
-        mean and deviation for all channels the answer is that to the grey image repeated in three.
+      path: a `.safetensors` file, or a PyTorch file (`files.TORCH`), which requires PyTorch; no code in it is executed.
+      num_classes: the head is kept only if it has that many outputs; 0 = always left out.
+      grey: convert a first convolution of three channels to grey images by summing its kernels: with the same mean
+        and deviation for all channels, the result equals that for the grey image repeated three times.
 
     Returns:
-      parameters and running statistics of a `models.resnet.ResNet`, float32, without `head` where it is left out.
+      parameters and running statistics of a `models.resnet.ResNet`, float32, without `head` if it is left out.
 
     Raises:
-      InputError: no such file, PyTorch is needed and missing, or the weights are not those of such a ResNet.
+      InputError: no such file, PyTorch is required but missing, or the weights are not those of such a ResNet.
     """
     params: dict[str, np.ndarray] = {}
     stats: dict[str, np.ndarray] = {}
@@ -36,14 +36,14 @@ def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple
         plain = re.sub(r"^((module|_orig_mod|model|net|backbone|encoder)\.)+(?=(conv1|bn1|layer\d|fc)\.)", "", name)
         parent, _, last = plain.rpartition(".")
         parent = "head" if parent == "fc" else parent
-        tensor = np.array(lazy.read())  # a copy: the file may be mapped into memory
+        tensor = np.array(lazy.read())  # a copy, since the file may be memory-mapped
         if last in RUNNING:
             stats[f"{parent}.{RUNNING[last]}"] = tensor
         elif last == "weight" and tensor.ndim == 1:
             params[f"{parent}.scale"] = tensor
         elif last == "weight":  # [out, in, ...] there, [..., in, out] here
             params[f"{parent}.kernel"] = tensor.transpose(*range(2, tensor.ndim), 1, 0)
-        elif last != "num_batches_tracked":  # which some files have as a floating-point number
+        elif last != "num_batches_tracked":  # stored as a floating-point number in some files
             params[f"{parent}.{last}"] = tensor
     if params.get("head.bias", np.zeros(0)).shape != (num_classes,) or not num_classes:
         params = {name: value for name, value in params.items() if not name.startswith("head.")}
@@ -54,7 +54,7 @@ def read_resnet(path: str, *, num_classes: int = 0, grey: bool = False) -> tuple
 
 
 def architecture(params: Any) -> dict[str, Any]:
-    """The arguments of `ResNet` that fix the shapes of these parameters: channels, depths and width."""
+    """The arguments of `ResNet` that determine the shapes of these parameters: channels, depths and width."""
     channels, width = params["conv1"]["kernel"].shape[2:]
     depths = [len(params[f"layer{stage + 1}"]) for stage in range(STAGES)]
     return {"channels": channels, "depths": depths, "width": width}

@@ -1,6 +1,6 @@
-"""What the JSON files of a model or a run may say, and what a checkpoint says of itself: they may be a stranger's.
+"""Validation of the JSON files of models and runs and of checkpoint metadata, which may come from untrusted sources.
 
-Whatever they declare is bounded before anything is built from it, and then has to fit the tensors.
+All values are checked against bounds before anything is built from them, and must then match the tensors.
 """
 
 import math
@@ -12,20 +12,20 @@ from etils import epath
 from usfmae_jax import files
 from usfmae_jax.errors import InputError
 
-_SIDE, _PATCHES, _CELLS = 4096, 1 << 14, 1 << 26  # of the position table: images, patches, numbers
+_SIDE, _PATCHES, _CELLS = 4096, 1 << 14, 1 << 26  # limits: image side, number of patches, values in a position table
 _WIDTH, _DEPTH, _OUTPUTS, _TEXT = 1 << 13, 256, 100_000, 1 << 20
-_LARGER = 8  # times the sides that a position table is made for, of images that it is interpolated to
+_LARGER = 8  # maximum ratio of an image side to that of the position table
 
 Check = Callable[[Any], bool]
 
 
 def check_description(about: Any, where: str = "architecture.json", decoder: bool = False) -> None:
-    """Raises InputError unless this is a description that `build` takes, of a model of a usual size.
+    """Raises InputError unless this is a valid description for `build`, of a model of reasonable size.
 
     Args:
       about: the description.
-      where: it stands.
-      decoder: whether it may have one, as that of a pretraining run.
+      where: its location, for the error.
+      decoder: whether a decoder is allowed, as in pretraining runs.
     """
     _fields(
         about,
@@ -73,7 +73,7 @@ def _check_decoder(decoder: Any, patches: int, where: str) -> None:
 
 
 def _check_scale(about: Mapping[str, Any], where: str) -> None:
-    """What gives the outputs of a regression their units: a mean and a deviation of each."""
+    """Checks `scale`, which converts the outputs of a regression to their units."""
     if about.get("task") != "regression":
         if "scale" in about:
             raise InputError(f"{where} has a scale, which is for regression")
@@ -86,12 +86,12 @@ def _check_scale(about: Mapping[str, Any], where: str) -> None:
 
 
 def check_preprocessing(pixels: Any, about: Mapping[str, Any], where: str = "preprocessing.json") -> None:
-    """Raises InputError unless this says how pixels become the input of the model that `about` describes.
+    """Raises InputError unless this is valid preprocessing for the model that `about` describes.
 
     Args:
       pixels: see `interop.model.preprocessing`.
-      about: a description that `check_description` lets pass.
-      where: it stands.
+      about: a description that has passed `check_description`.
+      where: its location, for the error.
     """
     _fields(
         pixels,
@@ -113,8 +113,9 @@ def check_preprocessing(pixels: Any, about: Mapping[str, Any], where: str = "pre
 
 
 def check_settings(name: str, said: Mapping[str, Any]) -> None:
-    """Raises InputError unless a JSON file beside somebody else's weights has, where it is looked at, values of a kind
-    that can be used; `name` is one of `config`, `preprocessor_config`, `export`, `architecture` and `preprocessing`.
+    """Raises InputError unless the fields that are read from a JSON file next to third-party weights are valid.
+
+    `name` is one of `config`, `preprocessor_config`, `export`, `architecture` and `preprocessing`.
     """
     if name == "export":
         said = said.get("model") or {}
@@ -127,7 +128,7 @@ def check_settings(name: str, said: Mapping[str, Any]) -> None:
 
 
 def check_lineage(stages: Any) -> None:
-    """Raises InputError unless these are stages of a lineage, as far as they are looked at."""
+    """Raises InputError unless these are valid stages of a lineage; only the fields that are read are checked."""
     if not isinstance(stages, list):
         raise InputError("lineage.json: stages is no list")
     for stage in stages:
@@ -143,24 +144,25 @@ def check_lineage(stages: Any) -> None:
 
 
 def read_run(path: epath.Path, about: Mapping[str, Any], pixels: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config.json` of a pretraining run says of what its model does, which has to be the model of its checkpoint.
+    """Reads from `config.json` of a pretraining run how its model is used, and checks that it matches the checkpoint.
 
     Args:
       path: of the file.
-      about: the description of the model, with a decoder of pixels, which `check_description` lets pass.
+      about: the description of the model, with a decoder of pixels, that has passed `check_description`.
       pixels: its preprocessing.
 
     Returns:
-      `objective`, and `model`, `mask` and `loss` with those fields that files of all versions say in the same words.
+      `objective`, and `model`, `mask` and `loss` with those fields that are the same in files of all versions.
 
     Raises:
-      InputError: it is no JSON, says what none can be, or something else than the checkpoint.
+      InputError: it is not JSON, is invalid, or does not match the checkpoint.
     """
     try:
         said = files.parse(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); it is what the run left there") from error
-    # How it was computed there need not be possible here, and earlier versions said it in other words.
+    # Fields on how it was computed are not checked: they need not be usable here, and earlier versions named them
+    # differently.
     model = about["encoder"] | about["decoder"] | {name: pixels[name] for name in ("mean", "std")}
     objective = "cross_mae" if model.pop("kind", "") == "cross" else "mae"
     sides = model["image_size"]
@@ -184,8 +186,9 @@ def check_shapes(
     holder: str = "model.safetensors",
     where: str = "architecture.json",
 ) -> None:
-    """Raises InputError unless the tensors in `holder` are those of the network that `where` describes, by name and
-    shape.
+    """Raises InputError unless the names and shapes of `tensors` are those `expected`.
+
+    `holder` and `where` name, for the error, the locations of the tensors and of the description.
     """
     for name, shape in expected.items():
         if name not in tensors:
@@ -301,7 +304,7 @@ _UNET: tuple[dict[str, Check], dict[str, Check]] = (
     {},
 )
 _NETWORKS = {"vit": ("encoder", _VIT), "resnet50": ("resnet", _RESNET), "unet": ("unet", _UNET)}
-#: What `reading` looks at in the files beside somebody else's weights, and in the objects inside of them.
+#: The fields that `reading` uses in the files next to third-party weights, and in the objects inside them.
 _SETTINGS: dict[str, dict[str, Check]] = {
     "config": {
         **dict.fromkeys(("model_args", "pretrained_cfg"), _or_none(_object)),

@@ -1,4 +1,4 @@
-"""A model as StableHLO, through `jax.export`."""
+"""Export of a model to StableHLO with `jax.export`."""
 
 import importlib.util
 import json
@@ -23,14 +23,16 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
-    """What a model is for, as a function of uint8 images `[B, H, W, C]` and its parameters.
+    """The inference function of a model, of uint8 images `[B, H, W, C]` and the parameters.
 
-    It gives float32 `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`; of a
-    classifier, and of several labels, `probabilities` `[B, classes]`; of a segmenter `classes` of the pixels, uint8
-    `[B, H, W]`, and `probabilities` of background and classes `[B, H, W, 1 + C]`; of a model of instances, of each
-    query, `probabilities` of the classes `[B, Q, C]` and `masks`, the probability of each pixel `[B, Q, H, W]`; of a
-    model with another head
-    `outputs` `[B, outputs]`, of a regression in their units (see `Model`), else as they are.
+    It returns, by kind of model, float32 except for `classes`:
+
+    - encoder: `class_token` `[B, D]`, `mean_patch` `[B, D]` and `patch_grid` `[B, rows, columns, D]`
+    - classifier, single- or multi-label: `probabilities` `[B, classes]`
+    - segmenter: `classes`, uint8 `[B, H, W]`, and `probabilities` `[B, H, W, 1 + C]`, the background first
+    - instance segmenter, for each query: `probabilities` of the classes `[B, Q, C]`, and `masks`, the probability of
+      each pixel, `[B, Q, H, W]`
+    - other heads: `outputs` `[B, outputs]`, for a regression in their units (see `Model`), else as computed
     """
     static = model_graph(build(model.description))
     mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])
@@ -67,14 +69,14 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
 
 
 def write_stablehlo(model: Model, directory: str) -> None:
-    """Writes `model.stablehlo`: images in, what `inference` gives out, weights and preprocessing inside.
+    """Writes `model.stablehlo`: images to the outputs of `inference`, weights and preprocessing included.
 
-    `jax.export.deserialize(bytearray(FILE's bytes)).call(images)` runs it, on a CPU, CUDA or TPU, with any batch size;
-    `.mlir_module()` is the program as text for other compilers. A large model's weights lie in `model.safetensors`
-    beside it, and are the second argument: a dict by name.
+    `jax.export.deserialize(bytearray(FILE's bytes)).call(images)` runs it on CPU, CUDA or TPU with any batch size;
+    `.mlir_module()` is the program as text for other compilers. A large model's weights are in `model.safetensors`
+    next to it and are passed as the second argument: a dict by name.
 
     Raises:
-      InputError: the package flatbuffers is missing, in which jax.export stores programs.
+      InputError: the package flatbuffers, which jax.export needs to store programs, is missing.
     """
     if not importlib.util.find_spec("flatbuffers"):
         raise InputError("--format=stablehlo needs the package flatbuffers: pip install 'usfmae_jax[interop]'")
@@ -83,7 +85,7 @@ def write_stablehlo(model: Model, directory: str) -> None:
     images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)
     path, flat = os.path.join(directory, FILE), flatten(model.params)
     if sum(value.nbytes for value in flat.values()) > files.EXTERNAL:
-        # Constants of a program are copied several times before they are on the disk.
+        # Constants of a program are copied several times before they are on disk.
         shapes = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in flat.items()}
         function = jax.jit(lambda images, weights: apply(images, unflatten(weights)))
         exported = _exported(function, images, shapes)
@@ -98,7 +100,7 @@ def write_stablehlo(model: Model, directory: str) -> None:
 
 
 def _exported(function: Any, *arguments: Any) -> export.Exported:
-    """A program that does not say of each line from which file of this machine it comes."""
+    """Exports a program without source locations, which would contain paths of this machine."""
     name = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, name)
     jax.config.update(name, 0)
@@ -109,7 +111,7 @@ def _exported(function: Any, *arguments: Any) -> export.Exported:
 
 
 def run_stablehlo(directory: str, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Runs what `write_stablehlo` wrote on uint8 images `[B, H, W, C]`."""
+    """Runs the output of `write_stablehlo` on uint8 images `[B, H, W, C]`."""
     with open(os.path.join(directory, FILE), "rb") as file:
         exported = export.deserialize(bytearray(file.read()))
     beside = os.path.join(directory, WEIGHTS)

@@ -1,6 +1,6 @@
-"""The MAE of He et al. (2022) once more, in PyTorch and under the original names: what an export is compared with.
+"""Reference implementation of MAE (He et al. 2022) in PyTorch, under the original names, to verify exports.
 
-It shares no line with `models`, so that an error in one of the two shows.
+It shares no code with `models`, so that an error in either of them shows.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ def encode(state: dict[str, Any], images: Any, heads: int, keep: Any = None) -> 
     Args:
       state: tensors by the original names.
       images: normalised, `[B, C, H, W]`.
-      heads: of the attention.
+      heads: number of attention heads.
       keep: int `[B, K]`, the visible patches; None = all.
 
     Returns:
@@ -35,7 +35,7 @@ def features(state: dict[str, Any], images: Any, heads: int) -> Any:
 
 
 def probabilities(state: dict[str, Any], images: Any, heads: int) -> Any:
-    """Of a fine-tuned model: `[B, classes]`."""
+    """Class probabilities of a fine-tuned model, `[B, classes]`."""
     x = encode(state, images, heads)
     x = _norm(state, "fc_norm", x[:, 1:].mean(dim=1)) if "fc_norm.weight" in state else _norm(state, "norm", x)[:, 0]
     return _linear(state, "head", x).softmax(dim=-1)

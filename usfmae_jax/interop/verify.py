@@ -1,4 +1,4 @@
-"""Runs the same images through a model and through its export, and measures how far they are apart."""
+"""Verifies an export: runs the same images through a model and its export and measures the differences."""
 
 import importlib
 import importlib.metadata
@@ -17,11 +17,11 @@ from usfmae_jax.interop.stablehlo import inference, run_stablehlo
 from usfmae_jax.models.mae import mask_from_noise, masked_error, patch_targets
 from usfmae_jax.models.patches import normalize_images
 
-#: A larger difference, float32, fails the export: of features and probabilities, and of the pretraining loss.
+#: Largest absolute difference, float32, that an export may have: in features and probabilities, and in the loss.
 LIMIT, LOSS_LIMIT = 1e-4, 1e-5
 MASK_RATIO = 0.75
 
-#: What is imported of a package, where that is more than its name: transformers imports its parts only when asked.
+#: Modules to import instead of the package itself: transformers imports its parts lazily.
 _IMPORTED = {"transformers": "transformers.models.vit_mae.modeling_vit_mae"}
 
 Outputs = dict[str, np.ndarray]
@@ -32,7 +32,7 @@ class UnavailableError(Exception):
 
 
 def sample_images(model: Model) -> np.ndarray:
-    """Two uint8 images `[2, H, W, C]`, always the same ones: one smooth, one of speckle."""
+    """Two fixed uint8 images `[2, H, W, C]`: one smooth, one of speckle."""
     (height, width), channels = model.preprocessing["image_size"], model.preprocessing["channels"]
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float64)
     smooth = 127 + 120 * np.sin(rows / height * 7) * np.cos(columns / width * 5)
@@ -42,13 +42,13 @@ def sample_images(model: Model) -> np.ndarray:
 
 
 def sample_noise(model: Model) -> np.ndarray:
-    """What orders the patches when a mask is drawn: float32 `[2, N]`, always the same."""
+    """Fixed noise from which masks are drawn: float32 `[2, N]`."""
     rows, columns = model.grid()
     return np.random.default_rng(1).random((2, rows * columns), np.float32)
 
 
 def expected(model: Model, images: np.ndarray) -> Outputs:
-    """What our model makes of the images: `inference`'s outputs and, with a decoder, the pretraining loss."""
+    """Our model's outputs for the images: those of `inference` and, with a decoder, the pretraining loss."""
     used = model.encoder() if model.kind == "mae" else model
     outputs = dict(jax.jit(inference(used))(images, used.params))
     if model.kind == "mae":
@@ -71,10 +71,10 @@ def _loss(model: Model) -> Callable[[jax.Array, Any, jax.Array], jax.Array]:
 
 
 def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tuple[Outputs, str]:
-    """What the export makes of the images, and with which runtime; read from the files alone.
+    """The export's outputs for the images, computed from its files alone, and the runtime's versions.
 
     Raises:
-      UnavailableError: that runtime is not installed.
+      UnavailableError: the runtime is not installed.
     """
     runners: dict[str, tuple[Callable[[Model, str, np.ndarray], Outputs], tuple[str, ...]]] = {
         "timm": (_run_timm, ("timm", "torch")),
@@ -94,18 +94,18 @@ def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tup
         raise UnavailableError(
             f"{error.name or packages[0]} is not installed: pip install 'usfmae_jax[interop]'"
         ) from error
-    except Exception as error:  # packages that do not fit one another raise what they like
+    except Exception as error:  # incompatible packages can raise anything
         raise UnavailableError(f"{' or '.join(packages)} cannot be imported: {str(error).splitlines()[0]}") from error
     return run(model, directory, images), versions
 
 
-_DECLARED: list[Any] = []  # declarations last as long as this
+_DECLARED: list[Any] = []  # keeps the declarations alive
 
 
 def declare_torchvision() -> None:
-    """Lets timm and transformers be imported beside a torchvision that was built for another PyTorch.
+    """Makes timm and transformers importable if the installed torchvision was built for another PyTorch.
 
-    Neither uses its operators for a ViT, but importing torchvision asks for their declarations.
+    Neither uses its operators for a ViT, but importing torchvision requires their declarations.
 
     Raises:
       ImportError: PyTorch is missing.
@@ -124,7 +124,7 @@ def declare_torchvision() -> None:
 
 
 def compare_parameters(model: Model, directory: str) -> dict[str, Any]:
-    """What `export.json` says of an export in our own format, of which every parameter is compared."""
+    """The comparison reported in `export.json` for an export in our own format: of every parameter."""
     stored = open_safetensors(os.path.join(directory, "model.safetensors"))[0]
     prefix = "encoder." if model.kind == "encoder" else ""
     mine, differences = flatten(model.params), dict[str, float]()
@@ -135,14 +135,14 @@ def compare_parameters(model: Model, directory: str) -> dict[str, Any]:
 
 
 def compare_outputs(form: str, model: Model, directory: str, images: np.ndarray, ours: Outputs) -> dict[str, Any]:
-    """What `export.json` says of an export that was run: `ours` is what the model makes of the images."""
+    """The comparison reported in `export.json` for an export that can be run; `ours` are the model's own outputs."""
     try:
         theirs, runtime = observed(form, model, directory, images)
     except UnavailableError as error:
         return {"largest_difference": None, "not_compared": str(error)}
     differences = largest_difference(ours, theirs)
     limits = {name: LOSS_LIMIT if name == "loss" else LIMIT for name in differences}
-    if scale := model.description.get("scale"):  # of standardised outputs, and of what float32 holds of their mean
+    if scale := model.description.get("scale"):  # in units, plus the float32 resolution of their mean
         resolution = 4 * np.finfo(np.float32).eps * np.abs(scale["mean"])
         limits["outputs"] = float(np.max(LIMIT * np.asarray(scale["deviation"]) + resolution))
     return _measured(differences, limits, runtime, len(images))
@@ -160,9 +160,9 @@ def _measured(differences: dict[str, float], limits: dict[str, float], runtime: 
 
 
 def largest_difference(ours: Outputs, theirs: Outputs) -> dict[str, float]:
-    """For every output the largest absolute difference; infinite where shapes differ or something is not a number.
+    """The largest absolute difference of every output; infinite if shapes differ or a value is not finite.
 
-    Of `classes`, by how much what they name is less probable than what is most probable: two may be equally so.
+    For `classes`, by how much the named class is less probable than the most probable one, since there may be ties.
     """
     differences = {}
     for name, value in theirs.items():
@@ -185,12 +185,12 @@ def _less_probable(ours: Outputs, classes: np.ndarray) -> float:
 
 
 def _farthest(ours: np.ndarray, theirs: np.ndarray) -> float:
-    # Row by row: of a stack of blocks the difference alone would be a third of the model.
+    # Row by row: for a stack of blocks, the difference would take a third of the model's memory.
     return float(np.max([np.abs(np.subtract(a, b, dtype=np.float64)).max() for a, b in zip(ours, theirs, strict=True)]))
 
 
 def share(params: dict[str, Any]) -> None:
-    """Replaces the arrays of a nested dict, one by one, by some whose memory JAX uses too, where it is on the CPU."""
+    """Replaces the arrays of a nested dict, one by one, with ones whose memory JAX can share on the CPU."""
     for name, value in params.items():
         if isinstance(value, dict):
             share(value)
@@ -199,7 +199,7 @@ def share(params: dict[str, Any]) -> None:
 
 
 def _normalised(model: Model, images: np.ndarray) -> Any:
-    """Float32 `[B, C, H, W]` for PyTorch."""
+    """Normalised images, float32 `[B, C, H, W]`, for PyTorch."""
     import torch
 
     mean, std = tuple(model.preprocessing["mean"]), tuple(model.preprocessing["std"])

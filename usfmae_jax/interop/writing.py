@@ -1,4 +1,4 @@
-"""A `Model` in the formats of others: timm, Hugging Face and the original MAE code; and what writes every format."""
+"""Writes a `Model` in other formats: timm, Hugging Face and the original MAE code; and the table of all writers."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from usfmae_jax.interop.onnx import write_onnx
 from usfmae_jax.interop.stablehlo import write_stablehlo
 from usfmae_jax.models.layers import NORM_EPS
 
-#: timm's models by width; everything else is said by arguments.
+#: timm's models by width; everything else is set by arguments.
 _TIMM = {
     192: "vit_tiny_patch16_224",
     384: "vit_small_patch16_224",
@@ -25,9 +25,9 @@ _HF = {"encoder": "ViTModel", "mae": "ViTMAEForPreTraining", "classifier": "ViTF
 
 
 def original_tensors(model: Model) -> Tensors:
-    """All parameters under the original names, with position tables for the images that the model is used on.
+    """All parameters under the original names, with position tables for the image size that the model is used on.
 
-    A classifier that pools patches has no final norm of the encoder, as in MAE's fine-tuning and in timm.
+    For a classifier that pools patches, the encoder's final norm is left out, as in MAE's fine-tuning and in timm.
     """
     about = model.description["encoder"]
     tensors = names.to_original(flatten(model.params), about["patch_size"], about["channels"])
@@ -65,7 +65,7 @@ def write_timm(model: Model, directory: str) -> None:
         "pretrained_cfg": {
             "input_size": [about["channels"], *size],
             "fixed_input_size": True,
-            "interpolation": "box",  # the average of areas
+            "interpolation": "box",  # area averaging
             "crop_pct": 1.0,
             "crop_mode": "squash",
             "mean": decoded["mean"],
@@ -82,7 +82,7 @@ def write_timm(model: Model, directory: str) -> None:
 
 
 def write_hf(model: Model, directory: str) -> None:
-    """Writes a directory for `from_pretrained`: ViTMAE with a decoder, ViT without, or ViT with a classifier.
+    """Writes a directory for `from_pretrained`: ViTMAE with a decoder, ViT without one, or ViT with a classifier.
 
     Raises:
       InputError: Hugging Face has no such model.
@@ -133,12 +133,12 @@ def write_hf(model: Model, directory: str) -> None:
 
 
 def write_mae(model: Model, directory: str) -> None:
-    """Writes `model.safetensors` in the names of the original MAE code."""
+    """Writes `model.safetensors` under the names of the original MAE code."""
     _write(model, directory, original_tensors(model))
 
 
 def add_pth(directory: str) -> None:
-    """Adds `mae.pth`, nested as the original code reads it, to what `write_mae` wrote; nothing without PyTorch."""
+    """Adds `mae.pth`, nested as the original code expects, to the output of `write_mae`; skipped without PyTorch."""
     try:
         import torch
         from safetensors.torch import load_file
@@ -150,13 +150,13 @@ def add_pth(directory: str) -> None:
 
 
 def _write(model: Model, directory: str, tensors: Tensors) -> None:
-    # The format entry is what transformers asks for.
+    # transformers requires the format entry.
     metadata = {"format": "pt", "lineage": json.dumps(model.lineage)}
     write_safetensors(os.path.join(directory, "model.safetensors"), tensors, metadata)
 
 
 def write_preprocessing(model: Model, directory: str) -> None:
-    """Writes how pixels become input: `preprocessing.json`, ours, and Hugging Face's `preprocessor_config.json`."""
+    """Writes the preprocessing, as our `preprocessing.json` and as Hugging Face's `preprocessor_config.json`."""
     about = model.preprocessing
     network = model.description.get("encoder") or model.description["unet"]
     write_json(directory, "preprocessing.json", about)
@@ -166,7 +166,7 @@ def write_preprocessing(model: Model, directory: str) -> None:
         "do_convert_rgb": network["channels"] == 3,  # a grey image is repeated
         "do_resize": True,
         "size": {"height": height, "width": width},
-        "resample": 4,  # box: the average of areas, as ours
+        "resample": 4,  # box: area averaging, like ours
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -182,7 +182,7 @@ def write_json(directory: str, name: str, value: dict[str, Any]) -> None:
         file.write(json.dumps(value, indent=2) + "\n")
 
 
-#: What writes an export into a directory, by format.
+#: Functions that write an export into a directory, by format.
 WRITERS: dict[str, Callable[[Model, str], None]] = {
     "safetensors": lambda model, directory: save_model(directory, model),
     "timm": write_timm,
