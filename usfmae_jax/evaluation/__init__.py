@@ -1,1 +1,1 @@
-"""Evaluation: numbers from predictions or features; nothing here knows of training."""
+"""Evaluation: metrics from predictions or features; independent of training."""

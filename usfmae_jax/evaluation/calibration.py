@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: reliability, calibration error, temperature scaling (Guo et al. 2017)."""
+"""Calibration of probabilities: reliability, calibration error, temperature scaling (Guo et al. 2017)."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
-BINS = 15  # as Guo et al.
+BINS = 15  # as in Guo et al.
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
-    """How often the predicted class is right, by how sure the model is.
+    """Accuracy of the predicted class by confidence (reliability diagram).
 
     Args:
       labels: int `[N]`.
       probabilities: float `[N, C]`.
-      bins: of equal width over [0, 1]; a confidence on an edge belongs to the bin below.
+      bins: number of bins of equal width over [0, 1]; a confidence on an edge belongs to the lower bin.
 
     Returns:
-      for each bin `low`, `high`, `frames`, and the means `confidence` and `accuracy`, None in an empty bin.
+      for each bin `low`, `high`, `frames`, and the means `confidence` and `accuracy`, None for an empty bin.
     """
     confidence, correct, number = _top_label(labels, probabilities, bins)
     counts, sure, right = (np.bincount(number, w, minlength=bins) for w in (None, confidence, correct))
@@ -37,13 +37,13 @@ def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = BINS)
 def expected_calibration_error(
     labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray, bins: int = BINS
 ) -> np.ndarray:
-    """Mean distance between confidence and accuracy over the bins of `reliability`, in [0, 1].
+    """Expected calibration error: mean gap between confidence and accuracy over the bins of `reliability`, in [0, 1].
 
     Args:
       labels: int `[N]`.
       probabilities: float `[N, C]`.
-      weights: `[R, N]` of the frames, not negative.
-      bins: of equal width.
+      weights: `[R, N]`, non-negative frame weights.
+      bins: number of bins.
 
     Returns:
       float64 `[R]`.
@@ -55,16 +55,16 @@ def expected_calibration_error(
 
 
 def _top_label(labels: np.ndarray, probabilities: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Confidence, whether it is right and the bin, each `[N]`."""
+    """Confidence, whether the prediction is correct, and the bin, each `[N]`."""
     confidence = probabilities.max(axis=1)
     correct = (probabilities.argmax(axis=1) == labels).astype(np.float64)
     return confidence, correct, np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """The temperature at which the log loss of these frames is least, between 1/20 and 20.
+    """The temperature, between 1/20 and 20, that minimises the log loss on these frames.
 
-    Fit it on validation frames. Above 1 the model was too sure.
+    Fit it on validation frames. A value above 1 means that the model was overconfident.
 
     Args:
       labels: int `[N]`.
@@ -80,10 +80,10 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def scale(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Probabilities `[N, C]` with their logits divided by a temperature; the order of the classes stays."""
+    """Probabilities `[N, C]` with their logits divided by a temperature; the ranking of classes is unchanged."""
     return softmax(_logits(probabilities) / temperature, axis=1)
 
 
 def _logits(probabilities: np.ndarray) -> np.ndarray:
-    # Logits are known but for a constant, which the softmax does not see. A probability of 0 is one that float32 lost.
+    # Logits up to a constant, which does not affect the softmax. A probability of 0 is an underflow of float32.
     return np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))

@@ -1,8 +1,8 @@
-"""How good predicted probabilities are, with intervals over patients; metrics are functions of frame weights.
+"""Classification metrics with confidence intervals over patients; metrics are functions of frame weights.
 
-The predicted class is the most probable one. Metrics agree with scikit-learn's, but are NaN where a class that they
-need has no frame. The precision of a class that was never predicted is NaN too, and so are predictive values; in means
-over classes it counts 0 (`zero_division=0`).
+The predicted class is the most probable one. Metrics agree with scikit-learn's, but are NaN if a class that they need
+has no frames. The precision (and predictive value) of a class that was never predicted is also NaN; in means over
+classes it counts as 0 (`zero_division=0`).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from usfmae_jax.evaluation.calibration import expected_calibration_error
 from usfmae_jax.evaluation.intervals import Score
 from usfmae_jax.evaluation.predictions import ClassPredictions
 
-#: All metrics in the order of tables, with what people call them.
+#: Display names of all metrics, in the order of tables.
 NAMES = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -40,9 +40,9 @@ NAMES = {
     "brier": "Brier score",
     "log_loss": "Log loss",
 }
-#: Those of them of which less is better.
+#: The metrics for which lower is better.
 LOSSES = frozenset({"ece", "brier", "log_loss"})
-#: What tables by fold, fraction and seed show.
+#: The metrics in tables by label fraction and seed.
 MAIN = ("auroc", "average_precision", "balanced_accuracy", "sensitivity", "specificity", "f1", "f1_macro", "ece")
 PER_CLASS = ("precision", "recall", "f1", "specificity", "auroc", "average_precision")
 
@@ -50,10 +50,10 @@ _GRID = np.linspace(0, 1, 251)  # of curves
 
 
 def positive_class(classes: Sequence[str], positive: str = "") -> int | None:
-    """Index of the positive class of a binary task, the last unless it is named; None if there are more classes.
+    """Index of the positive class of a binary task, the last one unless named; None if there are more classes.
 
     Raises:
-      InputError: it is none of the classes.
+      InputError: `positive` is not one of the classes.
     """
     names = [name.casefold() for name in classes]
     if positive and positive.casefold() not in names:
@@ -64,7 +64,7 @@ def positive_class(classes: Sequence[str], positive: str = "") -> int | None:
 
 
 def defined(two_classes: bool) -> list[str]:
-    """Those of `NAMES` that exist for two classes, or for more."""
+    """The metrics in `NAMES` that exist for two classes, or for more."""
     absent = {"specificity_macro"} if two_classes else {"sensitivity", "specificity", "ppv", "npv", "f1"}
     return [name for name in NAMES if name not in absent]
 
@@ -72,17 +72,17 @@ def defined(two_classes: bool) -> list[str]:
 def metrics(
     labels: np.ndarray, probabilities: np.ndarray, positive: int | None, weights: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """All metrics under each of R weightings of the frames.
+    """All metrics for each of R weightings of the frames.
 
     Args:
       labels: int `[N]`, in [0, C).
       probabilities: float `[N, C]`.
-      positive: the positive class if there are two, else None.
-      weights: `[R, N]`, not negative, with a positive sum; None = one weighting, all ones.
+      positive: index of the positive class of two, else None.
+      weights: `[R, N]`, non-negative, with a positive sum; None = a single weighting of ones.
 
     Returns:
-      float64 `[R]` by name (those of `NAMES` that fit the number of classes), and `class_NAME` `[R, C]` for each of
-      `PER_CLASS`. Brier scores are in [0, 1] for two classes, in [0, 2] for more. NaN where not defined.
+      float64 `[R]` by name (those of `NAMES` defined for the number of classes), and `class_NAME` `[R, C]` for each of
+      `PER_CLASS`. Brier scores are in [0, 1] for two classes, in [0, 2] for more. NaN where undefined.
     """
     weights = np.ones((1, len(labels))) if weights is None else np.asarray(weights, np.float64)
     counts = confusion(labels, probabilities, weights)
@@ -117,7 +117,7 @@ def metrics(
 
 
 def confusion(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Weight of the frames by label (row) and predicted class (column): float64 `[R, C, C]`; arguments as `metrics`."""
+    """Confusion matrices of frame weights, rows labels, columns predictions: float64 `[R, C, C]`; see `metrics`."""
     weights = np.ones((1, len(labels))) if weights is None else weights
     classes = probabilities.shape[1]
     cell = labels * classes + probabilities.argmax(axis=1)
@@ -126,7 +126,7 @@ def confusion(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
 
 
 def _by_class(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """What the confusion matrices `[R, C, C]` say of each class: `[R, C]`, NaN where 0 frames would be divided by 0."""
+    """Metrics of each class, `[R, C]`, from the confusion matrices `[R, C, C]`; NaN for 0 / 0."""
     right = np.diagonal(counts, axis1=1, axis2=2)
     actual, called = counts.sum(axis=2), counts.sum(axis=1)
     others = actual.sum(axis=1, keepdims=True) - actual
@@ -150,7 +150,7 @@ def _rankings(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
         passed = hits + alarms
         precision = np.divide(hits, passed, out=np.zeros_like(hits), where=passed > 0)
         fine = (positives > 0) & (negatives > 0)
-        # A hit outranks the negatives below it, and half of those with the same score.
+        # A hit outranks the negatives below it and half of those with the same score.
         outranked = negatives[:, None] - alarms + np.diff(alarms, axis=1, prepend=0) / 2
         area = (gained * outranked).sum(axis=1)
         found["auroc"][fine, c] = area[fine] / (positives * negatives)[fine]
@@ -160,9 +160,9 @@ def _rankings(labels: np.ndarray, probabilities: np.ndarray, weights: np.ndarray
 
 
 def _passed(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many of the class, and how many others, lie at or above each of T distinct scores: `[R, T]`, from the top."""
+    """True and false positives at each of T distinct thresholds, from the highest: weights `[R, T]` each."""
     order = np.argsort(-scores, kind="stable")
-    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores pass together
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))  # equal scores pass the threshold together
     hits = np.asarray(weights[:, order], np.float64)
     alarms = hits * ~truth[order]
     hits -= alarms
@@ -171,7 +171,7 @@ def _passed(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> tuple
 
 
 def scored(positive: int | None) -> Score[ClassPredictions]:
-    """`metrics` of predictions."""
+    """`metrics` as a `Score`, a function of predictions and weights."""
     return lambda predictions, weights: metrics(predictions.label, predictions.probabilities, positive, weights)
 
 
@@ -181,18 +181,18 @@ def summarise(
     """All metrics with 95% percentile intervals over patients.
 
     Args:
-      predictions: of one label fraction, one row or more.
+      predictions: for one label fraction, at least one row.
       positive: name of the positive class of two; "" = the last.
-      resamples: bootstrap replicates; 0 = no intervals.
+      resamples: number of bootstrap replicates; 0 = no intervals.
       seed: of the bootstrap.
 
     Returns:
-      `metrics`, by name `{"value", "ci95"}` and, if so, `"left_out"`: how many replicates lacked a class that the
-      metric needs, or never predicted it; None for what is not defined, as an interval over one patient; and
-      `per_class`, by class and name. The interval of `ece` is centred on its value, which resampling would raise.
+      `metrics`, by name `{"value", "ci95"}`, None where undefined, such as an interval over one patient; with
+      `"left_out"`, the number of replicates in which the metric was undefined, if any; and `per_class`, by class and
+      name. The interval of `ece` is centred on its value, since resampling biases it upwards.
 
     Raises:
-      InputError: `positive` is no class.
+      InputError: `positive` is not one of the classes.
     """
     score = scored(positive_class(predictions.classes, positive))
     value, drawn = intervals.draw(predictions, score, resamples, seed)
@@ -216,9 +216,9 @@ class Curve:
 
     Attributes:
       x: float `[G]`, rising from 0 to 1.
-      y: float `[G]`; NaN where the curve is not defined.
-      low: lower edge of the pointwise 95% band, float `[G]`; empty without one.
-      high: upper edge of it.
+      y: float `[G]`; NaN where the curve is undefined.
+      low: lower edge of the pointwise 95% band, float `[G]`; empty without a band.
+      high: upper edge of the band.
     """
 
     x: np.ndarray
@@ -231,14 +231,14 @@ def roc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray, x: np.ndarra
     """Sensitivity at given false-positive rates.
 
     Args:
-      truth: bool `[N]`, whether a frame is of the class.
-      scores: float `[N]`, its probability for the class.
-      weights: `[R, N]`, how often each replicate holds a frame.
+      truth: bool `[N]`, whether a frame belongs to the class.
+      scores: float `[N]`, predicted probability of the class.
+      weights: `[R, N]`, how often each replicate contains a frame.
       x: false-positive rates `[G]`.
 
     Returns:
-      float `[R, G]`: between thresholds on a straight line, as the area under the curve is defined; NaN for
-      replicates of one class only.
+      float `[R, G]`, interpolated linearly between thresholds, consistent with the AUROC; NaN for replicates with only
+      one class.
     """
     hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from none up
     y = np.full((len(weights), len(x)), np.nan)
@@ -248,9 +248,9 @@ def roc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray, x: np.ndarra
 
 
 def precision_recall(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray, x: np.ndarray = _GRID) -> np.ndarray:
-    """Precision at given recalls, as `roc`: that of the highest threshold that reaches the recall.
+    """Precision at given recalls, at the highest threshold that reaches the recall; arguments and result as for `roc`.
 
-    Nothing is interpolated, as a straight line between two thresholds would be too good (Davis & Goadrich 2006).
+    Not interpolated, since a straight line between two thresholds would be too optimistic (Davis & Goadrich 2006).
     """
     hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from none up
     y = np.full((len(weights), len(x)), np.nan)
@@ -270,16 +270,16 @@ def with_band(
     resamples: int = 200,
     seed: int = 0,
 ) -> Curve:
-    """A curve, the mean over seeds (Fawcett 2006, vertical averaging), with a band over resampled patients.
+    """A curve averaged over seeds (vertical averaging, Fawcett 2006), with a confidence band over resampled patients.
 
     Args:
       curve: `roc` or `precision_recall`.
       truth: bool `[N]`.
       scores: float `[N]`.
       patients: str `[N]`.
-      seeds: int `[N]`, of the member that gave the score.
-      resamples: bootstrap replicates; 0 = no band.
-      seed: of the replicates.
+      seeds: int `[N]`, of the member that predicted the score.
+      resamples: number of bootstrap replicates; 0 = no band.
+      seed: of the bootstrap.
     """
     groups = [np.flatnonzero(seeds == one) for one in np.unique(seeds)]
 
@@ -291,7 +291,7 @@ def with_band(
         return Curve(_GRID, y, np.zeros(0), np.zeros(0))
     drawn = np.concatenate([mean(weights) for weights in intervals.bootstrap_chunks(patients, resamples, seed)])
     drawn = drawn[np.isfinite(drawn).all(axis=1)]
-    if len(drawn) < 20:  # nearly every replicate lacks a class: there is no band to speak of
+    if len(drawn) < 20:  # nearly every replicate lacks a class: too few for a band
         return Curve(_GRID, y, np.zeros(0), np.zeros(0))
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     return Curve(_GRID, y, low, high)

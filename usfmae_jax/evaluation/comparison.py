@@ -1,4 +1,4 @@
-"""Whether one run is better than another on the same frames: paired bootstrap over patients, and McNemar's test."""
+"""Comparison of two runs on the same frames: paired bootstrap over patients, and McNemar's test."""
 
 import dataclasses
 import re
@@ -30,9 +30,9 @@ _FEW = 25  # discordant frames below which McNemar's test is exact
 
 
 class _Task(NamedTuple):
-    """Of a type of predictions a column of theirs alone, what they are measured by, and what is true of a frame.
+    """How runs of a task are recognised and compared: a column unique to its predictions, its metrics and ground truth.
 
-    Two runs must agree on what is true.
+    Two runs must agree on the ground truth of each frame.
     """
 
     column: re.Pattern[str]
@@ -50,7 +50,7 @@ _TASKS: dict[type[Predictions], _Task] = {
 
 
 def read(path: str) -> Predictions:
-    """Reads `predictions.csv`, or the one in a workdir, of any task whose runs can be compared.
+    """Reads a `predictions.csv`, or that of a workdir, of any task whose runs can be compared.
 
     Raises:
       InputError: there is none.
@@ -70,29 +70,30 @@ def compare(
 ) -> dict[str, Any]:
     """Compares two runs on the frames that both were tested on.
 
-    Frames are joined by (dataset, video, frame). Of several label fractions each run's largest counts; of several
-    seeds the mean of each metric. Both runs are seen under the same resampled patients, so that what makes a patient
-    hard for both is no noise. McNemar's test, of classifiers, looks at the predicted classes, of several seeds at those
-    of the mean probability; it takes frames for independent, which several of one patient are not: trust the bootstrap
-    then.
+    Frames are matched by (dataset, video, frame). If a run has several label fractions, its largest is used; for
+    several seeds, each metric is averaged. Both runs are evaluated on the same resampled patients, so that patients who
+    are hard for both add no noise. McNemar's test (classifiers only) compares the predicted classes, for several seeds
+    those of the mean probability. It assumes that frames are independent, which frames of one patient are not: with
+    several frames per patient, trust the bootstrap.
 
     Args:
       a: predictions of one run.
       b: predictions of another.
       positive: name of the positive class of two; "" = the last of `a`.
-      resamples: bootstrap replicates.
+      resamples: number of bootstrap replicates.
       seed: of the bootstrap.
-      unit: of a quantity.
+      unit: of the quantity, for regression.
 
     Returns:
-      `frames`, `patients`: shared; `only_a`, `only_b`: frames that one run alone was tested on; `classes`, `positive`;
-      `names`, what people call the metrics;
-      `metrics`, by name `{"a", "b", "difference", "ci95", "p"}`, where the difference is a - b, its interval is 95%
-      and p is two-sided (and `"left_out"` replicates that lacked a class); of classifiers `mcnemar`: `{"both_right",
-      "only_a_right", "only_b_right", "both_wrong", "test", "statistic", "p"}`, where test is "exact" or "chi-square".
+      `frames`, `patients`: numbers shared; `only_a`, `only_b`: numbers of frames tested in one run only; `classes`,
+      `positive`; `names`, the display names of the metrics; `metrics`, by name `{"a", "b", "difference", "ci95", "p"}`:
+      the difference a - b, its 95% interval and two-sided p-value (and `"left_out"`, the number of replicates in which
+      it was undefined); for classifiers `mcnemar`: `{"both_right", "only_a_right", "only_b_right", "both_wrong",
+      "test", "statistic", "p"}`, where test is "exact" or "chi-square".
 
     Raises:
-      InputError: the runs are of two tasks, no frame is shared, the classes differ, or a frame has two labels or masks.
+      InputError: the runs are of different tasks, share no frame or differ in their classes, or a frame has different
+        ground truth in the two runs.
     """
     a, b = _largest_fraction(a), _largest_fraction(b)
     if isinstance(a, ClassPredictions) and isinstance(b, ClassPredictions):
@@ -138,7 +139,7 @@ def _compare_others(a: Kind, b: Kind, resamples: int, seed: int) -> dict[str, An
 
 
 def _joined(a: Kind, b: Kind) -> tuple[Kind, Kind, dict[str, Any]]:
-    """The rows of the frames that both were tested on, and how many they are."""
+    """The rows of the shared frames in each run, and the counts for `compare`."""
     shared = np.intersect1d(a.frame_key, b.frame_key)
     if not len(shared):
         raise InputError(
@@ -154,21 +155,21 @@ def _joined(a: Kind, b: Kind) -> tuple[Kind, Kind, dict[str, Any]]:
 def paired(
     a: Kind, b: Kind, score: Score[Kind], names: Sequence[str], resamples: int, seed: int = intervals.SEED
 ) -> dict[str, Any]:
-    """Differences of metrics of two runs on the same frames, under the same resampled patients.
+    """Differences between the metrics of two runs on the same frames, under the same resampled patients.
 
     Args:
       a: predictions of one run.
       b: predictions of another.
-      score: gives the metrics.
-      names: of the metrics, in order; those that are not defined for both are left out.
-      resamples: bootstrap replicates.
+      score: computes the metrics.
+      names: of the metrics, in order; those not computed for both runs are left out.
+      resamples: number of bootstrap replicates.
       seed: of the bootstrap.
     """
     patient_of = dict(zip(a.frame_key, a.patient_key, strict=True))
-    patients = np.array([patient_of[key] for run in (a, b) for key in run.frame_key])  # those of a, for both
+    patients = np.array([patient_of[key] for run in (a, b) for key in run.frame_key])  # as in a, for both
 
     def both(weights: np.ndarray) -> dict[str, np.ndarray]:
-        """The metrics of both runs, `[2, R]`, for weights of the rows of a, then of b."""
+        """The metrics of both runs, `[2, R]`, for weights of the rows of a, followed by those of b."""
         one, other = (
             intervals.seed_mean(run, score, part)
             for run, part in zip((a, b), np.split(weights, [len(a)], axis=1), strict=True)
@@ -184,15 +185,14 @@ def paired(
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
-    """McNemar's test of which of two is right more often on the same frames.
+    """McNemar's test of whether two classifiers are right equally often on the same frames.
 
     Args:
-      a: bool `[N]`, where the one is right.
-      b: bool `[N]`, where the other is.
+      a: bool `[N]`, where the first is right.
+      b: bool `[N]`, where the second is right.
 
     Returns:
-      see `compare`; exact binomial with fewer than 25 frames on which they disagree, else chi-square with continuity
-      correction.
+      see `compare`; exact binomial for fewer than 25 discordant frames, else chi-square with continuity correction.
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     counts = {
@@ -209,7 +209,7 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 
 def table(comparison: dict[str, Any], a: str = "A", b: str = "B") -> str:
-    """The comparison as a Markdown table with what it rests on, for runs of these names."""
+    """The comparison as a Markdown table, with the number of frames and patients, for runs named `a` and `b`."""
     heads = ["", a, b, f"{a} - {b}", "95% interval", "p"]
     rows = [
         [
@@ -251,7 +251,7 @@ def _largest_fraction(run: Predictions) -> Predictions:
 
 
 def _same_classes(run: ClassPredictions, classes: Sequence[str]) -> ClassPredictions:
-    """The predictions with their classes in this order."""
+    """The predictions with their classes in the given order."""
     if sorted(run.classes) != sorted(classes):
         raise _other_classes(classes, run.classes)
     order = [run.classes.index(name) for name in classes]
@@ -290,7 +290,7 @@ def _difference(a: float, b: float, drawn: np.ndarray) -> dict[str, Any]:
     }
     if len(usable) and np.isfinite(a - b):
         found["ci95"] = [float(end) for end in np.percentile(usable, [2.5, 97.5])]
-        # How often the sign of the difference turns; one more of each, since none of 2,000 is not never.
+        # How often the difference changes sign; plus one, since 0 of 2,000 does not mean p = 0.
         tails = min((usable <= 0).sum(), (usable >= 0).sum()) + 1
         found["p"] = float(min(1.0, 2 * tails / (len(usable) + 1)))
     if len(usable) < len(drawn):
@@ -299,7 +299,7 @@ def _difference(a: float, b: float, drawn: np.ndarray) -> dict[str, Any]:
 
 
 def _right(a: ClassPredictions, b: ClassPredictions) -> tuple[np.ndarray, np.ndarray]:
-    """Where the mean probability of each run predicts the label: bool `[N]` over their frames in one order."""
+    """Where each run's mean probability predicts the label: bool `[N]` over their frames, in the same order."""
     found = []
     for run in (a, b):
         _, first, frame = np.unique(run.frame_key, return_index=True, return_inverse=True)

@@ -1,19 +1,19 @@
-"""How well instances are found: COCO's average precision by pycocotools, with intervals over patients.
+"""Instance segmentation metrics: COCO's average precision by pycocotools, with confidence intervals over patients.
 
-A detection is right at a threshold if its mask has that much in common with a drawn instance of its class (intersection
-over union) that no better-scored detection of the frame has taken. Average precision is the area below the curve of
-precision over recall of all detections by their score, at 101 recalls:
+A detection is right at a threshold if its mask reaches that intersection over union with an annotated instance of its
+class that is not yet matched to a detection of higher score. Average precision is the area under the precision-recall
+curve of all detections ranked by score, at 101 recalls:
 
-    map     the mean over classes and the thresholds 0.50, 0.55, ..., 0.95
-    map50   the mean over classes at 0.50
-    map75   the mean over classes at 0.75
+    map     mean over classes and the thresholds 0.50, 0.55, ..., 0.95
+    map50   mean over classes at 0.50
+    map75   mean over classes at 0.75
 
-Frames without instances and without detections change nothing; on a frame without instances all detections are wrong.
-A class that no frame has is no part of the mean, whatever is detected of it; where nothing is drawn at all there is
-nothing to measure, NaN. A class that is drawn and never detected has 0.
+Frames without instances and detections have no effect; on a frame without instances, all detections are wrong.
+Classes that no frame has are left out of the mean, whatever is detected; if nothing is annotated at all, metrics are
+NaN. A class that is annotated but never detected scores 0.
 
-pycocotools matches the detections of each frame once. For every resample of the patients the matches are only added up
-again, with the weights of the frames, which gives what pycocotools would give if frames were repeated.
+pycocotools matches the detections of each frame once. For each bootstrap replicate, the matches are only summed again
+with the weights of the frames, which gives the same result as pycocotools with repeated frames.
 """
 
 import contextlib
@@ -32,33 +32,33 @@ from usfmae_jax import files
 from usfmae_jax.evaluation import intervals
 from usfmae_jax.evaluation.predictions import Predictions
 
-#: All metrics in the order of tables, with what people call them.
+#: Display names of all metrics, in the order of tables.
 NAMES = {"map": "mAP", "map50": "mAP@50", "map75": "mAP@75"}
-#: Those of them of which less is better.
+#: The metrics for which lower is better.
 LOSSES: frozenset[str] = frozenset()
-#: Intersection over union from which on a detection is right.
+#: Thresholds of the intersection over union at which a detection is right.
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
-#: Score from which on an instance counts as found where there have to be yes and no: in counts and pictures.
+#: Score at or above which an instance counts as found wherever a yes or no is needed: in counts and pictures.
 FOUND = 0.5
-#: Detections of a frame and class that count, those of the highest scores.
+#: Maximum number of detections per frame and class; those with the highest scores count.
 MOST = 100
 _RECALLS = np.linspace(0, 1, 101)
 
-#: A drawn instance: `class`, from 0, and `mask`, COCO's run-length encoding (`size`, `counts`). A detection has its
-#: `score` too, and in `right` a bit for each of `THRESHOLDS` at which it is right, the lowest bit for the lowest.
+#: An annotated instance: `class`, from 0, and `mask`, in COCO's run-length encoding (`size`, `counts`). A detection
+#: also has its `score`, and `right`, with a bit set for each of `THRESHOLDS` at which it is right (lowest bit first).
 Instance = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstancePredictions(Predictions):
-    """Drawn and detected instances; the masks lie in a JSON file beside the CSV, under its name.
+    """Annotated and detected instances; the masks are in a JSON file next to the CSV, with the same stem.
 
     Attributes:
-      classes: names.
-      drawn, found, matched: float `[N]`, instances of the frame, detections of a score of `FOUND` or more, and those of
-        them that are right at an intersection over union of 0.5.
-      truth: list of `Instance` `[N]`, object.
-      detections: likewise, from the highest score down.
+      classes: names of the classes.
+      drawn, found, matched: float `[N]`, numbers of annotated instances in the frame, of detections with a score of
+        `FOUND` or more, and of those that are right at an intersection over union of 0.5.
+      truth: lists of `Instance`, object `[N]`.
+      detections: likewise, highest score first.
     """
 
     classes: tuple[str, ...]
@@ -88,7 +88,7 @@ class InstancePredictions(Predictions):
         return {name: getattr(self, name).astype(int).tolist() for name in ("drawn", "found", "matched")}
 
     def write(self, path: str | epath.Path) -> None:
-        """Writes the CSV, after the JSON file beside it."""
+        """Writes the CSV, after the JSON file next to it."""
         path = epath.Path(path)
         beside = {"classes": self.classes, "truth": self.truth.tolist(), "detections": self.detections.tolist()}
         files.write(path.parent / (path.stem + ".json"), json.dumps(beside) + "\n")
@@ -96,7 +96,7 @@ class InstancePredictions(Predictions):
 
     @classmethod
     def beside(cls, path: epath.Path) -> dict[str, Sequence[Any]]:
-        """What lies beside the CSV."""
+        """Reads the JSON file next to the CSV."""
         try:
             found = files.parse((path.parent / (path.stem + ".json")).read_bytes())
         except OSError as error:
@@ -113,13 +113,13 @@ class InstancePredictions(Predictions):
         return cls(**ids, classes=tuple(columns["classes"]), **counts, **instances)
 
     def f1(self) -> np.ndarray:
-        """Of each frame 2 matched / (drawn + found), float `[N]`; NaN where nothing is drawn and nothing found."""
+        """F1 of each frame, 2 matched / (drawn + found), float `[N]`; NaN if nothing is annotated or found."""
         every = self.drawn + self.found
         return np.divide(2 * self.matched, every, out=np.full(len(self), np.nan), where=every > 0)
 
 
 def lists(values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """Lists as an array of them, object `[N]`, however long they are."""
+    """An object array `[N]` of lists, whatever their lengths."""
     found = np.empty(len(values), object)
     for i, value in enumerate(values):
         found[i] = value
@@ -127,7 +127,7 @@ def lists(values: Sequence[Any] | np.ndarray) -> np.ndarray:
 
 
 def match(truth: Sequence[Sequence[Instance]], detections: Sequence[Sequence[Instance]], classes: int) -> np.ndarray:
-    """The detections of each frame, from the highest score down, with `right`: object `[N]`; at most `MOST` a class."""
+    """The detections of each frame with `right` added, highest score first: object `[N]`; at most `MOST` per class."""
     drawn, said = (
         [{**one, "frame": n} for n, some in enumerate(frames) for one in some] for frames in (truth, detections)
     )
@@ -146,7 +146,7 @@ def match(truth: Sequence[Sequence[Instance]], detections: Sequence[Sequence[Ins
 
 
 def coco(drawn: Sequence[Instance], detections: Sequence[Instance], frames: int, classes: int) -> COCOeval:
-    """The judge of pycocotools, of instances that also say their `frame`, from 0; instances of all sizes count."""
+    """The evaluator of pycocotools, for instances with their `frame`, from 0, added; instances of all sizes count."""
     sides = []
     for instances in (drawn, detections):
         side = COCO()
@@ -179,17 +179,17 @@ def coco(drawn: Sequence[Instance], detections: Sequence[Instance], frames: int,
 def average_precision(
     frame: np.ndarray, score: np.ndarray, right: np.ndarray, drawn: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Average precision of one class at T thresholds under each of R weightings of the frames: float64 `[R, T]`.
+    """Average precision of one class at T thresholds for each of R weightings of the frames.
 
     Args:
-      frame: int `[D]`, of each detection.
-      score: float `[D]`.
-      right: bool `[D, T]`.
-      drawn: `[N]`, instances of the class in each frame.
+      frame: int `[D]`, frame of each detection.
+      score: float `[D]`, score of each detection.
+      right: bool `[D, T]`, whether it is right at each threshold.
+      drawn: `[N]`, number of annotated instances of the class in each frame.
       weights: `[R, N]`.
 
     Returns:
-      NaN where no frame of weight has the class.
+      float64 `[R, T]`; NaN if no frame of positive weight has the class.
     """
     order = np.argsort(-score, kind="stable")
     frame, right = frame[order], right[order]
@@ -208,14 +208,14 @@ def average_precision(
 
 
 def score(predictions: InstancePredictions, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """All metrics of one member's predictions under each of R weightings of the frames.
+    """All metrics of one member's predictions for each of R weightings of the frames.
 
     Args:
       predictions: N rows.
       weights: `[R, N]`.
 
     Returns:
-      float64 `[R]` by the names in `NAMES`, and `class_NAME` `[R, C]`; NaN where nothing is drawn.
+      float64 `[R]` by the names in `NAMES`, and `class_NAME` `[R, C]`; NaN where there are no annotated instances.
     """
     frame = np.repeat(np.arange(len(predictions)), [len(some) for some in predictions.detections])
     every = [one for some in predictions.detections for one in some]
@@ -246,17 +246,17 @@ def counts(truth: np.ndarray, detections: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def drawn_of(predictions: InstancePredictions, c: int) -> np.ndarray:
-    """Drawn instances of a class in each frame, int `[N]`."""
+    """Number of annotated instances of a class in each frame, int `[N]`."""
     return np.array([sum(one["class"] == c for one in some) for some in predictions.truth], int)
 
 
 def found_of(predictions: InstancePredictions, c: int, matched: bool = False) -> np.ndarray:
-    """Detections of a class in each frame that count as found, or those of them that are right: int `[N]`."""
+    """Number of detections of a class in each frame that count as found; see `count`: int `[N]`."""
     return np.array([count(some, c, matched) for some in predictions.detections], int)
 
 
 def count(detections: Sequence[Instance], c: int | None = None, matched: bool = False) -> int:
-    """Detections of a frame that count as found, of a class (None = all), or those that are right at 0.5 of them."""
+    """Number of detections that count as found, of a class (None = all); with `matched`, only those right at 0.5."""
     return sum(
         one["score"] >= FOUND and (c is None or one["class"] == c) and (not matched or one["right"] & 1)
         for one in detections
@@ -264,7 +264,7 @@ def count(detections: Sequence[Instance], c: int | None = None, matched: bool = 
 
 
 def summarise(predictions: InstancePredictions, resamples: int = 1000) -> dict[str, Any]:
-    """What results.json says of predicted instances, see `evaluation.results`; of each class, `per_class`."""
+    """The contents of results.json for predicted instances, see `evaluation.results`, with `per_class`."""
     found, each = intervals.summarise(predictions, score, [*NAMES], resamples, classes=predictions.classes)
     main = intervals.by_fraction(predictions)[-1]
     per_class = {}

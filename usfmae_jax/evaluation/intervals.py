@@ -1,7 +1,7 @@
-"""Any metric with an interval over patients, by fold, by seed and by label fraction.
+"""Confidence intervals over patients for any metric, and results by fold, seed and label fraction.
 
-Frames of one patient are no independent evidence, so that the bootstrap draws patients with replacement: a patient
-that is drawn k times weighs k. A metric is therefore a function of frame weights, for all replicates at once.
+Frames of one patient are not independent, so the bootstrap draws patients with replacement: the frames of a patient
+drawn k times have weight k. A metric is therefore a function of frame weights, for all replicates at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,17 +13,17 @@ from usfmae_jax.evaluation.predictions import Predictions
 
 FORMAT = 1  # of results.json
 SEED = 0  # of the bootstrap
-_AT_ONCE = 1 << 19  # weights at a time: stays in the cache, and small however many frames there are
+_AT_ONCE = 1 << 19  # weights per chunk: fits into the cache, and bounds memory for any number of frames
 
 Kind = TypeVar("Kind", bound=Predictions)
-#: From predictions of N frames and R weightings `[R, N]` to arrays `[R, ...]` by name; NaN where not defined.
+#: Maps predictions for N frames and R weightings `[R, N]` to arrays `[R, ...]` by name; NaN where undefined.
 Score = Callable[[Kind, np.ndarray], dict[str, np.ndarray]]
 
 
 def bootstrap_chunks(patients: np.ndarray, resamples: int, seed: int = SEED) -> Iterator[np.ndarray]:
     """How often each frame is drawn when patients are drawn with replacement: `[N]` -> int32 `[resamples, N]`.
 
-    The rows come some at a time, so that memory does not grow with the frames.
+    Yields the rows in chunks, so that memory does not grow with the number of frames.
     """
     names, member = np.unique(np.asarray(patients, str), return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -37,7 +37,7 @@ def bootstrap_chunks(patients: np.ndarray, resamples: int, seed: int = SEED) -> 
 
 
 def seed_mean(predictions: Kind, score: Score[Kind], weights: np.ndarray) -> dict[str, np.ndarray]:
-    """What `score` gives for each seed under the same weightings `[R, N]`, and of that the mean."""
+    """`score` of each seed under the same weightings `[R, N]`, averaged over seeds."""
     scores = []
     for one in np.unique(predictions.seed):
         rows = np.flatnonzero(predictions.seed == one)
@@ -48,7 +48,7 @@ def seed_mean(predictions: Kind, score: Score[Kind], weights: np.ndarray) -> dic
 def draw(
     predictions: Kind, score: Score[Kind], resamples: int, seed: int = SEED
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Values of all metrics `[...]`, and those over resampled patients `[resamples, ...]`, {} of one patient."""
+    """Values of all metrics `[...]`, and their bootstrap replicates `[resamples, ...]`, {} for a single patient."""
     value = {name: one[0] for name, one in seed_mean(predictions, score, np.ones((1, len(predictions)))).items()}
     if not resamples or len(np.unique(predictions.patient_key)) < 2:
         return value, {}
@@ -59,14 +59,14 @@ def draw(
 
 
 def metric(value: Any, drawn: np.ndarray | None, centre: bool = False, floor: float = 0.0) -> dict[str, Any]:
-    """A metric as results.json has it, with its 95% percentile interval.
+    """A metric in the form used in results.json, with its 95% percentile interval.
 
     Args:
-      value: of all frames.
-      drawn: of resampled patients; None = there are none.
-      centre: for a metric that resampling alone makes larger, as it does a calibration error: its interval could lie
-        above its value. It is of the spread then, around the value.
-      floor: least value that it can have.
+      value: on all frames.
+      drawn: bootstrap replicates; None = none.
+      centre: shift the replicates to have the value as their mean. For metrics that resampling biases upwards, such as
+        a calibration error, whose interval could otherwise lie above its value.
+      floor: lowest possible value of the metric.
     """
     interval = None
     usable = np.zeros(0) if drawn is None else drawn[np.isfinite(drawn)]
@@ -88,8 +88,8 @@ def by_fold(predictions: Kind, score: Score[Kind], names: Sequence[str]) -> dict
     """Metrics of each fold with their mean and standard deviation over folds.
 
     Returns:
-      `names` of the folds, and `metrics`, by name `{"mean", "std", "values"}`; the deviation is the sample's (ddof 1)
-      and None for one fold; of several seeds a fold's value is the mean.
+      `names` of the folds, and `metrics`, by name `{"mean", "std", "values"}`; the standard deviation is that of the
+      sample (ddof 1), None for a single fold; a fold's value is the mean over seeds.
     """
     folds = list(dict.fromkeys(predictions.fold.tolist()))
     parts = [predictions.select(predictions.fold == name) for name in folds]
@@ -103,20 +103,20 @@ def by_fold(predictions: Kind, score: Score[Kind], names: Sequence[str]) -> dict
 
 
 def by_fraction(predictions: Kind) -> list[Kind]:
-    """The predictions of each label fraction, ascending."""
+    """The predictions split by label fraction, ascending."""
     return [predictions.select(predictions.fraction == fraction) for fraction in np.unique(predictions.fraction)]
 
 
 def assemble(
     predictions: Kind, score: Score[Kind], metrics: Sequence[Mapping[str, Any]], resamples: int
 ) -> dict[str, Any]:
-    """What results.json says of any task's predictions, see `evaluation.results`.
+    """The contents of results.json that all tasks share, see `evaluation.results`.
 
     Args:
-      predictions: of the test parts of all members; one row or more.
-      score: gives the metrics.
+      predictions: on the test parts of all members; at least one row.
+      score: computes the metrics.
       metrics: for each part of `by_fraction`, by name, in the order of tables.
-      resamples: bootstrap replicates that they were made with.
+      resamples: number of bootstrap replicates used for `metrics`.
 
     Returns:
       `format`, `counts`, `fraction`, `bootstrap`, `metrics`, `folds`, `fractions` and `seeds`.
@@ -148,15 +148,15 @@ def summarise(
     floor: float = 0.0,
     classes: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """`assemble` with all metrics of `names` that `score` gives, and by class those metrics from the same draws.
+    """`assemble` for the metrics of `names` that `score` computes, and those by class from the same replicates.
 
     Args:
-      predictions: see `assemble`, as `score`.
-      score: gives the metrics, and of each that has classes `class_NAME`, `[R, C]`.
+      predictions: see `assemble`.
+      score: computes the metrics, and `class_NAME`, `[R, C]`, for each that is also reported by class.
       names: of the metrics, in the order of tables.
-      resamples: bootstrap replicates.
-      floor: what no metric can be less than.
-      classes: names of the C classes; () = there are none.
+      resamples: number of bootstrap replicates.
+      floor: lowest possible value of all metrics.
+      classes: names of the C classes; () = none.
     """
 
     def measured(part: Kind) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -177,11 +177,11 @@ def summarise(
 
 
 def without_copies(predictions: Kind, measure: Callable[[Kind], dict[str, Any]]) -> dict[str, Any]:
-    """`without_copies` of results.json, {} where no tested frame has a copy in a part that is not tested.
+    """`without_copies` of results.json; {} if no tested frame has a copy in another part of the split.
 
     Args:
       predictions: of all members.
-      measure: gives the metrics of predictions of one label fraction.
+      measure: computes the metrics of predictions for one label fraction.
     """
     main = by_fraction(predictions)[-1]
     if not main.copied.any():
@@ -192,12 +192,12 @@ def without_copies(predictions: Kind, measure: Callable[[Kind], dict[str, Any]])
 
 
 def patient_mean(values: np.ndarray, patients: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean over patients of the mean over their frames, all patients alike: `[R]`; NaN where nothing is defined.
+    """Mean over patients, equally weighted, of the mean over their frames: `[R]`; NaN if no value is defined.
 
     Args:
-      values: float `[N]`, of frames; NaN where not defined, such frames count nowhere.
+      values: float `[N]`, by frame; frames with NaN (undefined) are ignored.
       patients: str `[N]`.
-      weights: `[R, N]`; frames of one patient have the same.
+      weights: `[R, N]`, equal for all frames of a patient.
     """
     there = np.isfinite(values)
     if not there.any():

@@ -1,8 +1,8 @@
-"""How good the probabilities of several labels are, of which a frame may have any, with intervals over patients.
+"""Multi-label classification metrics with confidence intervals over patients.
 
-Each label is a question of yes and no of its own, scored as `evaluation.classification` scores two classes; a frame of
-which a label is not known does not count for it. The numbers of all are the plain means over those labels that have
-frames of both kinds.
+Each label is a separate binary problem, scored as in `evaluation.classification`; frames for which a label is unknown
+are ignored for that label. Overall metrics are unweighted means over the labels that have both positive and negative
+frames.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 from usfmae_jax.evaluation import classification, intervals
 from usfmae_jax.evaluation.predictions import Predictions
 
-#: All metrics in the order of tables, with what people call them.
+#: Display names of all metrics, in the order of tables.
 NAMES = {
     "auroc": "AUROC (macro)",
     "average_precision": "Average precision (macro)",
@@ -23,7 +23,7 @@ NAMES = {
     "specificity": "Specificity (macro)",
     "brier": "Brier score (macro)",
 }
-#: Those of them of which less is better.
+#: The metrics for which lower is better.
 LOSSES = frozenset({"brier"})
 
 
@@ -33,7 +33,7 @@ class LabelPredictions(Predictions):
 
     Attributes:
       classes: names of the labels.
-      truth: float64 `[N, C]`, 0 or 1; NaN where it is not known.
+      truth: float64 `[N, C]`, 0 or 1; NaN if unknown.
       probabilities: float64 `[N, C]`, in [0, 1].
     """
 
@@ -57,7 +57,7 @@ class LabelPredictions(Predictions):
         return tuple(name for name in super().rows() if name != "classes")
 
     def columns(self) -> dict[str, Sequence[Any]]:
-        """`label:NAME`, 0, 1 or nan, and the probability `p:NAME`, of each label."""
+        """`label:NAME`, 0, 1 or nan, and the probability `p:NAME`, for each label."""
         found: dict[str, Sequence[Any]] = {}
         for c, name in enumerate(self.classes):
             found |= {f"label:{name}": self.truth[:, c].tolist(), f"p:{name}": self.probabilities[:, c].tolist()}
@@ -76,19 +76,19 @@ class LabelPredictions(Predictions):
         return cls(**ids, classes=classes, truth=truth, probabilities=probabilities)
 
     def both(self) -> np.ndarray:
-        """Which labels have frames of both kinds, bool `[C]`."""
+        """Which labels have both positive and negative frames, bool `[C]`."""
         return (self.truth == 0).any(axis=0) & (self.truth == 1).any(axis=0)
 
 
 def score(predictions: LabelPredictions, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """All metrics of one member's predictions under each of R weightings of the frames.
+    """All metrics of one member's predictions for each of R weightings of the frames.
 
     Args:
       predictions: N rows.
       weights: `[R, N]`.
 
     Returns:
-      float64 `[R]` by the names in `NAMES`, and `class_NAME` `[R, C]`; NaN where not defined.
+      float64 `[R]` by the names in `NAMES`, and `class_NAME` `[R, C]`; NaN where undefined.
     """
     each = {name: np.full((len(weights), len(predictions.classes)), np.nan) for name in NAMES}
     for c in range(len(predictions.classes)):
@@ -97,7 +97,7 @@ def score(predictions: LabelPredictions, weights: np.ndarray) -> dict[str, np.nd
             continue
         chance = predictions.probabilities[rows, c]
         of_label = np.asarray(weights[:, rows], np.float64)
-        some = of_label.sum(axis=1) > 0  # a replicate may hold no frame of which the label is known
+        some = of_label.sum(axis=1) > 0  # a replicate may contain no frame for which the label is known
         truth, two = predictions.truth[rows, c].astype(int), np.stack([1 - chance, chance], axis=1)
         found = classification.metrics(truth, two, 1, of_label[some])
         for name in NAMES:
@@ -109,7 +109,7 @@ def score(predictions: LabelPredictions, weights: np.ndarray) -> dict[str, np.nd
 
 
 def summarise(predictions: LabelPredictions, resamples: int = 1000) -> dict[str, Any]:
-    """What results.json says of several labels, see `evaluation.results`; of each, `per_class`."""
+    """The contents of results.json for multi-label predictions, see `evaluation.results`, with `per_class`."""
     found, each = intervals.summarise(predictions, score, [*NAMES], resamples, classes=predictions.classes)
     main = intervals.by_fraction(predictions)[-1]
     per_class = {}

@@ -1,4 +1,4 @@
-"""Predictions of a run, one row for each frame and member, and the CSV that holds them."""
+"""Predictions of a run, one row per frame and member, and the CSV file that stores them."""
 
 import csv
 import dataclasses
@@ -23,19 +23,19 @@ _COMMON = (*_IDS, "copied")  # of all tasks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What models said about frames that they were not fitted on; N rows.
+    """Predictions of models on frames that they were not trained on; N rows.
 
-    A frame has one row for each member that was tested on it: k-fold cross-validation tests it once, several seeds or
-    label fractions test it several times. A task adds what it predicts as fields of its own, float `[N]`, which are
-    columns of the CSV by their names, or says with `columns` and `from_columns` how else they are kept.
+    A frame has one row for each member that was tested on it: one in k-fold cross-validation, several with several
+    seeds or label fractions. A task adds its predictions as further fields, float `[N]`, which become CSV columns of
+    the same names; for anything else it overrides `columns` and `from_columns`.
 
     Attributes:
-      dataset, patient, video, frame: str `[N]`, ids as records have them; (dataset, video, frame) names a frame.
+      dataset, patient, video, frame: str `[N]`, ids as in records; (dataset, video, frame) identifies a frame.
       fold: str `[N]`, name of the fold whose test part the row belongs to.
       seed: int `[N]`, of the member.
-      fraction: float64 `[N]`, share of the training patients that the member was fitted on, in (0, 1].
-      copied: bool `[N]`, whether the split has the same picture under another patient's name in a part that is not
-        tested; empty = none. Every metric is given without such frames too.
+      fraction: float64 `[N]`, share of the training patients that the member was trained on, in (0, 1].
+      copied: bool `[N]`, whether the same image is also in another part of the split under another patient's name;
+        empty = none. Every metric is also reported without such frames.
     """
 
     dataset: np.ndarray
@@ -60,29 +60,29 @@ class Predictions:
 
     @classmethod
     def rows(cls) -> tuple[str, ...]:
-        """Names of the fields that have a row for each prediction."""
+        """Names of the fields with one row per prediction."""
         return tuple(field.name for field in dataclasses.fields(cls))
 
     @classmethod
     def kinds(cls) -> dict[str, Any]:
-        """Types of the fields that have a row for each prediction, where they are not float64."""
+        """Dtypes of the fields with one row per prediction, where they are not float64."""
         return dict.fromkeys(_TEXTS, object) | {"seed": int, "fraction": np.float64, "copied": bool}
 
     @functools.cached_property
     def frame_key(self) -> np.ndarray:
-        """What names a frame in every run, dataset/video/frame: str `[N]`."""
+        """Identifier of a frame across runs, dataset/video/frame: str `[N]`."""
         return _join(self.dataset, self.video, self.frame)
 
     @functools.cached_property
     def patient_key(self) -> np.ndarray:
-        """What names a patient in every run: str `[N]`; an unknown one is its video's, or the frame's."""
+        """Identifier of a patient across runs: str `[N]`; if unknown, that of the video, or else of the frame."""
         known = _join(self.dataset, np.where(self.patient != "", self.patient, self.video))
         return np.where((self.patient != "") | (self.video != ""), known, self.frame_key)
 
     def counts(self) -> dict[str, int]:
-        """How many different frames, patients, videos, folds and seeds there are.
+        """Numbers of distinct frames, patients, videos, folds and seeds.
 
-        With `patients_known`, 0, where each frame or clip is taken for a patient of its own since nobody is named.
+        Includes `patients_known`: 0 if no patient is known and each frame or clip counts as its own patient.
         """
         file = np.array([name.partition("#")[0] for name in self.frame], object)
         unknown = (self.patient == "") | (self.patient == self.video) & (self.patient == file)
@@ -95,14 +95,14 @@ class Predictions:
         }
 
     def select(self, rows: np.ndarray) -> Self:
-        """The rows of a bool mask or of indices."""
+        """The rows selected by a bool mask or indices."""
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in self.rows()})
 
     def columns(self) -> dict[str, Sequence[Any]]:
-        """What the CSV holds beside the ids, by column: N values each."""
+        """The columns of the CSV other than the ids: N values each."""
         own = {name: getattr(self, name) for name in self.rows() if name not in _COMMON}
         for name, values in own.items():
-            if values.ndim != 1:  # found now, not when it is read again
+            if values.ndim != 1:  # fail now rather than when reading
                 raise ValueError(f"{name} is {values.shape}, and a column is [N]: give it a field for each column")
         return {name: values.tolist() for name, values in own.items()}
 
@@ -111,23 +111,23 @@ class Predictions:
         """The inverse of `columns`.
 
         Raises:
-          KeyError, ValueError: a column is missing, or holds something else.
+          KeyError, ValueError: a column is missing or has invalid values.
         """
         own = {name: np.array([float(value) for value in columns[name]]) for name in cls.rows() if name not in _COMMON}
         return cls(**ids, **own)
 
     @classmethod
     def beside(cls, path: epath.Path) -> dict[str, Sequence[Any]]:
-        """What `write` has put into a file beside the CSV at `path`, as columns for `from_columns`; raises KeyError."""
+        """Reads further columns for `from_columns` from a file next to the CSV at `path`; KeyError if it is missing."""
         return {}
 
     def write(self, path: str | epath.Path) -> None:
-        """Writes a CSV that `read` gives back exactly; the file appears whole or not at all."""
+        """Writes a CSV that `read` restores exactly; the file is written atomically."""
         text = io.StringIO(newline="")
         columns = {name: getattr(self, name).tolist() for name in _IDS}
         columns |= {"copied": self.copied.astype(int).tolist()} if np.any(self.copied) else {}
         columns |= self.columns()
-        # repr, which csv uses for floats, is the shortest text that reads back as the same number.
+        # csv writes floats with repr, the shortest text that reads back as the same number.
         cells.write(text, columns, zip(*columns.values(), strict=True))
         files.write(path, text.getvalue())
 
@@ -164,11 +164,11 @@ class ClassPredictions(Predictions):
 
     @property
     def predicted(self) -> np.ndarray:
-        """The most probable class, the first of equal ones: int `[N]`."""
+        """The most probable class, the first one if tied: int `[N]`."""
         return self.probabilities.argmax(axis=1)
 
     def columns(self) -> dict[str, Sequence[Any]]:
-        """Names of the true and of the predicted class, and a probability `p_CLASS` for each class."""
+        """Names of the true and the predicted class, and a probability `p_CLASS` for each class."""
         said = {"label": self.label, "predicted": self.predicted}
         names = {column: [self.classes[one] for one in numbers.tolist()] for column, numbers in said.items()}
         probabilities = self.probabilities.T.tolist()
@@ -197,12 +197,12 @@ Kind = TypeVar("Kind", bound=Predictions)
 
 
 def columns(path: str | epath.Path) -> list[str]:
-    """The columns of `predictions.csv`, or of the one in a workdir; raises InputError where there is none."""
+    """Column names of a `predictions.csv`, or of that of a workdir; raises InputError if there is none."""
     return _rows(path, 1)[1][0]
 
 
 def _rows(path: str | epath.Path, most: int | None = None) -> tuple[epath.Path, list[list[str]]]:
-    """The file, and what stands in it, the columns first; no more than so many lines."""
+    """The file and its rows, the header first; at most `most` rows."""
     file = epath.Path(path)
     if file.is_dir():
         file = file / "predictions.csv"
@@ -217,14 +217,14 @@ def _rows(path: str | epath.Path, most: int | None = None) -> tuple[epath.Path, 
 
 
 def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
-    """Reads `predictions.csv`, or the one in a workdir.
+    """Reads a `predictions.csv`, or that of a workdir.
 
     Args:
       path: of the file or the workdir.
-      kind: what the task predicts.
+      kind: the task's type of predictions.
 
     Raises:
-      InputError: there is none, or the file is something else; says what it lacks.
+      InputError: there is none, or the file is not of this type (the message states what is missing).
     """
     file, (head, *body) = _rows(path)
     missing = [f"column {name!r}" for name in _IDS if name not in head]
@@ -246,7 +246,7 @@ def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
 
 
 def concatenate(parts: Sequence[Kind]) -> Kind:
-    """All rows of several predictions of the same classes, in order."""
+    """Concatenates predictions of the same classes, in order."""
     if len({getattr(part, "classes", None) for part in parts}) != 1:
         raise ValueError("only predictions of the same classes can be concatenated")
     columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in parts[0].rows()}
@@ -256,7 +256,7 @@ def concatenate(parts: Sequence[Kind]) -> Kind:
 def identify(
     table: Table, rows: np.ndarray, fold: str, seed: int, fraction: float, copied: Sequence[int] | np.ndarray = ()
 ) -> dict[str, np.ndarray]:
-    """What a member's predictions of rows of a table have beside what is predicted; some of the rows are `copied`."""
+    """The id fields of a member's predictions for rows of a table; `copied` are those rows that have copies."""
     ids = {name: getattr(table, name)[rows] for name in ("dataset", "patient", "video")}
     return ids | {
         "frame": table.frame_name[rows],

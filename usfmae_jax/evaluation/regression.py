@@ -1,17 +1,17 @@
-"""How far predicted quantities are from measured ones, averaged by patient, with intervals.
+"""Regression metrics with confidence intervals over patients.
 
-Of the error e = predicted - true, in the unit of the quantity, every patient counting alike and a patient's frames
-sharing that weight:
+With the error e = predicted - true, in the unit of the quantity; all patients have equal weight, which a patient's
+frames share:
 
     mae          mean of |e|
     rmse         root of the mean of e squared
-    r2           1 - sum of e squared / sum of the squared distances of the truth from its mean: 0 is as good as naming
-                 the mean of all, less is worse
+    r2           1 - sum of e squared / sum of squared deviations of the truth from its mean: 0 is as good as always
+                 predicting the mean, negative is worse
     pearson      correlation of predicted and true
     bias         mean of e
     limits_low, limits_high
-                 bias - and + 1.96 deviations of e, between which 95% of the errors are expected (Bland & Altman 1986);
-                 the deviation is the sample's, with one degree of freedom less than there are patients
+                 bias - and + 1.96 standard deviations of e, between which 95% of the errors are expected (Bland &
+                 Altman 1986); of the sample, with one degree of freedom fewer than patients
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ import numpy as np
 from usfmae_jax.evaluation import intervals
 from usfmae_jax.evaluation.predictions import Predictions
 
-#: All metrics in the order of tables, with what people call them.
+#: Display names of all metrics, in the order of tables.
 NAMES = {
     "mae": "Mean absolute error",
     "rmse": "Root mean squared error",
@@ -32,9 +32,9 @@ NAMES = {
     "limits_low": "Lower limit of agreement",
     "limits_high": "Upper limit of agreement",
 }
-#: Those of them that choose the best evaluation; of both less is better.
+#: The metrics that can select the best evaluation; lower is better for both.
 LOSSES = frozenset({"mae", "rmse"})
-#: Those without a unit.
+#: The metrics without a unit.
 BARE = frozenset({"r2", "pearson"})
 _LIMITS = 1.96  # deviations
 
@@ -53,32 +53,32 @@ class QuantityPredictions(Predictions):
 
     @property
     def error(self) -> np.ndarray:
-        """Predicted less true, float `[N]`."""
+        """Predicted minus true, float `[N]`."""
         return self.value - self.truth
 
 
 def titles(unit: str) -> dict[str, str]:
-    """What people call the metrics, with the unit."""
+    """Display names of the metrics, with the unit."""
     return {name: title if name in BARE or not unit else f"{title} ({unit})" for name, title in NAMES.items()}
 
 
 def score(predictions: QuantityPredictions, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """All metrics under each of R weightings of the frames.
+    """All metrics for each of R weightings of the frames.
 
     Args:
       predictions: N rows of one member.
-      weights: `[R, N]`; frames of one patient have the same.
+      weights: `[R, N]`, equal for all frames of a patient.
 
     Returns:
-      float64 `[R]` by the names in `NAMES`; NaN where not defined.
+      float64 `[R]` by the names in `NAMES`; NaN where undefined.
     """
     _, member, frames = np.unique(predictions.patient_key, return_inverse=True, return_counts=True)
     share = weights / frames[member]
     total = share.sum(axis=1)
     truth, value, error = predictions.truth, predictions.value, predictions.error
-    # Around the mean of all and in parts of the range, so that rounding is small whatever the unit.
+    # Centred and divided by the range, so that rounding errors are small whatever the unit.
     scale = max(np.ptp(truth), np.abs(error).max()) or 1.0
-    # Those of predictions in parts of their own: they may hardly vary, and still be in the right order.
+    # Predictions are divided by their own range: they may hardly vary and still be correlated with the truth.
     own = np.ptp(value) if np.ptp(value) > 1e-12 * np.abs(value).max(initial=0) else np.inf
     truth, value, error = (truth - truth.mean()) / scale, (value - value.mean()) / own, error / scale
     moments = {
@@ -105,18 +105,18 @@ def score(predictions: QuantityPredictions, weights: np.ndarray) -> dict[str, np
 
 
 def _over(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """A quotient; NaN where nothing but rounding is below."""
+    """A quotient; NaN if the denominator is 0 up to rounding."""
     return np.divide(above, below, out=np.full(np.shape(above), np.nan), where=below > 1e-12)
 
 
 def summarise(predictions: QuantityPredictions, name: str, unit: str, resamples: int = 1000) -> dict[str, Any]:
-    """What results.json says of a predicted quantity, see `evaluation.results`.
+    """The contents of results.json for a predicted quantity, see `evaluation.results`.
 
     Args:
-      predictions: of the test parts of all members; one row or more.
+      predictions: on the test parts of all members; at least one row.
       name: of the quantity.
-      unit: of it; "" = none.
-      resamples: bootstrap replicates; 0 = no intervals.
+      unit: of the quantity; "" = none.
+      resamples: number of bootstrap replicates; 0 = no intervals.
     """
     found, _ = intervals.summarise(predictions, score, [*NAMES], resamples, floor=-np.inf)
     return found | {"task": {"quantity": name, "unit": unit}}

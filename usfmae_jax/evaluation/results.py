@@ -1,50 +1,50 @@
-"""The results of a run: from class predictions to numbers, and to what results.md says of classes alone.
+"""The results of a classification run: results.json from predictions, and the sections of results.md on classes.
 
-`reporting.classification.finish` writes them: `results.json`, `results.md`, `predictions.csv` and `report.html`.
+`reporting.classification.finish` writes `results.json`, `results.md`, `predictions.csv` and `report.html`.
 
-results.json, format 1. A METRIC is `{"value": float | null, "ci95": [low, high] | null}`, with `"left_out": int` where
-bootstrap replicates lacked a class that the metric needs, or never predicted it; null = not defined on this data.
-Fractions of 1, not percent.
+results.json, format 1. A METRIC is `{"value": float | null, "ci95": [low, high] | null}`; null = undefined on these
+data. It also has `"left_out": int` if in some bootstrap replicates it was undefined because a class had no frames or
+was never predicted. Values are fractions of 1, not percentages.
 
     format       1
-    task         what was done, as the loop says it:
+    task         what was done, as stated by the loop:
                    title      "Fine-tuned tiny ViT on bus_bra"
                    protocol   "finetune" | "logistic" | "linear" | "knn" | "attentive" | ...
                    datasets   [name, ...]
-                   split      "official 5-fold-cv" | ..., one phrase on where the split comes from
+                   split      "official 5-fold-cv" | ..., a phrase on the origin of the split
                  and added by `finish`:
                    classes    [name, ...] in the order of all lists below
                    positive   name of the positive class of a binary task, "" for more classes
-    counts       frames, patients, videos, folds, seeds: int, of the tested rows of `fraction`; `patients_known`: 0
-                 where no patient is named, and each frame or clip counts as one
-    fraction     share of the training patients that the results are of: the largest that was run
+    counts       frames, patients, videos, folds, seeds: int, of the rows tested at `fraction`; `patients_known`: 0
+                 if no patient is known, and each frame or clip counts as one
+    fraction     share of the training patients that the results are for: the largest that was run
     bootstrap    {"resamples": int, "unit": "patient", "seed": int}
-    metrics      {NAME: METRIC}; names and their order as `classification.NAMES`. Pooled over the folds; of several
-                 seeds the mean
-                   both       accuracy, balanced_accuracy, precision_macro, recall_macro, f1_macro, precision_weighted,
+    metrics      {NAME: METRIC}; names and order as in `classification.NAMES`. Pooled over the folds, averaged over
+                 seeds
+                   all        accuracy, balanced_accuracy, precision_macro, recall_macro, f1_macro, precision_weighted,
                               recall_weighted, f1_weighted, auroc, average_precision, ece, brier, log_loss
-                   binary     sensitivity, specificity, ppv, npv, f1: of the positive class. auroc, average_precision
-                              too are the positive class's; in tasks of more classes they are one-vs-rest macro means
-                   else       specificity_macro
+                   binary     sensitivity, specificity, ppv, npv, f1: of the positive class, as are auroc and
+                              average_precision; with more classes these are one-vs-rest macro averages
+                   more       specificity_macro
     per_class    {CLASS: {"precision", "recall", "f1", "specificity", "auroc", "average_precision": METRIC,
                           "frames": int, "patients": int}}
-    confusion    [[number, ...], ...] row = label, column = predicted; of several seeds the mean (then not whole)
+    confusion    [[number, ...], ...] row = label, column = predicted; averaged over seeds (then not integers)
     reliability  [{"low", "high", "frames": int, "confidence", "accuracy": float | null}, ...] 15 bins of the
                  probability of the predicted class, over all seeds
-    calibrated   null, or after temperature scaling fitted on the validation parts, never on the test parts:
+    calibrated   null, or metrics after temperature scaling, fitted on the validation parts, never on the test parts:
                    {"temperature": {"min", "mean", "max"}, "ece": METRIC, "brier": METRIC, "log_loss": METRIC}
     folds        {"names": [...], "metrics": {NAME: {"mean", "std": float | null, "values": [float | null, ...]}}}
-                 std with ddof 1, null for one fold; of several seeds each fold's value is the mean
-    fractions    [{"fraction": float, "metrics": {NAME: METRIC}}, ...] ascending; one entry where one fraction was run
+                 std with ddof 1, null for one fold; each fold's value is the mean over seeds
+    fractions    [{"fraction": float, "metrics": {NAME: METRIC}}, ...] ascending; one entry if one fraction was run
     seeds        [{"seed": int, "metrics": {NAME: float | null}}, ...]
-    without_copies  only where the split has the same picture in its test part and, under another patient's name, in
-                 another one: {"frames", "patients": int, "metrics": {NAME: METRIC}} of the other tested frames
+    without_copies  only if some tested images are also in another part of the split under another patient's name:
+                 {"frames", "patients": int, "metrics": {NAME: METRIC}} for the other tested frames
     robustness   null, or {CORRUPTION: {NAME: [value at severity 0 (clean), 1, ..., 5]}}
-    context      what the loop knows, with absolute paths cut to their last part; a loop gives
+    context      provided by the loop, with absolute paths reduced to their last part:
                    config          dict
                    weights         {"source": str, "fingerprint": str, "kind": str}
-                   lineage         [stage, ...] as interop.model.read_lineage gives them
-                   data            [dataset, ...] as data.provenance.describe_data gives them
+                   lineage         [stage, ...] from interop.model.read_lineage
+                   data            [dataset, ...] from data.provenance.describe_data
                    fingerprint     str or [str], of the data
                    warnings        [sentence, ...]; `finish` adds its own
                    excluded        [{"dataset", "patient", "video", "frame", "fold", "reason"}, ...] near-duplicates
@@ -60,23 +60,23 @@ import numpy as np
 from usfmae_jax.evaluation import calibration, classification, intervals, tables
 from usfmae_jax.evaluation.predictions import ClassPredictions, concatenate
 
-_FEW = 10  # patients of a class, below which its intervals are too narrow as a rule
+_FEW = 10  # patients of a class below which its intervals are usually too narrow
 
 
 def summarise(
     predictions: ClassPredictions, positive: str = "", validation: ClassPredictions | None = None, resamples: int = 1000
 ) -> dict[str, Any]:
-    """What results.json says of predictions alone: all of it but `robustness`, `context` and most of `task`.
+    """The contents of results.json that follow from predictions: all but `robustness`, `context` and most of `task`.
 
     Args:
-      predictions: of the test parts of all members; one row or more.
-      positive: name of the positive class of a binary task; "" = the last. Of no consequence with more classes.
-      validation: predictions of the same members on their validation parts: with them calibration is also reported
+      predictions: on the test parts of all members; at least one row.
+      positive: name of the positive class of a binary task; "" = the last. Ignored with more classes.
+      validation: predictions of the same members on their validation parts; if given, calibration is also reported
         after temperature scaling.
-      resamples: bootstrap replicates; 0 = no intervals.
+      resamples: number of bootstrap replicates; 0 = no intervals.
 
     Raises:
-      InputError: `positive` is no class.
+      InputError: `positive` is not one of the classes.
     """
     parts = intervals.by_fraction(predictions)
     numbers = [classification.summarise(part, positive, resamples) for part in parts]
@@ -109,7 +109,7 @@ def summarise(
 def _calibrated(
     test: ClassPredictions, validation: ClassPredictions, positive: str, resamples: int
 ) -> dict[str, Any] | None:
-    """Calibration after each member's probabilities were scaled as suits its validation part; None if one has none."""
+    """Calibration after scaling each member's probabilities as fitted on its validation part; None if one has none."""
     scaled, temperatures = [], []
     for seed, fold in sorted({*zip(test.seed.tolist(), test.fold.tolist(), strict=True)}):
         rows, fit = (
@@ -126,7 +126,7 @@ def _calibrated(
 
 
 def warnings(results: Mapping[str, Any], predictions: ClassPredictions) -> list[str]:
-    """What a reader of these numbers should know."""
+    """Warnings for readers of these numbers."""
     found = []
     few = {name: one["patients"] for name, one in results["per_class"].items() if one["patients"] < _FEW}
     if few:
@@ -142,17 +142,17 @@ def warnings(results: Mapping[str, Any], predictions: ClassPredictions) -> list[
 
 
 def lead(results: Mapping[str, Any]) -> str:
-    """The metric to tell first: AUROC, unless it is not defined."""
+    """The headline metric: AUROC, or accuracy if that is undefined."""
     return "auroc" if results["metrics"]["auroc"]["value"] is not None else "accuracy"
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results for a terminal."""
+    """The results as text for a terminal."""
     return tables.overview(results, classification.NAMES, lead(results))
 
 
 def text(results: Mapping[str, Any]) -> dict[str, str]:
-    """What results.md says of classes alone, by heading."""
+    """The sections of results.md specific to classification, by heading."""
     return {
         "By class": _per_class(results),
         "Confusion matrix": _confusion(results),

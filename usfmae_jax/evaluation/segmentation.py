@@ -1,17 +1,17 @@
-"""How well predicted outlines agree with drawn ones, by class and frame, averaged by patient, with intervals.
+"""Segmentation metrics by class and frame, averaged by patient, with confidence intervals over patients.
 
-Of each class in a frame:
+For each class in a frame, where A and B are the annotated and the predicted region:
 
     dice         2 |A and B| / (|A| + |B|)
     iou          |A and B| / |A or B|
     hd95         the larger of the two 95th percentiles of the distance from one boundary to the other (Huttenlocher et
-                 al. 1993), in pixels of the frame; hd95_mm where the size of a pixel is known
-    boundary_f1  of the shares of both boundaries that lie within 0.75% of the frame's diagonal of the other (Csurka et
-                 al. 2013)
+                 al. 1993), in pixels of the frame; hd95_mm if the pixel size is known
+    boundary_f1  F1 of the shares of each boundary within 0.75% of the frame's diagonal of the other (Csurka et al.
+                 2013)
 
-Where a class is neither drawn nor predicted there is nothing to measure: NaN, and the frame does not count for it.
-Where it is only drawn or only predicted, the shares are 0 and the distance is the frame's diagonal, so that missing
-a lesion is never better than finding some of it.
+If a class is neither annotated nor predicted, its measures are NaN, and the frame is ignored for that class. If it is
+only annotated or only predicted, shares are 0 and the distance is the frame's diagonal, so that missing a lesion is
+never better than finding part of it.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from scipy.spatial import KDTree
 from usfmae_jax.evaluation import intervals
 from usfmae_jax.evaluation.predictions import Predictions
 
-#: All metrics in the order of tables, with what people call them.
+#: Display names of all metrics, in the order of tables.
 NAMES = {
     "dice": "Dice",
     "iou": "IoU",
@@ -33,9 +33,9 @@ NAMES = {
     "hd95": "HD95 (pixels)",
     "hd95_mm": "HD95 (mm)",
 }
-#: Those of them of which less is better.
+#: The metrics for which lower is better.
 LOSSES = frozenset({"hd95", "hd95_mm"})
-#: What is kept of each class of a frame.
+#: The measures stored for each class and frame.
 MEASURES = (*NAMES, "drawn", "predicted")
 TOLERANCE = 0.0075  # of the diagonal, for the boundary F1
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
@@ -43,13 +43,13 @@ _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskPredictions(Predictions):
-    """Agreement of predicted masks with drawn ones; C classes beside the background.
+    """Agreement of predicted with annotated masks; C classes without the background.
 
     Attributes:
-      classes: their names.
-      pixel_area: float `[N]`, mm2 of a pixel of the frame; NaN where it is not known.
-      dice, iou, boundary_f1, hd95, hd95_mm: float `[N, C]`, see above.
-      drawn, predicted: float `[N, C]`, pixels of the class.
+      classes: names of the classes.
+      pixel_area: float `[N]`, area of a pixel of the frame in mm2; NaN if unknown.
+      dice, iou, boundary_f1, hd95, hd95_mm: float `[N, C]`, see the module.
+      drawn, predicted: float `[N, C]`, number of annotated and predicted pixels of the class.
     """
 
     classes: tuple[str, ...]
@@ -94,7 +94,7 @@ class MaskPredictions(Predictions):
         return cls(**ids, classes=classes, pixel_area=np.array(columns["pixel_area"], np.float64), **own)
 
     def mean(self, name: str) -> np.ndarray:
-        """A measure averaged over the classes that a frame has, float `[N]`; NaN where there is none."""
+        """A measure averaged over the classes for which it is defined, float `[N]`; NaN if there is none."""
         values = getattr(self, name)
         there = np.isfinite(values)
         total, count = np.where(there, values, 0).sum(axis=1), there.sum(axis=1)
@@ -107,10 +107,10 @@ def measure(
     """`MEASURES` of one frame, float64 `[C]` each.
 
     Args:
-      drawn: class of each pixel, uint8 `[H, W]`; 0 = background.
-      predicted: likewise.
-      classes: C.
-      spacing: mm from pixel to pixel, down and across; 0 = not known.
+      drawn: annotated class of each pixel, uint8 `[H, W]`; 0 = background.
+      predicted: predicted class of each pixel, likewise.
+      classes: C, the number of classes.
+      spacing: pixel spacing in mm, down and across; 0 = unknown.
     """
     if drawn.shape != predicted.shape:
         raise ValueError(f"masks of {drawn.shape} and {predicted.shape} cannot be compared")
@@ -143,28 +143,28 @@ def measure(
 
 
 def boundary(region: np.ndarray) -> np.ndarray:
-    """The pixels (row, column) of a region `[H, W]` that have a neighbour outside, int `[P, 2]`; so has the border."""
+    """Pixels (row, column) of a region `[H, W]` with a neighbour outside of it or of the image: int `[P, 2]`."""
     inside = cv2.erode(region.astype(np.uint8), _CROSS, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     return np.argwhere(region & (inside == 0))
 
 
 def distances(one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """From each of the points `[P, 2]` to the nearest of the others `[Q, 2]`, float `[P]`, and back, `[Q]`."""
+    """Distance from each of the points `[P, 2]` to the nearest of the others `[Q, 2]`, float `[P]`, and back, `[Q]`."""
     return KDTree(other).query(one)[0], KDTree(one).query(other)[0]
 
 
 def score(predictions: MaskPredictions, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """All metrics of one member's predictions under each of R weightings of the frames.
+    """All metrics of one member's predictions for each of R weightings of the frames.
 
-    Frames are averaged within their patient, patients alike, classes alike.
+    Averaged over the frames of each patient, then over patients, then over classes, each with equal weights.
 
     Args:
       predictions: N rows.
       weights: `[R, N]`.
 
     Returns:
-      float64 `[R]` by the names in `NAMES`, those that are defined, and `class_NAME` `[R, C]`. Of a class that no
-      frame has nothing is known, and the others' mean is given.
+      float64 `[R]` by the names in `NAMES`, without `hd95_mm` if no pixel size is known, and `class_NAME` `[R, C]`.
+      Classes without any value are left out of the mean over classes.
     """
     found, patients = {}, predictions.patient_key
     for name in NAMES:
@@ -180,7 +180,7 @@ def score(predictions: MaskPredictions, weights: np.ndarray) -> dict[str, np.nda
 
 
 def summarise(predictions: MaskPredictions, resamples: int = 1000) -> dict[str, Any]:
-    """What results.json says of predicted masks, see `evaluation.results`; of each class, `per_class`."""
+    """The contents of results.json for predicted masks, see `evaluation.results`, with `per_class`."""
     found, each = intervals.summarise(predictions, score, [*NAMES], resamples, classes=predictions.classes)
     main = intervals.by_fraction(predictions)[-1]
     per_class = {}

@@ -1,18 +1,18 @@
-"""Results of any task as text: for a terminal, and as results.md. The schema is that of `evaluation.results`."""
+"""Results of any task as text: for a terminal, and as results.md. For the schema see `evaluation.results`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NONE = "-"  # what is not defined
+NONE = "-"  # for undefined values
 
 
 def overview(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> str:
-    """The results for a terminal: what was tested, and a line for each metric with its interval and its folds.
+    """The results for a terminal: what was tested, and a line for each metric with its interval and folds.
 
     Args:
-      results: what results.json holds.
-      names: what people call the metrics.
-      lead: the metric that the first line tells.
+      results: contents of results.json.
+      names: display names of the metrics.
+      lead: the headline metric, shown in the first line.
     """
     notices = [f"warning: {one}" for one in results["context"].get("warnings", [])]
     first = f"{_title(results)}: {heading(results, names, lead)}"
@@ -23,14 +23,14 @@ def overview(results: Mapping[str, Any], names: Mapping[str, str], lead: str) ->
 def page(
     results: Mapping[str, Any], names: Mapping[str, str], lead: str, main: Sequence[str], own: Mapping[str, str]
 ) -> str:
-    """All of the results as a Markdown page.
+    """The complete results as a Markdown page.
 
     Args:
-      results: what results.json holds.
-      names: what people call the metrics.
-      lead: the metric that the first line tells.
-      main: the metrics of the tables by label fraction and seed.
-      own: what only this task has, by heading; it comes after the metrics.
+      results: contents of results.json.
+      names: display names of the metrics.
+      lead: the headline metric, shown in the first line.
+      main: the metrics in the tables by label fraction and seed.
+      own: sections specific to the task, by heading; they follow the metrics.
     """
     context = results["context"]
     sections = {
@@ -51,7 +51,7 @@ def page(
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table with aligned columns, the first to the left."""
+    """A Markdown table with aligned columns, the first left-aligned."""
     lines = [[_cell(one) for one in row] for row in (heads, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     marks = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -67,17 +67,17 @@ def _cell(value: Any) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three decimals."""
+    """A number with three decimals."""
     return NONE if value is None else f"{value:.3f}"
 
 
 def signed(value: float | None) -> str:
-    """Three decimals, a plus too."""
+    """A number with three decimals and its sign."""
     return NONE if value is None else f"{value:+.3f}"
 
 
 def metric(one: Mapping[str, Any]) -> str:
-    """A metric of results.json: value [low, high]."""
+    """A metric of results.json as "value [low, high]"."""
     if not one["ci95"]:
         return number(one["value"])
     low, high = one["ci95"]
@@ -85,7 +85,7 @@ def metric(one: Mapping[str, Any]) -> str:
 
 
 def p_value(value: float | None) -> str:
-    """Three decimals, or that it is less than they show."""
+    """A p-value with three decimals, or "< 0.001"."""
     return NONE if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -96,7 +96,7 @@ def counted(count: float, what: str) -> str:
 
 
 def tested_on(counts: Mapping[str, int]) -> str:
-    """How much was tested, in words: "1,875 frames of 1,064 patients"; "" if that is not known."""
+    """How much was tested, in words: "1,875 frames of 1,064 patients"; "" if unknown."""
     if not counts.get("frames"):
         return ""
     if counts.get("patients_known") == 0:
@@ -106,7 +106,7 @@ def tested_on(counts: Mapping[str, int]) -> str:
 
 
 def heading(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> str:
-    """What was tested on whom, how well it did, and how the frames were split; arguments as `overview`."""
+    """What was tested on how many patients, the headline metric, and the split; arguments as for `overview`."""
     task, counts, one = results["task"], results["counts"], results["metrics"][lead]
     what = f"tested on {tested_on(counts)}"
     if counts["folds"] > 1:
@@ -122,7 +122,7 @@ def heading(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> 
 
 
 def copies(results: Mapping[str, Any]) -> str:
-    """How many tested frames are not among `without_copies` of results.json: "3 copied frames"."""
+    """The number of tested frames left out of `without_copies` of results.json: "3 copied frames"."""
     return counted(results["counts"]["frames"] - results["without_copies"]["frames"], "copied frame")
 
 
@@ -147,7 +147,7 @@ def _metrics(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
 
 
 def _by(results: Mapping[str, Any], names: Mapping[str, str], main: Sequence[str], key: str, head: str) -> str:
-    """A row for each fraction or seed, if there are several."""
+    """A table with a row for each fraction or seed, if there are several."""
     entries = results.get(f"{key}s") or []
     if len(entries) < 2:
         return ""
