@@ -240,7 +240,7 @@ def roc(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray, x: np.ndarra
       float `[R, G]`, interpolated linearly between thresholds, consistent with the AUROC; NaN for replicates with only
       one class.
     """
-    hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from none up
+    hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from (0, 0)
     y = np.full((len(weights), len(x)), np.nan)
     for i in np.flatnonzero((hits[:, -1] > 0) & (alarms[:, -1] > 0)):
         y[i] = np.interp(x, alarms[i] / alarms[i, -1], hits[i] / hits[i, -1])
@@ -252,7 +252,7 @@ def precision_recall(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray,
 
     Not interpolated, since a straight line between two thresholds would be too optimistic (Davis & Goadrich 2006).
     """
-    hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from none up
+    hits, alarms = (np.pad(one, ((0, 0), (1, 0))) for one in _passed(truth, scores, weights))  # from (0, 0)
     y = np.full((len(weights), len(x)), np.nan)
     for i in np.flatnonzero(hits[:, -1] > 0):
         first = np.searchsorted(hits[i], np.maximum(x * hits[i, -1] - 1e-9, 1e-9))

@@ -50,7 +50,7 @@ _TASKS: dict[type[Predictions], _Task] = {
 
 
 def read(path: str) -> Predictions:
-    """Reads a `predictions.csv`, or that of a workdir, of any task whose runs can be compared.
+    """Reads a `predictions.csv`, or the one in a workdir, of any task whose runs can be compared.
 
     Raises:
       InputError: there is none.

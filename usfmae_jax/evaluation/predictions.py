@@ -197,7 +197,7 @@ Kind = TypeVar("Kind", bound=Predictions)
 
 
 def columns(path: str | epath.Path) -> list[str]:
-    """Column names of a `predictions.csv`, or of that of a workdir; raises InputError if there is none."""
+    """Column names of a `predictions.csv`, or of the one in a workdir; raises InputError if there is none."""
     return _rows(path, 1)[1][0]
 
 
@@ -217,7 +217,7 @@ def _rows(path: str | epath.Path, most: int | None = None) -> tuple[epath.Path, 
 
 
 def read(path: str | epath.Path, kind: type[Kind]) -> Kind:
-    """Reads a `predictions.csv`, or that of a workdir.
+    """Reads a `predictions.csv`, or the one in a workdir.
 
     Args:
       path: of the file or the workdir.

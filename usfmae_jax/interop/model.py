@@ -163,7 +163,7 @@ def build(
     freeze: int = 0,
     **computation: Any,
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """A function that makes the described network, an instance of a class in `usfmae_jax.models`, from `nnx.Rngs`.
+    """A function that makes the described network, one of those in `usfmae_jax.models`, from `nnx.Rngs`.
 
     Args:
       description: see `Model`.

@@ -23,7 +23,7 @@ _PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
-    """The inference function of a model, of uint8 images `[B, H, W, C]` and the parameters.
+    """The inference function of a model: takes uint8 images `[B, H, W, C]` and the parameters.
 
     It returns, by kind of model, float32 except for `classes`:
 

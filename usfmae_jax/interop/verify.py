@@ -28,7 +28,7 @@ Outputs = dict[str, np.ndarray]
 
 
 class UnavailableError(Exception):
-    """The runtime to compare with is not installed; the message says how to get it."""
+    """The runtime to compare with is not installed; the message tells how to install it."""
 
 
 def sample_images(model: Model) -> np.ndarray:

@@ -20,7 +20,7 @@ from usfmae_jax.evaluation.predictions import Predictions, identify
 from usfmae_jax.reporting import multilabel as reporting
 from usfmae_jax.tasks import Arrays, Task
 
-_LEAST = 10  # patients of a stratum
+_LEAST = 10  # minimum number of patients per stratum
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from usfmae_jax.reporting import regression as reporting
 from usfmae_jax.tasks import Arrays, Task
 
 KINDS = ("smooth_l1", "mse")
-_BINS = (4, 3, 2)  # strata, where each has so many patients
+_BINS = (4, 3, 2)  # numbers of strata to try; each needs `_LEAST` patients
 _LEAST = 10
 
 

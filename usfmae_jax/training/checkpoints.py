@@ -169,7 +169,7 @@ def resume(
       checkpoints: from `open_checkpoints`.
       abstract: returns the result of `state.abstract_state`; not called if there is nothing to load.
       accept: raises InputError if the config of a checkpoint, nested JSON, does not match that of this run.
-      fallback: load the newest intact checkpoint; damaged newer ones are moved to `damaged_checkpoints/` beside it.
+      fallback: load the newest intact checkpoint; damaged newer ones are moved to the workdir's `damaged_checkpoints/`.
 
     Returns:
       the state, its step, the data position, and a message about checkpoints moved aside ("" = none); None if there is

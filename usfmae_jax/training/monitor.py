@@ -191,7 +191,7 @@ class Monitor:
             self._bar.last_print_t += paused
 
     def update(self, step: int, metrics: Any) -> None:
-        """Takes the metrics, possibly still being computed, of step `step`, and reports those of the previous step.
+        """Takes the metrics of step `step`, possibly still being computed, and reports those of the previous step.
 
         Raises:
           DivergedError: the previous step had a non-finite loss or gradient norm, and no more steps may be skipped.

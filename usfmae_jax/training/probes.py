@@ -140,7 +140,7 @@ def logistic(
       strengths: inverse strengths to try.
     """
     mean, scale = train[0].mean(axis=0, dtype=np.float64), train[0].std(axis=0, dtype=np.float64)
-    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
+    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature carries no information
     x = (train[0] - mean) / scale
     # With an L2 penalty the weights lie in the span of the training frames: fewer frames than features, fewer unknowns.
     basis = np.linalg.svd(x, full_matrices=False)[2].T if len(x) < x.shape[1] else np.eye(x.shape[1])
@@ -184,7 +184,7 @@ def ridge(
       a function that predicts values float64 `[n]` from features `[n, D]`; and the settings, JSON.
     """
     mean, scale = train[0].mean(axis=0, dtype=np.float64), train[0].std(axis=0, dtype=np.float64)
-    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
+    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature carries no information
     centre = float(train[1].mean())
     left, values, right = np.linalg.svd((train[0] - mean) / scale, full_matrices=False)
     onto = left.T @ (train[1] - centre)
