@@ -42,7 +42,7 @@ NAMES = {
 }
 #: The metrics for which lower is better.
 LOSSES = frozenset({"ece", "brier", "log_loss"})
-#: The metrics in tables by label fraction and seed.
+#: The metrics shown by fold, label fraction and seed.
 MAIN = ("auroc", "average_precision", "balanced_accuracy", "sensitivity", "specificity", "f1", "f1_macro", "ece")
 PER_CLASS = ("precision", "recall", "f1", "specificity", "auroc", "average_precision")
 

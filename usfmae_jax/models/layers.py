@@ -58,7 +58,7 @@ def split_axis(shape: Sequence[int], parts: int) -> int | None:
     other axes a TPU reduces the whole array.
 
     Args:
-      shape: of the array; for stacked blocks, that of a single block's.
+      shape: of the array; for stacked blocks, of a single one.
       parts: number of parts.
     """
     if parts == 1 or math.prod(shape) < MIN_SPLIT_SIZE:

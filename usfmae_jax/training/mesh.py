@@ -82,7 +82,7 @@ def initialize_distributed(coordinator: str = "", num_processes: int = 0, proces
 
 
 def _say_nothing() -> None:
-    """Silences standard output and progress bars, which process 0 shows for all; errors are still printed."""
+    """Silences standard output and progress bars, shown by process 0 for all, before JAX's libraries can print."""
     sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # type: ignore[method-assign]
@@ -267,7 +267,7 @@ def lost_another(error: BaseException | None) -> str:
 def leave(code: int, at_once: bool = False) -> None:
     """Ends a failed process in a job of several processes; just returns if there is only one.
 
-    An ordinary exit would wait minutes for the others, while they wait for this one. They end when it is gone.
+    An ordinary exit would wait for the others for minutes, while they wait for this one. They end when it is gone.
 
     Args:
       code: the exit code.
