@@ -32,65 +32,66 @@ import ml_collections
 def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     """The settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of folds
-    config.seeds = (0,)  # of label fractions and initial weights; several are averaged
-    # "usfmae-tiny", which is included; a workdir, a checkpoint in it, an encoder/ or classifier/ directory; or the
-    # floor to beat: "pixels", "random".
+    config.seed = 0  # seed of the folds
+    config.seeds = (0,)  # seeds of label fractions and initial weights; results of several seeds are averaged
+    # "usfmae-tiny", which is included; a workdir, a checkpoint in it, an encoder/ or classifier/ directory; or a
+    # baseline: "pixels" or "random".
     config.checkpoint = ""
-    config.step = 0  # of a pretraining workdir's checkpoints; 0 = its encoder/, or else the newest
-    config.protocol = "auto"  # how it is tested, see above
-    config.pool = "mean"  # of patch tokens, or "cls"
-    config.classes = ()  # expected class names, in order; () takes what the shards say
-    config.positive = ""  # class that counts as positive where there are two; "" = the last
-    config.targets = ""  # of protocol regression: a CSV file of numbers, see configs/finetune.py
-    config.target = ""  # name of the column; "" = the only one of numbers
-    config.of_frame = False  # a length in mm, learnt as a share of the frame's side
+    config.step = 0  # checkpoint of a pretraining workdir; 0 = its encoder/, or else its newest checkpoint
+    config.protocol = "auto"  # how the encoder is tested, see above
+    config.pool = "mean"  # the mean of the patch tokens; or "cls", the class token
+    config.classes = ()  # expected class names, in order; () = those of the shards
+    config.positive = ""  # the positive class where there are two; "" = the last
+    config.targets = ""  # for protocol regression: a CSV file of numbers, see configs/finetune.py
+    config.target = ""  # name of the target column; "" = the only numeric column
+    config.of_frame = False  # True for a length in mm: learnt as a fraction of the frame's side; needs pixel sizes
     config.data = dict(
-        path="",  # labelled shards: a folder, a glob, gs://...; several separated by commas
+        path="",  # labelled shards: a folder, a glob, gs://...; separate several with commas
         split="",  # only shards of this TFDS split
-        threads=2,  # that decode
+        threads=2,  # decoding threads
     )
     config.split = dict(
-        # "official", "shards" (their train, validation, test), "group" (k-fold), "single"; "auto": the first there is.
+        # "official"; "shards" (their train, validation and test parts); "group" (k-fold by patient); "single" (one
+        # split by patient); "auto": path if given, else official, else shards, else group.
         kind="auto",
-        path="",  # a CSV with the columns frame, part and perhaps fold, or a run's splits/splits.csv
-        folds=5,  # of kind "group"
-        validation=0.2,  # share of the training patients, where the split names none
-        test=0.2,  # share of all patients, of a single split
-        only=(),  # names of the folds to run; () = all
-        duplicates=True,  # look for copies under other patients' names, and keep them on one side
-        copies="drop",  # of tested pictures in other parts: drop; or keep, as a split was published
-        no_copies="",  # a CSV file: lines of a run's duplicates.csv that a person found to be other pictures
+        path="",  # a CSV file with the columns frame, part and optionally fold, or a run's splits/splits.csv
+        folds=5,  # for kind "group"
+        validation=0.2,  # fraction of the training patients, if the split has no validation part
+        test=0.2,  # fraction of all patients, for kind "single"
+        only=(),  # names of folds to run; () = all
+        duplicates=True,  # look for the same image under two patients, and keep it on one side of the split
+        copies="drop",  # copies of test images in other parts: "drop", or "keep" to follow a published split exactly
+        no_copies="",  # a CSV file: rows of a run's duplicates.csv that a person judged to be different images
     )
-    config.fractions = (1.0,)  # of the training patients that have labels, such as (0.01, 0.05, 0.1, 0.25, 1.0)
-    # What was chosen on validation frames is fitted again with them; not where shares of the labels are compared.
+    config.fractions = (1.0,)  # fractions of the training patients to use, such as (0.01, 0.05, 0.1, 0.25, 1.0)
+    # Once hyperparameters are chosen, fit again on training and validation frames together; not for label fractions.
     config.refit = True
     config.linear = dict(
         optimizer="lars",  # or "adamw"
         epochs=90,  # passes over the training features
-        batch_size=256,  # features of an update
+        batch_size=256,  # features per update
     )
     config.attentive = dict(
-        epochs=30,  # passes over the training features, at most
-        batch_size=64,  # frames of an update
-        patience=5,  # epochs without a better validation score after which it ends
+        epochs=30,  # maximum number of passes over the training features
+        batch_size=64,  # frames per update
+        patience=5,  # stop after this many epochs without a better validation score
     )
-    config.corruptions = False  # also on images with graded ultrasound artefacts: 35 passes over the test frames
-    config.bootstrap = 1000  # resamples of the patients
-    config.examples = 12  # most confident errors in the report
-    config.cache = ""  # folder for features; "" = ~/.cache/usfmae_jax
-    config.batch_size = 0  # images per call; 0 = what suits the devices
-    config.dtype = "float32"  # of the arithmetic; "bfloat16" on accelerators
+    config.corruptions = False  # also test on images with graded ultrasound artefacts: 35 passes over the test frames
+    config.bootstrap = 1000  # bootstrap resamples of the patients
+    config.examples = 12  # how many of the most confident errors the report shows
+    config.cache = ""  # folder that caches features; "" = ~/.cache/usfmae_jax
+    config.batch_size = 0  # images per call; 0 = chosen for the devices
+    config.dtype = "float32"  # compute dtype; "bfloat16" on accelerators
     config.mesh = dict(
-        data=-1,  # devices that share the batch; -1 = the rest of the devices
-        fsdp=1,  # devices that also split parameters and optimiser between them
+        data=-1,  # devices that the batch is split over; -1 = all remaining devices
+        fsdp=1,  # devices that split the batch and also shard parameters and optimiser state
     )
     VARIANTS[variant](config)
     return config
 
 
 def folder(config: ml_collections.ConfigDict) -> None:
-    """Whatever `config.data.path` holds."""
+    """The labelled shards in `config.data.path`."""
 
 
 def busbra(config: ml_collections.ConfigDict) -> None:

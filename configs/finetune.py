@@ -36,123 +36,123 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
     config.task = "classification"  # what is learnt, see usfmae_jax/tasks
-    config.seed = 0  # of the splits, and added to those below
-    config.seeds = (0,)  # of initial weights, data order and label fractions: one member each
+    config.seed = 0  # seed of the splits; also added to the seeds below
+    config.seeds = (0,)  # seeds of initial weights, data order and label fractions: one member per seed
     # "usfmae-tiny", which is included; a workdir, an encoder or classifier directory, a ResNet-50 weights file;
     config.init = ""  # "" = random weights
-    config.classes = ()  # expected names, in order; () = what the shards have
-    config.positive = ""  # the positive one of two classes; "" = the last
+    config.classes = ()  # expected class names, in order; () = those of the shards
+    config.positive = ""  # the positive class where there are two; "" = the last
     config.model = dict(
-        arch="",  # tiny, small, base, large, huge, resnet50; "" = as config.init has it, else tiny
-        # () and 0, here and below: as config.init or arch has it.
-        image_size=(),  # height, width; may differ from config.init's, whose position table is then interpolated
-        channels=0,  # of the model's input
+        arch="",  # tiny, small, base, large, huge, resnet50; "" = that of config.init, else tiny
+        # () and 0, here and below: the value of config.init or arch.
+        image_size=(),  # height, width; if it differs from config.init's, position embeddings are interpolated
+        channels=0,  # input channels
         patch_size=0,  # side of a patch in pixels
-        width=0,  # of a token; of a ResNet: channels of the stem
-        depth=0,  # blocks; of a ResNet: blocks in each of its four stages
-        num_heads=0,  # of the attention
-        mean=(),  # of the model's input, per channel; pixels are in [0, 1] before
-        std=(),  # likewise
-        pool="mean",  # of the patch tokens; or "cls", the class token
-        drop_path=0.1,  # probability that the last block is passed over; less, in proportion, in those before it
-        dtype="float32",  # of the arithmetic; bfloat16 for a GPU or TPU
+        width=0,  # token width; for a ResNet: channels of the stem
+        depth=0,  # number of blocks; for a ResNet: blocks in each of its four stages
+        num_heads=0,  # attention heads
+        mean=(),  # mean of each input channel, subtracted from pixels in [0, 1]
+        std=(),  # standard deviation of each input channel, by which they are then divided
+        pool="mean",  # the mean of the patch tokens; or "cls", the class token
+        drop_path=0.1,  # stochastic depth: rate of the last block, growing linearly from 0 in the first
+        dtype="float32",  # compute dtype; bfloat16 for a GPU or TPU
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
-        scan=False,  # True compiles one block and loops over it: quicker to compile, slower on a CPU
-        remat="none",  # what the backward pass computes again to save memory: "none", "dots" or "full", see pretrain
+        scan=False,  # compile one block and loop over it: quicker to compile, slower on a CPU
+        remat="none",  # what the backward pass recomputes to save memory: "none", "dots" or "full", see pretrain
     )
-    # What is trained: full, frozen (the head only), last_k (the last blocks and the head), lora (what is added to the
-    # attention's matrices, of a low rank, and the head).
+    # What is trained: full (everything), frozen (the head only), last_k (the last blocks and the head), lora (low-rank
+    # updates of the attention matrices, and the head).
     config.mode = "full"
-    config.last_k = 4  # blocks for mode last_k; of a ResNet: stages
-    config.lora_rank = 8  # for mode lora
+    config.last_k = 4  # number of blocks for mode last_k; for a ResNet: of stages
+    config.lora_rank = 8  # rank for mode lora
     config.data = dict(
-        path="",  # labelled shards: a folder, a glob; several separated by commas
+        path="",  # labelled shards: a folder or a glob; separate several with commas
         split="",  # only this TFDS split; "" = all
-        channels=1,  # decoded as grey and repeated on the device; 3 for Doppler
-        max_damaged=0.01,  # share of records that may be unreadable
-        workers=0,  # processes that decode; 0 = threads
-        threads=2,  # that decode, in each process
+        channels=1,  # decoded channels: 1 (grey, repeated on the device for a model with 3) or 3 for Doppler
+        max_damaged=0.01,  # maximum fraction of unreadable records
+        workers=0,  # decoding processes; 0 = threads only
+        threads=2,  # decoding threads in each process
     )
     config.split = dict(
         kind="auto",  # official, shards, group, single; auto = path, else official, else shards, else group
-        path="",  # a CSV file, or a folder with some: frame, part and perhaps fold; what a run leaves in splits/
+        path="",  # a CSV file with the columns frame, part and optionally fold; or a folder of them, as a run's splits/
         folds=5,  # for kind group
-        validation=0.2,  # share of the training patients, where the split has no validation part
-        test=0.2,  # share of the patients, for kind single
+        validation=0.2,  # fraction of the training patients, if the split has no validation part
+        test=0.2,  # fraction of the patients, for kind single
         only=(),  # names of folds to run; () = all
-        duplicates=True,  # look for the same picture under two patients, and keep it on one side
-        copies="drop",  # of tested pictures in other parts: drop; or keep, as a split was published
-        no_copies="",  # a CSV file: lines of a run's duplicates.csv that a person found to be other pictures
+        duplicates=True,  # look for the same image under two patients, and keep it on one side of the split
+        copies="drop",  # copies of test images in other parts: "drop", or "keep" to follow a published split exactly
+        no_copies="",  # a CSV file: rows of a run's duplicates.csv that a person judged to be different images
     )
-    config.fractions = (1.0,)  # shares of the training patients to learn from: one member each
+    config.fractions = (1.0,)  # fractions of the training patients to learn from: one member per fraction
     config.augment = dict(
-        crop_scale=(0.6, 1.0),  # share of the area; a lesion should stay in view
-        crop_ratio=(3 / 4, 4 / 3),  # of a crop's width to its height
+        crop_scale=(0.6, 1.0),  # fraction of the area; a lesion should stay in view
+        crop_ratio=(3 / 4, 4 / 3),  # aspect ratio of a crop: width to height
         rotation=(-10.0, 10.0),  # degrees
         hflip=0.5,  # probability of a mirrored view
         vflip=0.0,  # probability of an upside-down view; depth is not symmetric
         interpolation="linear",  # or "cubic", "nearest"
-        brightness=(-0.1, 0.1),  # gain, share of the grey scale
+        brightness=(-0.1, 0.1),  # gain, as a fraction of the grey scale
         contrast=(0.8, 1.25),  # dynamic range
         gamma=(0.8, 1.25),  # grey map
         randaugment_magnitude=0.0,  # mean strength, up to 10; 0 = off
-        randaugment_ops=2,  # operations of RandAugment on a view
-        trivialaugment=False,  # one of the same operations of any strength, instead
+        randaugment_ops=2,  # RandAugment operations per view
+        trivialaugment=False,  # instead of RandAugment: one of its operations, at a random strength
     )
     config.regularization = dict(
-        mixup=0.0,  # a of Beta(a, a); 0 = off
+        mixup=0.0,  # a in Beta(a, a); 0 = off
         cutmix=0.0,  # likewise
-        smoothing=0.1,  # of the labels
+        smoothing=0.1,  # label smoothing
         erasing=0.0,  # probability that a rectangle is erased
-        class_weights="none",  # in the loss; "balanced" = all classes alike
-        balanced_sampling=False,  # show all classes equally often
+        class_weights="none",  # class weights in the loss; "balanced" = all classes count equally
+        balanced_sampling=False,  # sample all classes equally often
     )
     config.optimizer = dict(
         learning_rate=4e-3,  # per 256 images; 5e-4 at batch 32
         floor=1e-6,  # learning rate at the end
-        warmup=0.1,  # share of all steps
-        weight_decay=0.05,  # of matrices only
-        b1=0.9,  # of Adam: decay of the gradient's average
-        b2=0.999,  # ... and of its square's
-        clip_norm=1.0,  # longest gradient; 0 = off
-        layer_decay=0.75,  # of a ViT: factor from the rate of a layer to that of the one below it; 1 = off
+        warmup=0.1,  # fraction of all steps
+        weight_decay=0.05,  # applied to matrices only
+        b1=0.9,  # Adam: decay rate of the first moment
+        b2=0.999,  # Adam: decay rate of the second moment
+        clip_norm=1.0,  # maximum norm of the gradient; 0 = off
+        layer_decay=0.75,  # for a ViT: each layer's learning rate is that of the next one times this; 1 = off
     )
     config.train = dict(
-        batch_size=32,  # images of an update, of all devices together
-        accumulate=1,  # micro-batches of an update
+        batch_size=32,  # images per update, over all devices
+        accumulate=1,  # micro-batches per update
         epochs=25.0,  # passes over the training images
-        steps=0,  # updates; more than 0 overrules epochs
-        min_steps=200,  # updates at least: few images are seen more often
-        skip_nonfinite=0,  # steps of a member with a loss or gradient that is not a number that may be skipped
+        steps=0,  # updates; overrides epochs if greater than 0
+        min_steps=200,  # minimum number of updates, so that small sets are seen more often
+        skip_nonfinite=0,  # how many steps with a non-finite loss or gradient each member may skip
     )
     config.stop = dict(
-        metric="auroc",  # of the validation part; the weights that are best by it are tested
+        metric="auroc",  # validation metric; the weights with the best value are tested
         every=1.0,  # epochs between evaluations
-        patience=0,  # evaluations without a better one after which a member ends; 0 = off
+        patience=0,  # a member stops after this many evaluations without improvement; 0 = off
     )
-    # Members trained at a time, on a CPU: 0 = as many as there are cores for, of a small model; 1 = one after another.
+    # Members trained in parallel on a CPU: 0 = one per core if the model is small; 1 = one after another.
     config.parallel = 0
     config.mesh = dict(
-        data=-1,  # devices that share the batch; -1 = the rest of the devices
-        fsdp=1,  # devices that also split parameters and optimiser between them
+        data=-1,  # devices that the batch is split over; -1 = all remaining devices
+        fsdp=1,  # devices that split the batch and also shard parameters and optimiser state
     )
     config.checkpoint = dict(
         every=5,  # evaluations between checkpoints
-        keep_finished=False,  # also of a finished member, which keeps its classifier/ anyway
-        fallback=False,  # resume before a damaged checkpoint
+        keep_finished=False,  # keep the checkpoints of finished members too; their classifier/ is always kept
+        fallback=False,  # resume from an older checkpoint if the newest is damaged
     )
     config.log = dict(
-        every=20,  # steps between lines
-        tensorboard=True,  # event files in tensorboard/ of the workdir
-        # Weights & Biases: "offline" (in the workdir, for `wandb sync`), "online"; "" = off. Needs extra "tracking".
+        every=20,  # steps between log lines
+        tensorboard=True,  # write event files to tensorboard/ in the workdir
+        # Weights & Biases: "offline" (in the workdir, for `wandb sync`) or "online"; "" = off. Needs extra "tracking".
         wandb="",
-        # MLflow: "offline" (in the workdir), "online" (the server that MLFLOW_TRACKING_URI names); "" = off. Likewise.
+        # MLflow: "offline" (in the workdir) or "online" (the server at MLFLOW_TRACKING_URI); "" = off. Likewise.
         mlflow="",
     )
     config.evaluate = dict(
-        batch_size=0,  # images per call; 0 = what suits the devices
-        bootstrap=1000,  # resamples of the patients for the intervals
-        flip=False,  # take the mean of what is said of a frame and its mirror
+        batch_size=0,  # images per call; 0 = chosen for the devices
+        bootstrap=1000,  # bootstrap resamples of the patients for the intervals
+        flip=False,  # average the predictions for each frame and its mirror image
     )
     VARIANTS[variant](config)
     return config
@@ -169,7 +169,7 @@ def busbra(config: ml_collections.ConfigDict) -> None:
 
 
 def mmotu(config: ml_collections.ConfigDict) -> None:
-    """MMOTU-2D (Zhao et al. 2022): rare classes have fifty images."""
+    """MMOTU-2D (Zhao et al. 2022): the rare classes have fifty images."""
     config.data.path = "data/mmotu_2d"
     config.stop.metric = "f1_macro"
 
@@ -181,7 +181,7 @@ def gist514(config: ml_collections.ConfigDict) -> None:
 
 
 def _mae(config: ml_collections.ConfigDict) -> None:
-    """He et al. (2022) for ViT-B; a batch of 1,024 does not suit sets this small, the rate per 256 images stays."""
+    """He et al. (2022) for ViT-B, with their rate per 256 images; a batch of 1,024 is too large for such small sets."""
     config.augment.update(crop_scale=(0.08, 1.0), rotation=(0.0, 0.0), interpolation="cubic")
     config.augment.update(brightness=(0.0, 0.0), contrast=(1.0, 1.0), gamma=(1.0, 1.0))
     config.augment.randaugment_magnitude = 9.0
@@ -217,21 +217,21 @@ def gist514_mae(config: ml_collections.ConfigDict) -> None:
 
 def _table(config: ml_collections.ConfigDict, task: str) -> None:
     config.task = task
-    config.targets = ""  # CSV files, several separated by commas; frame, source or file is the column that joins them
-    config.target = ""  # names of the columns to learn, with commas between them; "" = all that can be
+    config.targets = ""  # CSV files, separated by commas; their column frame, source or file identifies the frames
+    config.target = ""  # names of the columns to learn, separated by commas; "" = all suitable ones
     config.regularization.smoothing = 0.0
 
 
 def folder_multilabel(config: ml_collections.ConfigDict) -> None:
-    """Any shards with a table of labels; without `config.target` all of its columns of 0 and 1."""
+    """Any shards with a table of labels; without `config.target` all of its columns of 0 and 1 are learnt."""
     _table(config, "multilabel")
 
 
 def folder_regression(config: ml_collections.ConfigDict) -> None:
-    """Any shards with a table of numbers. Nothing is cropped or stretched: a number may be of a size."""
+    """Any shards with a table of numbers. Frames are neither cropped nor stretched, since a number may be a size."""
     _table(config, "regression")
     config.loss = "smooth_l1"  # or "mse"
-    config.of_frame = False  # True: a length in mm; learnt as a share of the frame's side, for which pixels have a size
+    config.of_frame = False  # True for a length in mm: learnt as a fraction of the frame's side; needs pixel sizes
     config.augment.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     config.stop.metric = "mae"
 

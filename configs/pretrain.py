@@ -27,58 +27,58 @@ import ml_collections
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of weights, data order and masks
+    config.seed = 0  # seed of weights, data order and masks
     config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", or "latent"
-    # What to start from: "usfmae-tiny", which is included, or an encoder directory; or, decoder included, a workdir or
-    # what usfmae_jax.convert wrote;
-    config.init = ""  # "" starts from random weights
+    # Initial weights: "usfmae-tiny", which is included, or an encoder directory; or, with the decoder, a workdir or the
+    # output of usfmae_jax.convert;
+    config.init = ""  # "" = random weights
     config.model = dict(
-        image_size=(224, 224),  # height, width; one number on the command line makes a square
+        image_size=(224, 224),  # height, width; a single number on the command line means a square
         patch_size=16,  # side of a patch in pixels
-        channels=3,  # of the model's input
+        channels=3,  # input channels
         mean=(0.485, 0.456, 0.406),  # ImageNet's, which the published MAE weights expect
-        std=(0.229, 0.224, 0.225),  # likewise; pixels are in [0, 1] before
-        width=768,  # of a token in the encoder
-        depth=12,  # blocks of the encoder
-        num_heads=12,  # of its attention; they divide the width
-        mlp_ratio=4.0,  # hidden width of a block's MLP, as a multiple of the width
-        decoder_width=512,  # of a token in the decoder
-        decoder_depth=8,  # blocks of the decoder
-        decoder_num_heads=16,  # of its attention
-        dtype="bfloat16",  # of the arithmetic; parameters, norms, softmax and loss stay float32
+        std=(0.229, 0.224, 0.225),  # likewise; both apply to pixels in [0, 1]
+        width=768,  # token width of the encoder
+        depth=12,  # number of encoder blocks
+        num_heads=12,  # attention heads of the encoder; must divide the width
+        mlp_ratio=4.0,  # hidden width of each MLP, as a multiple of the width
+        decoder_width=512,  # token width of the decoder
+        decoder_depth=8,  # number of decoder blocks
+        decoder_num_heads=16,  # attention heads of the decoder
+        dtype="bfloat16",  # compute dtype; parameters, norms, softmax and loss stay float32
         attention="",  # "xla", "cudnn", or "" for JAX's own choice
         scan=True,  # compile one block and loop over it
-        # What the backward pass computes again to save memory: "none", "dots" (all but products with matrices) or
-        remat="dots",  # "full", all: a third more arithmetic
+        # What the backward pass recomputes to save memory: "none", "dots" (everything except matrix products) or
+        remat="dots",  # "full" (everything: a third more arithmetic)
     )
     config.mask = dict(
-        ratio=0.75,  # share of the patches that are hidden
-        fan_aware=False,  # hide and predict only inside the imaged sector
-        block=1,  # hide squares of so many by so many patches
-        blur=0.0,  # pixels; the model sees a blurred image and predicts a sharp one
-        share=0.5,  # of the hidden patches that a cross decoder predicts in a step
+        ratio=0.75,  # fraction of the patches that are masked
+        fan_aware=False,  # mask and predict only patches inside the imaged sector
+        block=1,  # side of the masked squares, in patches
+        blur=0.0,  # pixels; the model sees a blurred image and predicts the sharp one
+        share=0.5,  # fraction of the masked patches that a cross decoder predicts in each step
     )
-    config.latent = dict(  # of that objective: a teacher's features are predicted
-        teacher="ema",  # the average of the model itself, see train.ema; or an encoder to open, which stays as it is
-        everywhere=False,  # of the visible patches too
+    config.latent = dict(  # for objective "latent", which predicts a teacher's features
+        teacher="ema",  # the moving average of the model, see train.ema; or a fixed encoder to load
+        everywhere=False,  # predict the features of the visible patches too
     )
     config.loss = dict(
-        normalize_targets=True,  # predict each patch less its mean, over its deviation
+        normalize_targets=True,  # normalise each target patch to zero mean and unit variance
     )
     config.data = dict(
-        path="",  # shards: a folder, a glob, gs://...; several separated by commas
+        path="",  # shards: a folder, a glob, gs://...; separate several with commas
         split="train",  # only shards of this TFDS split; "" = all
-        # Names of evaluation sets: their shards are passed over, also where `path` matches them.
+        # Names of evaluation sets: their shards are skipped even if `path` matches them.
         exclude=("bus_bra", "gist514_db", "mmotu_2d"),
-        weights=(),  # of several sources; () = by size
-        channels=1,  # decoded as grey and repeated on the device; 3 for Doppler
-        max_damaged=0.01,  # share of records that may be unreadable
-        workers=8,  # processes that decode; 0 = threads
-        threads=2,  # that decode, in each process
+        weights=(),  # sampling weights of several sources; () = in proportion to their size
+        channels=1,  # decoded channels: 1 (grey, repeated on the device for a model with 3) or 3 for Doppler
+        max_damaged=0.01,  # maximum fraction of unreadable records
+        workers=8,  # decoding processes; 0 = threads only
+        threads=2,  # decoding threads in each process
     )
     config.augment = dict(
-        crop_scale=(0.2, 1.0),  # share of the area
-        crop_ratio=(3 / 4, 4 / 3),  # of a crop's width to its height
+        crop_scale=(0.2, 1.0),  # fraction of the area
+        crop_ratio=(3 / 4, 4 / 3),  # aspect ratio of a crop: width to height
         rotation=(0.0, 0.0),  # degrees
         hflip=0.5,  # probability of a mirrored view
         vflip=0.0,  # probability of an upside-down view; depth is not symmetric
@@ -87,53 +87,53 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.optimizer = dict(
         learning_rate=1.5e-4,  # per 256 images
         floor=0.0,  # learning rate at the end
-        warmup=0.05,  # share of all steps
-        weight_decay=0.05,  # of AdamW, on matrices
-        decay_all=False,  # decay biases, norms and tokens too
-        b1=0.9,  # of Adam: decay of the gradient's average
-        b2=0.95,  # ... and of its square's
-        clip_norm=0.0,  # longest gradient; 0 = off
-        layer_decay=1.0,  # factor from the rate of a layer to that of the one below it; 1 = off
-        muon=False,  # matrices of the blocks by Muon, at the same rate
+        warmup=0.05,  # fraction of all steps
+        weight_decay=0.05,  # of AdamW, applied to matrices only
+        decay_all=False,  # apply weight decay to biases, norms and tokens too
+        b1=0.9,  # Adam: decay rate of the first moment
+        b2=0.95,  # Adam: decay rate of the second moment
+        clip_norm=0.0,  # maximum norm of the gradient; 0 = off
+        layer_decay=1.0,  # each layer's learning rate is that of the next one times this; 1 = off
+        muon=False,  # update the matrices of the blocks with Muon, at the same learning rate
     )
     config.train = dict(
-        batch_size=1024,  # images of an update, of all devices together
-        accumulate=1,  # micro-batches of an update, which is that of the whole batch
+        batch_size=1024,  # images per update, over all devices
+        accumulate=1,  # micro-batches per update; the update is that of the whole batch
         epochs=100,  # passes over the images
-        steps=0,  # updates; more than 0 overrules epochs
-        skip_nonfinite=0,  # steps with a loss or gradient that is not a number that may be skipped
-        ema=0.0,  # decay of an average of the weights, which is then what is probed and exported; 0 = off
+        steps=0,  # updates; overrides epochs if greater than 0
+        skip_nonfinite=0,  # how many steps with a non-finite loss or gradient may be skipped
+        ema=0.0,  # decay rate of an average of the weights, which is then probed and exported; 0 = off
     )
     config.mesh = dict(
-        data=-1,  # devices that share the batch; -1 = the rest of the devices
-        fsdp=1,  # devices that also split parameters and optimiser between them
+        data=-1,  # devices that the batch is split over; -1 = all remaining devices
+        fsdp=1,  # devices that split the batch and also shard parameters and optimiser state
     )
     config.checkpoint = dict(
         every=1000,  # steps between checkpoints
         keep=dict(
-            keep_latest=2,  # how many of the newest to keep
-            keep_every=0,  # keep those at multiples of this step for good; 0 = none
-            keep_best=1,  # how many of those with the lowest loss to keep
+            keep_latest=2,  # how many of the newest checkpoints to keep
+            keep_every=0,  # keep every checkpoint at a multiple of this step; 0 = none
+            keep_best=1,  # how many of the checkpoints with the lowest loss to keep
         ),
-        fallback=False,  # resume from the newest checkpoint that can be loaded, should later ones be damaged
+        fallback=False,  # resume from an older checkpoint if the newest is damaged
     )
     config.log = dict(
-        every=50,  # steps between lines
-        pictures_every=1000,  # steps between reconstructions; 0 = none
-        profile=(0, 0),  # first step and number of steps to trace, say (10, 3), into profile/ for ui.perfetto.dev
-        tensorboard=True,  # event files in tensorboard/ of the workdir
-        # Weights & Biases: "offline" (in the workdir, for `wandb sync`), "online"; "" = off. Needs extra "tracking".
+        every=50,  # steps between log lines
+        pictures_every=1000,  # steps between pictures of reconstructions; 0 = none
+        profile=(0, 0),  # first step and number of steps to trace, such as (10, 3), into profile/ for ui.perfetto.dev
+        tensorboard=True,  # write event files to tensorboard/ in the workdir
+        # Weights & Biases: "offline" (in the workdir, for `wandb sync`) or "online"; "" = off. Needs extra "tracking".
         wandb="",
-        # MLflow: "offline" (in the workdir), "online" (the server that MLFLOW_TRACKING_URI names); "" = off. Likewise.
+        # MLflow: "offline" (in the workdir) or "online" (the server at MLFLOW_TRACKING_URI); "" = off. Likewise.
         mlflow="",
     )
-    config.probe = dict(  # is it learning?
+    config.probe = dict(  # a probe of the encoder during training
         data=dict(
             path="",  # labelled shards; "" = no probe
             split="",  # only this TFDS split; "" = all
         ),
         every=1000,  # steps between probes; 0 = none
-        limit=4000,  # labelled frames that are used, at most
+        limit=4000,  # maximum number of labelled frames to use
     )
     VARIANTS[variant](config)
     return config
@@ -144,13 +144,13 @@ def base(config: ml_collections.ConfigDict) -> None:
 
 
 def paper(config: ml_collections.ConfigDict) -> None:
-    """USF-MAE as published. Start it from ImageNet MAE weights with --config.init to repeat it."""
+    """USF-MAE as published. To reproduce it, start from ImageNet MAE weights with --config.init."""
     config.train.update(batch_size=64, epochs=100)
     config.optimizer.update(
-        learning_rate=6e-4,  # 1.5e-4 at batch 64; the other arm of its grid is 5e-4, here 2e-3
+        learning_rate=6e-4,  # 1.5e-4 at batch 64; the other value of its grid is 5e-4, here 2e-3
         floor=1e-5,
         warmup=0.1,
-        weight_decay=0.01,  # the other arm is 0.05
+        weight_decay=0.01,  # the other value is 0.05
         decay_all=True,  # a fault: shrinks norms and biases
         b2=0.999,
         clip_norm=1.0,
@@ -162,7 +162,7 @@ def paper(config: ml_collections.ConfigDict) -> None:
         vflip=0.5,
         interpolation="nearest",  # a fault: breaks up speckle
     )
-    # Its text is not settled on the mask ratio: a secondary source says --config.mask.ratio=0.25.
+    # The paper is not consistent about the mask ratio: a secondary source gives --config.mask.ratio=0.25.
 
 
 def tiny(config: ml_collections.ConfigDict) -> None:
@@ -179,7 +179,7 @@ def tiny(config: ml_collections.ConfigDict) -> None:
 
 
 def demo(config: ml_collections.ConfigDict) -> None:
-    """Smaller still, on simulated frames."""
+    """Even smaller, on simulated frames."""
     tiny(config)
     config.model.update(image_size=(64, 64), width=128, depth=4, num_heads=2)
     config.model.update(decoder_width=96, decoder_depth=1, decoder_num_heads=2)
@@ -214,25 +214,25 @@ def gigantic(config: ml_collections.ConfigDict) -> None:
 
 
 def cross(config: ml_collections.ConfigDict) -> None:
-    """ViT-B/16, CrossMAE (Fu et al. 2024): half of the hidden patches are predicted, from the visible ones alone."""
+    """ViT-B/16, CrossMAE (Fu et al. 2024): half of the masked patches are predicted, from the visible ones alone."""
     config.objective = "cross_mae"
 
 
 def tiny_cross(config: ml_collections.ConfigDict) -> None:
-    """`:tiny` with such a decoder."""
+    """`:tiny` with the cross-attention decoder."""
     tiny(config)
     cross(config)
 
 
 def tiny_latent(config: ml_collections.ConfigDict) -> None:
-    """`:tiny` that predicts features instead of pixels (Baevski et al. 2022; Assran et al. 2023)."""
+    """`:tiny`, predicting features instead of pixels (Baevski et al. 2022; Assran et al. 2023)."""
     tiny(config)
     config.objective = "latent"
     config.train.ema = 0.996
 
 
 def shipped(config: ml_collections.ConfigDict) -> None:
-    """`:tiny` for longer, on real and simulated frames: `usfmae-tiny`, the weights that are included."""
+    """`:tiny`, trained longer on real and simulated frames: `usfmae-tiny`, the included weights."""
     tiny(config)
     config.data.path = "data/shipped/*"
     config.train.steps = 16000

@@ -30,18 +30,18 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     """The run's settings; every field can be overridden with `--config.field=value`."""
     config = finetune.get_config("folder")
     config.task = "segmentation"
-    config.classes = ()  # names of the classes in order, the background not among them; () = what the shards say
-    config.mask_classes = "masks"  # or "label": a mask outlines one thing, and its class is that of the frame
-    config.unmasked = "drop"  # a frame without a mask: drop, background (nothing is to be found on it), refuse
-    config.save_masks = False  # predicted masks of the test frames, as PNG and COCO JSON, below masks/ in the workdir
-    config.dice = 1.0  # weight of the soft Dice loss beside the cross entropy; 0 = off
-    config.min_pixels = 10  # of instances: smaller areas are none
-    config.no_object = 0.1  # of instances: weight of queries that have none in the loss
-    # "decoder": convolutions up from four levels of the encoder; or "linear"; of instances "queries".
+    config.classes = ()  # class names in order, without the background; () = those of the shards
+    config.mask_classes = "masks"  # or "label": each mask outlines one object, whose class is the frame's label
+    config.unmasked = "drop"  # frames without a mask: drop, background (keep them as empty), refuse (an error)
+    config.save_masks = False  # save predicted masks of the test frames, as PNG and COCO JSON, to masks/ in the workdir
+    config.dice = 1.0  # weight of the soft Dice loss relative to the cross-entropy; 0 = off
+    config.min_pixels = 10  # for instances: smaller areas are ignored
+    config.no_object = 0.1  # for instances: weight in the loss of queries matched to no object
+    # "decoder": convolutions that upsample from four levels of the encoder; or "linear"; for instances "queries".
     config.model.head = "decoder"
-    config.model.queries = 20  # of instances: how many can be found on a frame, at most
-    config.model.query_blocks = 3  # of instances: last blocks of the encoder that the queries go through
-    config.model.decoder_width = 128  # channels of the decoder at the patch grid
+    config.model.queries = 20  # for instances: maximum number found on a frame
+    config.model.query_blocks = 3  # for instances: number of last encoder blocks that process the queries
+    config.model.decoder_width = 128  # channels of the decoder at the resolution of the patch grid
     config.augment.update(crop_scale=(0.5, 1.0), rotation=(-15.0, 15.0))
     config.regularization.smoothing = 0.0
     config.optimizer.learning_rate = 8e-3  # per 256 images; 1e-3 at batch 32
@@ -74,7 +74,7 @@ def camus(config: ml_collections.ConfigDict) -> None:
 
 
 def mmotu(config: ml_collections.ConfigDict) -> None:
-    """MMOTU-2D (Zhao et al. 2022): 1,469 outlines of eight classes, one class a frame."""
+    """MMOTU-2D (Zhao et al. 2022): 1,469 outlines of eight classes, one class per frame."""
     config.data.path = "data/mmotu_2d"
     config.mask_classes = "label"
 
@@ -85,18 +85,18 @@ def _linear(config: ml_collections.ConfigDict) -> None:
 
 
 def folder_linear(config: ml_collections.ConfigDict) -> None:
-    """Any shards with masks, one linear layer on the frozen encoder."""
+    """Any shards with masks: one linear layer on the frozen encoder."""
     _linear(config)
 
 
 def busbra_linear(config: ml_collections.ConfigDict) -> None:
-    """BUS-BRA, one linear layer on the frozen encoder."""
+    """BUS-BRA: one linear layer on the frozen encoder."""
     busbra(config)
     _linear(config)
 
 
 def folder_instances(config: ml_collections.ConfigDict) -> None:
-    """Any shards with masks, instance by instance; recipe of EoMT (Kerssies et al. 2025) for a small model."""
+    """Any shards with masks, instance segmentation; the recipe of EoMT (Kerssies et al. 2025) for a small model."""
     config.task = "instances"
     config.model.update(head="queries", drop_path=0.0)
     config.optimizer.learning_rate = 8e-3
@@ -105,7 +105,7 @@ def folder_instances(config: ml_collections.ConfigDict) -> None:
 
 
 def mmotu_instances(config: ml_collections.ConfigDict) -> None:
-    """MMOTU-2D, instance by instance."""
+    """MMOTU-2D, instance segmentation."""
     mmotu(config)
     folder_instances(config)
 
@@ -113,8 +113,8 @@ def mmotu_instances(config: ml_collections.ConfigDict) -> None:
 def phantom(config: ml_collections.ConfigDict) -> None:
     """Simulated frames with three classes of lesions: a small model on a CPU, half an hour.
 
-    data_prep.build --dataset=phantom --lesions=several --patients=20000 --frames=1; a patient more is worth more than
-    another frame of one, and more than a changed copy, so that frames are hardly augmented.
+    data_prep.build --dataset=phantom --lesions=several --patients=20000 --frames=1. Another patient helps more than
+    another frame of the same patient or an augmented copy, so there is hardly any augmentation.
     """
     _phantoms(config)
     config.augment.update(crop_scale=(0.8, 1.0), rotation=(0.0, 0.0))
@@ -133,7 +133,7 @@ def _phantoms(config: ml_collections.ConfigDict) -> None:
 
 
 def phantom_instances(config: ml_collections.ConfigDict) -> None:
-    """Such frames, instance by instance: 400 patients with four frames each."""
+    """Simulated frames, instance segmentation: 400 patients with four frames each."""
     _phantoms(config)
     folder_instances(config)
     config.model.update(queries=10, query_blocks=2)

@@ -22,13 +22,13 @@ from usfmae_jax.configs import evaluate
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     """The settings; every field can be overridden with `--config.field=value`."""
     config = evaluate.get_config("folder")
-    config.protocol = "suite"  # all that are named below
+    config.protocol = "suite"  # runs the protocols named below
     config.suite = dict(
-        checkpoints=(),  # encoders, as config.checkpoint of configs/evaluate.py; the first is compared with the others
-        labels="logistic",  # protocol for the classes of frames: logistic, knn, linear, attentive; "" = none
+        checkpoints=(),  # encoders, as for config.checkpoint of configs/evaluate.py; each is compared with the first
+        labels="logistic",  # protocol for frame labels: logistic, knn, linear, attentive; "" = none
         masks="segmentation",  # protocol for masks; "" = none
-        numbers="regression",  # protocol for the tables of numbers below; "" = none
-        targets=(),  # DATASET=FILE.csv or DATASET=FILE.csv#COLUMN; lengths in mm or cm as a share of the frame's side
+        numbers="regression",  # protocol for the tables in targets; "" = none
+        targets=(),  # DATASET=FILE.csv or DATASET=FILE.csv#COLUMN; lengths in mm or cm: as a fraction of the side
     )
     VARIANTS[variant](config)
     return config

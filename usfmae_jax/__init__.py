@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_encoder":  # imported when it is asked for: a door's --help has to answer at once
+    if name == "load_encoder":  # imported only when asked for: --help of a command must answer at once
         from usfmae_jax.loading import load_encoder
 
         return load_encoder

@@ -1,4 +1,4 @@
-"""What the doors do, as functions: for notebooks and scripts.
+"""The commands as functions, for notebooks and scripts.
 
     from usfmae_jax import api
 
@@ -7,8 +7,8 @@
     results = api.finetune("finetune:folder", init=run, data={"path": data})
     features = api.embed(run, data)["features"]
 
-A config is named as on the command line and its fields are keywords, groups of them dicts. The same call goes on where
-an earlier one was interrupted. Mistakes are `errors.InputError`, with the sentence that a door would print.
+A config is named as on the command line; its fields are keyword arguments, groups of fields are dicts. Repeating a call
+resumes an interrupted one. Bad input raises `errors.InputError` with the message that the command would print.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from usfmae_jax import cli
 from usfmae_jax.errors import InputError, check_guard
 from usfmae_jax.loading import load_encoder as load_encoder
 
-#: A config itself, or what `--config` of a door takes: NAME[:variant] or FILE.py[:variant].
+#: A config itself, or a value for `--config`: NAME[:variant] or FILE.py[:variant].
 Config: TypeAlias = ml_collections.ConfigDict | str
 _Result = TypeVar("_Result")
 
@@ -38,15 +38,15 @@ def pretrain(config: Config = "pretrain:tiny", *, workdir: str = "", **fields: A
 
     Args:
       config: see `configs/pretrain.py`.
-      workdir: where the run lives; "" = `runs/<config>-<variant>`.
-      **fields: of the config, for example `data={"path": "data/mine"}, train={"steps": 500}`.
+      workdir: folder of the run; "" = `runs/<config>-<variant>`.
+      **fields: config fields, for example `data={"path": "data/mine"}, train={"steps": 500}`.
 
     Returns:
-      the workdir; `load_encoder` and `init` of the others take it.
+      the workdir, which `load_encoder` and the `init` field of other configs accept.
 
     Raises:
-      InputError: something given cannot be used.
-      KeyboardInterrupt: it was stopped, after it had saved.
+      InputError: an argument is invalid.
+      KeyboardInterrupt: the run was stopped; it has saved a checkpoint.
     """
     from usfmae_jax.pretraining import loop
 
@@ -56,19 +56,19 @@ def pretrain(config: Config = "pretrain:tiny", *, workdir: str = "", **fields: A
 
 
 def finetune(config: Config = "finetune:folder", *, workdir: str = "", **fields: Any) -> dict[str, Any]:
-    """Teaches a task and tests it, as `python -m usfmae_jax.finetune` does.
+    """Fine-tunes a model on a task and tests it, as `python -m usfmae_jax.finetune` does.
 
     Args:
       config: see `configs/finetune.py` and `configs/segment.py`.
-      workdir: where the run lives, with report.html; "" = `runs/<config>-<variant>`.
-      **fields: of the config, for example `init="runs/mine", data={"path": "data/mine"}`.
+      workdir: folder of the run and its report.html; "" = `runs/<config>-<variant>`.
+      **fields: config fields, for example `init="runs/mine", data={"path": "data/mine"}`.
 
     Returns:
-      what results.json holds, see `evaluation.results`.
+      the contents of results.json, see `evaluation.results`.
 
     Raises:
-      InputError: something given cannot be used.
-      KeyboardInterrupt: it was stopped, after it had saved.
+      InputError: an argument is invalid.
+      KeyboardInterrupt: the run was stopped; it has saved a checkpoint.
     """
     from usfmae_jax.finetuning import loop
 
@@ -78,18 +78,18 @@ def finetune(config: Config = "finetune:folder", *, workdir: str = "", **fields:
 
 
 def evaluate(config: Config = "evaluate:folder", *, workdir: str = "", **fields: Any) -> dict[str, Any]:
-    """Tests an encoder under a probe, or a fine-tuned classifier, as `python -m usfmae_jax.evaluate` does.
+    """Tests an encoder with a probe, or a fine-tuned classifier, as `python -m usfmae_jax.evaluate` does.
 
     Args:
       config: see `configs/evaluate.py` and `configs/suite.py`.
-      workdir: receives report.html and the rest; "" = `runs/<config>-<variant>`.
-      **fields: of the config, for example `checkpoint="runs/mine", data={"path": "data/mine"}, protocol="knn"`.
+      workdir: folder for report.html and the other results; "" = `runs/<config>-<variant>`.
+      **fields: config fields, for example `checkpoint="runs/mine", data={"path": "data/mine"}, protocol="knn"`.
 
     Returns:
-      what results.json holds, see `evaluation.results`; of a suite suite.json.
+      the contents of results.json, see `evaluation.results`; for a suite, those of suite.json.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: an argument is invalid.
     """
     from usfmae_jax.probing import loop, suite
 
@@ -99,19 +99,19 @@ def evaluate(config: Config = "evaluate:folder", *, workdir: str = "", **fields:
 
 
 def predict(checkpoint: str, data: str | Sequence[str], output: str, **options: Any) -> list[dict[str, str]]:
-    """Predicts files, folders or shards, as `python -m usfmae_jax.predict` does.
+    """Predicts on files, folders or shards, as `python -m usfmae_jax.predict` does.
 
     Args:
       checkpoint: a fine-tuning run, or one of its members.
-      data: one or several.
-      output: folder; receives predictions.csv, and masks and overlays where there are some.
-      **options: those of `usfmae_jax.predict.predict`.
+      data: one path or several.
+      output: folder for predictions.csv and, if the model segments, masks and overlays.
+      **options: keyword arguments of `usfmae_jax.predict.predict`.
 
     Returns:
-      the rows of predictions.csv; `pandas.DataFrame` takes them.
+      the rows of predictions.csv, ready for `pandas.DataFrame`.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: an argument is invalid.
     """
     from usfmae_jax import predict as door
     from usfmae_jax.data import cells
@@ -127,16 +127,16 @@ def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **op
 
     Args:
       checkpoint: a run, an encoder or a classifier.
-      data: shards, or a folder of picture files.
-      output: .npz that keeps them; "" = none.
+      data: shards, or a folder of image files.
+      output: .npz file to write; "" = none.
       pool: 'mean', 'cls' or 'patches'.
-      **options: those of `usfmae_jax.embed.embed`.
+      **options: keyword arguments of `usfmae_jax.embed.embed`.
 
     Returns:
-      what the file holds: `features`, float32 `[N, D]` (of patches float16 `[N, T, D]`), and who the rows are.
+      the contents of the file: `features`, float32 `[N, D]` (patches: float16 `[N, T, D]`), and what each row is.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: an argument is invalid.
     """
     from usfmae_jax import embed as door
 
@@ -152,18 +152,18 @@ def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **op
 
 
 def export(checkpoint: str, output: str, format: str = "safetensors") -> str:
-    """Writes weights for others to use and checks them, as `python -m usfmae_jax.export` does.
+    """Exports weights and verifies them, as `python -m usfmae_jax.export` does.
 
     Args:
       checkpoint: a run, an encoder or a classifier.
-      output: folder.
+      output: folder to write.
       format: 'safetensors', 'timm', 'hf', 'mae', 'onnx' or 'stablehlo'.
 
     Returns:
       the folder, with the weights, their lineage and a model card.
 
     Raises:
-      InputError: something given cannot be used, or the export differs from the model.
+      InputError: an argument is invalid, or the export differs from the model.
     """
     from usfmae_jax import export as door
 
@@ -175,20 +175,20 @@ def export(checkpoint: str, output: str, format: str = "safetensors") -> str:
 
 
 def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dict[str, np.ndarray]:
-    """What a masked autoencoder makes of images of which it sees a part.
+    """Reconstructs masked images with a masked autoencoder.
 
     Args:
-      run: a pretraining run, or one of its checkpoints; or what `usfmae_jax.convert` wrote of weights with a decoder.
+      run: a pretraining run, or one of its checkpoints; or converted weights (`usfmae_jax.convert`) with a decoder.
       images: uint8 `[B, H, W, C]` or `[B, H, W]`, or a list of different sizes.
-      seed: of the masks.
+      seed: seed of the masks.
 
     Returns:
-      `input`, `masked`, `reconstruction` and `pasted`, the prediction where it was masked: each uint8 `[B, H, W, C]`,
-      in the size of the model.
+      `input`, `masked`, `reconstruction` and `pasted` (the input with the masked patches predicted): each uint8
+      `[B, H, W, C]`, at the model's image size.
 
     Raises:
-      InputError: there is no decoder of pixels, or no images, or images of another kind; or `config.json` of the run
-        says what none can be, or something else than the checkpoint.
+      InputError: there is no pixel decoder; no images, or images of another shape or dtype; or `config.json` of the run
+        is invalid or does not match the checkpoint.
     """
     import jax
     from flax import nnx
@@ -203,7 +203,7 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
         raise InputError(f"{run} has no decoder, which reconstructions need; give the workdir of a pretraining run")
     if model.description["decoder"].get("kind") == "latent":
         raise InputError(f"{run} was pretrained to predict features and no pixels; there is nothing to reconstruct")
-    place = epath.Path(run).expanduser().resolve()  # or its checkpoints, or one of them
+    place = epath.Path(run).expanduser().resolve()  # the run, its checkpoints folder, or one checkpoint
     places = [one / "config.json" for one in (place, *list(place.parents)[:2])]
     found = next((one for one in places if one.exists()), None)
     if found is None:
@@ -221,19 +221,19 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
 
 
 def build_dataset(dataset: str, input: str = "", output: str = "data", **options: Any) -> str:
-    """Makes shards of files, as `python -m data_prep.build` does.
+    """Builds shards from files, as `python -m data_prep.build` does.
 
     Args:
-      dataset: a name of the catalogue, such as "folder" or "phantom", or a .toml file.
+      dataset: a name from the catalogue, such as "folder" or "phantom", or a .toml file.
       input: folder with the files.
-      output: folder of datasets.
-      **options: those of the command line, without dashes, for example `labels="parent"`.
+      output: folder that holds the datasets.
+      **options: options of the command line without the dashes, for example `labels="parent"`.
 
     Returns:
-      the folder of the dataset, for `data={"path": ...}`.
+      the folder of the new dataset, for `data={"path": ...}`.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: an argument is invalid.
     """
     from data_prep import build as door
 
@@ -244,16 +244,16 @@ def build_dataset(dataset: str, input: str = "", output: str = "data", **options
 
 
 def read_dataset(data: str, split: str = "", *, colour: bool = False) -> Iterator[dict[str, Any]]:
-    """The frames of shards, one after the other.
+    """Yields the frames of shards, one at a time.
 
     Args:
-      data: the folder of a dataset, a glob; several separated by commas.
+      data: the folder of a dataset, or a glob; separate several with commas.
       split: only shards of this split, such as "train" or "test"; "" = all.
-      colour: images are read as RGB.
+      colour: read images as RGB.
 
     Yields:
-      of each frame `image`, uint8 `[H, W]` or, in colour, `[H, W, 3]`; `mask`, uint8 `[H, W]`, or None; `label`, by its
-      name, or ""; `dataset`, `patient`, `video`, `frame` and `source`.
+      for each frame `image`, uint8 `[H, W]` or, in colour, `[H, W, 3]`; `mask`, uint8 `[H, W]`, or None; `label`, the
+      class name or ""; `dataset`, `patient`, `video`, `frame` and `source`.
 
     Raises:
       InputError: there are no such shards.
@@ -274,10 +274,10 @@ def read_dataset(data: str, split: str = "", *, colour: bool = False) -> Iterato
 
 
 def configured(config: Config, fields: Mapping[str, Any], workdir: str) -> tuple[ml_collections.ConfigDict, str]:
-    """The config with its fields, and the workdir.
+    """Returns the config with the given fields set, and the workdir.
 
     Raises:
-      InputError: there is no such config, variant or field, or a value has another type.
+      InputError: there is no such config, variant or field, or a value has the wrong type.
     """
     if isinstance(config, ml_collections.ConfigDict):
         name, chosen = "run", config.copy_and_resolve_references()
@@ -289,7 +289,7 @@ def configured(config: Config, fields: Mapping[str, Any], workdir: str) -> tuple
 
 @contextlib.contextmanager
 def _ready() -> Iterator[None]:
-    """What a door does before its work: the memory, and grain's flags, without which it starts no processes."""
+    """Does what every command does first: sets up memory, and grain's flags, without which it starts no processes."""
     from usfmae_jax.training import mesh
 
     check_guard()

@@ -1,4 +1,4 @@
-"""What every door with a config shares: flags, help, errors that talk to a person, exit codes.
+"""Shared by all commands that take a config: flags, help, readable errors, exit codes.
 
 Imports nothing heavy, so that `--help` and a mistyped flag answer at once.
 """
@@ -36,7 +36,7 @@ from usfmae_jax.errors import (
     visible_output,
 )
 
-#: Of the config that a door comes with, the door's module, and a field that only its configs have.
+#: By config name: the module of the command that the config is for, and a field that only its configs have.
 _DOORS = {"pretrain": ("main", "objective"), "finetune": ("finetune", "mode"), "evaluate": ("evaluate", "protocol")}
 
 
@@ -47,23 +47,23 @@ def run(
     """Parses the command line, calls `action(config, workdir, flags)` and exits with the code that it returns.
 
     Args:
-      doc: the door's docstring, shown by `--help`.
-      default_config: the shipped config that `--help` shows when none is given.
-      action: imports what is heavy itself.
-      trains: it has a training step, which `--compile_for` compiles.
+      doc: the command's docstring, shown by `--help`.
+      default_config: the included config that `--help` shows when none is given.
+      action: does its heavy imports itself.
+      trains: whether there is a training step, which `--compile_for` compiles.
     """
 
     def act() -> int:
         parsed = parse(sys.argv, doc, default_config, trains)
         try:
             return action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
-        except KeyboardInterrupt:  # before the loop, after it, or a second time within it
+        except KeyboardInterrupt:  # before or after the loop, or a second time within it
             if not trains or _one_of_several():
                 raise
             print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
             return PREEMPTED
 
-    if trains:  # a scheduler starts again what ends with that code; the loop sees to it by itself that it is saved
+    if trains:  # a scheduler restarts a job that exits with that code; the loop itself makes sure that it is saved
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     lost = False
     try:
@@ -80,12 +80,12 @@ def run(
 
 
 def _one_of_several() -> bool:
-    jax = sys.modules.get("jax")  # a door that fails before it has started anything has not loaded it
+    jax = sys.modules.get("jax")  # not loaded if the command failed before it started anything
     return jax is not None and jax.distributed.is_initialized()
 
 
 def _say_why(error: BaseException) -> bool:
-    """Prints why a process of a job ends; returns whether that is because another one did."""
+    """Prints why a process of a job ends; returns whether it ends because another process did."""
     from usfmae_jax.training import mesh
 
     said = mesh.lost_another(error)
@@ -101,7 +101,7 @@ def train(loop: Callable[[], bool], kept: str) -> int:
 
     Args:
       loop: see above.
-      kept: the folder of its checkpoints, for what is said when the loss is not a number (NaN).
+      kept: the folder of its checkpoints, which the message names if the loss is NaN.
     """
     from usfmae_jax.training.monitor import DivergedError
 
@@ -117,12 +117,12 @@ def train(loop: Callable[[], bool], kept: str) -> int:
 
 
 def compile_for(loop: Callable[[str, list[Any]], dict[str, Any]], target: str, workdir: str) -> int:
-    """Prints what a training step takes on other hardware, and leaves it as JSON in the workdir.
+    """Prints what a training step would need on other hardware, and writes it as JSON to the workdir.
 
     Args:
-      loop: compiles the step for a target and its devices, and returns what `training.hardware.fit` does.
+      loop: compiles the step for a target and its devices; returns the result of `training.hardware.fit`.
       target: see `training.hardware`.
-      workdir: is created.
+      workdir: created if missing.
 
     Returns:
       the exit code: `BAD_INPUT` if the step does not fit.
@@ -141,9 +141,9 @@ def compile_for(loop: Callable[[str, list[Any]], dict[str, Any]], target: str, w
 
 
 def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = False) -> Any:
-    """Checks and parses the flags `--config`, `--config.field`, `--workdir` and those of a distributed job.
+    """Checks and parses the flags `--config`, `--config.field`, `--workdir` and those for distributed jobs.
 
-    With `trains` also `--compile_for`.
+    If `trains`, also `--compile_for`.
 
     Returns:
       the parsed absl flags.
@@ -153,11 +153,11 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
       SystemExit: after `--help`.
     """
     first = flags.FlagValues()
-    first.set_gnu_getopt()  # looks behind what it does not know
+    first.set_gnu_getopt()  # parses flags even after arguments that it does not know
     flags.DEFINE_string("config", None, "FILE.py[:variant]", flag_values=first)
     argv = _read(first, argv, known_only=True)
     if not {"-h", "-help", "--help", "--helpfull", "--helpshort"}.isdisjoint(argv[1:]):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is not an error
         print(_help(doc, first.config or default_config, fields=first.config is not None, trains=trains))
         raise SystemExit(DONE)
     if first.config is None:
@@ -176,7 +176,7 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
             raise InputError(f"{one.partition('=')[0]} is no option; fields of the config begin with --config.{bare}")
     for name in [found[1] for found in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, argv[1:]) if found]:
         _check_field(name, fields, value)  # ml_collections would raise a KeyError with the whole config
-    # ml_collections wants a file, and before what it overrides
+    # ml_collections needs the path of a file, and needs it before the overrides
     argv = [argv[0], "--config=" + ":".join([find_config(file), *variant]), *(_listed(one, fields) for one in argv[1:])]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -189,12 +189,12 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
     rest = _read(values, argv)
     if len(rest) > 1:
         raise InputError(f"{rest[1]!r} is not understood; every option is --name=value, see --help")
-    flags.FLAGS.mark_as_parsed()  # grain starts no worker processes before that
+    flags.FLAGS.mark_as_parsed()  # grain starts no worker processes until then
     return values
 
 
 def _check_door(config: ml_collections.ConfigDict, value: str, default_config: str) -> None:
-    """Raises InputError if a config is for another door than the one whose own config is `default_config`."""
+    """Raises InputError if a config is for another command than the one whose own config is `default_config`."""
     own = pathlib.PurePath(default_config).stem
     if own in _DOORS and _DOORS[own][1] not in config:
         doors = [module for module, field in _DOORS.values() if field in config]
@@ -203,7 +203,7 @@ def _check_door(config: ml_collections.ConfigDict, value: str, default_config: s
 
 
 def _listed(argument: str, fields: Mapping[str, Any]) -> str:
-    """An argument with names for a tuple quoted: ml_collections takes /a,/b for an expression that it cannot read."""
+    """Quotes the names in an argument for a tuple: ml_collections would read /a,/b as an invalid expression."""
     name, sign, value = argument.partition("=")
     field = name.lstrip("-").removeprefix("config.")
     if not sign or not isinstance(fields.get(field), tuple) or value.lstrip()[:1] in ("(", "[", "'", '"'):
@@ -224,7 +224,7 @@ def _read(values: flags.FlagValues, argv: Sequence[str], known_only: bool = Fals
         raise InputError(_plain(str(error).strip().splitlines()[-1])) from error
 
 
-#: What libraries say of an option or a value, and the same for people who do not write Python.
+#: Messages of libraries about an option or a value, and the same in words for people who do not write Python.
 _WORDS = (
     (r"invalid literal for int\(\) with base 10: .*", "a whole number is wanted, such as 1000"),
     (r"could not convert string to float: .*", "a number is wanted, such as 0.5 or 1e-3"),
@@ -245,7 +245,7 @@ def _plain(said: str) -> str:
 
 
 def command(module: str) -> str:
-    """What was typed to run a door, for a report that says how to repeat it; of absolute paths the last part."""
+    """The command line as typed, for a report that shows how to repeat it; absolute paths become their last part."""
     from usfmae_jax.training.checks import public_paths
 
     words = ["python", "-m", module]
@@ -256,7 +256,7 @@ def command(module: str) -> str:
 
 
 def start(flags: Any) -> None:
-    """Joins the processes of a job, and on accelerators keeps compiled programs for the next start."""
+    """Joins the processes of a job and, on accelerators, caches compiled programs for the next start."""
     import jax
 
     from usfmae_jax.training import mesh
@@ -264,14 +264,14 @@ def start(flags: Any) -> None:
     mesh.keep_memory()
     mesh.initialize_distributed(flags.coordinator, flags.num_processes, flags.process_id)
     if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        # A preempted job compiles once, not at every restart. CPU code is tied to the very machine: not cached.
+        # A preempted job then compiles once, not at every restart. CPU code is specific to one machine: not cached.
         cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
         jax.config.update("jax_compilation_cache_dir", os.path.join(cache, "usfmae_jax"))
 
 
 @contextmanager
 def alone_in(workdir: str) -> Iterator[None]:
-    """Holds the workdir for this job, after `start`; see `training.lock.hold`."""
+    """Locks the workdir for this job, after `start`; see `training.lock.hold`."""
     from usfmae_jax.training import lock, mesh
 
     with ExitStack() as held:
@@ -300,10 +300,10 @@ def load_config(value: str) -> ml_collections.ConfigDict:
 
 
 def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name: str) -> None:
-    """Sets fields of a config, groups of which are dicts; one value stands for a tuple of it, as on the command line.
+    """Sets config fields, groups being dicts; a single value stands for a tuple of one, as on the command line.
 
     Raises:
-      InputError: there is no such field (with the nearest names), or a value has another type.
+      InputError: there is no such field (with the nearest names), or a value has the wrong type.
     """
     known = _fields(config)
     for field, value in _flat(fields).items():
@@ -326,10 +326,10 @@ def _flat(fields: Mapping[str, Any], parent: str = "") -> dict[str, Any]:
 
 
 def find_config(name: str) -> str:
-    """The path of a config: `name` itself if there is such a file, else the shipped one that is called so.
+    """The path of a config: `name` itself if there is such a file, else the included config of that name.
 
     Raises:
-      InputError: there is neither; lists the shipped ones and names the nearest.
+      InputError: there is neither; lists the included ones and names the nearest.
     """
     if os.path.isfile(name):
         return name
@@ -342,7 +342,7 @@ def find_config(name: str) -> str:
 
 
 def _shipped() -> dict[str, str]:
-    """Paths of the configs that come with the package, by their names; in a checkout a link to configs/ at its top."""
+    """Paths of the configs in the package, by name; in a checkout, they are a link to configs/ at the top."""
     folder = pathlib.Path(__file__).parent / "configs"
     return {path.stem: str(path) for path in sorted(folder.glob("[!_]*.py"))}
 
@@ -364,14 +364,14 @@ def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, An
 
 
 def _check_field(field: str, known: Mapping[str, Any], config: str) -> None:
-    """Raises InputError if a config has no such field, with the nearest that it has."""
+    """Raises InputError if a config has no such field, naming the nearest that it has."""
     if field not in known:
         raise InputError(f"config.{field} is no field of {config}{_nearest(field, known, 'config.')}")
 
 
 def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     names = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4)
-    # A right name in the wrong group is as common a slip as a misspelt one.
+    # The right name in the wrong group is as common a mistake as a misspelt name.
     names += [v for v in valid if v.rpartition(".")[2] == name.rpartition(".")[2] and v not in names]
     return f"; {'nearest' if names else 'valid'} are " + ", ".join(prefix + name for name in names or valid)
 

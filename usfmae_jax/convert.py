@@ -1,12 +1,12 @@
-"""Read weights that somebody else saved: original MAE, USF-MAE, timm or Hugging Face; PyTorch files or safetensors.
+"""Convert weights from the original MAE, USF-MAE, timm or Hugging Face; PyTorch files or safetensors.
 
     python -m usfmae_jax.convert --input=mae_pretrain_vit_base_full.pth --output=weights/mae-base
     python -m usfmae_jax.convert --input=checkpoint.pth.tar --output=weights/usfmae --ema
     python -m usfmae_jax.main --config=pretrain --config.init=weights/mae-base --config.data.path=DIR
 
-The format is recognised. Written are an encoder directory (encoder/), for a fine-tuned model a classifier directory
-(classifier/), and else a checkpoint that pretraining starts from with --config.init, decoder included if there is one.
-Nothing in the file is executed. PyTorch files need PyTorch: pip install 'usfmae_jax[interop]'.
+The format is detected automatically. The output is an encoder directory (encoder/), and for a fine-tuned model a
+classifier directory (classifier/), else a checkpoint for --config.init of pretraining, with the decoder if there is
+one. No code in the file is executed. PyTorch files need PyTorch: pip install 'usfmae_jax[interop]'.
 """
 
 import argparse
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from usfmae_jax.interop.model import Model
     from usfmae_jax.interop.reading import Account, Options
 
-#: What an output folder of this door may hold.
+#: What an output folder of this command may hold.
 WRITTEN = ("checkpoints", "classifier", "config.json", "encoder", "lineage.json")
 
 
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the door; returns the exit status."""
+    """Runs the command; returns the exit code."""
     parser = Parser("usfmae_jax.convert", __doc__ or "")
     parser.add_argument("--input", required=True, metavar="FILE", help="of weights, or a directory with one")
     parser.add_argument("--output", required=True, metavar="DIR", help="new, or an earlier output of this door")
@@ -58,19 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def convert(path: str, output: str, options: "Options", licence: str = "", *, averaged: bool = False) -> None:
-    """Converts a file, prints what became of its tensors, and says where the result is.
+    """Converts a file, and prints what became of its tensors and where the result is.
 
     Args:
       path: the file or directory.
       output: directory.
-      options: what the file may not say, or is to be changed.
-      licence: of the weights; "" = what is known of them.
+      options: what the file may not state, or what to change.
+      licence: licence of the weights; "" = the known one, if any.
       averaged: see `files.open_source`.
 
     Raises:
-      InputError: the file cannot be used, or the output holds something else; nothing is written then.
+      InputError: the file cannot be used, or the output folder holds something else; nothing is written.
     """
-    from usfmae_jax.interop.files import check_output, open_source  # after the flags are known to be right
+    from usfmae_jax.interop.files import check_output, open_source  # only once the flags are known to be valid
     from usfmae_jax.interop.reading import read_model
 
     check_output(output, WRITTEN)
@@ -111,7 +111,7 @@ def _options(args: argparse.Namespace) -> "Options":
 
 
 def _origin(path: str, source: "Source", licence: str, account: "Account") -> list[dict[str, Any]]:
-    """The stage that made weights which carry no lineage, as far as it is known."""
+    """The training stage behind weights that carry no lineage, as far as it is known."""
     from usfmae_jax.interop.card import published_stage
 
     name = os.path.basename(os.path.abspath(path))
@@ -151,7 +151,7 @@ def _write(model: "Model", output: str) -> None:
     from usfmae_jax.interop.checkpoint import save_parameters
     from usfmae_jax.interop.model import save_model, write_lineage
 
-    for old in ("checkpoints", "classifier", "encoder"):  # of an earlier conversion: this one may not have them all
+    for old in ("checkpoints", "classifier", "encoder"):  # left by an earlier conversion: this one may not write all of them
         shutil.rmtree(os.path.join(output, old), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(output, "config.json"))

@@ -1,10 +1,10 @@
-"""Write the features of images, from shards or from a folder of picture files, for use anywhere else.
+"""Compute the features of images, from shards or a folder of image files, for use in other programs.
 
     python -m usfmae_jax.embed --checkpoint=runs/pretrain-tiny --data=data/bus_bra --output=bus_bra.npz
     python -m usfmae_jax.embed --checkpoint=DIR --data=FOLDER_OF_IMAGES --output=features.parquet --pool=cls
     python -m usfmae_jax.embed --checkpoint=DIR --data='data/*' --split=test --output=test.npz --pool=patches
 
-The file has one row for each frame: features, source, dataset, patient, video, frame and label (-1 = none).
+The file has one row per frame: features, source, dataset, patient, video, frame and label (-1 = none).
 Read it with numpy.load(FILE) or pandas.read_parquet(FILE). Exit codes: 0 done; 2 bad input.
 """
 
@@ -20,10 +20,10 @@ import numpy as np
 
 from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, leave, visible_output
 
-#: Picture files that a folder may hold.
+#: Image files that are read from a folder.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-_NAMED = 5  # files that are passed over
-#: What the features of an image are: the mean of its patch tokens, its class token, or all patch tokens.
+_NAMED = 5  # how many of the skipped files are named
+#: The features of an image: the mean of its patch tokens, its class token, or all patch tokens.
 POOLS = ("mean", "cls", "patches")
 #: Columns beside `features`, in order.
 COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
@@ -31,7 +31,7 @@ COLUMNS = ("source", "dataset", "patient", "video", "frame", "label")
 
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the door; returns the exit status."""
+    """Runs the command; returns the exit code."""
     parser = Parser("usfmae_jax.embed", __doc__ or "")
     parser.add_argument(
         "--checkpoint", required=True, metavar="DIR", help="workdir, checkpoint, encoder or classifier, or usfmae-tiny"
@@ -72,18 +72,18 @@ def embed(
 
     Args:
       checkpoint: see `interop.model.open_model`.
-      data: shards (see `data.records.open_shards`; several separated by commas), or a folder of picture files.
-      output: `.npz` (features float32 `[N, D]`, of patches float16 `[N, T, D]`) or `.parquet`.
+      data: shards (see `data.records.open_shards`; separate several with commas), or a folder of image files.
+      output: `.npz` (features float32 `[N, D]`; patches float16 `[N, T, D]`) or `.parquet`.
       pool: 'mean', 'cls' or 'patches'.
       split: only shards of this TFDS split.
-      batch_size: images per call; the devices must divide it; 0 = what suits them.
-      threads: that decode.
+      batch_size: images per call, divisible by the number of devices; 0 = chosen for the devices.
+      threads: decoding threads.
 
     Returns:
-      N; images that cannot be read are named and left out.
+      N; unreadable images are named and left out.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: an argument is invalid.
     """
     suffix = os.path.splitext(output)[1]
     if suffix not in (".npz", ".parquet"):
@@ -91,7 +91,7 @@ def embed(
     if suffix == ".parquet" and pool == "patches":
         raise InputError("a table cannot hold patch tokens; use --output=FILE.npz with --pool=patches")
 
-    from usfmae_jax.training.mesh import keep_memory, make_mesh  # after the flags are known to be right
+    from usfmae_jax.training.mesh import keep_memory, make_mesh  # only once the flags are known to be valid
 
     keep_memory()
     if suffix == ".parquet":
@@ -120,7 +120,7 @@ def embed(
 
 
 class _Items(NamedTuple):
-    """What there is to read: how many, the record of a number (or `DamagedRecord`), and what a person calls it."""
+    """The items to read: how many, a function from index to record (or `DamagedRecord`), and a name to show for each."""
 
     total: int
     read: Callable[[int], dict[str, Any]]
@@ -137,7 +137,7 @@ def _shard_items(data: str, split: str) -> _Items | None:
             paths += open_shards(path.strip(), split or None).paths
         except InputError as error:
             if isinstance(error, NoShardsError) and "," not in data and os.path.isdir(data):
-                return None  # perhaps a folder of picture files
+                return None  # perhaps a folder of image files
             raise InputError(f"--data: {error}; give shards, or a folder with PNG, JPEG, BMP or TIFF files") from error
     shards = Shards(list(dict.fromkeys(paths)))
 
@@ -149,7 +149,7 @@ def _shard_items(data: str, split: str) -> _Items | None:
 
 
 def _file_items(data: str, split: str) -> _Items:
-    """Picture files as records."""
+    """Image files as records."""
     import cv2
 
     from usfmae_jax.data.records import FIELDS
@@ -189,7 +189,7 @@ def _file_items(data: str, split: str) -> _Items:
 def _load(
     items: _Items, columns: dict[str, list[Any]], size: tuple[int, int], channels: int, batch_size: int, threads: int
 ) -> Iterator[np.ndarray]:
-    """Batches uint8 `[n, H, W, C]`; fills the columns in the same order."""
+    """Yields batches uint8 `[n, H, W, C]`; fills the columns in the same order."""
     import cv2
 
     from usfmae_jax.data import augment
@@ -233,7 +233,7 @@ def _pyarrow() -> Any:
 
 
 def _write(output: str, features: np.ndarray, columns: dict[str, list[Any]], notes: dict[str, str]) -> None:
-    """The file appears whole or not at all."""
+    """Writes the file atomically."""
     partial = f"{output}.incomplete"
     try:
         if output.endswith(".npz"):
