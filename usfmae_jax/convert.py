@@ -151,7 +151,7 @@ def _write(model: "Model", output: str) -> None:
     from usfmae_jax.interop.checkpoint import save_parameters
     from usfmae_jax.interop.model import save_model, write_lineage
 
-    for old in ("checkpoints", "classifier", "encoder"):  # left by an earlier conversion: this one may not write all of them
+    for old in ("checkpoints", "classifier", "encoder"):  # of an earlier conversion; this one may not replace all
         shutil.rmtree(os.path.join(output, old), ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(output, "config.json"))

@@ -120,7 +120,7 @@ def embed(
 
 
 class _Items(NamedTuple):
-    """The items to read: how many, a function from index to record (or `DamagedRecord`), and a name to show for each."""
+    """The items to read: how many; by index, the record (or raises `DamagedRecord`) and a name for messages."""
 
     total: int
     read: Callable[[int], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""The exceptions that several rooms raise and catch, and how doors answer: a sentence, an exit code, harmless text."""
+"""Exceptions shared by several packages, and how commands report them: one sentence, an exit code, safe text."""
 
 import argparse
 import contextlib
@@ -13,39 +13,39 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
-#: Exit codes: done; failed; bad input or config; stopped, and to be started again; stopped by Ctrl-C for good.
+#: Exit codes: done; failed; bad input or config; preempted, to be restarted; stopped for good by Ctrl-C.
 DONE, FAILED, BAD_INPUT, PREEMPTED, STOPPED = 0, 1, 2, 75, 130
 
 
 class InputError(ValueError):
     """Bad input or configuration.
 
-    The message is one sentence that says what is wrong and what to type instead. Doors print it without a
-    traceback and exit with status 2.
+    The message is one sentence that states what is wrong and what to type instead. Commands print it without a
+    traceback and exit with code 2.
     """
 
 
 class FaultError(RuntimeError):
-    """What a run stands on failed under it: a process that loads data, or the working directory.
+    """Something that a run depends on failed: a process that loads data, or the working directory.
 
-    The message is one sentence that says what happened and how to go on. Doors print it without a traceback and exit
-    with status 1.
+    The message is one sentence that states what happened and how to continue. Commands print it without a traceback and
+    exit with code 1.
     """
 
 
 class DamagedRecord(Exception):
-    """A record or image that cannot be read; the input pipeline counts, names and skips it."""
+    """A record or image cannot be read; the input pipeline counts, names and skips it."""
 
 
 def answer(action: Callable[[], int]) -> int:
-    """Runs a door; what a person can mend is one sentence instead of a traceback.
+    """Runs a command; for errors that the user can fix, prints one sentence instead of a traceback.
 
     Args:
       action: returns the exit code.
 
     Returns:
-      the exit code; `BAD_INPUT` after an `InputError`, when the disk is full or gone, when something else is where a
-      file or folder is to be, and when there is not enough memory; `FAILED` after a `FaultError`; `STOPPED` after
+      the exit code; `BAD_INPUT` after an `InputError`, when the disk is full or gone, when a file is where a folder
+      should be or the reverse, and when there is not enough memory; `FAILED` after a `FaultError`; `STOPPED` after
       Ctrl-C.
     """
     code = BAD_INPUT
@@ -66,7 +66,7 @@ def answer(action: Callable[[], int]) -> int:
     return code
 
 
-#: The scripts that an installation has, see pyproject.toml, and the modules that `python -m` runs.
+#: Installed scripts, see pyproject.toml, and the modules that `python -m` runs instead.
 SCRIPTS = {
     "usfmae-pretrain": "usfmae_jax.main",
     "usfmae-finetune": "usfmae_jax.finetune",
@@ -77,7 +77,7 @@ SCRIPTS = {
 
 
 def as_started(text: str) -> str:
-    """The help of a door, with the names of scripts instead of `python -m MODULE` where a script was started."""
+    """The help of a command; if started as a script, with names of scripts instead of `python -m MODULE`."""
     if pathlib.PurePath(sys.argv[0]).stem in SCRIPTS:
         for script, module in SCRIPTS.items():
             text = text.replace(f"python -m {module}", script)
@@ -85,10 +85,10 @@ def as_started(text: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """The options of a door; a mistake is one sentence, which names the option nearest to one that there is not."""
+    """The options of a command; an error is one sentence, which names the option nearest to an unknown one."""
 
     def __init__(self, module: str, doc: str, **settings: Any):
-        """Args: module: what `python -m` runs; doc: stands above the options; settings: of argparse."""
+        """Args: module: what `python -m` runs; doc: text above the options; settings: passed to argparse."""
         how = argparse.RawDescriptionHelpFormatter
         name, about = as_started(f"python -m {module}"), as_started(doc)
         super().__init__(name, description=about, formatter_class=how, **settings)
@@ -99,9 +99,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Raises: InputError, with what argparse says."""
+        """Raises: InputError, with the message of argparse."""
         unknown = re.findall(r"--\w[\w-]*", message) if message.startswith("unrecognized") else []
-        if message.startswith("the following"):  # one that is missing may be there, misspelt
+        if message.startswith("the following"):  # the missing option may have been given, misspelt
             unknown = [one for one in self._given if one.startswith("--") and one not in self._option_string_actions]
             message += "".join(f"; {one} is no option" for one in unknown)
         near = [name for one in unknown for name in difflib.get_close_matches(one, self._option_string_actions, n=1)]
@@ -109,9 +109,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}{hint}; --help shows examples")
 
 
-#: Names of processes that do a part of the work: they read files, train members, or load images.
+#: Names of worker processes, which read files, train members or load images.
 READER, TRAINER, LOADER = "reader of files", "trainer of members", "grain-"
-#: The status of those that `check_guard` ends, and what their parent says of it.
+#: The exit code of processes that `check_guard` ends, and the message that their parent prints.
 UNGUARDED = 78
 NO_GUARD = (
     'Put the calls below `if __name__ == "__main__":`, since they start worker processes that import the script again.'
@@ -119,29 +119,29 @@ NO_GUARD = (
 
 
 def check_guard() -> None:
-    """Keeps a script without a main guard from starting again in the processes that it starts.
+    """Prevents a script without a main guard from running again in its worker processes.
 
     Raises:
-      InputError: this process still imports the script, and was started by something else.
+      InputError: this process is still importing the script, and was not started by this package.
     """
     process = multiprocessing.current_process()
     if getattr(process, "_inheriting", False):
         if process.name.startswith((READER, TRAINER, LOADER)):
-            os._exit(UNGUARDED)  # the parent says it, once
+            os._exit(UNGUARDED)  # the parent prints the message, once
         raise InputError(NO_GUARD)
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process; after a fault at once: what hangs may be a thread, which Python would wait for."""
+    """Ends the process; after a fault immediately, since Python would wait for a thread that may hang."""
     if code == FAILED:
-        multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # else semaphores are left, and a warning
+        multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # otherwise semaphores leak, with a warning
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 
 
-#: What systems say of a disk that is full or gone; libraries that write hand it on inside of longer texts.
+#: System messages for a disk that is full or gone; libraries pass them on inside longer texts.
 _STORAGE = {
     errno.ENOSPC: "No space left on device",
     errno.EDQUOT: "Disk quota exceeded",
@@ -153,7 +153,7 @@ _STORAGE = {
 
 
 def storage_fault(error: BaseException | None) -> str:
-    """What to say when an error, or what caused it, is that of a disk that is full or gone; "" when it is not."""
+    """The message for an error caused, directly or not, by a disk that is full or gone; "" for other errors."""
     while error:
         number = error.errno if isinstance(error, OSError) else None
         found = re.search("|".join(_STORAGE.values()), str(error))
@@ -169,7 +169,7 @@ def storage_fault(error: BaseException | None) -> str:
 
 
 def _in_the_way(error: Exception) -> str:
-    """What to say of a file where a folder is to be, or the reverse; "" when the error is another."""
+    """The message for a file where a folder should be, or the reverse; "" for other errors."""
     name = getattr(error, "filename", None)
     if not isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError) or not isinstance(name, str):
         return ""
@@ -180,7 +180,7 @@ def _in_the_way(error: Exception) -> str:
 
 
 def _out_of_memory(error: Exception) -> str:
-    """What to say of a device, or a machine, that has too little memory; "" when the error is another."""
+    """The message for a device, or a machine, with too little memory; "" for other errors."""
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
         return ""
     return (
@@ -190,7 +190,7 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def _absent_devices(error: Exception) -> str:
-    """What to say when JAX does not find the devices that it is told to take; "" when the error is another."""
+    """The message when JAX does not find the devices that it was told to use; "" for other errors."""
     wanted, frames = os.environ.get("JAX_PLATFORMS"), traceback.extract_tb(error.__traceback__)
     if not wanted or not frames or not frames[-1].filename.endswith("xla_bridge.py"):
         return ""
@@ -200,7 +200,7 @@ def _absent_devices(error: Exception) -> str:
     )
 
 
-# Characters that are not seen: they steer terminals, or turn the direction of writing, and a name looks like another.
+# Invisible characters: they control terminals or reverse the writing direction, so that one name looks like another.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
@@ -209,14 +209,14 @@ _BARS = re.compile(r"(\n|\x1b\[A)*")  # how tqdm moves from line to line
 
 
 def visible(text: str, one_line: bool = False) -> str:
-    """Text with codes, four hex digits, for characters that are not seen; of `one_line` for line ends and tabs, too."""
+    """Text with invisible characters as codes of four hex digits; with `one_line`, line ends and tabs too."""
     shown = _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return shown.replace("\n", "\\u000a").replace("\t", "\\u0009") if one_line else shown
 
 
 @contextlib.contextmanager
 def visible_output() -> Iterator[None]:
-    """Whatever is printed meanwhile, wherever it comes from, steers no terminal. Decorates what runs a door."""
+    """Makes everything printed within it, whatever its origin, harmless to terminals. Decorates main functions."""
     streams = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Visible(streams[0]), _Visible(streams[1])  # type: ignore[assignment]
     try:
@@ -226,7 +226,7 @@ def visible_output() -> Iterator[None]:
 
 
 class _Visible:
-    """A stream that shows what is not seen; progress bars may return to the beginning of their line."""
+    """A stream that makes invisible characters visible; progress bars may return to the start of their line."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream

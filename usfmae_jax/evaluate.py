@@ -1,11 +1,11 @@
-"""Test an encoder under a probe, or a fine-tuned classifier, on labelled frames; or compare two such runs.
+"""Test an encoder with a probe, or a fine-tuned classifier, on labelled frames; or compare two such runs.
 
     python -m usfmae_jax.evaluate --config=evaluate:busbra --config.checkpoint=runs/pretrain-tiny
     python -m usfmae_jax.evaluate --config=suite --config.suite.checkpoints=A,B --config.data.path=DIR,DIR
     python -m usfmae_jax.evaluate compare A B [--positive=CLASS] [--output=FILE.json]
 
-`compare` takes the workdirs of two runs of evaluate or finetune on the same frames (or their predictions.csv), and
-tells whether one is better than the other: paired bootstrap over patients, and of classifiers McNemar's test.
+`compare` takes the workdirs of two runs of evaluate or finetune on the same frames (or their predictions.csv) and
+reports whether one is better: a paired bootstrap over patients and, for classifiers, McNemar's test.
 
 Exit codes: 0 done; 2 bad input or config.
 """
@@ -25,13 +25,13 @@ from usfmae_jax.errors import DONE, InputError, Parser, answer, visible_output
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
     """Runs the evaluation and prints its table; returns the exit code."""
-    import jax  # after the flags are known to be right
+    import jax  # only once the flags are known to be valid
 
     from usfmae_jax.probing import loop, suite
 
     cli.start(flags)
     if jax.process_count() > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has taken it, for loops that save
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has replaced the handler, for loops that save
     with cli.alone_in(workdir):
         run = suite.run if config.protocol == "suite" else loop.evaluate
         run(config, workdir, cli.command("usfmae_jax.evaluate"))
@@ -42,7 +42,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
 
 @visible_output()
 def compare(argv: Sequence[str]) -> int:
-    """The subcommand `compare`; returns the exit code."""
+    """Runs the subcommand `compare`; returns the exit code."""
     doc = "Whether one run is better than another, on the frames that both were tested on."
     parser = Parser("usfmae_jax.evaluate compare", doc)
     parser.add_argument("a", metavar="A", help="workdir of a run of evaluate or finetune, or its predictions.csv")
@@ -74,7 +74,7 @@ def compare(argv: Sequence[str]) -> int:
 
 
 def _task(workdir: str) -> dict[str, Any]:
-    """What a run says of its task: the positive class, or the unit of a number; {} where it does not say."""
+    """What a run recorded about its task: the positive class, or the unit of the target; {} if nothing."""
     folder = pathlib.Path(workdir)
     try:
         folder = folder.parent if folder.is_file() else folder
@@ -92,7 +92,7 @@ def _write(path: str, text: str) -> None:
 
 
 def run() -> None:
-    """The door; ends the process."""
+    """The command's entry point; ends the process."""
     if sys.argv[1:2] == ["compare"]:
         sys.exit(compare(sys.argv[2:]))
     cli.run(__doc__, "evaluate", main)

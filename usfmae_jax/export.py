@@ -1,19 +1,19 @@
-"""Write the weights of a run, finished or not, for others to use; every export checks itself.
+"""Export the weights of a run, finished or not, to other formats; every export is verified.
 
     python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny
     python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --step=1500 --output=encoder-1500
     python -m usfmae_jax.export --checkpoint=runs/pretrain-tiny --format=hf --output=weights/tiny-hf
 
-  safetensors  our own directory, for usfmae_jax.load_encoder and --config.init
-  timm         loads into timm.create_model, strictly
-  hf           loads with ViTModel.from_pretrained and, decoder included, ViTMAEForPreTraining.from_pretrained
-  mae          the names of the original MAE code, decoder included; a .pth too where PyTorch is installed
-  onnx         uint8 images in, class token, mean patch feature and patch grid out; of a classifier probabilities, of a
-               segmenter the class and the probabilities of each pixel
+  safetensors  our own directory format, for usfmae_jax.load_encoder and --config.init
+  timm         loads into timm.create_model, with strict=True
+  hf           loads with ViTModel.from_pretrained and, with a decoder, ViTMAEForPreTraining.from_pretrained
+  mae          the parameter names of the original MAE code, decoder included; also a .pth if PyTorch is installed
+  onnx         uint8 images in; class token, mean patch feature and patch grid out; for a classifier probabilities, for
+               a segmenter the class and the probabilities of each pixel
   stablehlo    the same, for jax.export.deserialize and other compilers
 
-Beside the weights: preprocessing, lineage, a model card, and export.json with the largest difference between the model
-and the export on the same images. timm, hf, mae and onnx are compared where their packages are installed:
+Written with the weights: preprocessing, lineage, a model card, and export.json with the largest difference between the
+outputs of model and export on the same images. timm, hf, mae and onnx are compared if their packages are installed:
 pip install 'usfmae_jax[interop]'.
 """
 
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 FORMATS = ("safetensors", "timm", "hf", "mae", "onnx", "stablehlo")
 _WEIGHTS = ("model.safetensors", "mae.pth", "model.onnx", "model.onnx.data", "model.stablehlo")
 _JSON = ("architecture", "config", "export", "lineage", "preprocessing", "preprocessor_config")
-#: What an output folder of this door may hold.
+#: What an output folder of this command may hold.
 WRITTEN = (*_WEIGHTS, "README.md", *(f"{name}.json" for name in _JSON))
 
 
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the door; returns the exit status."""
+    """Runs the command; returns the exit code."""
     parser = Parser("usfmae_jax.export", __doc__ or "")
     say = "workdir of a run, encoder or classifier directory, or usfmae-tiny"
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help=say)
@@ -57,20 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def export(checkpoint: str, output: str | None = None, step: int | None = None, form: str = "safetensors") -> None:
-    """Exports weights and says where they are and how far they are from the model that they came from.
+    """Exports weights, and prints where they are and how far their outputs are from those of the model.
 
     Args:
-      checkpoint: workdir of a run or of `usfmae_jax.convert`, an encoder or classifier directory, or the name of
-        weights that are included.
+      checkpoint: workdir of a run, or output of `usfmae_jax.convert`, an encoder or classifier directory, or the name
+        of included weights.
       output: directory; default `<workdir>/encoder` for safetensors, `<checkpoint>-<format>` for others.
-      step: of a run; default is the newest checkpoint.
+      step: checkpoint of a run; default is the newest.
       form: one of `FORMATS`.
 
     Raises:
-      InputError: nothing there, no such checkpoint, a model that the format has no place for, a package is missing, the
-        output holds something else; or the export differs from the model, which leaves no weights.
+      InputError: there is no such run or checkpoint, the format cannot represent the model, a package is missing, or
+        the output holds something else; or the export differs from the model, and then no weights are left.
     """
-    from usfmae_jax.interop import card, files, verify, writing  # after the flags are known to be right
+    from usfmae_jax.interop import card, files, verify, writing  # only once the flags are known to be valid
     from usfmae_jax.interop.model import is_pretraining, open_model
 
     output = output or _default_output(checkpoint, form)
@@ -102,15 +102,15 @@ def export(checkpoint: str, output: str | None = None, step: int | None = None, 
         model = model.encoder()
     verify.share(model.params)
     os.makedirs(output, exist_ok=True)
-    if form == "safetensors":  # renamed into place, over those of an earlier export
+    if form == "safetensors":  # replaces an earlier export by a rename
         writing.WRITERS[form](model, output)
         result = verify.compare_parameters(model, output)
     else:
-        _remove_weights(output)  # an interrupted export leaves none beside the export.json of another
+        _remove_weights(output)  # so that an interrupted export leaves none beside an older export.json
         images = verify.sample_images(model)
         ours = verify.expected(model, images)
         writing.WRITERS[form](model, output)
-        model = dataclasses.replace(model, params={})  # what the other side loads takes their place in memory
+        model = dataclasses.replace(model, params={})  # makes room in memory for what the other library loads
         if form == "mae":
             writing.add_pth(output)
         result = verify.compare_outputs(form, model, output, images, ours)
@@ -171,14 +171,14 @@ def _default_output(checkpoint: str, form: str) -> str:
 
 
 def _check_replaces_its_own(output: str, form: str) -> None:
-    """Raises InputError when a folder holds weights that are not an earlier export to the same format."""
+    """Raises InputError if a folder holds weights that are not an earlier export to the same format."""
     if not os.path.isdir(output) or not os.listdir(output):
         return
     try:
         with open(os.path.join(output, "export.json"), "rb") as file:
             earlier = files.parse(file.read())["format"]
     except (OSError, ValueError, KeyError, TypeError):
-        # A run leaves its encoder without an export.json.
+        # The encoder that a run writes has no export.json.
         ours = os.path.exists(os.path.join(output, "architecture.json"))
         earlier = "safetensors" if ours else "something else"
     if earlier != form:

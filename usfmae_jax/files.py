@@ -1,4 +1,4 @@
-"""Small files that a later start reads: they appear whole or not at all, and JSON that is none is a ValueError."""
+"""Small files that a later start reads: written atomically; invalid JSON is a ValueError."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from usfmae_jax.errors import InputError
 
 
 def write(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file; what was there before stays until the new one is whole, also on a disk that is full.
+    """Writes a file atomically: an existing one stays until the new one is complete, even if the disk is full.
 
     Raises:
       InputError: there is a folder of that name.
@@ -24,7 +24,7 @@ def write(path: str | os.PathLike[str], data: str | bytes) -> None:
 
 
 def parse(text: str | bytes) -> Any:
-    """What JSON says; raises ValueError where it is none, is no UTF-8, or is nested deeper than Python follows."""
+    """Parses JSON; raises ValueError if it is invalid, not UTF-8, or nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError as error:

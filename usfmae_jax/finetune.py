@@ -1,11 +1,11 @@
-"""Fine-tune a classifier on labelled shards, on every fold, seed and label fraction, and test it.
+"""Fine-tune a model on labelled shards, for every fold, seed and label fraction, and test it.
 
     python -m usfmae_jax.finetune --config=finetune:busbra --config.init=runs/pretrain-tiny
     python -m usfmae_jax.finetune --config=finetune:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
 
-Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or
-config; 75 stopped by SIGTERM or Ctrl-C, to be started again; 1 anything else, as a loss of NaN.
+Run the same command again to resume an interrupted run. Exit codes: 0 done; 2 bad input or config;
+75 stopped by SIGTERM or Ctrl-C, run it again to continue; 1 anything else, such as a NaN loss.
 """
 
 import functools
@@ -17,8 +17,8 @@ from usfmae_jax import cli
 
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
-    """Starts the processes and runs the loop; returns the exit code."""
-    from usfmae_jax.finetuning.loop import compile_for, finetune  # after the flags are known to be right
+    """Joins the processes of the job and runs the loop; returns the exit code."""
+    from usfmae_jax.finetuning.loop import compile_for, finetune  # only once the flags are known to be valid
 
     if flags.compile_for:
         return cli.compile_for(functools.partial(compile_for, config), flags.compile_for, workdir)
@@ -28,7 +28,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
 
 
 def run() -> None:
-    """The door; ends the process."""
+    """The command's entry point; ends the process."""
     cli.run(__doc__, "finetune", main, trains=True)
 
 

@@ -17,12 +17,12 @@ from usfmae_jax.training.mesh import one_device, replicated
 
 
 class Features(NamedTuple):
-    """What an encoder makes of B images, float32.
+    """Features of B images, float32.
 
     Attributes:
       class_token: `[B, D]`.
       mean_patch: the mean of the patch tokens, `[B, D]`.
-      patch_grid: the patch tokens where they lie in the image, `[B, rows, columns, D]`.
+      patch_grid: the patch tokens as a grid, `[B, rows, columns, D]`.
     """
 
     class_token: np.ndarray
@@ -34,8 +34,8 @@ class Encoder:
     """A trained encoder, ready to use.
 
     Attributes:
-      architecture: arguments of `models.vit.ViT`.
-      preprocessing: how pixels become its input.
+      architecture: the arguments of `models.vit.ViT`.
+      preprocessing: how pixels are turned into its input.
     """
 
     def __init__(self, model: Model):
@@ -55,17 +55,17 @@ class Encoder:
     def __call__(
         self, images: np.ndarray | Sequence[np.ndarray], *, resized: bool = True, batch_size: int = 64
     ) -> Features:
-        """Features of images.
+        """Computes the features of images.
 
         Args:
           images: uint8 `[B, H, W, C]` or `[B, H, W]`; or a list of `[H, W, C]` or `[H, W]` of different sizes. One or
-            three channels, whatever the model has.
-          resized: to the size that the model was trained on; False takes the images as they are, with the position
-            table interpolated, and height and width must be divisible by the patch size.
-          batch_size: how many are computed at once; also compiled for, so that one shape serves any number.
+            three channels, converted to those of the model.
+          resized: resize to the size that the model was trained on; False keeps the size and interpolates the position
+            embeddings; height and width must then be divisible by the patch size.
+          batch_size: images per call; the last batch is padded, so that only one shape is compiled.
 
         Raises:
-          InputError: images of another kind.
+          InputError: images of another shape or dtype.
         """
         prepared = self.batch(images, resized)
         batch_size = min(batch_size, len(prepared))
@@ -79,32 +79,32 @@ class Encoder:
         """Which patches the features of images draw on, by attention rollout (Abnar & Zuidema 2020).
 
         Args:
-          images: as above; they are resized.
-          pool: of which feature: `class_token` ("cls") or `mean_patch` ("mean").
+          images: as for `__call__`; they are resized.
+          pool: the feature to explain: "cls" (`class_token`) or "mean" (`mean_patch`).
 
         Returns:
           float32 `[B, rows, columns]`, each map scaled to [0, 1].
 
         Raises:
-          InputError: there is no such feature, no image, or images of another kind.
+          InputError: there is no such feature, no image, or images of another shape or dtype.
         """
         if pool not in ("mean", "cls"):
             raise InputError(f"pool={pool!r} must be 'mean' or 'cls'")
-        from usfmae_jax.training.inspect import rollout  # with scikit-learn behind it
+        from usfmae_jax.training.inspect import rollout  # it imports scikit-learn
 
         follow = rollout(self._model, pool)
-        assert follow is not None  # this is a vision transformer
+        assert follow is not None  # always set for a vision transformer
         return follow(self.batch(images))
 
     def batch(self, images: np.ndarray | Sequence[np.ndarray], resized: bool = True) -> np.ndarray:
-        """Images as the model takes them: uint8 `[B, H, W, C]`.
+        """Images in the size and channels of the model: uint8 `[B, H, W, C]`.
 
         Args:
-          images: as above.
-          resized: False leaves the size.
+          images: as for `__call__`.
+          resized: False keeps the size.
 
         Raises:
-          InputError: there are none, of different sizes, or of another kind.
+          InputError: there are none, or they are of different sizes, or of another shape or dtype.
         """
         prepared = [self.prepared(image, resized) for image in images]
         if not prepared:
@@ -114,21 +114,21 @@ class Encoder:
         return np.stack(prepared)
 
     def prepared(self, image: np.ndarray, resized: bool = True) -> np.ndarray:
-        """An image in the size and channels that the model takes: uint8 `[H, W, C]`.
+        """An image in the size and channels of the model: uint8 `[H, W, C]`.
 
         Args:
           image: uint8 `[H, W, C]` or `[H, W]`.
-          resized: False leaves the size.
+          resized: False keeps the size.
 
         Raises:
-          InputError: an image of another kind.
+          InputError: an image of another shape or dtype.
         """
         image = np.asarray(image)
         image = image[..., None] if image.ndim == 2 else image
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or not image.size:
             raise InputError(f"images must be uint8 with 1 or 3 channels, not {image.dtype} {image.shape} each")
         channels = self.preprocessing["channels"]
-        if image.shape[2] == 3 and channels == 1:  # the luma that decoding to grey gives
+        if image.shape[2] == 3 and channels == 1:  # the same luma as decoding to grey
             image = np.round(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
         elif image.shape[2] != channels:
             image = np.repeat(image, channels, axis=2)
@@ -141,7 +141,7 @@ class Encoder:
 
 
 def load_encoder(directory: str | os.PathLike) -> Encoder:
-    """Loads an encoder from wherever `interop.model.open_model` finds one, that inside a classifier too.
+    """Loads an encoder from any checkpoint that `interop.model.open_model` accepts, including a classifier's.
 
     Raises:
       InputError: there is none.

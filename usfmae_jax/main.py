@@ -5,8 +5,8 @@
     python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
     python -m usfmae_jax.main --config=pretrain --compile_for=v5e:4x4    # does it fit there?
 
-Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or
-config; 75 stopped by SIGTERM or Ctrl-C, to be started again; 1 anything else, as a loss of NaN.
+Run the same command again to resume an interrupted run. Exit codes: 0 done; 2 bad input or config;
+75 stopped by SIGTERM or Ctrl-C, run it again to continue; 1 anything else, such as a NaN loss.
 """
 
 import functools
@@ -18,8 +18,8 @@ from usfmae_jax import cli
 
 
 def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
-    """Starts the processes and runs the loop; returns the exit code."""
-    from usfmae_jax.pretraining.loop import compile_for, pretrain  # after the flags are known to be right
+    """Joins the processes of the job and runs the loop; returns the exit code."""
+    from usfmae_jax.pretraining.loop import compile_for, pretrain  # only once the flags are known to be valid
 
     if flags.compile_for:
         return cli.compile_for(functools.partial(compile_for, config), flags.compile_for, workdir)
@@ -29,7 +29,7 @@ def main(config: ml_collections.ConfigDict, workdir: str, flags: Any) -> int:
 
 
 def run() -> None:
-    """The door; ends the process."""
+    """The command's entry point; ends the process."""
     cli.run(__doc__, "pretrain", main, trains=True)
 
 

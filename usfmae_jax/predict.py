@@ -1,12 +1,12 @@
-"""Predict files with a trained model: a table, and of a segmenter masks and outlines over the pictures.
+"""Predict on files with a trained model: a table and, for segmentation, masks and outlines drawn over the images.
 
     python -m usfmae_jax.predict --checkpoint=runs/finetune-busbra --data=EXPORT --output=predictions
     python -m usfmae_jax.predict --checkpoint=runs/segment-busbra/members/MEMBER --data=clip.dcm --output=clip
     python -m usfmae_jax.predict --checkpoint=runs/segment-busbra --data=data/mine --output=mine --overlays=off
 
-DICOM, video, volumes, pictures and arrays are read, one by one or in folders, and shards. The members of a run are
-averaged, and what they differ by is the column `uncertainty`. The same command goes on after an interruption. Files
-keep their names; what is burnt into a frame stays in its overlay. Exit codes: 0 done; 2 bad input. For research.
+Reads DICOM, video, volumes, images and arrays, as files or in folders, and shards. The members of a run are averaged;
+the column `uncertainty` is their disagreement. The same command resumes after an interruption. Files keep their names;
+text burnt into a frame stays in its overlay. Exit codes: 0 done; 2 bad input. For research only.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from usfmae_jax.prediction.kinds import Kind
     from usfmae_jax.prediction.output import Folder, Source
 
-_PIECE = 64  # records of a shard that are finished together
+_PIECE = 64  # records of a shard that are completed together
 
 
 @visible_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the door; returns the exit status."""
+    """Runs the command; returns the exit code."""
     parser = Parser("usfmae_jax.predict", __doc__ or "")
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="workdir of a fine-tuning run, one member, or a classifier/")
@@ -75,29 +75,29 @@ def predict(
     batch_size: int = 0,
     workers: int = 2,
 ) -> int:
-    """Predicts files or shards, see `prediction.output` for what is left in the folder.
+    """Predicts on files or shards; for the files written see `prediction.output`.
 
     Args:
-      checkpoint: a fine-tuning run, whose members are averaged, or what `interop.model.open_model` takes.
+      checkpoint: a fine-tuning run, whose members are averaged, or what `interop.model.open_model` accepts.
       data: files and folders for the readers of `data_prep`, or shards.
-      output: folder; finished files of an earlier start stay.
-      overlays: write the outlines of a segmenter over the frames.
-      flip: the mean of what is said of a frame and of its mirror, as `config.evaluate.flip` of a run has it.
-      stride: every n-th frame of a clip.
-      max_frames: of a file; 0 = all.
-      batch_size: images per call; the devices must divide it; 0 = what fits into memory.
-      workers: processes that read files.
+      output: folder; files that an earlier start finished are kept.
+      overlays: for segmentation, draw the outlines over the frames.
+      flip: average the predictions for each frame and its mirror image, as `config.evaluate.flip` of a run does.
+      stride: read every n-th frame of a clip.
+      max_frames: maximum number of frames per file; 0 = all.
+      batch_size: images per call, divisible by the number of devices; 0 = as many as fit into memory.
+      workers: number of processes that read files.
 
     Returns:
-      how many frames are predicted, those of earlier starts among them.
+      the number of predicted frames, including those of earlier starts.
 
     Raises:
-      InputError: something given cannot be used, or no file can be read.
+      InputError: an argument is invalid, or no file can be read.
     """
     if stride < 1 or max_frames < 0 or workers < 1:
         raise InputError("--stride and --workers must be 1 or more, --max_frames 0 or more")
 
-    from usfmae_jax.prediction import output as writing  # after the flags are known to be right
+    from usfmae_jax.prediction import output as writing  # only once the flags are known to be valid
     from usfmae_jax.prediction.kinds import kind_of, outputs
     from usfmae_jax.training import lock
     from usfmae_jax.training.checks import public_paths
@@ -138,19 +138,19 @@ def predict(
 
 
 def open_members(checkpoint: str) -> "list[Model]":
-    """The models that are averaged: the trained members of a run, or the one that a path names.
+    """The models to average: the trained members of a run, or the single model at a path.
 
-    Of a run of several label fractions they are those of the largest: the others were taught on less.
+    For a run of several label fractions, only the members of the largest: the others learnt from fewer labels.
 
     Raises:
-      InputError: there are none, or they are not of one kind.
+      InputError: there are none, or they differ in kind.
     """
     from usfmae_jax.interop.model import members, open_model
 
     found = members(checkpoint)
     most = max(map(_fraction, found), default=0.0)
     models = [open_model(path) for path in found if _fraction(path) == most] or [open_model(checkpoint)]
-    same = [({**one.description, "scale": None}, one.preprocessing) for one in models]  # each has a scale of its own
+    same = [({**one.description, "scale": None}, one.preprocessing) for one in models]  # each has its own scale
     for one in same[1:]:
         if one != same[0]:
             raise InputError(f"the members of --checkpoint={checkpoint} are different models; choose one of them")
@@ -158,13 +158,13 @@ def open_members(checkpoint: str) -> "list[Model]":
 
 
 def _fraction(folder: str) -> float:
-    """The label fraction of a member in percent, by its name; see `finetuning.members.plan_members`."""
+    """The label fraction of a member in percent, from its name; see `finetuning.members.plan_members`."""
     name = re.search(r"-fraction-(\d[\d.e-]*)$", folder)
     return float(name[1]) if name else 100.0
 
 
 class _Frame(NamedTuple):
-    """A frame that waits for its prediction: its file and number, what its mask is called after, its pixels and mm."""
+    """A frame to predict: its file and number, the path its mask is named after, its pixels and their size in mm."""
 
     file: str
     number: int
@@ -174,14 +174,14 @@ class _Frame(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What there is to be predicted.
+    """The sources to predict.
 
     Attributes:
-      names: of the sources, in order.
-      stamps: of each, which changes when it does.
-      rejected: (file, reason) of what is not even opened.
-      open: yields the sources of some numbers, with their frames.
-      sizes: of each source in the progress bar.
+      names: name of each source, in order.
+      stamps: stamp of each, which changes when the source does.
+      rejected: (file, reason) of files that are not even opened.
+      open: yields the sources of the given indices, with their frames.
+      sizes: size of each source in the progress bar.
     """
 
     names: list[str]
@@ -192,7 +192,7 @@ class _Found(NamedTuple):
 
 
 def _shards(data: Sequence[str]) -> _Found | None:
-    """Shards, in pieces of some records; None if there are none."""
+    """Shards, in pieces of up to `_PIECE` records; None if there are none."""
     from usfmae_jax.data.records import (
         NoShardsError,
         Shards,
@@ -209,7 +209,7 @@ def _shards(data: Sequence[str]) -> _Found | None:
             paths += open_shards(one).paths
         except NoShardsError as error:
             if not paths and all(map(os.path.exists, data)):
-                return None  # files of another kind
+                return None  # not shards but other files
             if "://" in one or glob.has_magic(one) or os.path.exists(one):
                 raise InputError(f"--data: {error}") from error
             near = nearest_path(one)
@@ -246,7 +246,7 @@ def _shards(data: Sequence[str]) -> _Found | None:
                 path, place = shards.locate(record)
                 try:
                     frames.append(read(record, os.path.basename(path), place))
-                except DamagedRecord:  # whose words may name a path of this machine
+                except DamagedRecord:  # its message is not repeated: it may contain a path of this machine
                     source.problems.append((f"{os.path.basename(path)}#{place}", "the record cannot be read"))
             yield source, frames
 
@@ -256,16 +256,16 @@ def _shards(data: Sequence[str]) -> _Found | None:
 
 
 def _changed(path: str) -> int:
-    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0  # of a bucket nobody asks
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else 0  # not checked for a bucket
 
 
 def _files(data: Sequence[str], output: str, workers: int, stride: int, max_frames: int) -> _Found:
-    """Files of any kind that the readers know."""
+    """Files of any kind that the readers support."""
     from data_prep import frames as files
     from data_prep.readers import Options
     from usfmae_jax.prediction.output import Source
 
-    check_guard()  # before the lock of the output, which the process that started this one holds
+    check_guard()  # before locking the output: the process that started this one holds that lock
     found, rejected, others = files.find(data, output)
     if not found:
         said = f": {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
@@ -288,7 +288,7 @@ def _files(data: Sequence[str], output: str, workers: int, stride: int, max_fram
 
 
 class _Ensemble:
-    """Members that are asked together."""
+    """Members that predict together."""
 
     def __init__(self, models: "list[Model]", kind: "Kind", mesh: Any, batch_size: int, flip: bool):
         import jax
@@ -301,7 +301,7 @@ class _Ensemble:
         functions = [model_function(model, kind.apply) for model in models]
         self._variables = [jax.device_put(variables, replicated(mesh)) for _, variables in functions]
         size, channels = self.image_format
-        plain = functions[0][0]  # the same one for all members
+        plain = functions[0][0]  # the same function for all members
 
         def both(variables: Any, images: Any) -> Any:
             assert kind.mirror is not None
@@ -313,7 +313,7 @@ class _Ensemble:
         )
 
     def ask(self, images: "list[np.ndarray]") -> list[Any]:
-        """Begins to compute what the members say of at most `batch_size` images; see `hear`."""
+        """Starts the members' predictions for at most `batch_size` images; see `hear`."""
         import numpy as np
 
         from usfmae_jax.training.mesh import global_batch
@@ -324,14 +324,14 @@ class _Ensemble:
         return [self._program(variables, there) for variables in self._variables]
 
     def hear(self, said: list[Any]) -> "dict[str, np.ndarray]":
-        """What they said: arrays `[M, batch_size, ...]` by name."""
+        """Waits for predictions started by `ask`: arrays `[M, batch_size, ...]` by name."""
         import numpy as np
 
         return {name: np.stack([np.asarray(one[name]) for one in said]) for name in said[0]}
 
 
 def _run(found: _Found, run: _Ensemble, folder: "Folder") -> None:
-    """Predicts what is not finished; the devices compute a batch while the one before is written."""
+    """Predicts on unfinished sources; the devices compute one batch while the previous one is written."""
     from tqdm import tqdm
 
     from usfmae_jax.data.augment import resize
@@ -394,7 +394,7 @@ def _unit(found: _Found) -> str:
 def _answer(
     run: _Ensemble, folder: "Folder", source: "Source", frame: _Frame, image: bytes, said: "dict[str, np.ndarray]"
 ) -> None:
-    """Writes what is said of one frame."""
+    """Writes the prediction for one frame."""
     from usfmae_jax.data.records import decode_image
 
     picture = decode_image(image, 3)

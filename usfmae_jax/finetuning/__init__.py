@@ -1,1 +1,1 @@
-"""Learning from labels: every fold, seed and label fraction is trained and tested."""
+"""Fine-tuning on labels: a model is trained and tested for every fold, seed and label fraction."""

@@ -1,4 +1,4 @@
-"""From a config to the parts of a fine-tuning run, refusing what cannot work before anything is compiled."""
+"""Builds the parts of a fine-tuning run from its config; invalid settings are refused before anything is compiled."""
 
 import dataclasses
 import functools
@@ -33,8 +33,8 @@ from usfmae_jax.tasks import Task
 from usfmae_jax.training import checkpoints, checks, optimizers
 from usfmae_jax.training.inspect import cautions
 
-#: Config fields that a continued run may change: beside where and how fast it computes, which members it has, or what
-#: is said of them, not what a member is. Of weights to start from, the fingerprint is compared.
+#: Config fields that a resumed run may change: where and how fast it computes, which members it has, and how they are
+#: reported, but not what a member is. For initial weights, the fingerprint is compared instead of the path.
 RESUMABLE = (
     *checkpoints.RESUMABLE,
     "parallel",
@@ -42,14 +42,14 @@ RESUMABLE = (
     "seeds",
     "fractions",
     "split.only",
-    "split.path",  # what they say is compared
+    "split.path",  # the splits themselves are compared
     "split.no_copies",
     "targets",
     "positive",
     "save_masks",
 )
 
-#: Lowest and highest values of fields.
+#: Minimum and maximum values of fields.
 RANGES = {
     "regularization.smoothing": (0, 0.99),
     "regularization.erasing": (0, 1),
@@ -70,32 +70,32 @@ RANGES = {
     "evaluate.bootstrap": (1, np.inf),
     "train.min_steps": (0, np.inf),
 }
-#: Mean and deviation of the input, by channels: of grey ultrasound frames; of ImageNet, which published weights expect.
+#: Mean and standard deviation of the input by channels: grey ultrasound frames; ImageNet, as published weights expect.
 _PIXELS = {1: ((0.25,), (0.2,)), 3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-#: Fields of `config.model` that fix parameters.
+#: Fields of `config.model` that determine the parameters.
 _SHAPE = ("patch_size", "channels", "width", "depth", "num_heads")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run was found to be before it starts.
+    """Everything that is known about a run before it starts.
 
     Attributes:
-      workdir: absolute.
-      task: what is learnt.
-      table: all frames that it can be learnt from.
+      workdir: absolute path.
+      task: the task to learn.
+      table: all frames that can be used for the task.
       members: in the order in which they are trained.
-      folds: of the whole split, also those that are not run.
-      groups: int `[N]`, of the rows of the table.
-      split: one phrase on where the split comes from.
+      folds: all folds of the split, including those that are not run.
+      groups: int `[N]`, groups of the rows of the table.
+      split: a phrase on where the split comes from.
       excluded: near-duplicates that were left out, see `splits.check`.
-      description: of the model, see `interop.model`.
-      preprocessing: how pixels become its input.
+      description: description of the model, see `interop.model`.
+      preprocessing: how pixels are turned into its input.
       init: the model to start from; None = random weights.
-      title: what is done, as a heading.
-      settings: the config as JSON, and what tells data and weights apart.
-      lineage: of the weights that come out, JSON.
-      warnings: sentences that belong beside the results.
+      title: heading of the report.
+      settings: the config as JSON, and fingerprints of data and weights.
+      lineage: lineage of the resulting weights, JSON.
+      warnings: sentences to show with the results.
     """
 
     workdir: str
@@ -116,24 +116,24 @@ class Run:
 
     @property
     def image_format(self) -> tuple[tuple[int, int], int]:
-        """(height, width) of the views, and their channels as decoded."""
+        """(height, width) of the training views, and the number of decoded channels."""
         height, width = self.preprocessing["image_size"]
         return (height, width), self.preprocessing["channels"]
 
     def folder(self, member: Member) -> str:
-        """Where a member lives."""
+        """The folder of a member."""
         return f"{self.workdir}/members/{member.name}"
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
-    """Reads data, weights and splits, and works out the members.
+    """Reads data, weights and splits, and plans the members.
 
     Args:
       config: see `configs/finetune.py`.
-      workdir: is created, unless there is nothing to leave in it because something given cannot be used.
+      workdir: created if missing, unless the config or the data is invalid.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: the config or the data is invalid.
     """
     table, task, init, description, pixels = read(config)
     pairs = np.zeros((0, 2), np.int64)
@@ -186,13 +186,13 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
 
 
 def read(config: ml_collections.ConfigDict) -> tuple[Table, Task, Model | None, dict[str, Any], dict[str, Any]]:
-    """What is learnt, from which frames, and by which model, without a look at a single picture.
+    """Reads what is learnt, from which frames, and by which model, without decoding any image.
 
     Returns:
       `table`, `task`, `init`, `description` and `preprocessing` of a `Run`.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: the config or the data is invalid.
     """
     check(config)
     table = checks.read_frames(config.data.path, config.data.split)
@@ -211,8 +211,8 @@ def read(config: ml_collections.ConfigDict) -> tuple[Table, Task, Model | None, 
 
 
 def check_resumable(run: Run, stored: dict[str, Any]) -> None:
-    """Raises InputError if a run that was stored with those settings was another one; see `checkpoints`."""
-    # Version 0.1 had no other task, and neither of these ways.
+    """Raises InputError if the stored settings belong to a different run; see `checkpoints`."""
+    # Version 0.1 had only this task, and earlier versions lacked the other options.
     absent: dict[str, Any] = {"task": "classification", "lora_rank": run.settings["lora_rank"]}
     stored = absent | stored | {"augment": {"trivialaugment": False} | stored.get("augment", {})}
     stored |= {"split": {"copies": "drop"} | stored.get("split", {})}
@@ -224,7 +224,7 @@ def _json(config: ml_collections.ConfigDict) -> str:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for single fields that are out of their range."""
+    """Raises InputError for fields that are out of range."""
     regular, stop = config.regularization, config.stop
     checks.check_ranges(checks.flat(config.to_dict()), RANGES)
     checks.check_augmentation(config.augment.to_dict())
@@ -242,10 +242,10 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def read_init(config: ml_collections.ConfigDict, outputs: int) -> Model | None:
-    """The weights of `config.init`; None for random ones.
+    """The weights of `config.init`; None for random weights.
 
     Raises:
-      InputError: they cannot be read, or are a file and `config.model.arch` is not resnet50.
+      InputError: they cannot be read, or are a file although `config.model.arch` is not resnet50.
     """
     if not config.init:
         return None
@@ -259,10 +259,10 @@ def read_init(config: ml_collections.ConfigDict, outputs: int) -> Model | None:
             f"config.init={config.init} is a file: of a ResNet-50, add --config.model.arch=resnet50; of a ViT, convert "
             "it to an encoder directory first"
         )
-    # A first convolution of three channels becomes one of one only on request: that changes what published weights see.
+    # The first convolution is reduced from three channels to one only on request: it changes the model's input.
     params, stats = resnet_files.read_resnet(config.init, num_classes=outputs, grey=config.model.channels == 1)
     shape = resnet_files.architecture(params)
-    # The statistics inside belong to ImageNet's normalisation, of which grey takes the average over channels.
+    # The model's batch statistics assume ImageNet's normalisation; grey input uses its average over channels.
     mean, std = _PIXELS[3] if shape["channels"] == 3 else tuple((sum(v) / 3,) for v in _PIXELS[3])
     pixels = preprocessing((224, 224), 1, mean, std)
     lineage = [{"job": "published weights", "file": os.path.basename(config.init)}]
@@ -272,10 +272,10 @@ def read_init(config: ml_collections.ConfigDict, outputs: int) -> Model | None:
 def describe_backbone(
     config: ml_collections.ConfigDict, weights: Model | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model below its head, as `interop.model` describes it, and how pixels become its input.
+    """The model without its head, as `interop.model` describes it, and how pixels are turned into its input.
 
     Raises:
-      InputError: names the field that cannot be, or that contradicts the weights, with both values.
+      InputError: a field is invalid, or contradicts the weights; the message names it, and both values.
     """
     model = config.model
     checks.check_computation(model.dtype, model.attention, model.remat)
@@ -387,11 +387,11 @@ def trained_part(config: ml_collections.ConfigDict, description: dict[str, Any])
     """What `config.mode` trains.
 
     Returns:
-      `freeze` for `build`; the beginnings of the names of the trained parameters, () = all; how many blocks
-      of the encoder's stack are updated, 0 = all.
+      `freeze` for `build`; prefixes of the names of the trained parameters, () = all; the number of encoder blocks
+      that are updated, 0 = all.
 
     Raises:
-      InputError: no such mode, or not so many blocks.
+      InputError: there is no such mode, or there are fewer blocks.
     """
     mode, last = config.mode, config.last_k
     if mode not in ("full", "frozen", "last_k", "lora"):
@@ -425,7 +425,7 @@ def trained_part(config: ml_collections.ConfigDict, description: dict[str, Any])
 def model_maker(
     config: ml_collections.ConfigDict, description: dict[str, Any], freeze: int
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """What builds the model, computing as the config says."""
+    """A function that builds the model, with the compute settings of the config."""
     model = config.model
     how = {"attention": model.attention or None, "scan": model.scan, "remat": model.remat}
     how |= {"lora": config.lora_rank} if config.mode == "lora" else {}
@@ -439,19 +439,19 @@ def model_maker(
 
 
 def count_parameters(make_model: Callable[[nnx.Rngs], nnx.Module]) -> int:
-    """Numbers that a model learns, without making it."""
+    """The number of parameters of a model, without building it."""
     shapes = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(0)), nnx.Param)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def loadable(weights: Model, description: dict[str, Any]) -> dict[str, Any]:
-    """What weights have for a model: `params`, and `stats` if any.
+    """The part of some weights that a model can load: `params`, and `stats` if any.
 
-    An encoder fills the encoder. A model with a head fills all but that, and the head too if its outputs are the same.
+    An encoder fills the encoder. A model with a head fills all but the head, and the head too if the outputs are equal.
 
     Args:
       weights: from `read_init`.
-      description: of the model.
+      description: description of the model to fill.
     """
     params, old = dict(weights.params), weights.description
     for name in ("classes", "outputs", "task", "head"):
@@ -464,15 +464,15 @@ def loadable(weights: Model, description: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_weights(make_model: Callable[[nnx.Rngs], nnx.Module], loaded: dict[str, Any], source: str) -> None:
-    """Refuses weights that do not fill a model but for its head.
+    """Checks that weights fill a model, except perhaps its head.
 
     Args:
       make_model: builds the model.
       loaded: from `loadable`.
-      source: the person's name for the weights.
+      source: the name that the user gave for the weights.
 
     Raises:
-      InputError: names the first parameter that is unknown, missing or of another shape.
+      InputError: a parameter is unknown, missing or of another shape; the message names the first.
     """
     for group, kind in (("params", nnx.Param), ("stats", nnx.BatchStat)):
         own = jax.eval_shape(lambda kind=kind: nnx.to_pure_dict(nnx.state(make_model(nnx.Rngs(0)), kind)))
@@ -515,7 +515,7 @@ def make_optimizer(
 
 
 def training_flops(description: dict[str, Any], size: tuple[int, int]) -> float:
-    """Floating-point operations to train on one image once, all parameters; backward counted as twice forward."""
+    """Floating-point operations to train all parameters on one image; the backward pass counts as twice the forward."""
     if description["model"] == "resnet50":
         resnet = description["resnet"]
         return 3 * resnet_flops(size, resnet["width"], resnet["depths"])
@@ -531,7 +531,7 @@ def training_flops(description: dict[str, Any], size: tuple[int, int]) -> float:
 
 
 def title(config: ml_collections.ConfigDict, description: dict[str, Any], datasets: Sequence[str]) -> str:
-    """What is done, as a heading."""
+    """The heading of the report."""
     if description["model"] == "resnet50":
         shape = description["resnet"]
         usual = (list(shape["depths"]), shape["width"]) == ([3, 4, 6, 3], 64)

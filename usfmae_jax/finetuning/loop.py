@@ -41,26 +41,26 @@ from usfmae_jax.training.monitor import Monitor, Preemption, naming_records
 from usfmae_jax.training.state import State, abstract_state, fill, state_maker
 from usfmae_jax.training.update import Update, combine, compile_update, make_update, pick
 
-#: Decoded validation and test images are kept in memory up to this many bytes; more are decoded again every time.
+#: Decoded validation and test images are kept in memory up to this many bytes; otherwise they are decoded each time.
 KEPT_BYTES = 2**31
-#: Frames that are predicted before the task measures what was said of them.
+#: Number of frames that are predicted before the task scores them.
 PIECE = 1024
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> bool:
-    """Trains and tests every member of a run, and leaves its results.
+    """Trains and tests every member of a run, and writes the results.
 
     Args:
       config: see `configs/finetune.py`.
-      workdir: receives splits, members and results; an interrupted run in it is continued.
-      command: how to repeat it, for the report.
+      workdir: folder for splits, members and results; an interrupted run in it is resumed.
+      command: the command line that repeats it, for the report.
 
     Returns:
-      True when the run is complete, False when it was preempted after saving.
+      True if the run is complete, False if it was preempted, after saving.
 
     Raises:
-      InputError: something given cannot be used; raised before anything is compiled.
-      DivergedError: loss or gradient norm is not finite; the last good checkpoint stays.
+      InputError: the config or the data is invalid; raised before anything is compiled.
+      DivergedError: the loss or gradient norm is not finite; the last good checkpoint is kept.
     """
     mesh = make_mesh(**config.mesh)
     checks.check_batch(checks.flat(config.to_dict()), mesh.size)
@@ -81,16 +81,16 @@ def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "")
 
 
 def train_members(config: ml_collections.ConfigDict, run: Run, members: Sequence[Member], line: int = 0) -> bool:
-    """Trains and tests members, one after the other, with programs that are compiled once.
+    """Trains and tests members, one after another, with programs that are compiled once.
 
     Args:
-      config: of the run.
-      run: what it was found to be.
-      members: to be trained.
-      line: of the terminal that shows the progress; the first one also says what is compiled.
+      config: config of the run.
+      run: from `build.prepare`.
+      members: the members to train.
+      line: line of the terminal for the progress bar; the first also reports compilation.
 
     Returns:
-      False when it was preempted after saving.
+      False if it was preempted, after saving.
     """
     with contextlib.redirect_stderr(io.StringIO()) if line else contextlib.nullcontext():
         trainer = Trainer(config, run)
@@ -111,15 +111,15 @@ def training_step(
     preprocessing: dict[str, Any],
     mesh: Mesh,
 ) -> tuple[Update, State, dict[str, jax.ShapeDtypeStruct]]:
-    """The update that every member is trained with, and shapes and shardings of the state and the batch it takes.
+    """The training step of every member, with the shapes and shardings of its state and batch.
 
     Args:
-      config: of the run.
-      task: see `build.Run`, likewise what follows.
-      table: see there.
-      description: see there.
-      preprocessing: see there.
-      mesh: of the devices.
+      config: config of the run.
+      task: see `build.Run`.
+      table: see `build.Run`.
+      description: see `build.Run`.
+      preprocessing: see `build.Run`.
+      mesh: mesh of the devices.
     """
     freeze, trained, _ = build.trained_part(config, description)
     make_model = build.model_maker(config, description, freeze)
@@ -143,24 +143,24 @@ def training_step(
 
 
 def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[Any]) -> dict[str, Any]:
-    """Compiles the training step of `finetune` for hardware that need not be here; trains nothing.
+    """Compiles the training step of `finetune` for hardware that need not be present; trains nothing.
 
     Args:
-      config: see `configs/finetune.py`; its shards say what is learnt, such as how many classes.
+      config: see `configs/finetune.py`; its shards determine what is learnt, such as the number of classes.
       target: see `training.hardware`.
-      devices: of the target.
+      devices: devices of the target.
 
     Returns:
-      what `hardware.fit` does.
+      the result of `hardware.fit`.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: the config or the data is invalid.
     """
     table, task, _, description, preprocessing = build.read(config)
     flops = build.training_flops(description, preprocessing["image_size"]) * config.train.batch_size
     fields = checks.flat(config.to_dict())
     if description["model"] != "vit":
-        del fields["model.remat"]  # which only a ViT does
+        del fields["model.remat"]  # only a ViT has it
 
     def attempt(settings: dict[str, Any]) -> dict[str, Any]:
         changed = config.copy_and_resolve_references()
@@ -174,11 +174,11 @@ def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[An
 
 
 class Trainer:
-    """Trains and tests members of a run with what is compiled once for all of them.
+    """Trains and tests members of a run, with functions that are compiled once for all of them.
 
     Args:
-      config: of the run.
-      run: what it was found to be.
+      config: config of the run.
+      run: from `build.prepare`.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, run: Run):
@@ -205,7 +205,7 @@ class Trainer:
         kept = [name for name in ("params", "stats") if name in state]
 
         def best(state: State) -> State:
-            """What is kept of the best evaluation: the trained parameters and the statistics."""
+            """What is kept from the best evaluation: the trained parameters and the statistics."""
             return {name: part(state[name]) if name == "params" else state[name] for name in kept}
 
         results.say(f"Total: {parameter_overview.count_parameters(state['params']):,} parameters")
@@ -218,11 +218,11 @@ class Trainer:
     def train(
         self, member: Member, preemption: Preemption, line: int = 0
     ) -> tuple[State, int, dict[str, np.ndarray] | None] | None:
-        """Trains one member, or continues it; its progress is on a line of the terminal.
+        """Trains one member, or resumes it, with a progress bar on a line of the terminal.
 
         Returns:
-          parameters and statistics of the best evaluation, its step, and what it predicted of the validation part
-          (None if that was before a restart); None when it was preempted after saving.
+          parameters and statistics of the best evaluation, its step, and its predictions for the validation part (None
+          if they were made before a restart); None instead if it was preempted, after saving.
         """
         config, run, task = self.config, self.run, self.run.task
         folder = checks.make_workdir(run.folder(member))
@@ -278,7 +278,7 @@ class Trainer:
                 stop = preemption.requested()
                 evaluated = step in member.evaluations
                 if evaluated:
-                    report.flush()  # weights are evaluated only when their loss is known to be finite
+                    report.flush()  # weights are evaluated only once their loss is known to be finite
                     with report.pause():
                         variables: State = {name: state[name] for name in ("params", "stats") if name in state}
                         predicted = self.predict(member, variables, member.fold.validation)
@@ -305,19 +305,19 @@ class Trainer:
                         "continues it"
                     )
                     return None
-            batch = None  # a worker's shared memory goes back before the worker does
+            batch = None  # release shared memory of the workers before they end
             score, at = best_score[config.stop.metric], best_score["step"]
             report.say(f"{member.name}: best validation {config.stop.metric} {score:.3f} at step {at} of {saved}")
         return best | {"params": combine(state["params"], best["params"])}, at, best_predicted
 
     def test(self, member: Member, best: State, step: int, validation: dict[str, np.ndarray] | None) -> None:
-        """Writes what a finished member leaves, whose `best` weights are those after `step` updates.
+        """Tests a member and writes its results; its `best` weights are those after `step` updates.
 
-        `predictions.csv` comes last and marks it. What `best` predicts of the validation part is asked again if not
-        given.
+        `predictions.csv` is written last and marks the member as finished. Predictions for the validation part are
+        computed again if not given.
         """
         run, config, fold = self.run, self.config, member.fold
-        best = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(best)  # other processes' parts come here
+        best = jax.jit(lambda tree: tree, out_shardings=replicated(self.mesh))(best)  # gather other processes' parts
         validation = self.predict(member, best, fold.validation) if validation is None else validation
         masks = results.Masks(run, member) if config.get("save_masks") and jax.process_index() == 0 else None
         tested = self.predict(member, best, fold.test, masks)
@@ -338,24 +338,24 @@ class Trainer:
             (directory / "checkpoints").rmtree()
 
     def record(self, member: Member, rows: np.ndarray, predicted: dict[str, np.ndarray]) -> Predictions:
-        """What is written of some rows that a member was asked about."""
+        """A member's predictions for some rows, in the form that is written."""
         ids = identify(self.run.table, rows, member.fold.name, member.seed, member.fraction, member.fold.copied)
         return self.run.task.record(ids, self.run.table, rows, predicted)
 
     def predict(
         self, member: Member, variables: State, rows: np.ndarray, masks: results.Masks | None = None
     ) -> dict[str, np.ndarray]:
-        """What the task keeps of its predictions of some rows of the table, arrays `[N, ...]` by name.
+        """Predicts some rows of the table; returns what the task keeps, arrays `[N, ...]` by name.
 
         Args:
-          member: whose they are.
-          variables: parameters and statistics.
-          rows: of the table.
-          masks: receives the masks, if there is one.
+          member: the member that predicts.
+          variables: its parameters and statistics.
+          rows: rows of the table.
+          masks: writer of predicted masks; None = masks are not written.
         """
         how = {"batch_size": self.config.evaluate.batch_size, "desc": member.name}
         task, found = self.run.task.fitted(self.run.table, member.fold.train), []
-        for start in range(0, len(rows), PIECE):  # what is not kept fits into memory
+        for start in range(0, len(rows), PIECE):  # so that intermediate results fit into memory
             piece = rows[start : start + PIECE]
             images = self._whole_images(piece)
             predicted = apply_batches(self.mesh, self._predict, variables, images, total=len(piece), **how)
@@ -380,13 +380,13 @@ class Trainer:
         )
 
     def _decoded(self) -> Any:
-        """What gives batches uint8 `[n, H, W, C]` of whole images of some rows.
+        """A function that yields batches uint8 `[n, H, W, C]` of whole images for given rows.
 
-        Validation and test images are decoded now, so that a damaged one is refused now, and kept, unless they are very
-        many.
+        Validation and test images are decoded now, so that damaged ones are found early, and kept in memory if there
+        are not too many.
 
         Raises:
-          InputError: an image is damaged; says which.
+          InputError: an image is damaged; the message names it.
         """
         (size, channels), batch_size = self.run.image_format, self.config.evaluate.batch_size
         how = {"batch_size": batch_size, "threads": self.config.data.threads}
@@ -409,9 +409,9 @@ class Trainer:
 
 
 def better(score: dict[str, float], best: dict[str, float], metric: str, tie: str, losses: frozenset[str]) -> bool:
-    """Whether an evaluation beats the best one so far: by `metric`, and among equals by `tie`; of `losses` less is.
+    """Whether an evaluation beats the best so far by `metric`, with ties broken by `tie`; lower is better for `losses`.
 
-    What is not defined (NaN) is worse than any number.
+    NaN (undefined) is worse than any number.
     """
     if not best:
         return True

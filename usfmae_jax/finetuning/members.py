@@ -17,11 +17,11 @@ class Member:
     """One trained model of a run.
 
     Attributes:
-      name: of its folder in `members/`.
-      fold: with the training patients that `fraction` leaves.
+      name: name of its folder in `members/`.
+      fold: its fold, with only the training patients that `fraction` leaves.
       seed: as in `config.seeds`.
       fraction: as in `config.fractions`.
-      total_steps: updates.
+      total_steps: number of updates.
       evaluations: steps after which it is evaluated, ascending; the last is `total_steps`.
     """
 
@@ -40,14 +40,14 @@ def plan_members(
     take: Callable[[Fold, float, int], Fold],
     length: Callable[[int], tuple[int, tuple[int, ...]]],
 ) -> tuple[Member, ...]:
-    """One member for each seed, fraction and fold.
+    """Plans one member for each seed, fraction and fold.
 
     Args:
-      folds: those to run.
-      seeds: of the members.
-      fractions: shares of the training patients, in (0, 1].
-      take: a fold with that share of its training patients, by seed.
-      length: from the number of training frames to `total_steps` and `evaluations`.
+      folds: folds to run.
+      seeds: seeds of the members.
+      fractions: fractions of the training patients, in (0, 1].
+      take: `(fold, fraction, seed)` -> the fold with that fraction of its training patients.
+      length: number of training frames -> `total_steps` and `evaluations`.
     """
     members = []
     for seed in seeds:
@@ -64,18 +64,18 @@ def plan_members(
 def count_steps(
     images: int, *, batch_size: int, epochs: float, steps: int, min_steps: int, every: float
 ) -> tuple[int, tuple[int, ...]]:
-    """How many updates on so many images, and after which of them to evaluate.
+    """The number of updates for a number of images, and the steps after which to evaluate.
 
     Args:
-      images: of the training part.
-      batch_size: of an update.
-      epochs: over the images.
-      steps: instead of the epochs, if it is not 0.
-      min_steps: few images are seen more often.
-      every: epochs between two evaluations.
+      images: number of training images.
+      batch_size: images per update.
+      epochs: passes over the images.
+      steps: number of updates, instead of `epochs`, if not 0.
+      min_steps: minimum number of updates, so that small sets are seen more often.
+      every: epochs between evaluations.
 
     Raises:
-      InputError: there would be no step.
+      InputError: there would be no update.
     """
     total = steps or max(round(epochs * images / batch_size), min_steps)
     if total < 1:
@@ -84,16 +84,16 @@ def count_steps(
             f"batch of {batch_size}; raise the epochs, set config.train.steps or lower the batch size"
         )
     shown = total * batch_size / images if steps else epochs
-    # Evenly spread, so that a member with few images is not evaluated after every update.
+    # Evenly spaced, so that a member with few images is not evaluated after every update.
     count = max(1, round(shown / every))
     return total, tuple(sorted({round(total * (i + 1) / count) for i in range(count)} - {0}))
 
 
 def write_splits(workdir: str, table: Table, folds: Sequence[Fold], groups: Any, members: Sequence[Member]) -> None:
-    """Leaves who is trained and tested on: `splits/splits.csv`, and what label fractions keep in `splits/fractions/`.
+    """Writes the folds to `splits/splits.csv`, and the frames of each label fraction to `splits/fractions/`.
 
     Raises:
-      InputError: another split is there already.
+      InputError: the workdir already holds another split.
     """
     folder = epath.Path(workdir) / "splits"
     folder.mkdir(parents=True, exist_ok=True)

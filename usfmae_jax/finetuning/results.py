@@ -1,4 +1,4 @@
-"""What a fine-tuning run writes and says: settings, splits and lineage before, results after."""
+"""What a fine-tuning run writes and prints: settings, splits and lineage before training, results after."""
 
 import functools
 import hashlib
@@ -27,30 +27,30 @@ from usfmae_jax.training.forward import apply_batches, features_of, model_functi
 from usfmae_jax.training.mesh import describe as describe_mesh
 from usfmae_jax.training.mesh import on_first_process, one_device
 
-#: Most confident errors that the report shows.
+#: How many of the most confident errors the report shows.
 EXAMPLES = 12
-#: What a finished member has left, and the SHA-256 of each file.
+#: File with the SHA-256 of each file that a finished member has written.
 CHECKSUMS = "checksums.json"
 _AGAIN = "remove that folder, and the same command trains the member again"
 
 
 def say(text: str) -> None:
-    """Prints to stderr, once for all processes."""
+    """Prints to stderr, from the first process only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
 def is_finished(run: Run, member: Member) -> bool:
-    """Whether a member was trained and tested."""
+    """Whether a member has been trained and tested."""
     return (epath.Path(run.folder(member)) / "predictions.csv").exists()
 
 
 def seal(folder: epath.Path, kind: str) -> None:
-    """Leaves checksums of what a member has written, by which a bit that a disk turns later is noticed.
+    """Writes checksums of a member's files, so that later corruption on disk is detected.
 
     Args:
-      folder: of the member.
-      kind: name of the folder of its model.
+      folder: folder of the member.
+      kind: name of its model's folder.
     """
     written = sorted(path for part in (f"{kind}/*", "predictions.*", "validation.*") for path in folder.glob(part))
     found = {os.fspath(path.relative_to(folder)): _digest(path) for path in written}
@@ -63,7 +63,7 @@ def _digest(path: epath.Path) -> str:
 
 
 def check_finished(run: Run, member: Member) -> None:
-    """Raises InputError unless a finished member is as it was left; one of an earlier version has no checksums."""
+    """Raises InputError if files of a finished member have changed; members of earlier versions have no checksums."""
     folder = epath.Path(run.folder(member))
     try:
         known = files.parse((folder / CHECKSUMS).read_bytes()) if (folder / CHECKSUMS).exists() else {}
@@ -78,17 +78,17 @@ def check_finished(run: Run, member: Member) -> None:
 
 
 def read_finished(run: Run, member: Member) -> tuple[Predictions, Predictions]:
-    """What a finished member predicted of its test part and of its validation part.
+    """Reads the predictions of a finished member for its test part and its validation part.
 
     Raises:
-      InputError: the files are damaged, or hold other rows.
+      InputError: the files are damaged, or contain other rows.
     """
     folder, fold = epath.Path(run.folder(member)), member.fold
     found = []
     for name, part, rows in (("predictions", "test", fold.test), ("validation", "validation", fold.validation)):
         said = predictions.read(folder / f"{name}.csv", run.task.predictions)
         ids = predictions.identify(run.table, rows, fold.name, member.seed, member.fraction)
-        ids.pop("copied")  # which earlier versions did not write
+        ids.pop("copied")  # earlier versions did not write it
         if any(getattr(said, column).tolist() != values.tolist() for column, values in ids.items()):
             raise InputError(
                 f"{folder}: the {len(said)} rows of {name}.csv are not the {len(rows)} frames of the member's {part} "
@@ -99,7 +99,7 @@ def read_finished(run: Run, member: Member) -> tuple[Predictions, Predictions]:
 
 
 def start(run: Run) -> None:
-    """Writes settings, lineage and splits, and looks whether finished members are as they were left.
+    """Writes settings, lineage and splits, and checks that finished members are unchanged.
 
     Raises:
       InputError: the workdir holds a run with other settings or another split, or a finished member is damaged.
@@ -120,7 +120,7 @@ def start(run: Run) -> None:
 
 
 def _stored(path: epath.Path) -> dict[str, Any]:
-    """The settings that a run has left; raises InputError where they are damaged."""
+    """The stored settings of a run; raises InputError if they are damaged."""
     try:
         stored = files.parse(path.read_bytes())
     except ValueError:
@@ -134,7 +134,7 @@ def _stored(path: epath.Path) -> dict[str, Any]:
 
 
 def describe(run: Run, mesh: Mesh, batch_size: int, unfinished: int, at_a_time: int) -> None:
-    """Says what is about to run."""
+    """Prints what is about to run."""
     table, steps = run.table, [member.total_steps for member in run.members]
     summary = run.task.summary(table)
     say(
@@ -156,10 +156,10 @@ def finish(run: Run, command: str, resamples: int, batch_size: int) -> None:
     """Writes the results of all members of the run, and prints them.
 
     Args:
-      run: all of whose members are finished.
-      command: how to repeat it.
-      resamples: bootstrap replicates.
-      batch_size: images per call of what the report looks at.
+      run: a run whose members are all finished.
+      command: the command line that repeats it.
+      resamples: number of bootstrap resamples.
+      batch_size: images per call, for what the report computes.
     """
     task, table, init = run.task, run.table, run.init
     tested, validation = zip(*(read_finished(run, member) for member in run.members), strict=True)
@@ -208,11 +208,11 @@ def finish(run: Run, command: str, resamples: int, batch_size: int) -> None:
 
 
 class Masks:
-    """Predicted masks of a member's test frames: `WORKDIR/masks/MEMBER/FRAME.png`, and `coco.json` beside them.
+    """Writes predicted masks of a member's test frames: `WORKDIR/masks/MEMBER/FRAME.png`, and `coco.json` beside them.
 
     Args:
-      run: of the member.
-      member: whose they are.
+      run: run of the member.
+      member: the member that predicts them.
     """
 
     def __init__(self, run: Run, member: Member):
@@ -220,7 +220,7 @@ class Masks:
         self._coco = Coco(run.task.outputs)
 
     def add(self, rows: np.ndarray, predicted: dict[str, np.ndarray]) -> None:
-        """Writes the masks of some rows of the table, of which `predicted` is what the task's `predict` says."""
+        """Writes the masks of some rows of the table; `predicted` is the result of the task's `predict` for them."""
         table = self._run.table
         for row, (mask, found) in zip(rows.tolist(), self._run.task.outlines(table, rows, predicted), strict=False):
             name = safe_path(str(table.frame_key[row])) + ".png"
@@ -228,18 +228,18 @@ class Masks:
             self._coco.add(name, mask.shape[:2], found)
 
     def write(self) -> None:
-        """Writes the COCO JSON, when all are added."""
+        """Writes the COCO JSON, after all masks are added."""
         self._coco.write(self._folder / "coco.json")
 
 
 def predict(run: Run, model: Model, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What the task predicts of images uint8 `[n, H, W, C]`; on one device, since one process alone writes results."""
+    """Predictions for images uint8 `[n, H, W, C]`; on one device, since only one process writes results."""
     function, variables = model_function(model, run.task.predict)
     return apply_batches(one_device(), function, variables, iter([images]), batch_size=len(images), total=len(images))
 
 
 def features(run: Run, model: Model, rows: np.ndarray, batch_size: int) -> np.ndarray:
-    """What the head of a model sees, float32 `[N, D]`; on one device likewise."""
+    """The input features of a model's head, float32 `[N, D]`; also on one device."""
     function, variables = model_function(model, features_of)
     size, channels = run.image_format
     batch_size = min(batch_size, len(rows))

@@ -1,7 +1,7 @@
-"""Members of a run trained at the same time, each in a process with cores of its own.
+"""Trains members of a run in parallel, each in a process with its own cores.
 
-A small model leaves much of a CPU idle: its products are too short to be worth dividing. Folds, seeds and fractions do
-not need each other, so that about as many of them as there are cores are trained side by side.
+A small model leaves much of a CPU idle: its matrix products are too small to be worth splitting. Folds, seeds and
+fractions are independent, so about as many of them as there are cores are trained in parallel.
 """
 
 import contextlib
@@ -34,15 +34,15 @@ from usfmae_jax.finetuning.members import Member
 from usfmae_jax.training.mesh import keep_memory
 from usfmae_jax.training.monitor import DivergedError, Preemption
 
-#: Models of more parameters than this keep several cores busy by themselves, and fill the memory if there are many.
+#: A model with more parameters than this keeps several cores busy on its own, and several of them need much memory.
 SMALL = 10_000_000
 
-#: `(members, line)` to False when it was preempted after saving; `line` of the terminal is its own.
+#: `(members, line)` -> False if it was preempted, after saving; each process has its own `line` of the terminal.
 Action = Callable[[Sequence[Member], int], bool]
 
 
 def check(parallel: int, mesh: Mesh) -> None:
-    """Raises InputError if several members at a time are asked for where they are not on a single CPU device."""
+    """Raises InputError if several members at a time are asked for on anything but a single CPU device."""
     if parallel > 1 and not _alone(mesh):
         raise InputError(
             f"config.parallel={parallel} is for a CPU that is one device; here members are trained one after "
@@ -51,15 +51,15 @@ def check(parallel: int, mesh: Mesh) -> None:
 
 
 def how_many(members: int, parallel: int, parameters: Callable[[], int], mesh: Mesh) -> int:
-    """How many members are trained at a time; it follows from the run, not from how far it is.
+    """The number of members trained in parallel; it depends on the run, not on its progress.
 
-    A member's arithmetic depends on the number of its threads in the last bits, and is to be the same after a restart.
+    The last bits of a member's results depend on its number of threads, and must be the same after a restart.
 
     Args:
-      members: of the run.
-      parallel: how many are asked for; 0 = what keeps all cores busy, if the model is small.
-      parameters: counts those of the model; asked only where that decides.
-      mesh: one device, or members share all of them one after the other.
+      members: number of members of the run.
+      parallel: the requested number; 0 = as many as keep all cores busy, if the model is small.
+      parameters: counts the parameters of the model; called only if needed.
+      mesh: if it has several devices, each member uses all of them, one member after another.
     """
     if not _alone(mesh):
         return 1
@@ -69,10 +69,10 @@ def how_many(members: int, parallel: int, parameters: Callable[[], int], mesh: M
 
 
 def quickest(members: int, cores: int) -> int:
-    """The smallest number of processes that are done with so many members first.
+    """The smallest number of processes that finishes this many members soonest.
 
-    Of five members on two cores, two processes have three and two to train: for a third of the time a core idles. Three
-    processes that take turns on the two cores end together.
+    For five members on two cores, two processes have three and two to train: one core idles for a third of the time.
+    Three processes that share the two cores end together.
     """
 
     def duration(processes: int) -> float:
@@ -83,21 +83,21 @@ def quickest(members: int, cores: int) -> int:
 
 
 def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
-    """Trains members in so many processes; returns False when they were preempted after saving.
+    """Trains members in several processes; returns False if they were preempted, after saving.
 
     Args:
-      action: trains the members that it is given one after another; can be pickled.
-      unfinished: those to be trained.
-      processes: from `how_many`; 1 = this one.
+      action: trains the given members one after another; must be picklable.
+      unfinished: the members to train.
+      processes: from `how_many`; 1 = this process.
 
     Raises:
-      InputError, DivergedError, FaultError: a process met it; the others have saved and stopped.
-      FaultError: a process ended in another way.
+      InputError, DivergedError, FaultError: raised in a process; the others have saved and stopped.
+      FaultError: a process ended in any other way.
     """
     if processes == 1 or not unfinished:
         return not unfinished or action(unfinished, 0)
     check_guard()
-    context = multiprocessing.get_context("spawn")  # JAX has threads, and a fork copies none of them
+    context = multiprocessing.get_context("spawn")  # JAX has threads, which a fork does not copy
     failures, lock = context.SimpleQueue(), context.RLock()
     threads = max(_cores() // processes, 1)
     workers = [
@@ -116,7 +116,7 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
                 if not told and (preemption.requested() or any(worker.exitcode for worker in workers)):
                     told = True
                     for worker in alive:
-                        worker.terminate()  # SIGTERM: they save first
+                        worker.terminate()  # SIGTERM: the process saves first
         finally:
             for worker in workers:
                 if worker.is_alive():
@@ -125,7 +125,7 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
         asked = preemption.requested()
     if not failures.empty():
         raise failures.get()
-    if asked:  # a process that was still starting, or between two members, says nothing of it
+    if asked:  # a process that was still starting, or between two members, does not report it
         print("stopped as asked; the same command continues it", file=sys.stderr, flush=True)
     if asked or not any(worker.exitcode for worker in workers):
         return not asked
@@ -140,10 +140,10 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
 
 
 def _work(action: Action, members: Sequence[Member], line: int, threads: int, lock: Any, failures: Any) -> None:
-    os.setsid()  # Ctrl-C is for the parent, which passes it on
-    os.environ["NPROC"] = str(threads)  # of XLA's pool, which starts with the first array
+    os.setsid()  # Ctrl-C goes to the parent, which passes it on
+    os.environ["NPROC"] = str(threads)  # size of XLA's thread pool, which starts with the first array
     keep_memory()
-    flags.FLAGS.mark_as_parsed()  # grain starts no worker processes before that
+    flags.FLAGS.mark_as_parsed()  # grain starts no worker processes until then
     tqdm.set_lock(lock)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -151,13 +151,13 @@ def _work(action: Action, members: Sequence[Member], line: int, threads: int, lo
     except (InputError, DivergedError, FaultError) as error:
         failures.put(error)
         code = BAD_INPUT
-    if code == BAD_INPUT:  # what hangs may be a thread, which Python would wait for
+    if code == BAD_INPUT:  # Python would wait for a thread that may hang
         os._exit(code)
     raise SystemExit(code)
 
 
 def _end_with_parent() -> None:
-    """Saves and stops when the parent was killed: what it would be started again for must not be written twice."""
+    """Saves and stops if the parent was killed: a restarted run must not write the same files at the same time."""
     parent = multiprocessing.parent_process()
     if parent:
         connection.wait([parent.sentinel])
@@ -169,6 +169,6 @@ def _alone(mesh: Mesh) -> bool:
 
 
 def _cores() -> int:
-    with contextlib.suppress(AttributeError):  # Linux alone tells which cores a process may use
+    with contextlib.suppress(AttributeError):  # only Linux reports which cores a process may use
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

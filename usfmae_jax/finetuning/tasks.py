@@ -1,4 +1,4 @@
-"""What makes a task of a config and a table: one function for each, and its entry in `TASKS`."""
+"""Builds a task from a config and a table: one function per task, with its entry in `TASKS`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ def classify(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Ta
     """Classification of the labelled frames.
 
     Raises:
-      InputError: there are none, or a field does not fit their classes.
+      InputError: there are no such frames, or a field does not match their classes.
     """
     stop, regular, pool = config.stop, config.regularization, _pool(config)
     if stop.metric not in NAMES:
@@ -43,7 +43,7 @@ def segment(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
     """Segmentation of the frames that have a mask.
 
     Raises:
-      InputError: there are none, or a field does not fit their classes.
+      InputError: there are no such frames, or a field does not match their classes.
     """
     model = config.model
     if model.head not in ("linear", "decoder"):
@@ -55,7 +55,7 @@ def find_instances(config: ml_collections.ConfigDict, table: Table) -> tuple[Tab
     """Instance segmentation of the frames that have a mask.
 
     Raises:
-      InputError: there are none, or a field does not fit their classes.
+      InputError: there are no such frames, or a field does not match their classes.
     """
     model, names = config.model, ("queries", "query_blocks", "decoder_width")
     if model.head != "queries":
@@ -73,10 +73,10 @@ def find_instances(config: ml_collections.ConfigDict, table: Table) -> tuple[Tab
 
 
 def _masked(config: ml_collections.ConfigDict, table: Table, **how: Any) -> tuple[Table, segmentation.Segmentation]:
-    """The frames that pixels are learnt from, and segmentation of them, of which `how` are fields.
+    """The frames with masks, and their segmentation task, with `how` as further fields.
 
     Raises:
-      InputError: there are none, or a field that all tasks of pixels have does not fit.
+      InputError: there are no such frames, or a field that all segmentation tasks share is invalid.
     """
     model = config.model
     _refuse_class_fields(config)
@@ -98,10 +98,10 @@ def _masked(config: ml_collections.ConfigDict, table: Table, **how: Any) -> tupl
 
 
 def regress(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
-    """Regression of a column of a table, of the frames that have a value.
+    """Regression of a column of a table, for the frames that have a value.
 
     Raises:
-      InputError: the table cannot be used, see `data.targets`, or a field does not fit.
+      InputError: the table cannot be used, see `data.targets`, or a field is invalid for this task.
     """
     _refuse_class_fields(config)
     pool, found = _pool(config), _read_targets(config, table)
@@ -111,10 +111,10 @@ def regress(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Tas
 
 
 def label(config: ml_collections.ConfigDict, table: Table) -> tuple[Table, Task]:
-    """Several labels from the columns of a table, of the frames that have one of them.
+    """Multi-label classification with the columns of a table, for the frames that have at least one label.
 
     Raises:
-      InputError: the table cannot be used, see `data.targets`, or a field does not fit.
+      InputError: the table cannot be used, see `data.targets`, or a field is invalid for this task.
     """
     _refuse_class_fields(config)
     pool, found = _pool(config), _read_targets(config, table, labels=True)
@@ -145,7 +145,7 @@ def _pool(config: ml_collections.ConfigDict) -> str:
 
 
 def _refuse_class_fields(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError if a field is set that only the classes of whole frames have a use for."""
+    """Raises InputError if a field is set that only classification of whole frames uses."""
     regular = config.regularization
     for name in ("smoothing", "mixup", "cutmix", "erasing"):
         if regular[name]:
@@ -156,7 +156,7 @@ def _refuse_class_fields(config: ml_collections.ConfigDict) -> None:
         raise InputError("config.regularization.class_weights and config.positive are for classes of whole frames")
 
 
-#: What makes a task of a config and the table of all frames, with those frames that it learns from.
+#: Functions from a config and the table of all frames to the table of usable frames and the task.
 TASKS: dict[str, Callable[[ml_collections.ConfigDict, Table], tuple[Table, Task]]] = {
     "classification": classify,
     "segmentation": segment,

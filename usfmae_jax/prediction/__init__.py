@@ -1,1 +1,1 @@
-"""Using what was learnt: files in, numbers, masks and pictures out."""
+"""Prediction with trained models: files in; numbers, masks and overlays out."""

@@ -1,7 +1,7 @@
-"""What a prediction is, for each kind of model: one entry of `KINDS`.
+"""The predictions of each kind of model: one entry of `KINDS` per kind.
 
-A new kind is two functions here, one for the devices and one for the host, and its entry under what its models have as
-`task` in their description.
+A new kind needs two functions here, one for the devices and one for the host, and an entry under the `task` in the
+description of its models.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,12 +22,12 @@ Members = Sequence[Mapping[str, Any]]
 
 
 class Answer(NamedTuple):
-    """What is said of one frame.
+    """The prediction for one frame.
 
     Attributes:
-      cells: of its row in predictions.csv, by column; every answer of a kind has the same columns.
-      mask: class of each pixel in the frame's own size, uint8 `[H, W]`, 0 = background; None = there is none.
-      found: each instance, see `evaluation.instances.Instance`.
+      cells: cells of its row in predictions.csv, by column; all answers of a kind have the same columns.
+      mask: class of each pixel at the frame's own size, uint8 `[H, W]`, 0 = background; None = no mask.
+      found: the instances, see `evaluation.instances.Instance`.
     """
 
     cells: dict[str, Any]
@@ -39,10 +39,10 @@ class Kind(NamedTuple):
     """A kind of model.
 
     Attributes:
-      apply: `(network, normalised images [B, H, W, C])` to arrays `[B, ...]` by name, of one member.
-      answer: `(descriptions of the M members, arrays [M, ...] of theirs for one frame, (height, width) of the frame,
-        (height, width) of its pixels in mm or (0, 0))` to what is said of it.
-      mirror: what `apply` says of mirrored images, to what it would say of the images; None = there is no such thing.
+      apply: `(network, normalised images [B, H, W, C])` -> arrays `[B, ...]` by name, for one member.
+      answer: `(descriptions of the M members, their arrays [M, ...] for one frame, (height, width) of the frame,
+        (height, width) of its pixels in mm or (0, 0))` -> the prediction for it.
+      mirror: converts the result of `apply` for mirrored images to that for the original ones; None = not possible.
     """
 
     apply: Callable[[Any, jax.Array], dict[str, jax.Array]]
@@ -81,14 +81,14 @@ def segmented(
 def detected(
     models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
-    """`count:CLASS`, `area_pixels:CLASS` and `area_cm2:CLASS` of the instances that count as found, of a score of 0.5.
+    """`count:CLASS`, `area_pixels:CLASS` and `area_cm2:CLASS` of the instances with a score of at least 0.5.
 
-    `uncertainty` is the largest deviation of the score of one of them between members.
+    `uncertainty` is the largest deviation of an instance's score between members.
     """
     members, names = said["classes"], outputs(models[0])
     every = instances.merged(members, said["masks"], size)
     found = [one for one in every if one["score"] >= FOUND]
-    # Of instances that overlap no pixel counts twice.
+    # Pixels of overlapping instances are counted once.
     together = [coding.merge([one["mask"] for one in found if one["class"] == c]) for c in range(len(names))]
     pixels = [int(coding.area(one)) if one["counts"] else 0 for one in together]
     cells: dict[str, Any] = {
@@ -100,7 +100,7 @@ def detected(
 
 
 def _areas(names: Sequence[str], pixels: Sequence[int], spacing: tuple[float, float]) -> dict[str, Any]:
-    """Columns of the areas of classes; in cm2 where the size of a pixel is known."""
+    """Columns for the areas of classes; in cm2 if the size of a pixel is known."""
     cm2 = spacing[0] * spacing[1] / 100 if min(spacing) > 0 else 0.0
     cells: dict[str, Any] = {f"area_pixels:{name}": count for name, count in zip(names, pixels, strict=True)}
     return cells | {
@@ -122,7 +122,7 @@ def labelled(
 def measured(
     models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
-    """The quantity in its unit, and `uncertainty`, the deviation between members; empty without a pixel size."""
+    """The quantity in its unit, and `uncertainty`, the deviation between members; empty if a pixel size is missing."""
     scale = models[0]["scale"]
     (name,), unit = outputs(models[0]), scale["unit"][0]
     column = f"{name} [{unit}]" if unit else name
@@ -136,11 +136,11 @@ def measured(
 
 
 def _uncertain(members: np.ndarray, spread: float | None) -> dict[str, Any]:
-    """The column of a run of several members; empty where there is nothing to be uncertain of."""
+    """The column `uncertainty`, for several members only; its cell is empty where it is not defined."""
     return {"uncertainty": "" if spread is None else round(float(spread), 6)} if len(members) > 1 else {}
 
 
-#: By `task` of the description of a model.
+#: Kinds by the `task` in a model's description.
 KINDS: dict[str, Kind] = {
     "classification": Kind(classification.probabilities, classified),
     "segmentation": Kind(segmentation.probabilities, segmented, segmentation.mirror),
@@ -151,10 +151,10 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(model: Model, path: str) -> tuple[str, Kind]:
-    """What a model predicts: the name of its kind, and the kind.
+    """The name of a model's kind, and the kind.
 
     Raises:
-      InputError: it has no head, or one of a kind that is not known here.
+      InputError: it has no head, or one of an unknown kind.
     """
     if model.kind not in ("classifier", "model"):
         raise InputError(
@@ -169,5 +169,5 @@ def kind_of(model: Model, path: str) -> tuple[str, Kind]:
 
 
 def outputs(description: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of what a model puts out: its classes, those of pixels without the background."""
+    """Names of a model's outputs: its classes; for segmentation, without the background."""
     return tuple(description.get("classes") or description.get("outputs", ()))

@@ -1,11 +1,11 @@
-"""The folder of predictions: what is finished stays, whatever happens after it.
+"""The output folder of predictions: finished files are kept, whatever happens later.
 
 prediction.json   which model, and how files were read
-finished.jsonl    one line for each finished file: its rows, and what was wrong with it
-masks/ overlays/  of each file, below its own name; a clip has a folder of masks, and a film
-masks/coco.json   at the end, what is on all masks; of instances with their scores
-predictions.csv   at the end, one row for each frame
-skipped.csv       at the end, files and frames that could not be read, and why
+finished.jsonl    one line per finished file: its rows, and what was wrong with it
+masks/ overlays/  per file, under its own name; a clip has a folder of masks, and a video of overlays
+masks/coco.json   at the end: all masks as COCO JSON; instances with their scores
+predictions.csv   at the end: one row per frame
+skipped.csv       at the end: files and frames that could not be read, and why
 """
 
 import dataclasses
@@ -27,22 +27,22 @@ from usfmae_jax.reporting.masks import Coco, put, safe_path, write_png
 from usfmae_jax.reporting.segmentation import outlined
 
 ABOUT, FINISHED = "prediction.json", "finished.jsonl"
-#: What a folder of predictions may hold.
+#: What an output folder of predictions may hold.
 WRITTEN = (ABOUT, FINISHED, "masks", "overlays", "predictions.csv", "skipped.csv", ".lock", ".reading")
-_RATE = 25  # frames of a film a second
+_RATE = 25  # frames per second of a video
 
 
 @dataclasses.dataclass
 class Source:
-    """A file, or a piece of a shard, that is finished as a whole.
+    """A file, or a piece of a shard, that is completed as a whole.
 
     Attributes:
-      name: that it is known by.
-      stamp: changes when it does.
-      rows: of predictions.csv, so far.
-      problems: (file, reason).
-      masks: of each frame that has one its `name` in the folder, its `size` and the instances that were `found`.
-      film: whether the frames belong together.
+      name: name that identifies it.
+      stamp: changes when the source does.
+      rows: rows of predictions.csv, so far.
+      problems: (file, reason) pairs.
+      masks: for each frame with a mask, its `name` in the folder, its `size` and the instances that were `found`.
+      film: whether the frames are a clip.
     """
 
     name: str
@@ -54,15 +54,15 @@ class Source:
 
 
 class Folder:
-    """Where predictions go.
+    """An output folder of predictions.
 
     Args:
-      path: of the folder; created.
-      about: what made the predictions, JSON; with `weights`.
-      overlays: whether outlines are drawn over the frames.
+      path: path of the folder; created if missing.
+      about: what made the predictions, JSON; includes `weights`.
+      overlays: whether to draw outlines over the frames.
 
     Raises:
-      InputError: it holds something else, or predictions that were made otherwise.
+      InputError: it holds something else, or predictions made with other settings.
     """
 
     def __init__(self, path: str, about: Mapping[str, Any], overlays: bool):
@@ -75,11 +75,11 @@ class Folder:
         self.finished = _read_finished(self._root / FINISHED)
 
     def is_finished(self, name: str, stamp: str) -> bool:
-        """Whether a source was predicted before, as it is now."""
+        """Whether a source has been predicted in its present state."""
         return name in self.finished and self.finished[name].stamp == stamp
 
     def add(self, source: Source, file: str, number: int, said: Mapping[str, Any]) -> None:
-        """Adds the row of a frame, without mask."""
+        """Adds the row of a frame; see `add_mask` for its mask."""
         source.rows.append({"file": file, "frame": number, **said})
 
     def add_mask(
@@ -94,12 +94,12 @@ class Folder:
         """Writes the mask of a frame, and its outlines over the frame.
 
         Args:
-          source: of the frame.
-          where: name of its file, or of what else it is called after.
-          number: of the frame.
+          source: source of the frame.
+          where: the path that the mask is named after.
+          number: number of the frame.
           mask: class of each pixel, uint8 `[H, W]`.
           picture: the frame, RGB `[H, W, 3]`.
-          found: each instance, see `evaluation.instances.Instance`.
+          found: the instances, see `evaluation.instances.Instance`.
 
         Returns:
           the cell that names the mask.
@@ -125,7 +125,7 @@ class Folder:
         return {"mask": f"masks/{called}"}
 
     def finish(self, source: Source) -> None:
-        """What was written of a source gets its name, and counts as finished; nothing if it has no rows."""
+        """Renames the files of a source to their final names and, if it has rows, records it as finished."""
         if film := self._films.pop(safe_path(source.name), None):
             film.close()
             self.warnings |= film.warnings
@@ -143,12 +143,12 @@ class Folder:
         """Writes predictions.csv, skipped.csv and, where there are masks, masks/coco.json.
 
         Args:
-          order: of the sources.
+          order: names of the sources, in order.
           rejected: (file, reason) of files that were not even opened.
-          names: of the classes of masks.
+          names: class names of the masks.
 
         Returns:
-          frames that are predicted, and files or frames that are skipped.
+          the number of predicted frames, and of skipped files or frames.
         """
         sources = [self.finished[name] for name in order if name in self.finished]
         rows = [row for source in sources for row in source.rows]
@@ -171,7 +171,7 @@ class Folder:
 
 
 def check(path: str, about: Mapping[str, Any]) -> None:
-    """Raises InputError unless a folder is free for these predictions, or holds some that were made in the same way."""
+    """Raises InputError unless a folder is empty or holds predictions made with the same settings."""
     root = pathlib.Path(path)
     if root.exists() and not root.is_dir():
         raise InputError(f"--output={path} is a file; name a new folder")
@@ -197,7 +197,7 @@ def check(path: str, about: Mapping[str, Any]) -> None:
 
 
 def _read_finished(path: pathlib.Path) -> dict[str, Source]:
-    """What is finished, by name; a line that was not written to its end is taken away."""
+    """Finished sources by name; an incomplete last line is removed."""
     if not path.exists():
         return {}
     data = path.read_bytes()
@@ -217,7 +217,7 @@ def _read_finished(path: pathlib.Path) -> dict[str, Source]:
 
 
 def _is_source(line: Any) -> bool:
-    """Whether a line of finished.jsonl says what `Folder.write` asks of it."""
+    """Whether a line of finished.jsonl has what `Folder.write` needs."""
 
     def lists_of(name: str, check: Callable[[Any], bool]) -> bool:
         return isinstance(line.get(name, []), list) and all(map(check, line.get(name, [])))
@@ -254,11 +254,11 @@ def _is_size(size: Any) -> bool:
 
 
 class Film:
-    """Pictures as an MP4, which appears when it is closed; as PNG files in a folder where PyAV is not installed.
+    """Writes images as an MP4, which appears when closed; without PyAV, as PNG files in a folder.
 
     Args:
-      place: path without its suffix.
-      size: (height, width) of all pictures, filled up to even numbers.
+      place: path without the suffix.
+      size: (height, width) of all images, padded to even numbers.
     """
 
     def __init__(self, place: pathlib.Path, size: tuple[int, int]):
@@ -283,7 +283,7 @@ class Film:
         self._stream = stream
 
     def add(self, picture: np.ndarray) -> None:
-        """Adds a picture, RGB `[H, W, 3]`; one of another size is cut or filled up to that of the first."""
+        """Adds an image, RGB `[H, W, 3]`; one of another size is cropped or padded to `size`."""
         if self._container is None:
             write_png(self._partial / f"{self._count:06d}.png", picture)
             self._count += 1
@@ -298,7 +298,7 @@ class Film:
             self._container.mux(packet)
 
     def close(self) -> None:
-        """Ends the film and gives it its name."""
+        """Finishes the video and gives it its final name."""
         suffix = ""
         if self._container is not None:
             for packet in self._stream.encode():

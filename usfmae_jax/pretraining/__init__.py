@@ -1,1 +1,1 @@
-"""Learning without labels: the loop, what it is built from, and how it looks at itself."""
+"""Pretraining without labels: the loop, the parts it is built from, and inspections during training."""

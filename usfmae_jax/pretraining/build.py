@@ -1,4 +1,4 @@
-"""From a config to the parts of a pretraining run, refusing what cannot work before anything is compiled."""
+"""Builds the parts of a pretraining run from its config; invalid settings are refused before anything is compiled."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from usfmae_jax.training.state import State, fill
 from usfmae_jax.training.update import Update, make_update
 from usfmae_jax.weights import find
 
-#: Fields that configs of earlier versions did not have, with what they stand for.
+#: Fields that configs of earlier versions lacked, with the values that they stand for.
 ABSENT: dict[str, dict[str, Any]] = {
     "latent": {"teacher": "ema", "everywhere": False},
     "mask": {"block": 1, "blur": 0.0, "share": 0.5},
@@ -39,14 +39,14 @@ ABSENT: dict[str, dict[str, Any]] = {
     "train": {"ema": 0.0},
 }
 #: Config fields that a resumed run may change.
-RESUMABLE = (*checkpoints.RESUMABLE, "probe", "latent.teacher")  # which may have moved; its fingerprint is compared
+RESUMABLE = (*checkpoints.RESUMABLE, "probe", "latent.teacher")  # its path; its fingerprint is compared
 
 
 def objective(config: ml_collections.ConfigDict) -> Objective:
-    """What the run learns, from the entry of `OBJECTIVES` that `config.objective` names.
+    """The objective of the run: the entry of `OBJECTIVES` that `config.objective` names.
 
     Raises:
-      InputError: there is none of that name, or names the field that cannot be.
+      InputError: there is no such objective, or a field is invalid, which the message names.
     """
     if config.objective not in OBJECTIVES:
         raise InputError(f"config.objective={config.objective!r} must be one of {', '.join(OBJECTIVES)}")
@@ -56,7 +56,7 @@ def objective(config: ml_collections.ConfigDict) -> Objective:
 def masked_autoencoding(
     config: ml_collections.ConfigDict, kind: type[MaskedAutoencoding] = MaskedAutoencoding, **more: Any
 ) -> MaskedAutoencoding:
-    """The masked autoencoder of `config.model`, `.mask` and `.loss`; or one of a kind that is told more."""
+    """The masked autoencoder of `config.model`, `.mask` and `.loss`; or a subclass `kind` with the arguments `more`."""
     model = config.model
     decoder = {name: model[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
     shape = encoder(config)
@@ -83,7 +83,7 @@ def masked_autoencoding(
 
 
 def cross_masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoencoding:
-    """The same with a decoder that attends across, which predicts `config.mask.share` of what is hidden."""
+    """The same with a cross-attention decoder, which predicts `config.mask.share` of the masked patches."""
     if not 0 < config.mask.share <= 1:
         raise InputError(f"config.mask.share={config.mask.share:g} must be more than 0 and at most 1")
     checks.check_least(config.model, {"decoder_depth": 1}, "model.")
@@ -91,7 +91,7 @@ def cross_masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoen
 
 
 def latent_prediction(config: ml_collections.ConfigDict) -> MaskedAutoencoding:
-    """The same with features of `config.latent.teacher` to predict, an encoder or the model's own average."""
+    """The same, predicting features of `config.latent.teacher`: an encoder, or the moving average of the model."""
     teacher, path = None, config.latent.teacher
     if path != "ema":
         try:
@@ -116,10 +116,10 @@ OBJECTIVES: dict[str, Callable[[ml_collections.ConfigDict], Objective]] = {
 
 
 def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `vit.ViT` that fix the encoder's parameters.
+    """The arguments of `vit.ViT` that determine the encoder's parameters.
 
     Raises:
-      InputError: names the field that cannot be.
+      InputError: a field is invalid, which the message names.
     """
     model = config.model
     if model.channels not in (1, 3) or len(model.mean) != model.channels or len(model.std) != model.channels:
@@ -151,7 +151,7 @@ def _check_heads(model: ml_collections.ConfigDict, width: str, heads: str) -> No
 
 
 def computation(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `vit.ViT` that say how it computes, and change no parameter."""
+    """The arguments of `vit.ViT` that set how it computes, and change no parameter."""
     model = config.model
     checks.check_computation(model.dtype, model.attention, model.remat)
     how = {"dtype": jnp.dtype(model.dtype), "attention": model.attention or None}
@@ -159,7 +159,7 @@ def computation(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def about(config: ml_collections.ConfigDict, learn: Objective) -> dict[str, Any]:
-    """What a checkpoint says of itself: what kind of run wrote it, what its model is, and what the model sees."""
+    """The description in a checkpoint: the kind of run that wrote it, its model, and the model's input."""
     pixels = preprocessing(
         checks.square(config.model.image_size), config.data.channels, config.model.mean, config.model.std
     )
@@ -167,10 +167,10 @@ def about(config: ml_collections.ConfigDict, learn: Objective) -> dict[str, Any]
 
 
 def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
-    """Opens the shards and describes this process's batches.
+    """Opens the shards and sets up this process's batches.
 
     Raises:
-      InputError: there are none, with how to make some, or they cannot be used.
+      InputError: there are none (the message shows how to build some), or they cannot be used.
     """
     how_to = (
         "\n  Prepare some:  python -m data_prep.build --dataset=folder --input=DIR --output=data/mine"
@@ -202,9 +202,9 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
 
 
 def settings(config: ml_collections.ConfigDict, sources: list[Shards], teacher: Model | None = None) -> dict[str, Any]:
-    """The config as JSON and what tells the data apart, and the teacher, for checkpoints and `config.json`.
+    """The config as JSON with fingerprints of data and teacher, for checkpoints and `config.json`.
 
-    Of absolute paths only the last part is kept: they tell who ran where, and the fingerprint tells the data better.
+    Absolute paths are cut to their last part: they reveal who ran where, and a fingerprint identifies data better.
     """
     public = checks.public_settings(
         config.to_json_best_effort(), ("init", "latent.teacher", "data.path", "probe.data.path")
@@ -214,7 +214,7 @@ def settings(config: ml_collections.ConfigDict, sources: list[Shards], teacher: 
 
 
 def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int:
-    """Updates of the whole run.
+    """Number of updates of the whole run.
 
     Raises:
       InputError: there would be none.
@@ -232,7 +232,7 @@ def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTransformation, Callable[..., jax.Array]]:
-    """AdamW, and the learning rate by step and length of the run; the rate in the config is per 256 images."""
+    """The optimizer, and the learning rate by step and length of the run; the rate in the config is per 256 images."""
     optimizer = config.optimizer
     names = ("weight_decay", "b1", "b2", "clip_norm", "layer_decay", "decay_all", "muon")
     rate = functools.partial(
@@ -245,13 +245,13 @@ def make_optimizer(config: ml_collections.ConfigDict) -> tuple[optax.GradientTra
 
 
 def make_step(config: ml_collections.ConfigDict, learn: Objective, graph: Any, mesh: Mesh) -> Update:
-    """The update of the run, see `training.update`.
+    """The training step of the run, see `training.update`.
 
     Args:
-      config: of the run.
+      config: config of the run.
       learn: from `objective`.
-      graph: of its model.
-      mesh: the batch is spread over it.
+      graph: graph definition of its model.
+      mesh: the devices that the batch is split over.
     """
     optimizer, rate = make_optimizer(config)
     train = config.train
@@ -266,19 +266,19 @@ def abstract_batch(config: ml_collections.ConfigDict, mesh: Mesh) -> jax.ShapeDt
 
 
 def with_weights(state: State, directory: str, model: ml_collections.ConfigDict) -> tuple[State, Lineage, str]:
-    """Puts weights into a fresh state.
+    """Loads weights into a newly initialised state.
 
     Args:
-      state: as initialised.
-      directory: an encoder directory, or the name of weights that are included; or the workdir of a run or what
-        `usfmae_jax.convert` wrote, which give the decoder too if they have one.
+      state: the initial state.
+      directory: an encoder directory, or the name of included weights; or the workdir of a run or output of
+        `usfmae_jax.convert`, from which the decoder is loaded too if there is one.
       model: `config.model` of this run.
 
     Returns:
-      the state, the lineage of the weights, and what was taken, for a person.
+      the state, the lineage of the weights, and a readable note on what was loaded.
 
     Raises:
-      InputError: shapes or numbers of heads differ; names the first that does.
+      InputError: shapes or numbers of heads differ; the message names the first difference.
     """
     places = ("checkpoints", "architecture.json", "encoder/architecture.json")
     if not any((epath.Path(find(directory)) / place).exists() for place in places):
@@ -288,11 +288,11 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     weights = open_model(directory, whole=True)
     weights = weights if weights.kind in ("mae", "encoder") else weights.encoder()
     own, about = state["params"], weights.description["encoder"] | weights.preprocessing
-    parts = sorted(weights.params, key=lambda part: part != "encoder")  # the encoder is what a person asks about first
+    parts = sorted(weights.params, key=lambda part: part != "encoder")  # report problems of the encoder first
     taken = {part: weights.params[part] for part in parts if part in own}
     for part, params in taken.items():
         _check_shapes(params, own[part], directory, part)
-    # Heads leave no trace in the shapes.
+    # The shapes do not show the number of heads.
     for part, name in (("encoder", "num_heads"), ("decoder", "decoder_num_heads")):
         heads = (about | weights.description.get("decoder", {})).get(name)
         if part in taken and heads != model[name]:
@@ -325,10 +325,10 @@ def inspections(
     dataset: Any,
     workdir: str,
 ) -> list[tuple[int, inspect.Look]]:
-    """What looks at the run while it trains, with the steps between two looks."""
+    """The inspections of the run during training, each with the number of steps between two of them."""
     found = []
     if config.log.pictures_every:
-        # Some pictures are drawn; every device needs as many.
+        # A few pictures are drawn; every device needs the same number.
         rows = -(-8 // mesh.size) * len(mesh.local_devices)
         images, folder = dataset[0]["image"][:rows], epath.Path(workdir) / "reconstructions"
         found.append((config.log.pictures_every, inspect.pictures(learn, graph, mesh, images, folder, config.seed)))

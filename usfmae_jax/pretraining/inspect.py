@@ -1,4 +1,4 @@
-"""Looks at a model during training: pictures of what it does, and probes of its frozen features."""
+"""Inspections of a model during training: pictures of its predictions, and probes of its frozen features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,19 +18,19 @@ from usfmae_jax.training.mesh import global_batch, replicated
 from usfmae_jax.training.monitor import Monitor
 from usfmae_jax.training.state import State, weights_of
 
-#: Looks at the parameters after a step: `(report, params, step)`.
+#: Inspects the parameters after a step: `(report, params, step)`.
 Look = Callable[[Monitor, Any, int], None]
 
 
 def look(looks: Sequence[tuple[int, Look]], report: Monitor, state: State, step: int, *, last: bool = False) -> None:
-    """Does what is due after `step` updates; everything at step 0 and at the last.
+    """Runs the inspections that are due after `step` updates; all of them at step 0 and at the last step.
 
     Args:
-      looks: with the steps between two of each.
-      report: of the run; the time is no training time.
-      state: after the step.
-      step: see above.
-      last: whether it is the last.
+      looks: inspections, each with the number of steps between two of them.
+      report: monitor of the run; the time spent is not counted as training time.
+      state: state after the step.
+      step: number of updates so far.
+      last: whether this is the last step.
     """
     due = [one for every, one in looks if last or step % every == 0]
     if due:
@@ -41,21 +41,21 @@ def look(looks: Sequence[tuple[int, Look]], report: Monitor, state: State, step:
 
 
 def pictures(objective: Objective, graph: Any, mesh: Mesh, images: np.ndarray, folder: epath.Path, seed: int) -> Look:
-    """Draws the objective's pictures of the same images with the same randomness, to compare over time.
+    """Draws the objective's pictures, always of the same images with the same randomness, to compare over time.
 
     Args:
-      objective: what is learnt.
-      graph: of the model.
+      objective: objective of the run.
+      graph: graph definition of the model.
       mesh: devices of the run.
       images: uint8 `[n, H, W, C]`, this process's part of the images to draw.
-      folder: receives `step_NNNNNNN.png`.
-      seed: of the randomness.
+      folder: folder for `step_NNNNNNN.png`.
+      seed: seed of the randomness.
     """
     captions: list[str] = []
 
     def draw(params: Any, images: jax.Array, rng: jax.Array) -> list[jax.Array]:
         columns = objective.pictures(nnx.merge(graph, params), images, rng) or {}
-        captions[:] = columns  # in their order, which a dict loses on its way out of a compiled function
+        captions[:] = columns  # keeps the order, which a dict loses when a compiled function returns it
         return list(columns.values())
 
     compiled = jax.jit(draw, out_shardings=replicated(mesh))
@@ -73,18 +73,18 @@ def pictures(objective: Objective, graph: Any, mesh: Mesh, images: np.ndarray, f
 
 
 def probe(objective: Objective, graph: Any, mesh: Mesh, labelled: Mapping[str, Any], note: str, seed: int) -> Look:
-    """Probes the mean patch token of labelled images; see `probes.probe`.
+    """Probes the mean patch token of labelled images, see `probes.probe`.
 
     Args:
-      objective: what is learnt.
-      graph: of the model, which has an `encoder`.
+      objective: objective of the run.
+      graph: graph definition of the model, which has an `encoder`.
       mesh: devices of the run.
       labelled: from `classification.labelled_images`.
-      note: said with the first probe.
-      seed: of the folds.
+      note: printed with the first probe.
+      seed: seed of the folds.
 
     Raises:
-      InputError: the frames cannot be split; it is found now, not after hours.
+      InputError: the frames cannot be split; raised now, not after hours of training.
     """
     images, labels, patients = (labelled[name] for name in ("image", "label", "patient"))
     probes.group_folds(labels, patients, seed=seed)
@@ -115,8 +115,8 @@ def picture_grid(columns: Mapping[str, np.ndarray], side: int = 192) -> np.ndarr
     """One row per image, one column per kind of picture.
 
     Args:
-      columns: uint8 `[B, H, W, C]` by caption.
-      side: the longer side of an image as it is shown, in pixels.
+      columns: images uint8 `[B, H, W, C]` by caption.
+      side: the longer side of each image as shown, in pixels.
 
     Returns:
       uint8 RGB `[rows, columns, 3]`, with a caption above each column.
@@ -141,5 +141,5 @@ def picture_grid(columns: Mapping[str, np.ndarray], side: int = 192) -> np.ndarr
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG bytes of a uint8 RGB picture."""
+    """Encodes a uint8 RGB image as PNG."""
     return cv2.imencode(".png", image[:, :, ::-1])[1].tobytes()

@@ -30,18 +30,18 @@ from usfmae_jax.training.update import compile_update
 
 
 def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
-    """Pretrains an encoder by the objective of the config and leaves it in `<workdir>/encoder/`.
+    """Pretrains an encoder with the config's objective and writes it to `<workdir>/encoder/`.
 
     Args:
       config: see `configs/pretrain.py`.
-      workdir: receives checkpoints, logs, pictures and the encoder; an interrupted run in it is continued.
+      workdir: folder for checkpoints, logs, pictures and the encoder; an interrupted run in it is resumed.
 
     Returns:
-      True when the run is complete, False when it was preempted after saving.
+      True if the run is complete, False if it was preempted, after saving.
 
     Raises:
-      InputError: something given cannot be used; raised before anything is compiled.
-      DivergedError: loss or gradient norm is not finite; the last good checkpoint stays.
+      InputError: the config or the data is invalid; raised before anything is compiled.
+      DivergedError: the loss or gradient norm is not finite; the last good checkpoint is kept.
     """
     objective, profile = build.objective(config), Profile(workdir, config.log.profile)
     mesh = make_mesh(**config.mesh)
@@ -53,15 +53,15 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     settings, about = build.settings(config, sources, objective.teacher), build.about(config, objective)
     saver = checkpoints.open_checkpoints(checks.make_workdir(workdir) + "/checkpoints", **config.checkpoint.keep)
 
-    begun: dict[str, Any] = {}  # the settings of the run that is resumed
+    begun: dict[str, Any] = {}  # settings of the run being resumed
 
     def accept(stored: dict[str, Any]) -> None:
         begun.update(stored)
-        absent = {"objective": "mae", "data_content": settings["data_content"]}  # from versions that did not say
+        absent = {"objective": "mae", "data_content": settings["data_content"]}  # versions that did not record these
         grown = {group: fields | stored.get(group, {}) for group, fields in build.ABSENT.items()}
         checkpoints.check_resumable(absent | stored | grown, settings, workdir, build.RESUMABLE)
 
-    seen = objective.teacher.lineage if objective.teacher else []  # what a teacher has seen is seen
+    seen = objective.teacher.lineage if objective.teacher else []  # data that the teacher has seen counts as seen
     first_stages = [*(one | {"role": "teacher"} for one in seen), stage(settings, total_steps, sources)]
     averaged = config.train.ema > 0
     abstract = functools.partial(abstract_state, objective.make, optimizer, mesh, ema=averaged)
@@ -76,7 +76,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
         if config.init:
             state, ancestors, taken = build.with_weights(state, config.init, config.model)
             print(taken, file=sys.stderr)
-        if jax.process_index() == 0:  # now: a resumed run may not find its first weights any more
+        if jax.process_index() == 0:  # written now: a resumed run may no longer find its initial weights
             write_lineage(workdir, [*ancestors, *first_stages])
     if objective.teacher:
         state |= teacher_state(objective.teacher.params, mesh)
@@ -129,7 +129,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
             report.update(step, metrics)
             stop = preemption.requested()
             if stop or step == total_steps or step % config.checkpoint.every == 0:
-                report.flush()  # a state is saved only after its loss is known to be finite
+                report.flush()  # a state is saved only once its loss is known to be finite
                 with report.pause():
                     position = {"next_batch": step, "damaged": sorted(damage.found), "skipped": report.skipped}
                     metadata = {"position": position, "config": settings, "about": about}
@@ -139,29 +139,29 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
                 report.say(f"stopped at step {step} of {total_steps} as asked; the same command continues it")
                 break
             inspect.look(looks, report, state, step, last=step == total_steps)
-        batch = images = None  # a worker's shared memory goes back before the worker does
+        batch = images = None  # release shared memory of the workers before they end
         if damage.found:
             report.say(f"{len(damage.found)} damaged records were skipped in all")
     if step < total_steps:
         return False
-    with Preemption():  # what is left takes seconds: a signal does not stop it
+    with Preemption():  # the rest takes seconds: a signal does not interrupt it
         export(about, weights_of(state)["encoder"], workdir, total_steps)
     return True
 
 
 def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[Any]) -> dict[str, Any]:
-    """Compiles the training step of `pretrain` for hardware that need not be here; wants no data and trains nothing.
+    """Compiles the training step of `pretrain` for hardware that need not be present; needs no data, trains nothing.
 
     Args:
       config: see `configs/pretrain.py`.
       target: see `training.hardware`.
-      devices: of the target.
+      devices: devices of the target.
 
     Returns:
-      what `hardware.fit` does.
+      the result of `hardware.fit`.
 
     Raises:
-      InputError: something given cannot be used.
+      InputError: the config is invalid.
     """
 
     def attempt(settings: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def describe(
     state: State,
     total_steps: int,
 ) -> None:
-    """Says what is about to run."""
+    """Prints what is about to run."""
     report.say(f"Total: {parameter_overview.count_parameters(state['params']):,} parameters")
     frames = sum(map(len, sources))
     report.say(
@@ -209,20 +209,20 @@ def stage(settings: dict[str, Any], total_steps: int, sources: list[Shards]) -> 
 
 
 def keep_lineage(workdir: str, init: str, stages: Lineage) -> None:
-    """Makes sure that a resumed run knows where its weights come from; without other weights before it, they tell.
+    """Makes sure that a resumed run has a lineage; it is written anew if the run began with random weights.
 
     Args:
-      workdir: of the run.
-      init: the weights that it began with; "" = random ones.
+      workdir: folder of the run.
+      init: the initial weights of the run; "" = random ones.
       stages: what the run itself adds to the lineage.
 
     Raises:
-      InputError: lineage.json is missing or damaged, and what came before the run is not known.
+      InputError: lineage.json is missing or damaged, and the lineage of the initial weights is not known.
     """
     try:
         if read_lineage(workdir):
             return
-    except InputError:  # it says something else than a lineage
+    except InputError:  # it does not contain a lineage
         pass
     if init:
         raise InputError(
@@ -237,7 +237,7 @@ def export(about: dict[str, Any], params: Any, workdir: str, step: int) -> None:
     """Writes the encoder's parameters after `step` updates of the run in `workdir` to `<workdir>/encoder/`."""
     if jax.process_count() > 1:
         mesh = jax.tree.leaves(params)[0].sharding.mesh
-        params = jax.jit(lambda p: p, out_shardings=replicated(mesh))(params)  # other hosts' shards come here
+        params = jax.jit(lambda p: p, out_shardings=replicated(mesh))(params)  # gather the shards of other hosts
     if jax.process_index():
         return
     lineage = read_lineage(workdir)

@@ -1,1 +1,1 @@
-"""Testing what was learnt: frozen features under a probe, or a fine-tuned model as it is."""
+"""Evaluation: probes of frozen features, or a fine-tuned model unchanged."""

@@ -1,4 +1,4 @@
-"""From a config to the parts of an evaluation, refusing what cannot work before anything is computed."""
+"""Builds the parts of an evaluation from its config; invalid settings are refused before anything is computed."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,7 @@ from usfmae_jax.tasks import classification, regression, segmentation
 from usfmae_jax.training import checks, probes
 
 PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "segmentation", "regression", "finetuned")
-#: Smallest values of config fields.
+#: Minimum values of config fields.
 LEAST = {
     "bootstrap": 1,
     "examples": 0,
@@ -32,19 +32,19 @@ LEAST = {
     "attentive.batch_size": 1,
     "attentive.patience": 1,
 }
-#: Config fields, and their defaults, that mean nothing for a classifier that is tested as it is.
+#: Config fields without a meaning for a fine-tuned classifier, with their defaults.
 PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0, "refit": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Who is fitted on what.
+    """Which members are fitted on which frames.
 
     Attributes:
-      folds: after near-duplicates were taken out of their training parts.
-      groups: int `[N]`, what belongs together.
-      members: (fraction, seed, fold with its share of the training rows), one for each fit.
-      excluded: frames that were taken out, and why.
+      folds: folds, with near-duplicates removed from the training parts.
+      groups: int `[N]`, frames of the same group stay together.
+      members: (fraction, seed, fold with that fraction of its training rows), one for each fit.
+      excluded: frames that were removed, and why.
       note: where the split comes from.
     """
 
@@ -56,7 +56,7 @@ class Plan:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a field that cannot be, as far as the config alone tells."""
+    """Raises InputError for an invalid field, as far as the config alone shows it."""
     if config.protocol not in PROTOCOLS:
         raise InputError(f"config.protocol={config.protocol!r} must be one of {', '.join(PROTOCOLS)}")
     if config.pool not in ("mean", "cls"):
@@ -77,7 +77,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_finetuned(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError for a field that only probes have, where a classifier is tested as it is."""
+    """Raises InputError if a field that only probes use is set for a fine-tuned classifier."""
     fields = checks.flat(config.to_dict())
     for name, default in PROBES_ONLY.items():
         if (tuple(fields[name]) if isinstance(default, tuple) else fields[name]) != default:
@@ -88,7 +88,7 @@ def check_finetuned(config: ml_collections.ConfigDict) -> None:
 
 
 def protocol(config: ml_collections.ConfigDict) -> str:
-    """The protocol that 'auto' stands for: a classifier is tested as it is, an encoder by logistic regression."""
+    """The protocol; 'auto' is resolved to 'finetuned' for a classifier and to 'logistic' for an encoder."""
     if config.protocol != "auto":
         return config.protocol
     if config.checkpoint.partition(":")[0] in ("pixels", "random"):
@@ -99,10 +99,10 @@ def protocol(config: ml_collections.ConfigDict) -> str:
 
 
 def encoder(config: ml_collections.ConfigDict) -> Model | None:
-    """The model whose encoder is probed, a trained one or, by the name `random:SIZE`, none; None for raw pixels.
+    """The model whose encoder is probed, trained or, by the name `random:SIZE`, untrained; None for raw pixels.
 
     Raises:
-      InputError: it cannot be read, or is no vision transformer.
+      InputError: it cannot be read, or is not a vision transformer.
     """
     if config.checkpoint == "pixels":
         return None
@@ -114,7 +114,7 @@ def encoder(config: ml_collections.ConfigDict) -> Model | None:
 
 
 def untrained(size: str, seed: int) -> Model:
-    """An encoder with random weights, of grey frames: what training has to beat."""
+    """An encoder of grey frames with random weights: a baseline for trained ones."""
     if size not in SIZES:
         raise InputError(f"config.checkpoint=random:{size} must name one of the sizes {', '.join(SIZES)}")
     shape = {**SIZES[size], "image_size": list(SIZES[size]["image_size"])}
@@ -126,7 +126,7 @@ def untrained(size: str, seed: int) -> Model:
 
 
 def masked(config: ml_collections.ConfigDict) -> tuple[Table, segmentation.Segmentation]:
-    """The frames with masks, and the task that they are.
+    """The frames with masks, and their segmentation task.
 
     Raises:
       InputError: there are none, or they cannot be used.
@@ -140,7 +140,7 @@ def masked(config: ml_collections.ConfigDict) -> tuple[Table, segmentation.Segme
 
 
 def measured(config: ml_collections.ConfigDict) -> tuple[Table, regression.Regression]:
-    """The frames that a table has a number of, and the task that it is.
+    """The frames with a number in a table, and their regression task.
 
     Raises:
       InputError: there are none, or they cannot be used.
@@ -155,7 +155,7 @@ def measured(config: ml_collections.ConfigDict) -> tuple[Table, regression.Regre
 
 
 def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.Classification]:
-    """The labelled frames, and the task that their classes are.
+    """The labelled frames, and their classification task.
 
     Raises:
       InputError: there are none, or they cannot be used.
@@ -170,7 +170,7 @@ def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.C
 
 
 def refuse_labels_seen(model: Model | None, table: Table) -> None:
-    """Raises InputError if a probe would test features on frames whose labels they may have been trained on."""
+    """Raises InputError if the model may have been trained on labels of the frames that would test it."""
     tested = model is not None and model.kind == "classifier"
     for dataset, jobs in provenance.seen_in(model.lineage if model else [], [table.shards]).items():
         if "finetune" in jobs:
@@ -189,7 +189,7 @@ def split(
 
 
 def asked_for(config: ml_collections.ConfigDict, table: Table) -> tuple[list[splits.Fold], str] | None:
-    """The folds that the person names for a classifier that is tested as it is, and a phrase; None if they do not."""
+    """The folds that the config names for a fine-tuned classifier, and a phrase on their source; None if none."""
     if not config.split.path and config.split.kind == "auto":
         return None
     folds, _, _, note = split(config, table, classification.strata(table))
@@ -197,7 +197,7 @@ def asked_for(config: ml_collections.ConfigDict, table: Table) -> tuple[list[spl
 
 
 def plan(config: ml_collections.ConfigDict, table: Table, strata: splits.Strata, protocol: str, cache: str) -> Plan:
-    """Folds of the data and the members to fit; equal ones are made once."""
+    """Plans the folds of the data and the members to fit; identical ones are fitted once."""
     pairs = None
     if config.split.duplicates:
         kept = f"{cache}/duplicates-{table.fingerprint}.csv"
@@ -207,7 +207,7 @@ def plan(config: ml_collections.ConfigDict, table: Table, strata: splits.Strata,
     folds, only = splits.only(folds, checks.names(config.split.only))
     chosen = []
     for fraction in sorted(set(config.fractions)):
-        # Without chance in what is learnt from, or in how, all seeds would be the same.
+        # Without randomness in the training data or the fit, all seeds would give the same result.
         seeds = config.seeds if fraction < 1 or protocol in ("linear", "attentive") else config.seeds[:1]
         for seed in seeds:
             for fold in folds:
@@ -217,7 +217,7 @@ def plan(config: ml_collections.ConfigDict, table: Table, strata: splits.Strata,
 
 
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The config as JSON, without what tells who ran where."""
+    """The config as JSON, without anything that reveals who ran where."""
     text = config.copy_and_resolve_references().to_json_best_effort()
     return checks.public_settings(
         text, ("checkpoint", "data.path", "split.path", "split.no_copies", "cache", "targets")

@@ -1,4 +1,4 @@
-"""Features of labelled frames from a frozen encoder, computed once and kept by what they follow from."""
+"""Features of labelled frames from a frozen encoder, computed once and cached by all that determines them."""
 
 import hashlib
 import os
@@ -26,39 +26,39 @@ from usfmae_jax.training.mesh import replicated
 
 Extractor = Callable[[Iterator[np.ndarray], int, str], np.ndarray]
 
-#: Changes when the same weights and frames would give other features.
+#: To be changed when the same weights and frames would give different features.
 FORMAT = 3
-#: Side of the images whose pixels are the features of the floor that any encoder has to beat.
+#: Side in pixels of the shrunk images whose pixels serve as baseline features.
 PIXELS = 32
-#: ... and patches of such images, with the side of each, where pixels are to be told apart.
+#: For the segmentation probe: number of patches along a side of the image, and the side of each in pixels.
 PIXELS_GRID, PIXELS_PATCH = 12, 8
-#: Patch tokens are kept whole in memory: of more than this, bytes, another pooling is asked for.
+#: Patch tokens are kept in memory: if they are more than this many bytes, an error suggests another pooling.
 MOST_TOKENS = 16 * 2**30
 
 
 def image_format(weights: Model | None, pool: str = "mean") -> tuple[tuple[int, int], int]:
-    """(height, width) and channels of the images that weights take; None stands for raw pixels."""
+    """(height, width) and channels of the images that a model takes; None stands for raw pixels."""
     side = PIXELS if pool != "patches" else PIXELS_GRID * PIXELS_PATCH
     return weights.image_format if weights else ((side, side), 1)
 
 
 def grid(weights: Model | None) -> tuple[int, int]:
-    """Patches down and across of such images."""
+    """Number of patches (down, across) of such images."""
     return weights.grid() if weights else (PIXELS_GRID, PIXELS_GRID)
 
 
 def extractor(weights: Model | None, pool: str, *, mesh: Mesh, batch_size: int, dtype: Any = jnp.float32) -> Extractor:
-    """What computes features of batches uint8 `[n, H, W, C]` in the format of `image_format`; compiled once.
+    """Makes a function that computes features of batches uint8 `[n, H, W, C]` as in `image_format`; compiled once.
 
     Args:
-      weights: with an encoder; None takes the pixels of the shrunk image.
+      weights: a model with an encoder; None = the pixels of the shrunk image.
       pool: 'mean', 'cls' or 'patches', see `training.forward.encoder_function`.
       mesh: devices; they must divide `batch_size`.
       batch_size: images per call.
-      dtype: of the arithmetic.
+      dtype: compute dtype.
 
     Returns:
-      `(batches, number of images, name for the bar) -> features`: float32 `[N, D]`; of patches float16 `[N, T, D]`.
+      `(batches, number of images, name for the bar) -> features`: float32 `[N, D]`; patches: float16 `[N, T, D]`.
     """
     if weights is None and pool == "patches":
         return lambda batches, total, name: np.concatenate(
@@ -87,24 +87,24 @@ def extract(
     cache: str = "",
     reused: Callable[[], Any] = lambda: None,
 ) -> np.ndarray:
-    """Features of all frames, read from the cache if they were computed before.
+    """The features of all frames, read from the cache if they were computed before.
 
     Args:
-      run: from `extractor`, of the same weights, pool, batch size and dtype.
-      weights: see there.
-      frames: the table.
-      pool: see there.
-      batch_size: see there.
-      dtype: see there.
-      threads: that decode.
-      cache: folder; "" keeps nothing. What is there is believed if nobody else can have written it.
-      reused: called if they were computed before.
+      run: from `extractor`, with the same weights, pool, batch size and dtype.
+      weights: see `extractor`.
+      frames: table of the frames.
+      pool: see `extractor`.
+      batch_size: see `extractor`.
+      dtype: see `extractor`.
+      threads: decoding threads.
+      cache: folder; "" = no cache. Its files are trusted only if nobody else can have written them.
+      reused: called if the features come from the cache.
     """
     (height, width), channels = image_format(weights, pool)
     name = f"{frames.fingerprint}-{pool}-{height}x{width}x{channels}-{jnp.dtype(dtype).name}"
     path = pathlib.Path(cache, f"features-{weights.fingerprint if weights else 'pixels'}-{name}.npz")
     found = _read(path, len(frames)) if cache else None
-    # Hosts may have homes of their own: all compute unless all have the file.
+    # Each host may have its own home directory: all compute unless all have the file.
     if np.all(multihost_utils.process_allgather(np.bool_(found is not None))) and found is not None:
         if jax.process_index() == 0:
             print(f"features: computed before, {path}", file=sys.stderr)
@@ -120,7 +120,7 @@ def extract(
 
 
 def check_tokens(weights: Model | None, frames: int) -> None:
-    """Raises InputError if the patch tokens of so many frames are too many to be kept."""
+    """Raises InputError if the patch tokens of that many frames do not fit into `MOST_TOKENS`."""
     if weights is None:
         return
     (height, width), _ = image_format(weights)
@@ -135,7 +135,7 @@ def check_tokens(weights: Model | None, frames: int) -> None:
 
 
 def default_cache() -> str:
-    """Where features are kept unless the person says otherwise."""
+    """The default folder for features."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache")), "usfmae_jax")
 
 
@@ -151,11 +151,11 @@ def _read(path: pathlib.Path, count: int) -> np.ndarray | None:
                 fits = int(stored["format"]) == FORMAT and len(features) == count and known == digest(features)
                 return features if fits else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent, damaged, or left over from another version: computed anew
+        return None  # absent, damaged, or from another version: computed again
 
 
 def digest(features: np.ndarray) -> str:
-    """SHA-256 of features, their shape and type, hex."""
+    """SHA-256 of features, including shape and dtype, as hex."""
     whole = hashlib.sha256(f"{features.shape}{features.dtype.str}".encode())
     whole.update(np.ascontiguousarray(features).view(np.uint8).data)
     return whole.hexdigest()

@@ -1,4 +1,4 @@
-"""Fine-tuned classifiers as they are: every frame is judged by those that have not seen its patient."""
+"""Testing fine-tuned classifiers unchanged: each frame is predicted by the members that have not seen its patient."""
 
 import dataclasses
 import io
@@ -24,15 +24,15 @@ from usfmae_jax.training.inspect import foremost, rollout
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Judge:
-    """A classifier and what it learnt from.
+    """A classifier and the frames that it was trained on.
 
     Attributes:
-      model: of kind 'classifier'.
-      fold, seed, fraction: which member of its run it is.
+      model: a model of kind 'classifier'.
+      fold, seed, fraction: identify the member of its run.
       seen: (dataset, video, frame) of its training and validation frames, and (dataset, patient) of their patients.
-      chosen: (dataset, video, frame) of its validation frames alone.
+      chosen: (dataset, video, frame) of its validation frames only.
       held_out: (dataset, video, frame) of its test frames.
-      copied: those of them that are `Predictions.copied`.
+      copied: those test frames that are marked in `Predictions.copied`.
     """
 
     model: Model
@@ -46,10 +46,10 @@ class Judge:
 
 
 def open_judges(path: str) -> list[Judge]:
-    """Reads all members of a fine-tuning run, or the one classifier that `path` names.
+    """Reads all members of a fine-tuning run, or the single classifier at `path`.
 
     Raises:
-      InputError: no classifier there, or members with different models.
+      InputError: there is no classifier, or the members have different models.
     """
     found = []
     for folder in members(path) or [path]:
@@ -101,21 +101,22 @@ def test(
     threads: int,
     dtype: Any,
 ) -> Outcome:
-    """Predicts every frame by the members that have not seen its patient; of several by their mean probability.
+    """Predicts each frame with the members that have not seen its patient, averaging their probabilities.
 
-    On a run's own data that is the member of the fold in whose test part a frame is; on other data it is all of them.
+    On a run's own data that is the member in whose test part the frame is; on other data, all members.
 
     Args:
       judges: from `open_judges`.
       table: the frames.
       mesh: devices.
-      asked_for: gives the folds that the person names, whose test parts alone are tested, and a phrase; or None.
+      asked_for: returns the folds that the config names, of which only the test parts are tested, and a phrase; or
+        None.
       batch_size: images per call.
-      threads: that decode.
-      dtype: of the arithmetic.
+      threads: decoding threads.
+      dtype: compute dtype.
 
     Raises:
-      InputError: other classes, or it is not known what a classifier learnt from while the data may be among it.
+      InputError: the classes differ, or a classifier's training data is not known and may include these frames.
     """
     model = judges[0].model
     classes = [name.casefold() for name in model.description["classes"]]
@@ -182,7 +183,7 @@ def test(
 def _allowed(
     judges: list[Judge], frames: Table, asked_for: Callable[[], tuple[list[Fold], str] | None]
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
-    """Which member may judge which frame, bool `[M, N]`; where the split comes from; what to warn of."""
+    """Which member may predict which frame, bool `[M, N]`; where the split comes from; warnings."""
     known = all(member.seen for member in judges)
     learnt = [stage for stage in judges[0].model.lineage if stage.get("job") == "finetune"]
     among = provenance.seen_in(learnt, [frames.shards])
@@ -220,7 +221,7 @@ def _allowed(
 
 
 def _panels(judges: list[Judge], allowed: np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Members of one label fraction and seed that judge the same frames, and the rows of those frames."""
+    """Yields members of one label fraction and seed that predict the same frames, and the rows of those frames."""
     for fraction, seed in sorted({(member.fraction, member.seed) for member in judges}):
         numbers = [i for i, member in enumerate(judges) if (member.fraction, member.seed) == (fraction, seed)]
         patterns, which = np.unique(allowed[numbers], axis=1, return_inverse=True)

@@ -1,4 +1,4 @@
-"""What an evaluation found, and the same models on images made worse."""
+"""The outcome of an evaluation, and tests of the same models on corrupted images."""
 
 import concurrent.futures
 import dataclasses
@@ -16,25 +16,25 @@ from usfmae_jax.evaluation.classification import summarise
 from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions, concatenate, identify
 from usfmae_jax.training.inspect import Attention
 
-#: Metrics whose curve over severities is kept.
+#: Metrics that are reported for each severity.
 CURVES = ("auroc", "balanced_accuracy", "f1_macro", "ece")
-#: Decoded images are kept for all corruptions up to this many bytes.
+#: Decoded images are kept in memory for all corruptions if they are at most this many bytes.
 KEPT = 2**30
 
-#: (batches, number of images, name for the bar) to the probabilities of each foremost member's rows, in order.
+#: (batches, number of images, name for the bar) -> the probabilities for each foremost member's rows, in order.
 Predict = Callable[[Iterator[np.ndarray], int, str], list[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tested:
-    """One member that was tested.
+    """The test of one member.
 
     Attributes:
-      fold, seed, fraction: which one; see `evaluation.predictions`.
-      rows: int `[N]` of the table, that it was tested on.
-      predictions: of these rows.
-      validation: of the rows that its settings were chosen by; None if there are none.
-      settings: what was chosen; JSON.
+      fold, seed, fraction: identify the member, see `evaluation.predictions`.
+      rows: int `[N]`, the rows of the table that it was tested on.
+      predictions: predictions for these rows.
+      validation: predictions for the validation rows, on which its settings were chosen; None if there are none.
+      settings: the chosen settings; JSON.
     """
 
     fold: str
@@ -48,18 +48,18 @@ class Tested:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """All that an evaluation found.
+    """The outcome of an evaluation.
 
     Attributes:
       tested: one entry for each member.
-      split: where the folds come from, a few words.
-      mapped: rows int `[M]` and features `[M, D]` for the map, and what these are, a few words.
-      looks: what is shown beside an example, of the foremost members, by their number; None where there is nothing.
+      split: where the folds come from, in a few words.
+      mapped: rows int `[M]` and features `[M, D]` for the map, and a few words on what they are.
+      looks: by number of a foremost member: what is shown beside an example; None where there is nothing.
       image_format: (height, width) and channels of the models' input.
-      predict: asks the foremost members again, about other images of their rows; None where that is not done.
-      excluded: near-duplicates taken out of training parts; None where that is not known.
+      predict: runs the foremost members on other images of their rows; None where that is not supported.
+      excluded: near-duplicates removed from training parts; None where that is not known.
       warnings: sentences.
-      features: `sha256` of frozen ones, and whether they were `computed` now or before; empty where there are none.
+      features: `sha256` of frozen features, and whether they were `computed` now or before; empty if there are none.
     """
 
     tested: list[Tested]
@@ -76,19 +76,19 @@ class Outcome:
 def sweep(
     table: Table, tested: Sequence[Tested], outcome: Outcome, *, positive: str, seed: int, batch_size: int, threads: int
 ) -> dict[str, Any]:
-    """Metrics on test images under every corruption at every severity; nothing is fitted on corrupted images.
+    """Metrics on test images for every corruption and severity; nothing is fitted on corrupted images.
 
     Args:
-      table: of the frames.
-      tested: the foremost members; the images of their rows are corrupted as the model gets them.
-      outcome: of the evaluation.
+      table: table of the frames.
+      tested: the foremost members; the images of their rows are corrupted at the model's input size.
+      outcome: outcome of the evaluation.
       positive: name of the positive class.
-      seed: of the corruptions.
-      batch_size: images at a time.
-      threads: that decode and corrupt.
+      seed: seed of the corruptions.
+      batch_size: images per call.
+      threads: threads that decode and corrupt.
 
     Returns:
-      for each corruption, for each of `CURVES`, its values at severity 0 (clean), 1, ..., 5.
+      for each corruption and each metric of `CURVES`, the values at severity 0 (clean), 1, ..., 5.
     """
     rows = np.concatenate([member.rows for member in tested])
     said = [member.predictions for member in tested if isinstance(member.predictions, ClassPredictions)]
@@ -121,9 +121,9 @@ def sweep(
 def corrupted(
     batches: Iterable[np.ndarray], rows: np.ndarray, name: str, severity: int, seed: int, threads: int = 2
 ) -> Iterator[np.ndarray]:
-    """Batches with a corruption of that severity; what is drawn for a frame follows from (seed, corruption, row).
+    """Yields batches with a corruption of that severity; the random draw for a frame depends on (seed, name, row).
 
-    Frames keep their draw over severities, so that a curve shows the severity and not the luck.
+    A frame has the same draw at all severities, so that a curve shows the effect of severity and not of chance.
     """
 
     def one(image: np.ndarray, row: int) -> np.ndarray:
@@ -138,7 +138,7 @@ def corrupted(
 
 
 def parted(found: np.ndarray, tested: Sequence[Tested]) -> list[np.ndarray]:
-    """What was found of the members' rows, one after the other, cut into that of each."""
+    """Splits an array over all members' rows, concatenated, into one array per member."""
     return np.split(found, np.cumsum([len(member.rows) for member in tested])[:-1])
 
 
@@ -149,7 +149,7 @@ def record(
     probabilities: np.ndarray,
     copied: Sequence[int] | np.ndarray = (),
 ) -> ClassPredictions:
-    """Predictions of some rows by the member of that fold, seed and fraction; see `identify`."""
+    """Predictions for some rows by the member with that fold, seed and fraction; see `identify`."""
     return ClassPredictions(
         **identify(table, rows, *ids, copied),
         classes=table.label_names,

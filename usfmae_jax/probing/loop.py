@@ -36,18 +36,18 @@ HEADS = {
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> dict[str, Any]:
-    """Tests frozen features under a probe, or a fine-tuned classifier, and writes the results.
+    """Tests frozen features with a probe, or a fine-tuned classifier, and writes the results.
 
     Args:
       config: see `configs/evaluate.py`.
-      workdir: receives results.json, results.md, predictions.csv, report.html, splits/splits.csv and config.json.
-      command: how to repeat it, for the report.
+      workdir: folder for results.json, results.md, predictions.csv, report.html, splits/splits.csv and config.json.
+      command: the command line that repeats it, for the report.
 
     Returns:
-      what results.json holds; of a job of several processes the first one alone, the others {}.
+      the contents of results.json; in a job of several processes only in the first, {} in the others.
 
     Raises:
-      InputError: something given cannot be used; raised before any features are computed.
+      InputError: the config or the data is invalid; raised before any features are computed.
     """
     build.check(config)
     mesh = make_mesh(**config.mesh)
@@ -102,7 +102,7 @@ def probe(
     mesh: Mesh,
     cache: str,
 ) -> Outcome:
-    """Features once, then one fit for each member."""
+    """Computes features once, then fits each member."""
     pool = "patches" if protocol == "attentive" else config.pool
     extractor, found, about = _features(config, model, table, pool, mesh, cache)
     tested, fitted = [], []
@@ -148,7 +148,7 @@ def probe(
 def _features(
     config: ml_collections.ConfigDict, model: Model | None, table: Table, pool: str, mesh: Mesh, cache: str
 ) -> tuple[features.Extractor, np.ndarray, dict[str, str]]:
-    """What gives the features of images, those of all frames, and what the results say of them."""
+    """The feature extractor, the features of all frames, and what the results record about them."""
     how: dict[str, Any] = {"pool": pool, "batch_size": config.batch_size, "dtype": jnp.dtype(config.dtype)}
     extractor = features.extractor(model, mesh=mesh, **how)
     reused: list[bool] = []
@@ -158,7 +158,7 @@ def _features(
 
 
 def _refits(config: ml_collections.ConfigDict) -> bool:
-    return config.refit and tuple(config.fractions) == (1.0,)  # shares of the labels stay those shares
+    return config.refit and tuple(config.fractions) == (1.0,)  # label fractions must not grow by the validation frames
 
 
 def probe_numbers(
@@ -170,7 +170,7 @@ def probe_numbers(
     mesh: Mesh,
     cache: str,
 ) -> Outcome:
-    """Features once, then ridge regression for each member."""
+    """Computes features once, then fits ridge regression for each member."""
     _, found, about = _features(config, model, table, config.pool, mesh, cache)
     tested, refit = [], _refits(config)
     for fraction, seed, fold in tqdm(plan.members, "regression", unit="fit", delay=2, leave=False):
@@ -208,7 +208,7 @@ def probe_patches(
     mesh: Mesh,
     cache: str,
 ) -> Outcome:
-    """Patch tokens once, then one linear layer for each member, measured in the frames' own sizes."""
+    """Computes patch tokens once, then fits a linear layer for each member; tested at the frames' own sizes."""
     extractor, found, about = _features(config, model, table, "patches", mesh, cache)
     grid = features.grid(model)
     targets = patches.shares(table, task, grid, config.data.threads)
@@ -255,7 +255,7 @@ def report(
     robustness: dict[str, Any] | None,
     command: str,
 ) -> dict[str, Any]:
-    """Writes what was found, and prints it."""
+    """Writes and prints the results."""
     settings, tested = build.settings(config), outcome.tested
     lineage = model.lineage if model else []
     datasets = sorted(set(table.dataset.tolist()))
@@ -309,7 +309,7 @@ def report(
 
 
 def title(protocol: str, model: Model | None, datasets: list[str]) -> str:
-    """What was done, as a heading."""
+    """The heading of the report."""
     on = " and ".join(datasets)
     if model is None:
         return f"{HEADS[protocol]} on raw pixels of {on}"

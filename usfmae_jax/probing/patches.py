@@ -1,7 +1,7 @@
-"""A linear probe for pixels: what a frozen encoder's patch tokens know of the classes of the pixels below them.
+"""A linear probe for segmentation: from a frozen encoder's patch tokens to the classes of the pixels in each patch.
 
-Multinomial logistic regression from each token to the shares that the classes have of its patch. What it says is spread
-over the frame by bilinear interpolation, as the linear probes of DINOv2 (Oquab et al. 2024) are, and measured there.
+Multinomial logistic regression from each token to the fraction of its patch that each class covers. The predictions are
+upsampled bilinearly to the frame, as in the linear probes of DINOv2 (Oquab et al. 2024), and scored there.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from usfmae_jax.data.pipeline import decode_ahead
 from usfmae_jax.data.table import Table, read_row
 from usfmae_jax.tasks.segmentation import Segmentation
 
-#: Penalties of the squared weights that are tried, strongest first: each starts from what the one before found.
+#: L2 penalties to try, strongest first: each fit starts from the solution of the previous one.
 PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-_STEPS = 60  # of L-BFGS for each
-_PIECE = 1 << 14  # tokens at a time
+_STEPS = 60  # L-BFGS steps for each penalty
+_PIECE = 1 << 14  # tokens per call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PatchProbe:
     Attributes:
       kernel: float32 `[D, K]`.
       bias: float32 `[K]`.
-      settings: what was chosen on the validation frames; JSON.
+      settings: the settings chosen on the validation frames; JSON.
     """
 
     kernel: np.ndarray
@@ -41,7 +41,7 @@ class PatchProbe:
     settings: dict[str, Any]
 
     def predict(self, tokens: np.ndarray, grid: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Tokens `[n, T, D]` of T = rows * columns patches to `probabilities` in 255ths, uint8 `[n, *grid, K]`."""
+        """From tokens `[n, T, D]`, T = rows * columns, to `probabilities` scaled to 255, uint8 `[n, *grid, K]`."""
         found = np.empty((len(tokens), *grid, len(self.bias)), np.uint8)
         for place, one in enumerate(tokens):
             logits = one.astype(np.float32) @ self.kernel + self.bias
@@ -51,7 +51,7 @@ class PatchProbe:
 
 
 def shares(table: Table, task: Segmentation, grid: tuple[int, int], threads: int) -> np.ndarray:
-    """Share of each class in each patch of all frames, the background first: float16 `[N, rows * columns, K]`."""
+    """Fraction of each patch that each class covers, background first: float16 `[N, rows * columns, K]`."""
     count = 1 + len(task.outputs)
 
     def one(row: int) -> np.ndarray:
@@ -73,18 +73,18 @@ def fit(
     validation: np.ndarray,
     penalties: Sequence[float] = PENALTIES,
 ) -> PatchProbe:
-    """Fits the layer on training frames; the penalty is chosen by the cross entropy on validation frames.
+    """Fits the layer on training frames; the penalty is chosen by the cross-entropy on validation frames.
 
     Args:
       tokens: float `[N, T, D]`.
       targets: from `shares`, `[N, T, K]`.
-      train: rows that are learnt from.
-      validation: rows of other patients; none where there is but one penalty.
-      penalties: that are tried.
+      train: rows to fit on.
+      validation: rows of other patients; may be empty if there is only one penalty.
+      penalties: L2 penalties to try.
     """
     x, y = (part[train].reshape(-1, part.shape[-1]) for part in (tokens, targets))
     mean, scale = x.mean(axis=0, dtype=np.float64), x.std(axis=0, dtype=np.float64)
-    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # a constant feature says nothing
+    scale = np.where(scale > 1e-6 * np.abs(mean) + 1e-12, scale, 1.0)  # leaves constant features unscaled
     learnt = _Data(x, y, mean, scale)
     held_out = None
     if len(validation):
@@ -114,18 +114,18 @@ def fit(
 
 
 class _Data:
-    """Tokens and targets on the device, in pieces of one shape."""
+    """Tokens and targets on the device, in chunks of equal shape."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, mean: np.ndarray, scale: np.ndarray):
         self._count = len(x)
         piece = min(_PIECE, len(x))
         pad, shape = -len(x) % piece, (-1, piece)
         self._x = jnp.asarray(np.pad(x, ((0, pad), (0, 0))).reshape(*shape, x.shape[1]))
-        self._y = jnp.asarray(np.pad(y, ((0, pad), (0, 0))).reshape(*shape, y.shape[1]))  # padding weighs nothing
+        self._y = jnp.asarray(np.pad(y, ((0, pad), (0, 0))).reshape(*shape, y.shape[1]))  # padding has no weight
         self._mean, self._scale = jnp.asarray(mean, jnp.float32), jnp.asarray(scale, jnp.float32)
 
     def loss(self, layer: np.ndarray) -> tuple[float, np.ndarray]:
-        """Mean cross entropy of a layer `[D + 1, K]`, the bias last, and its gradient."""
+        """Mean cross-entropy of a layer `[D + 1, K]`, the bias last, and its gradient."""
         value, gradient = _cross_entropy(jnp.asarray(layer, jnp.float32), self._x, self._y, self._mean, self._scale)
         return float(value) / self._count, np.asarray(gradient, np.float64) / self._count
 

@@ -1,7 +1,7 @@
-"""One frozen encoder beside others on all labelled and masked shards it is given: one table, one page.
+"""Compares frozen encoders on several labelled or masked datasets: one table, one page.
 
-Every cell is a run of `probing.loop.evaluate` in a folder of its own, so that each has its report, and a suite that was
-interrupted goes on where it was.
+Every cell is a run of `probing.loop.evaluate` in its own folder, so that each has a report and an interrupted suite can
+be resumed.
 """
 
 import json
@@ -28,10 +28,10 @@ from usfmae_jax.reporting.run import public
 from usfmae_jax.training import checks
 from usfmae_jax.training.mesh import on_first_process
 
-#: What is tested of shards, and the field of `config.suite` with its protocol; "" there leaves it out.
+#: Kinds of test, and the field of `config.suite` that holds the protocol of each; "" there leaves it out.
 KINDS = {"classes": "labels", "masks": "masks", "numbers": "numbers"}
-_MADE_OF = "made_of.json"  # of a test, beside its results
-#: Units of lengths in a frame, which are learnt as a share of its side.
+_MADE_OF = "made_of.json"  # in the folder of each test, beside its results
+#: Units of lengths, which are learnt as a fraction of the frame's side.
 _LENGTHS = ("mm", "cm")
 
 
@@ -40,15 +40,15 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
 
     Args:
       config: see `configs/suite.py`.
-      workdir: receives a folder DATASET-KIND/ENCODER for each test, beside these files.
-      command: how to repeat it, for the page.
+      workdir: folder for these files, and for a folder DATASET-KIND/ENCODER per test.
+      command: the command line that repeats it, for the page.
 
     Returns:
-      what suite.json holds; of a job of several processes the first one alone, the others {}.
+      the contents of suite.json; in a job of several processes only in the first, {} in the others.
 
     Raises:
-      InputError: an encoder or a dataset cannot be used at all; raised before anything is computed. A test that is not
-        possible on a dataset is left out and named.
+      InputError: an encoder or a dataset cannot be used at all; raised before anything is computed. A test that a
+        dataset does not allow is left out and reported.
     """
     columns = _columns(checks.names(config.suite.checkpoints))
     targets = _targets(checks.names(config.suite.targets))
@@ -94,7 +94,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> d
 
 
 def _columns(checkpoints: Sequence[str]) -> dict[str, str]:
-    """Short names of the encoders, the last part of their paths that tells them apart."""
+    """Short names of the encoders: the shortest ends of their paths that differ."""
     if not checkpoints:
         raise InputError("config.suite.checkpoints is missing: name one or more encoders, with commas between them")
     if len(set(checkpoints)) < len(checkpoints):
@@ -111,7 +111,7 @@ def _safe(name: str) -> str:
 
 
 def _targets(given: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """By name of a dataset its table of numbers, and the column; "" = the only one of numbers."""
+    """By dataset name, its table of numbers and the column; "" = the only numeric column."""
     found = {}
     for one in given:
         name, _, path = one.partition("=")
@@ -123,7 +123,7 @@ def _targets(given: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 class Dataset(NamedTuple):
-    """A dataset of a suite: where it is, its frames, and protocols by what is tested of it."""
+    """A dataset of a suite: its path, its frames, and the protocol of each kind of test."""
 
     path: str
     table: Table
@@ -174,7 +174,7 @@ def _one(config: ml_collections.ConfigDict, **fields: Any) -> ml_collections.Con
 def _single(
     config: ml_collections.ConfigDict, kind: str, protocol: str, dataset: Dataset, targets: tuple[str, str] | None
 ) -> tuple[ml_collections.ConfigDict, dict[str, str]]:
-    """The config of the tests of a kind on one dataset, and fingerprints of what they are made of."""
+    """The config of one kind of test on one dataset, and fingerprints of its inputs."""
     single, data = _one(config, protocol=protocol), {"data": dataset.table.fingerprint}
     single.data.path = dataset.path
     if kind != "classes":
@@ -191,13 +191,13 @@ def _single(
 
 
 def _test(config: ml_collections.ConfigDict, folder: str, checkpoint: str, made_of: dict[str, str]) -> dict[str, Any]:
-    """The results of one encoder on one dataset, those that are there already if they are made of the same.
+    """The results of one encoder on one dataset; existing results are reused if their inputs are the same.
 
     Args:
-      config: of the test, but for the encoder.
-      folder: of the test.
+      config: config of the test, without the encoder.
+      folder: folder of the test.
       checkpoint: the encoder.
-      made_of: fingerprints of weights, frames and numbers; the settings name them, and names may be the same.
+      made_of: fingerprints of weights, frames and numbers, whose paths alone may stay the same when contents change.
     """
     single, root = _one(config, checkpoint=checkpoint), epath.Path(folder)
     made_of = made_of | {"settings": json.loads(json.dumps(build.settings(single)))}
@@ -214,7 +214,7 @@ def _test(config: ml_collections.ConfigDict, folder: str, checkpoint: str, made_
 def _row(
     dataset: str, kind: str, protocol: str, results: dict[str, dict[str, Any]], folder: str, resamples: int
 ) -> dict[str, Any]:
-    """One line of the table, with differences to the first encoder under the same resampled patients."""
+    """One row of the table, with differences from the first encoder under the same resampled patients."""
     first, *others = results
     metrics = {column: one["metrics"] for column, one in results.items()}
     lead = {"masks": "dice", "numbers": "r2"}.get(kind) or classes.lead(results[first])
@@ -244,7 +244,7 @@ def _row(
 
 
 def _means(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """Mean of the leading metric over the datasets of each kind, datasets alike; None where one is not defined."""
+    """Mean of the main metric over the datasets of each kind, equally weighted; None if one is not defined."""
     found: dict[str, dict[str, float | None]] = {}
     for kind in dict.fromkeys(row["kind"] for row in rows):
         mine = [row for row in rows if row["kind"] == kind]

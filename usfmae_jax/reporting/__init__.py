@@ -1,1 +1,1 @@
-"""What people look at: pages, charts and their wording."""
+"""Reports for people: pages, charts and their wording."""

@@ -1,7 +1,7 @@
-"""Charts: lines with bands, maps of points, confusion matrices, histograms, sizes. SVG, nothing that runs.
+"""Charts: lines with bands, maps of points, confusion matrices, histograms, sizes. SVG without scripts.
 
-Colours are classes `c0` to `c9` of page.html, so that they follow light and dark screens; a palette that people with
-red-green or blue-yellow blindness can tell apart, helped by dashes and by the numbers beside every name.
+Colours are the CSS classes `c0` to `c9` of page.html, so that they adapt to light and dark mode. People with red-green
+or blue-yellow colour blindness can tell them apart, helped by dashes and by the number beside each name.
 """
 
 import collections
@@ -14,11 +14,11 @@ from markupsafe import Markup, escape
 
 from usfmae_jax.reporting.pages import part
 
-COLOURS = 10  # of page.html
-_LEFT, _TOP, _WIDTH, _HEIGHT = 56, 10, 272, 214  # of the plotted area, in a picture of 340 x 268
+COLOURS = 10  # number of colours in page.html
+_LEFT, _TOP, _WIDTH, _HEIGHT = 56, 10, 272, 214  # plotted area, in an image of 340 x 268
 _STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.5, *(n * 10.0**e for e in range(9) for n in (1, 2, 5)))
-_APART = 6  # between the whiskers of lines that were measured at the same place
-_MOST = 400  # points of a line: more cannot be seen
+_APART = 6  # offset between the whiskers of lines with equal x
+_MOST = 400  # maximum number of points per line: more cannot be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Axis:
     """One axis: from the first tick to the last.
 
     Attributes:
-      title: what is measured, with its unit.
-      ticks: positions, rising, in the data's own scale.
-      labels: what is written at the ticks.
+      title: the measured quantity, with its unit.
+      ticks: ascending positions in data coordinates.
+      labels: labels of the ticks.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Axis:
     labels: Sequence[str]
 
     def share(self, values: Sequence[float] | np.ndarray) -> np.ndarray:
-        """Values as a share of the axis, held within it."""
+        """Values as fractions of the axis, clipped to it."""
         low, high = self.ticks[0], self.ticks[-1]
         return np.clip((np.asarray(values, np.float64) - low) / ((high - low) or 1), 0, 1)
 
@@ -46,14 +46,14 @@ class Line:
     """One line of a chart.
 
     Attributes:
-      name: in the legend.
+      name: its name in the legend.
       x: float `[N]`.
-      y: float `[N]`; where it is not finite there is nothing to draw.
-      low: lower edge of the band, float `[N]`; none if empty.
+      y: float `[N]`; values that are not finite are not drawn.
+      low: lower edge of the band, float `[N]`; empty = no band.
       high: upper edge of the band.
-      says: after the name in the legend, a number as a rule.
+      says: text after the name in the legend, usually a number.
       colour: index of the colour.
-      dots: whether the points are marked: where they are few, and measured each.
+      dots: whether to mark the points, for a few measured ones.
     """
 
     name: str
@@ -71,10 +71,10 @@ class Dots:
     """One group of points of a chart.
 
     Attributes:
-      name: in the legend.
+      name: its name in the legend.
       x: float `[N]`.
       y: float `[N]`.
-      says: after the name in the legend.
+      says: text after the name in the legend.
       colour: index of the colour.
     """
 
@@ -86,12 +86,12 @@ class Dots:
 
 
 def percent_axis(title: str) -> Axis:
-    """An axis of shares, 0 to 1, written in percent."""
+    """An axis from 0 to 1, labelled in percent."""
     return Axis(title, (0, 0.25, 0.5, 0.75, 1), ("0", "25", "50", "75", "100%"))
 
 
 def value_axis(title: str, values: Sequence[float] | np.ndarray, *, low: float = 0.0, high: float = 1.0) -> Axis:
-    """An axis for values within [low, high] that shows the part where they are, in round steps."""
+    """An axis for values within [low, high], limited to the range where they lie, with round steps."""
     found = np.asarray(values, np.float64)
     found = found[np.isfinite(found)]
     first, last = (float(found.min()), float(found.max())) if len(found) else (max(low, 0.0), min(high, 1.0))
@@ -120,13 +120,13 @@ def lines(
 
     Args:
       name: heading.
-      says: how to read it, and what it shows; also what a screen reader says.
-      shown: lines; the first is drawn on top.
-      x: axis across.
-      y: axis up.
-      guides: dotted lines for comparison: x, y and what they mean.
-      counts: of equal bins across; drawn as faint bars at the foot.
-      spot: one point to mark: x, y and what it means.
+      says: how to read the chart and what it shows; also the text for screen readers.
+      shown: the lines; the first is drawn on top.
+      x: horizontal axis.
+      y: vertical axis.
+      guides: dotted reference lines: x, y and their meaning.
+      counts: counts in equal bins along x; drawn as faint bars at the bottom.
+      spot: a point to mark: x, y and its meaning.
     """
     marks = [*_bars(counts), *_axes(x, y)]
     marks += [_mark("path", "guide", meaning, d=_path(x.share(across), y.share(up))) for across, up, meaning in guides]
@@ -149,13 +149,13 @@ def points(name: str, says: str, at: np.ndarray, groups: Sequence[str], order: S
 
     Args:
       name: heading.
-      says: how to read it.
-      at: float `[M, 2]`.
-      groups: of each point.
+      says: how to read the chart.
+      at: positions, float `[M, 2]`.
+      groups: group of each point.
       order: the groups in the order of their colours.
     """
     member = np.array([list(order).index(group) for group in groups], int)
-    # Zero-length strokes with round ends: a few bytes a point. In twelve layers, so that no group covers all others.
+    # Zero-length strokes with round ends take few bytes per point. Twelve layers, so that no group hides all others.
     layer = np.arange(len(member)) % 12
     across, up = 8 + 324 * at[:, 0], 8 + 324 * (1 - at[:, 1])
     marks = [_mark("rect", "frame", x=0.5, y=0.5, width=339, height=339)]
@@ -183,7 +183,7 @@ def scatter(
     *,
     guides: Sequence[tuple[Sequence[float], Sequence[float], str]] = (),
 ) -> Markup:
-    """A chart of points on axes; arguments as `lines`. What lies beyond an axis is at its edge."""
+    """A chart of points on axes; arguments as for `lines`. Points beyond an axis are drawn at its edge."""
     marks = [*_axes(x, y)]
     marks += [_mark("path", "guide", meaning, d=_path(x.share(across), y.share(up))) for across, up, meaning in guides]
     keys = []
@@ -198,7 +198,7 @@ def scatter(
 
 
 def matrix(name: str, says: str, classes: Sequence[str], counts: np.ndarray) -> Markup:
-    """A confusion matrix `[C, C]`, true classes down, answers across; colour is the share of the row."""
+    """A confusion matrix `[C, C]`, rows true, columns predicted; the colour is the fraction of the row."""
     total = len(classes)
     longest = max(map(_wide, classes))
     left = min(longest + 32, 158.0) if total > 4 else min(longest + 12, 118.0)
@@ -244,7 +244,7 @@ def histogram(name: str, what: str, values: Sequence[float], top: int) -> Markup
 
 
 def sizes(shown: Sequence[tuple[int, int]]) -> Markup:
-    """A chart of widths and heights, with areas by how often they occur."""
+    """A chart of widths and heights, with dot areas in proportion to their frequency."""
     ranked = sorted(collections.Counter(shown).items(), key=lambda one: (-one[1], one[0]))
     step = next(s for s in (n * 10**e for e in range(9) for n in (1, 2, 5)) if max(map(max, shown)) <= 4 * s)
     marks = []
@@ -273,7 +273,7 @@ def _figure(name: str, says: str, marks: Sequence[Markup], legend: Sequence[Any]
 
 
 def _mark(tag: str, kind: str = "", tip: str = "", text: str = "", **at: Any) -> Markup:
-    """An element of SVG; all text in it is escaped."""
+    """An SVG element; all text in it is escaped."""
     named = {"class": kind} | {name.replace("_", "-"): value for name, value in at.items()}
     pairs = [(name, f"{value:.1f}" if isinstance(value, float) else value) for name, value in named.items()]
     shown = Markup("").join(Markup(' {}="{}"').format(name, value) for name, value in pairs if value != "")
@@ -333,7 +333,7 @@ def _place(across: np.ndarray, up: np.ndarray) -> np.ndarray:
 
 def _path(across: np.ndarray, up: np.ndarray, most: int = _MOST) -> str:
     at = _place(across, up)
-    if len(at) > most:  # evenly along the line, so that steep parts keep their shape
+    if len(at) > most:  # spaced evenly along the line, so that steep parts keep their shape
         along = np.concatenate([[0], np.cumsum(np.abs(np.diff(at, axis=0)).sum(axis=1))])
         at = at[np.unique(np.searchsorted(along, np.linspace(0, along[-1], most)))]
     return "M" + "L".join(f"{left:.1f} {top:.1f}" for left, top in at)
@@ -346,7 +346,7 @@ def _key(line: Line) -> Markup:
 
 
 def _short(text: str, most: float) -> str:
-    """Text that is at most so wide."""
+    """Text shortened to a maximum width."""
     shown = text
     while len(shown) > 1 and _wide(shown) > most:
         shown = shown[:-1]
@@ -354,7 +354,7 @@ def _short(text: str, most: float) -> str:
 
 
 def _wide(text: str) -> float:
-    """About how wide text is at 12 pixels, rather too much than too little: fonts differ."""
+    """Approximate width of text at 12 pixels, rather over- than underestimated, since fonts differ."""
     return sum(
         4.2 if one in "fijlrt.,:;'| ()-" else 11.5 if one in "mwMW@%<>=+" else 9 if one.isupper() else 7.4
         for one in text

@@ -1,4 +1,4 @@
-"""What a classifier's run leaves, and the parts of its page that are about classes."""
+"""Results of a classification run, and the sections of its page about classes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from etils import epath
 from markupsafe import Markup
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits  # which scikit-learn needs itself
+from threadpoolctl import threadpool_limits  # a dependency of scikit-learn
 
 from usfmae_jax.evaluation import classification, tables
 from usfmae_jax.evaluation import results as scoring
@@ -18,11 +18,11 @@ from usfmae_jax.evaluation.predictions import ClassPredictions
 from usfmae_jax.reporting import charts, pages, run
 from usfmae_jax.reporting.pages import part
 
-MOST_POINTS = 3000  # of an embedding: more make t-SNE slow and the picture no clearer
-_ERRORS = 24  # that are shown
-_FIRST = 8  # of them; the rest is folded away
-_SIDE = 256  # pixels of the long side of their pictures
-_GUESSING = 0.5  # AUROC
+MOST_POINTS = 3000  # of an embedding: more make t-SNE slow and the plot no clearer
+_ERRORS = 24  # how many are shown
+_FIRST = 8  # how many of them are visible; the rest is collapsed
+_SIDE = 256  # long side of their images, in pixels
+_GUESSING = 0.5  # AUROC of guessing
 
 _MEANS = {
     "auroc": "how often a frame of the class gets a higher probability than another frame",
@@ -40,7 +40,7 @@ _MEANS = {
     "log_loss": "0 is best",
 }
 _SHORT = {"average_precision": "AP", "balanced_accuracy": "Balanced acc.", "ece": "ECE"}
-_DRAWN = ("auroc", "balanced_accuracy")  # against the severity of corruptions
+_DRAWN = ("auroc", "balanced_accuracy")  # plotted against the severity of corruptions
 _BY_LABELS = (*_DRAWN, "f1_macro")
 _CURVES = {"auroc": (classification.roc, "AUROC"), "average_precision": (classification.precision_recall, "AP")}
 
@@ -60,21 +60,21 @@ def finish(
     """Computes the results of a run and writes them: results.json, results.md, predictions.csv, report.html.
 
     Args:
-      workdir: where to; exists.
-      predictions: of the test parts of all members; one row or more.
+      workdir: existing folder to write to.
+      predictions: predictions for the test parts of all members; at least one row.
       about: what was done, see `task` in `evaluation.results`.
-      positive: name of the positive class of a binary task; "" = the last. Of no consequence with more classes.
-      context: what the results come from, see `evaluation.results`.
+      positive: name of the positive class of a binary task; "" = the last. Ignored with more classes.
+      context: the origin of the results, see `evaluation.results`.
       validation: see `evaluation.results.summarise`.
       robustness: metrics under corruption, see `evaluation.results`.
-      resamples: bootstrap replicates; 0 = no intervals.
+      resamples: number of bootstrap resamples; 0 = no intervals.
       **shown: `embedding` and `examples`, see `described`.
 
     Returns:
-      what results.json holds.
+      the contents of results.json.
 
     Raises:
-      InputError: `positive` is no class.
+      InputError: `positive` is not a class.
     """
     results = scoring.summarise(predictions, positive, validation, resamples) | {"robustness": robustness}
     warnings = [*context.get("warnings", []), *scoring.warnings(results, predictions)]
@@ -95,14 +95,14 @@ def described(
     embedding: Mapping[str, Any] | None = None,
     examples: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What `reporting.run` has to know of a classifier's results: its measures, and the sections of their page.
+    """What `reporting.run` needs for a classifier's results: the measures, and the sections of the page.
 
     Args:
       results: as `evaluation.results` describes them; any key may be missing.
-      predictions: of the frames that the results were computed from.
+      predictions: the predictions that the results were computed from.
       embedding: `points` float `[M, 2]` (see `embedding_points`), `label` str `[M]` (class names) and `dataset`
         str `[M]`.
-      examples: the most confident errors, most confident first: dicts of `image` uint8 `[H, W, C]` (C is 1 or 3),
+      examples: the most confident errors, in descending order: dicts of `image` uint8 `[H, W, C]` (C is 1 or 3),
         `map` float `[gh, gw]` in [0, 1] or None (attention rollout), `label` and `predicted` (class names),
         `probability` (of the predicted class) and `frame`.
     """
@@ -110,7 +110,7 @@ def described(
     nothing |= {key: [] for key in ("confusion", "reliability")}
     results = nothing | {key: value for key, value in results.items() if value is not None}
     fractions = np.unique(predictions.fraction)
-    if len(fractions) > 1:  # what the results are of
+    if len(fractions) > 1:  # the fraction that the results are for
         predictions = predictions.select(predictions.fraction == results.get("fraction", fractions[-1]))
     measures = _measures(results)
     binary = len(results["task"].get("classes", ())) == 2
@@ -135,12 +135,12 @@ def embedding_points(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, n
     """A map of features: t-SNE of their first 50 principal components (van der Maaten & Hinton 2008).
 
     Args:
-      features: float `[N, D]`; rows that are not finite are left out.
-      seed: of the map; equal features and seeds give equal maps.
+      features: float `[N, D]`; rows with non-finite values are left out.
+      seed: seed of the map; equal features and seeds give equal maps.
 
     Returns:
       rows int `[M]`, ascending, at most `MOST_POINTS` evenly drawn from N, and their points float `[M, 2]` in [0, 1].
-      Both are empty where there is nothing to see: fewer than five features, or all of them alike.
+      Both are empty if there is nothing to show: fewer than five rows, or all of them equal.
     """
     rows = np.flatnonzero(np.isfinite(features).all(axis=1))
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), MOST_POINTS)).round().astype(int))]
@@ -149,7 +149,7 @@ def embedding_points(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, n
     if len(rows) < 5 or np.abs(chosen).max() < 1e-9:
         return np.zeros(0, int), np.zeros((0, 2))
     perplexity = min(30.0, (len(rows) - 1) / 3)
-    # One thread: several wait for each other at every step, which takes minutes where cores are shared.
+    # One thread: several would wait for each other at every step, which takes minutes on shared cores.
     with threadpool_limits(1):
         reduced = PCA(min(50, *chosen.shape), random_state=seed).fit_transform(chosen)
         points = TSNE(2, perplexity=perplexity, init="random", max_iter=600, random_state=seed).fit_transform(reduced)
@@ -158,7 +158,7 @@ def embedding_points(features: np.ndarray, seed: int = 0) -> tuple[np.ndarray, n
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Two plain sentences: on what, how good, how sure; [] where the results lack the numbers.
+    """Two plain sentences: on which data, how good, how certain; [] if the results lack the numbers.
 
     Args:
       results: as `evaluation.results` describes them; any key may be missing.
@@ -200,7 +200,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def doubt(results: Mapping[str, Any]) -> str:
-    """Why the verdict is not to be trusted, in a sentence; "" where there is no such reason."""
+    """A sentence on why the verdict should not be trusted; "" if there is no such reason."""
     if _value(results, "auroc") is None:
         return ""
     if not results["metrics"]["auroc"].get("ci95"):
@@ -227,7 +227,7 @@ def _interval(results: Mapping[str, Any], name: str) -> str:
 
 
 def _measures(results: Mapping[str, Any]) -> dict[str, run.Measure]:
-    """All metrics, with the names of the classes and with what guessing gives, where that is a fixed number."""
+    """All metrics, with class names and, if it is a fixed number, the value that guessing gives."""
     task, per_class = results["task"], results["per_class"]
     classes, positive = task.get("classes", ()), task.get("positive", "")
     guesses = {"auroc": _GUESSING, "balanced_accuracy": 1 / len(classes) if classes else 0}
@@ -263,7 +263,7 @@ def _right_and_wrong(results: Mapping[str, Any]) -> Markup:
 
 
 def _threshold_curves(predictions: ClassPredictions, results: Mapping[str, Any]) -> list[Markup]:
-    """ROC and precision-recall curves: of the positive class with bands, of more classes without."""
+    """ROC and precision-recall curves: with bands for the positive class, without for several classes."""
     classes, positive = predictions.classes, results["task"].get("positive")
     shown = [classes.index(positive)] if len(classes) == 2 and positive in classes else range(len(classes))
     found = [one for one in shown if 0 < np.sum(predictions.label == one) < len(predictions)]
@@ -323,7 +323,7 @@ def _curve(
 
 
 def _reliability(results: Mapping[str, Any]) -> list[Markup]:
-    """Stated probabilities against how often they were right."""
+    """Reliability diagram: predicted probabilities against observed frequencies."""
     bins = [one for one in results["reliability"] if one.get("frames")]
     if not bins:
         return []
@@ -406,7 +406,7 @@ def _feature_map(embedding: Mapping[str, Any] | None, classes: Sequence[str]) ->
         if len(groups) == len(at):
             known = [group for group in classes if group in groups] if key == "label" else []
             order = known + sorted(set(groups) - set(known))
-            if len(order) > 1:  # of one kind alone there is nothing to tell apart
+            if len(order) > 1:  # with only one group there is nothing to tell apart
                 figures.append(charts.points(name, says, at, groups, order))
     if not figures:
         return Markup()
@@ -415,7 +415,7 @@ def _feature_map(embedding: Mapping[str, Any] | None, classes: Sequence[str]) ->
 
 
 def confident_errors(examples: Sequence[Mapping[str, Any]]) -> Markup:
-    """Wrong answers with pictures and attention maps."""
+    """Confident errors, with images and attention maps."""
     shown = []
     for one in examples[:_ERRORS]:
         sure = one.get("probability")
@@ -426,7 +426,7 @@ def confident_errors(examples: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def pictured(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example's `image` and `map` as addresses of pictures, their `width` and `height`, and its `frame`."""
+    """An example's `image` and `map` as image URLs, their `width` and `height`, and its `frame`."""
     image = np.atleast_3d(np.asarray(example["image"], np.uint8))
     image = np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
     scale = _SIDE / max(image.shape[:2])
@@ -441,10 +441,10 @@ def pictured(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _overlay(image: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """The map in warm colours over the picture; what is not attended stays grey."""
+    """The map in warm colours over the image; areas without attention stay grey."""
     attention = np.nan_to_num(attention.astype(np.float32))
     attention = (attention - attention.min()) / max(float(np.ptp(attention)), 1e-9)
     smooth = cv2.resize(attention, image.shape[1::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)[:, :, None]
     warm = cv2.applyColorMap((255 * smooth).astype(np.uint8), cv2.COLORMAP_INFERNO)[:, :, ::-1]
-    # Brightness of the picture shows through, so that what was looked at can be recognised.
+    # The image shows through, so that the attended structures can be recognised.
     return (image * (1 - 0.7 * smooth) + warm * 0.7 * smooth).clip(0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""What a run that finds instances leaves, and the parts of its page that are about them."""
+"""Results of an instance segmentation run, and the sections of its page about instances."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from usfmae_jax.reporting import pages, run
 from usfmae_jax.reporting.pages import part
 from usfmae_jax.reporting.segmentation import COLOURS, gallery
 
-_FEW = 10  # patients with a class, below which its intervals are too narrow as a rule
+_FEW = 10  # with fewer patients of a class, its intervals are usually too narrow
 _MEANS = {
     "map": "area below precision over recall, the mean over classes and over thresholds of agreement from 50 to 95%",
     "map50": "the same where drawn and predicted need 50% of their union in common",
@@ -37,17 +37,17 @@ def finish(
     """Computes the results of a run and writes them: results.json, results.md, predictions.csv and .json, report.html.
 
     Args:
-      workdir: where to; exists.
-      predictions: of the test parts of all members; one row or more.
+      workdir: existing folder to write to.
+      predictions: predictions for the test parts of all members; at least one row.
       about: what was done, see `task` in `evaluation.results`.
-      context: what the results come from, see `evaluation.results`.
-      resamples: bootstrap replicates; 0 = no intervals.
+      context: the origin of the results, see `evaluation.results`.
+      resamples: number of bootstrap resamples; 0 = no intervals.
       examples: dicts of `whole` uint8 `[H, W, 3]`, `drawn` and `detections` (lists of `Instance`), `group` ("worst",
         "middle" or "best"), `f1` and `frame`.
-      embedding: a map of features, which says little of instances and is not shown.
+      embedding: a map of features; not shown, since it tells little about instances.
 
     Returns:
-      what results.json holds.
+      the contents of results.json.
     """
     results = scoring.summarise(predictions, resamples)
     warnings = [*context.get("warnings", []), *_warnings(results)]
@@ -71,7 +71,7 @@ def finish(
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Two plain sentences: how good, how sure; and what that means in counts."""
+    """Two plain sentences: how good and how certain; and what that means in counts."""
     value, interval = (results["metrics"]["map50"][name] for name in ("value", "ci95"))
     if value is None:
         return ["Nothing is drawn on the tested frames, so that there is nothing to measure."]
@@ -88,11 +88,11 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def outlined(picture: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
-    """Outlines over a picture: full as drawn, dotted as predicted, with their scores.
+    """Draws outlines over an image: solid for annotated, dotted for predicted ones, with their scores.
 
     Args:
       picture: RGB, uint8 `[h, w, 3]`.
-      example: with `drawn` and `detections`, of the frame in any size.
+      example: dict with `drawn` and `detections` of the frame, at any size.
     """
     shown = np.ascontiguousarray(picture)
     for one in example["drawn"]:
@@ -103,7 +103,7 @@ def outlined(picture: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
             continue
         lines = _lines(one, shown.shape)
         for line in lines:
-            for start in range(0, len(line), 7):  # white on colour, to be seen where both lie
+            for start in range(0, len(line), 7):  # white on colour, visible where both overlap
                 cv2.circle(shown, tuple(map(int, line[start, 0])), 1, (255, 255, 255), -1)
         if lines:
             left, top = (int(side) for side in max(lines, key=len)[:, 0].min(axis=0))
@@ -113,7 +113,7 @@ def outlined(picture: np.ndarray, example: Mapping[str, Any]) -> np.ndarray:
 
 
 def _lines(one: Instance, shape: Sequence[int]) -> Sequence[np.ndarray]:
-    """The outline of an instance on a picture `[h, w, ...]`."""
+    """The outline of an instance on an image `[h, w, ...]`."""
     mask = cv2.resize(coding.decode(one["mask"]), (shape[1], shape[0]), interpolation=cv2.INTER_NEAREST_EXACT)
     return cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[0]
 
@@ -153,7 +153,7 @@ def _text(results: Mapping[str, Any]) -> str:
 
 
 def _warnings(results: Mapping[str, Any]) -> list[str]:
-    """What a reader of these numbers should know."""
+    """Caveats that a reader of these numbers should know."""
     few = {name: one["patients"] for name, one in results["per_class"].items() if one["patients"] < _FEW}
     if not few:
         return []

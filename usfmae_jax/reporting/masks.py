@@ -1,4 +1,4 @@
-"""Masks as files: PNG with the number of each pixel's class, and COCO JSON of what is on them."""
+"""Masks as files: PNG with the class number of each pixel, and COCO JSON of the objects."""
 
 import hashlib
 import json
@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 from etils import epath
 
-_LONGEST = 120  # letters of a name, so that there is room for what comes behind it
+_LONGEST = 120  # characters of a name, which leaves room for suffixes
 
 
 def safe_path(name: str) -> str:
-    """A name with slashes as a path below a folder, whatever is in it; different names stay different."""
+    """Turns any name, with slashes, into a safe path below a folder; different names stay different."""
     return "/".join(_safe(part) for part in name.split("/") if part) or _safe(name)
 
 
@@ -28,7 +28,7 @@ def _safe(part: str) -> str:
 
 
 def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> None:
-    """Writes uint8 `[H, W]` (the class of each pixel) or RGB `[H, W, 3]`; the file appears whole or not at all."""
+    """Writes uint8 `[H, W]` (the class of each pixel) or RGB `[H, W, 3]` as PNG, atomically."""
     pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR) if pixels.ndim == 3 else pixels
     _write(epath.Path(path), cv2.imencode(".png", pixels)[1].tobytes())
 
@@ -41,7 +41,7 @@ def _write(place: epath.Path, data: bytes) -> None:
 
 
 def put(partial: epath.Path, place: epath.Path) -> None:
-    """Renames a finished file or folder to its name, in place of whatever is there."""
+    """Renames a finished file or folder to its final name, replacing whatever is there."""
     if place.is_dir():
         place.rmtree()
     elif partial.is_dir():
@@ -53,8 +53,8 @@ def areas(classes: np.ndarray, count: int) -> list[dict[str, Any]]:
     """The connected areas of each class, as `evaluation.instances.Instance`: `class`, from 0, and `mask`.
 
     Args:
-      classes: of each pixel, uint8 `[H, W]`; 0 = background. Diagonal neighbours are connected.
-      count: of the classes.
+      classes: class of each pixel, uint8 `[H, W]`; 0 = background. Diagonal neighbours are connected.
+      count: number of classes.
     """
     found = []
     for c in range(count):
@@ -65,7 +65,7 @@ def areas(classes: np.ndarray, count: int) -> list[dict[str, Any]]:
 
 
 def encoded(area: np.ndarray) -> dict[str, Any]:
-    """A mask, bool `[H, W]`, as COCO's run-length encoding that JSON can hold."""
+    """A mask, bool `[H, W]`, as COCO run-length encoding for JSON."""
     from pycocotools import mask as run_lengths
 
     code = run_lengths.encode(np.asfortranarray(area.astype(np.uint8)))
@@ -73,10 +73,10 @@ def encoded(area: np.ndarray) -> dict[str, Any]:
 
 
 class Coco:
-    """What is drawn or found on images as COCO JSON.
+    """Annotations or detections of images as COCO JSON.
 
     Args:
-      names: of the classes beside the background, whose category is their place in here, from 1.
+      names: class names without the background; the category id is the position, from 1.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -88,9 +88,9 @@ class Coco:
         """Adds an image.
 
         Args:
-          name: of its file.
+          name: name of its file.
           size: (height, width).
-          found: on it, `areas` or `evaluation.instances.Instance`; of a detection the score is kept.
+          found: its objects, from `areas` or as `evaluation.instances.Instance`; scores of detections are kept.
         """
         from pycocotools import mask as run_lengths
 
@@ -111,6 +111,6 @@ class Coco:
             )
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the JSON; the file appears whole or not at all."""
+        """Writes the JSON atomically."""
         said = {"images": self._images, "annotations": self._annotations, "categories": self._categories}
         _write(epath.Path(path), (json.dumps(said) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What the run of several labels leaves, and the parts of its page that are about them."""
+"""Results of a multi-label run, and the sections of its page about labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from usfmae_jax.reporting import charts, pages, run
 from usfmae_jax.reporting.classification import confident_errors
 from usfmae_jax.reporting.pages import part
 
-_FEW = 10  # patients with a label, below which its intervals are too narrow as a rule
+_FEW = 10  # with fewer patients of a label, its intervals are usually too narrow
 _MEANS = {
     "auroc": "how often a frame with the label gets a higher probability than one without; guessing gives 0.5",
     "average_precision": "area under the precision-recall curve",
@@ -39,16 +39,16 @@ def finish(
     """Computes the results of a run and writes them: results.json, results.md, predictions.csv, report.html.
 
     Args:
-      workdir: where to; exists.
-      predictions: of the test parts of all members; one row or more.
+      workdir: existing folder to write to.
+      predictions: predictions for the test parts of all members; at least one row.
       about: what was done, see `task` in `evaluation.results`.
-      context: what the results come from, see `evaluation.results`.
-      resamples: bootstrap replicates; 0 = no intervals.
+      context: the origin of the results, see `evaluation.results`.
+      resamples: number of bootstrap resamples; 0 = no intervals.
       examples: the most confident errors, see `reporting.classification.described`.
-      embedding: a map of features, whose points have one colour each and not several labels; it is not shown.
+      embedding: a map of features; not shown, since a point's colour cannot show several labels.
 
     Returns:
-      what results.json holds.
+      the contents of results.json.
     """
     results = scoring.summarise(predictions, resamples)
     predictions.write(epath.Path(workdir) / "predictions.csv")
@@ -71,7 +71,7 @@ def finish(
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Two plain sentences: on what, how good, how sure, and of which labels most and least."""
+    """Two plain sentences: on which data, how good, how certain, and for which labels best and worst."""
     auroc = results["metrics"]["auroc"]
     if auroc["value"] is None:
         return []
@@ -132,7 +132,7 @@ def _text(results: Mapping[str, Any]) -> str:
 
 
 def _warnings(results: Mapping[str, Any], predictions: LabelPredictions) -> list[str]:
-    """What a reader of these numbers should know."""
+    """Caveats that a reader of these numbers should know."""
     found = []
     told = dict(zip(predictions.classes, predictions.both().tolist(), strict=True))
     if untold := [name for name, both in told.items() if not both]:

@@ -1,6 +1,6 @@
-"""Pages that need nothing but themselves, from the templates beside this file: nothing is loaded, nothing runs.
+"""Self-contained pages from the templates beside this file: they load nothing and run no scripts.
 
-Templates escape whatever they show, unless it is `Markup`; Python makes HTML through their macros alone.
+Templates escape whatever they show, unless it is `Markup`; Python produces HTML only through their macros.
 """
 
 import base64
@@ -18,34 +18,34 @@ from markupsafe import Markup
 from usfmae_jax import files
 from usfmae_jax.errors import visible
 
-_LONG = 24  # letters of a word from which on it may be broken anywhere
-_NAME = 44  # letters of a file name that are shown
+_LONG = 24  # words of at least so many characters may be broken anywhere
+_NAME = 44  # characters of a file name that are shown
 
 
 def write(path: pathlib.Path | epath.Path, template: str, **values: Any) -> None:
-    """Writes a page, whole or not at all, from a template; invisible characters in whatever it shows become codes."""
+    """Writes a page from a template, atomically; invisible characters in its contents become codes."""
     page = visible(_ENVIRONMENT.get_template(template).render(values))
     files.write(path, page.encode("utf-8", "xmlcharrefreplace"))
 
 
 def part(name: str, *values: Any, template: str = "macros.html", **options: Any) -> Markup:
-    """What a macro makes of values: a table, a bar, a box; empty where it shows nothing."""
+    """Renders values with a macro: a table, a bar, a box; empty if it shows nothing."""
     return Markup(getattr(_ENVIRONMENT.get_template(template).module, name)(*values, **options).strip())
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "", **options: Any) -> Markup:
-    """A table, or nothing without rows; the first column names its row. Options as those of the macro."""
+    """A table, or nothing without rows; the first column is the row header. Options are those of the macro."""
     return part("table", heads, rows, caption, **options)
 
 
 def jpeg(pixels: np.ndarray) -> str:
-    """An RGB picture, uint8 `[H, W, 3]`, as the address of an image."""
+    """An RGB image, uint8 `[H, W, 3]`, as a data URL."""
     data = cv2.imencode(".jpg", pixels[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
 
 
 def ranked(numbers: Mapping[str, int] | None) -> list[tuple[str, int]]:
-    """Names and numbers, the largest first, equal ones by name."""
+    """Names and numbers in descending order, ties by name."""
     return sorted((numbers or {}).items(), key=lambda one: (-one[1], one[0]))
 
 
@@ -58,12 +58,12 @@ def _within(share: float) -> float:
 
 
 def _ending(name: str) -> str:
-    """A name that fits under a picture: what tells files apart is at the end."""
+    """A file name shortened to fit under an image; the end is kept, since it tells files apart."""
     return name if len(name) <= _NAME else f"...{name[3 - _NAME :]}"
 
 
 def _kinds(rows: Sequence[Sequence[Any]]) -> list[str]:
-    """The class of each column of a table: bars, numbers, or text with words so long that they have to break."""
+    """The CSS class of each column of a table: bars, numbers, or text with words so long that they must break."""
 
     def kind(column: Sequence[Any]) -> str:
         if isinstance(column[0], Markup) and column[0].startswith("<div"):
@@ -78,7 +78,7 @@ def _kinds(rows: Sequence[Sequence[Any]]) -> list[str]:
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
-    undefined=jinja2.ChainableUndefined,  # manifests and results of older versions lack keys: these show nothing
+    undefined=jinja2.ChainableUndefined,  # manifests and results of older versions lack keys: nothing is shown for these
     trim_blocks=True,
     lstrip_blocks=True,
 )

@@ -1,4 +1,4 @@
-"""A page that shows how a run is getting on: `index.html` of its workdir, written anew while it trains."""
+"""A page that shows the progress of a run: `index.html` in its workdir, updated during training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,9 +10,9 @@ from markupsafe import Markup
 from usfmae_jax.evaluation import tables
 from usfmae_jax.reporting import charts, pages
 
-#: Seconds after which a browser looks again.
+#: Seconds after which a browser reloads the page.
 AGAIN = 15
-_TRAINED = {"loss", "images_per_second", "input_wait"}  # what a line of a training step has
+_TRAINED = {"loss", "images_per_second", "input_wait"}  # keys that only lines of training steps have
 _PROBES = {"logistic": "Logistic regression", "knn": "Nearest neighbours"}
 
 
@@ -25,15 +25,15 @@ def write(
     warnings: Sequence[str] = (),
     picture: np.ndarray | None = None,
 ) -> None:
-    """Writes the page; it appears whole or not at all.
+    """Writes the page atomically.
 
     Args:
-      workdir: where to; exists.
-      lines: of metrics.jsonl, each with its `step`.
-      total: steps of the whole run.
-      seconds_left: as the speed is now; None when it has ended or was stopped.
+      workdir: existing folder to write to.
+      lines: lines of metrics.jsonl, each with its `step`.
+      total: number of steps of the whole run.
+      seconds_left: estimate at the current speed; None if the run has ended or was stopped.
       warnings: sentences.
-      picture: uint8 RGB `[H, W, 3]`, the newest of what the model does.
+      picture: uint8 RGB `[H, W, 3]`, the latest picture of the model's predictions.
     """
     trained = [line for line in lines if line.keys() >= _TRAINED]
     last = trained[-1] if trained else {}
@@ -61,7 +61,7 @@ def write(
 
 
 def duration(seconds: float) -> str:
-    """Words for a time: "40 s", "12 min", "3 h 20 min"."""
+    """A duration in words: "40 s", "12 min", "3 h 20 min"."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

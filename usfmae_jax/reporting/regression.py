@@ -1,4 +1,4 @@
-"""What the run of a regression leaves, and the parts of its page that are about a quantity."""
+"""Results of a regression run, and the sections of its page about the quantity."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from usfmae_jax.reporting import charts, run
 from usfmae_jax.reporting.classification import pictured
 from usfmae_jax.reporting.pages import part
 
-_FEW = 10  # patients, below which intervals are too narrow as a rule
+_FEW = 10  # with fewer patients, intervals are usually too narrow
 _MEANS = {
     "mae": "how far off a prediction is",
     "rmse": "the same, with large errors weighing more",
@@ -42,19 +42,19 @@ def finish(
     """Computes the results of a run and writes them: results.json, results.md, predictions.csv, report.html.
 
     Args:
-      workdir: where to; exists.
-      predictions: of the test parts of all members; one row or more.
-      name: of the quantity.
-      unit: of it; "" = none.
+      workdir: existing folder to write to.
+      predictions: predictions for the test parts of all members; at least one row.
+      name: name of the quantity.
+      unit: its unit; "" = none.
       about: what was done, see `task` in `evaluation.results`.
-      context: what the results come from, see `evaluation.results`.
-      resamples: bootstrap replicates; 0 = no intervals.
+      context: the origin of the results, see `evaluation.results`.
+      resamples: number of bootstrap resamples; 0 = no intervals.
       examples: dicts of `image` uint8 `[H, W, C]`, `map` float `[gh, gw]` or None (attention rollout), `group` ("far"
         or "near"), `truth`, `value` and `frame`.
-      embedding: a map of features, which says little of a quantity and is not shown.
+      embedding: a map of features; not shown, since it tells little about a quantity.
 
     Returns:
-      what results.json holds.
+      the contents of results.json.
     """
     results = scoring.summarise(predictions, name, unit, resamples)
     warnings = list(context.get("warnings", []))
@@ -85,7 +85,7 @@ def finish(
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Two plain sentences: on what, how far off, how sure, and in which direction."""
+    """Two plain sentences: on which data, how far off, how certain, and in which direction."""
     task, metrics = results["task"], results["metrics"]
     unit, one = f" {task['unit']}" if task["unit"] else "", metrics["mae"]
     low_high = f", 95% interval {one['ci95'][0]:.3g} to {one['ci95'][1]:.3g}" if one["ci95"] else ""
@@ -104,7 +104,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def doubt(results: Mapping[str, Any]) -> str:
-    """Why the verdict is not to be trusted, in a sentence; "" where there is no such reason."""
+    """A sentence on why the verdict should not be trusted; "" if there is no such reason."""
     r2 = results["metrics"]["r2"]
     if r2["value"] is None:
         return "All true values are the same, so that it is not known whether anything was learnt."
@@ -114,7 +114,7 @@ def doubt(results: Mapping[str, Any]) -> str:
 
 
 def _against(predictions: QuantityPredictions, measured: str) -> Markup:
-    """Predicted against true."""
+    """Predicted against true values."""
     every = np.concatenate([predictions.truth, predictions.value])
     axes = [charts.value_axis(f"{what} {measured}", every, low=-np.inf, high=np.inf) for what in ("true", "predicted")]
     ends = (axes[0].ticks[0], axes[0].ticks[-1])
@@ -128,7 +128,7 @@ def _against(predictions: QuantityPredictions, measured: str) -> Markup:
 
 
 def _bland_altman(predictions: QuantityPredictions, results: Mapping[str, Any], measured: str) -> Markup:
-    """Errors against the mean of predicted and true (Bland & Altman 1986)."""
+    """Errors against the mean of predicted and true values (Bland & Altman 1986)."""
     middle = (predictions.truth + predictions.value) / 2
     lines = {
         words: results["metrics"][name]["value"]
@@ -150,7 +150,7 @@ def _bland_altman(predictions: QuantityPredictions, results: Mapping[str, Any], 
 
 
 def _gallery(examples: Sequence[Mapping[str, Any]], unit: str) -> Markup:
-    """The frames that are farthest off, and those that are nearest."""
+    """The frames with the largest and the smallest errors."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in examples:
         found = pictured(one) | {name: f"{one[name]:.4g} {unit}".strip() for name in ("truth", "value")}

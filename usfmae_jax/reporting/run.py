@@ -1,7 +1,7 @@
-"""What a run of any task leaves for people and programs: `results.json`, `results.md` and `report.html`.
+"""The results of a run of any task, for people and programs: `results.json`, `results.md` and `report.html`.
 
-The page answers in this order: what was found and how sure that is; where it goes wrong; what it rests on; how to
-repeat it. A task says what its metrics are called, and adds sections of its own, as `reporting.classification` does.
+The page shows in this order: the results and how certain they are; where the model fails; what the results are based
+on; how to repeat them. Each task names its metrics and adds its own sections, as `reporting.classification` does.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from usfmae_jax.evaluation import tables
 from usfmae_jax.reporting import charts, pages
 from usfmae_jax.reporting.pages import part
 
-# An absolute path within a sentence; the slashes of "and/or" and of a URL begin none.
+# An absolute path within a sentence; the slashes of "and/or" and of a URL do not start one.
 _PATH = re.compile(r"(?<![\w.:/*~@%-])/(?:[^\s/'\"(),;:]+/)+([^\s/'\"(),;:]*)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A metric as people know it.
+    """How a metric is presented.
 
     Attributes:
       title: its name.
-      meaning: what it says, a few words; metrics without are folded away.
-      short: its name where there is little room; "" = the title.
+      meaning: what it means, in a few words; metrics without it are collapsed.
+      short: its name where space is short; "" = the title.
       bounded: whether it lies between 0 and 1, so that a bar can show it.
     """
 
@@ -43,7 +43,7 @@ class Measure:
 
     @property
     def brief(self) -> str:
-        """What it is called where there is little room."""
+        """Its name where space is short."""
         return self.short or self.title
 
 
@@ -62,20 +62,20 @@ def finish(
     """Writes results.json, results.md and report.html.
 
     Args:
-      workdir: where to; exists.
-      results: what the task's scoring gave: `format`, `counts`, `fraction`, `bootstrap`, `metrics`, `folds`,
-        `fractions` and `seeds` as `evaluation.results` describes them, and what is the task's own; `task` may hold
-        what scoring knows of it.
+      workdir: existing folder to write to.
+      results: the task's scores: `format`, `counts`, `fraction`, `bootstrap`, `metrics`, `folds`, `fractions` and
+        `seeds` as `evaluation.results` describes them, and keys of the task's own; `task` may hold what scoring knows
+        about it.
       task: what was done.
-      context: what the results come from.
+      context: the origin of the results.
       measures: all metrics by name, in the order of tables.
-      headline: those at the top of the page; the first is the one that sentences tell.
-      main: those of the tables by fold, label fraction and seed; () = the headline.
+      headline: metrics at the top of the page; the first is the one that sentences report.
+      main: metrics of the tables by fold, label fraction and seed; () = the headline.
       sections: see `write_page`.
       text: sections of results.md that only this task has, by heading.
 
     Returns:
-      what results.json holds.
+      the contents of results.json.
     """
     held = {
         **results,
@@ -104,14 +104,14 @@ def write_page(
     """Writes the page; any key of `results` may be missing.
 
     Args:
-      path: of the page.
-      results: what results.json holds.
+      path: path of the page.
+      results: the contents of results.json.
       measures: all metrics by name, in the order of tables.
-      headline: those at the top.
-      main: those of the tables by fold and seed.
-      sections: those of the task by heading, in the order of the page; "" is what opens it: what was found, in a few
-        sentences. "All numbers", "Folds and seeds" and "Fewer labels" follow unless the task has its own. What the
-        results rest on and how to repeat them always comes last.
+      headline: metrics at the top.
+      main: metrics of the tables by fold and seed.
+      sections: the task's sections by heading, in the order of the page; "" is the opening: the results in a few
+        sentences. "All numbers", "Folds and seeds" and "Fewer labels" follow unless the task has its own. The basis of
+        the results and how to repeat them always come last.
     """
     task, context, counts = (results.get(key) or {} for key in ("task", "context", "counts"))
     shown, notes, unknown = {}, {}, counts.get("patients_known") == 0
@@ -149,7 +149,7 @@ def write_page(
 
 
 def numbers(results: Mapping[str, Any], measures: Mapping[str, Measure]) -> Markup:
-    """All metrics with their meaning and interval; those without a meaning are folded away."""
+    """All metrics with their meaning and interval; those without a meaning are collapsed."""
     found = results.get("metrics") or {}
     names = sorted((name for name in measures if name in found), key=lambda name: not measures[name].meaning)
     bars = any(measures[name].bounded for name in names)
@@ -177,7 +177,7 @@ def numbers(results: Mapping[str, Any], measures: Mapping[str, Measure]) -> Mark
 
 
 def folds_and_seeds(results: Mapping[str, Any], measures: Mapping[str, Measure], main: Sequence[str]) -> Markup:
-    """Tables of the main metrics by fold and by seed, where there are several."""
+    """Tables of the main metrics by fold and by seed, if there are several."""
     folds, seeds = results.get("folds") or {}, results.get("seeds") or ()
     names, found = folds.get("names") or [], folds.get("metrics") or {}
     rows = [
@@ -197,9 +197,10 @@ def folds_and_seeds(results: Mapping[str, Any], measures: Mapping[str, Measure],
 
 
 def fewer_labels(results: Mapping[str, Any], measures: Mapping[str, Measure], names: Sequence[str]) -> Markup:
-    """Metrics against the share of training patients, where several were run.
+    """Metrics against the fraction of training patients, if several were run.
 
-    The chart shows the first two, or the first alone where one does not lie between 0 and 1: units need an axis each.
+    The chart shows the first two, or only the first if either is not bounded by 0 and 1, since it would need its own
+    axis.
     """
     steps = results.get("fractions") or ()
     if len(steps) < 2:
@@ -234,19 +235,19 @@ def fewer_labels(results: Mapping[str, Any], measures: Mapping[str, Measure], na
 
 
 def measured(metric: Mapping[str, Any] | None) -> Markup:
-    """A cell: a metric of results.json with its interval."""
+    """A table cell: a metric of results.json with its interval."""
     value, _, interval = (tables.metric(metric) if metric else tables.NONE).partition(" ")
     return part("measured", value, interval)
 
 
 def number(metric: Any) -> float:
-    """A metric of results.json, or its bare value, as a float; NaN if it is not defined."""
+    """A metric of results.json, or its bare value, as a float; NaN if undefined."""
     value = metric.get("value") if isinstance(metric, Mapping) else metric
     return float("nan") if value is None else float(value)
 
 
 def _lineage(context: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of the stages that the weights come from."""
+    """Table rows of the stages that the weights come from."""
     rows = []
     for one in context.get("lineage") or ():
         data = [_dataset(dataset) for dataset in one.get("data") or ()]
@@ -274,7 +275,7 @@ def _flat(config: Mapping[str, Any], parent: str = "") -> list[tuple[str, str]]:
 
 
 def public(value: Any) -> Any:
-    """What JSON can hold, with absolute paths cut to their last part: they tell who ran where."""
+    """A JSON value with absolute paths cut to their last part, since they reveal who ran where."""
     if hasattr(value, "items"):
         return {str(name): public(one) for name, one in value.items()}
     if isinstance(value, list | tuple | set | np.ndarray):

@@ -1,4 +1,4 @@
-"""What a segmenter's run leaves, and the parts of its page that are about outlines."""
+"""Results of a segmentation run, and the sections of its page about outlines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ from usfmae_jax.evaluation.segmentation import NAMES, MaskPredictions
 from usfmae_jax.reporting import charts, pages, run
 from usfmae_jax.reporting.pages import part
 
-_SIDE = 320  # pixels of the long side of pictures
-_FEW = 10  # patients with a class, below which its intervals are too narrow as a rule
-#: Of the outlines of classes, RGB: seen on grey, told apart by people with colour blindness too.
+_SIDE = 320  # long side of images, in pixels
+_FEW = 10  # with fewer patients of a class, its intervals are usually too narrow
+#: Colours of the classes' outlines, RGB: visible on grey, and distinct for people with colour blindness too.
 COLOURS = ((255, 176, 0), (86, 180, 233), (0, 200, 140), (240, 96, 160), (240, 228, 66), (170, 120, 255))
 _GROUPS = {"worst": "The worst", "middle": "In the middle", "best": "The best", "none": "Nothing was predicted"}
 _MEANS = {
@@ -44,24 +44,24 @@ def finish(
     """Computes the results of a run and writes them: results.json, results.md, predictions.csv, report.html.
 
     Args:
-      workdir: where to; exists.
-      predictions: of the test parts of all members; one row or more.
+      workdir: existing folder to write to.
+      predictions: predictions for the test parts of all members; at least one row.
       about: what was done, see `task` in `evaluation.results`.
-      context: what the results come from, see `evaluation.results`.
-      resamples: bootstrap replicates; 0 = no intervals.
-      examples: dicts of `whole` uint8 `[H, W, 3]`, `drawn` uint8 `[H, W]` and `map` uint8 `[h, w]` (classes of the
-        pixels, as drawn and as predicted), `group` ("worst", "middle" or "best"), `dice` and `frame`.
-      embedding: a map of features, which says little of pixels and is not shown.
+      context: the origin of the results, see `evaluation.results`.
+      resamples: number of bootstrap resamples; 0 = no intervals.
+      examples: dicts of `whole` uint8 `[H, W, 3]`, `drawn` uint8 `[H, W]` and `map` uint8 `[h, w]` (annotated and
+        predicted class of each pixel), `group` ("worst", "middle" or "best"), `dice` and `frame`.
+      embedding: a map of features; not shown, since it tells little about pixels.
 
     Returns:
-      what results.json holds.
+      the contents of results.json.
     """
     results = scoring.summarise(predictions, resamples)
     warnings = [*context.get("warnings", []), *_warnings(results, predictions)]
     predictions.write(epath.Path(workdir) / "predictions.csv")
     main = intervals.by_fraction(predictions)[-1]
     several, nothing = len(main.classes) > 1, not main.predicted.any()
-    if nothing:  # none of them is better than another
+    if nothing:  # no frame is better than another
         examples = [{**one, "group": "none"} for one in examples]
     sections = {
         "": part("sentences", [_NOTHING.format(tables.tested_on(results["counts"]))] if nothing else verdict(results)),
@@ -87,7 +87,7 @@ def finish(
 
 
 def verdict(results: Mapping[str, Any]) -> list[str]:
-    """Two plain sentences: on what, how good, how sure."""
+    """Two plain sentences: on which data, how good, how certain."""
     dice = results["metrics"]["dice"]
     if dice["value"] is None:
         return []
@@ -104,13 +104,13 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
 
 
 def outlined(picture: np.ndarray, drawn: np.ndarray | None, predicted: np.ndarray | None, thick: int = 1) -> np.ndarray:
-    """Outlines over a picture: full as drawn, dotted as predicted.
+    """Draws outlines over an image: solid for annotated, dotted for predicted ones.
 
     Args:
       picture: RGB, uint8 `[H, W, 3]`.
-      drawn: class of each pixel, uint8 `[h, w]` of any size.
-      predicted: likewise.
-      thick: pixels of a line.
+      drawn: annotated class of each pixel, uint8 `[h, w]`, any size; None = none.
+      predicted: likewise, predicted.
+      thick: line width in pixels.
     """
     shown = np.ascontiguousarray(picture)
     size = picture.shape[1::-1]
@@ -125,7 +125,7 @@ def outlined(picture: np.ndarray, drawn: np.ndarray | None, predicted: np.ndarra
                 if not dotted:
                     cv2.polylines(shown, [line], True, colour, thick, cv2.LINE_AA)
                     continue
-                for start in range(0, len(line), 7 * thick):  # white on colour, to be seen where both lie
+                for start in range(0, len(line), 7 * thick):  # white on colour, visible where both overlap
                     cv2.circle(shown, tuple(map(int, line[start, 0])), thick, (255, 255, 255), -1)
     return shown
 
@@ -142,11 +142,11 @@ def gallery(
 
     Args:
       examples: dicts of `whole` uint8 `[H, W, 3]`, `group`, `frame`, the measure, and what `draw` needs.
-      classes: names.
-      draw: from a picture, uint8 `[h, w, 3]`, and an example to the picture with outlines.
-      measure: what is told of each.
-      key: of an example that holds it.
-      says: what the outlines are.
+      classes: class names.
+      draw: `(image uint8 [h, w, 3], example)` -> the image with outlines.
+      measure: name of the metric shown for each frame.
+      key: key of the examples that holds it.
+      says: explanation of the outlines.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for one in examples:
@@ -167,7 +167,7 @@ def _outlined_example(picture: np.ndarray, example: Mapping[str, Any]) -> np.nda
 
 
 def _by_patient(predictions: MaskPredictions) -> Markup:
-    """Dice of the patients, from the worst to the best."""
+    """Dice by patient, from the worst to the best."""
     lines, patients = [], predictions.patient_key
     for c, name in enumerate(predictions.classes):
         values, names = predictions.dice[:, c], patients
@@ -189,7 +189,7 @@ def _by_patient(predictions: MaskPredictions) -> Markup:
 
 
 def _areas(predictions: MaskPredictions) -> list[Markup]:
-    """Predicted areas against drawn ones, in mm2 where all pixels have a known size."""
+    """Predicted against annotated areas, in mm2 if the size of all pixels is known."""
     known = np.isfinite(predictions.pixel_area).all()
     factor = predictions.pixel_area[:, None] / 100 if known else 1e-3
     drawn, predicted = predictions.drawn * factor, predictions.predicted * factor
@@ -235,7 +235,7 @@ def _per_class(results: Mapping[str, Any]) -> Markup:
 
 
 def _missed(results: Mapping[str, Any]) -> Markup:
-    """Of a single class, which the numbers of the run are of: only what it misses."""
+    """For a single class, whose other numbers are those of the run: only what was missed."""
     ((name, one),) = results["per_class"].items()
     said = f"Of {tables.counted(one['frames'], 'frame')} with {name}, nothing of it is predicted on {one['missed']}"
     return part("sentences", [f"{said}; something is predicted on {one['invented']} without."])
@@ -251,7 +251,7 @@ def _text(results: Mapping[str, Any]) -> str:
 
 
 def _warnings(results: Mapping[str, Any], predictions: MaskPredictions) -> list[str]:
-    """What a reader of these numbers should know."""
+    """Caveats that a reader of these numbers should know."""
     found = []
     few = {name: one["patients"] for name, one in results["per_class"].items() if one["patients"] < _FEW}
     if few:

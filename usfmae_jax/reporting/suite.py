@@ -1,4 +1,4 @@
-"""What a suite of evaluations leaves: suite.json, suite.md and report.html, a table of encoders by datasets."""
+"""Results of a suite of evaluations: suite.json, suite.md and report.html, a table of encoders by datasets."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ def write(workdir: str, found: Mapping[str, Any]) -> None:
     """Writes the three files.
 
     Args:
-      workdir: where to; exists.
-      found: what `probing.suite.run` gives.
+      workdir: existing folder to write to.
+      found: the result of `probing.suite.run`.
     """
     root = epath.Path(workdir)
     files.write(root / "suite.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
@@ -53,7 +53,7 @@ def write(workdir: str, found: Mapping[str, Any]) -> None:
 
 
 def verdict(found: Mapping[str, Any]) -> list[str]:
-    """How often the first encoder is better than each of the others, in a sentence each."""
+    """One sentence per other encoder: how often the first encoder is better."""
     first, *others = found["columns"]
     said = []
     for column in others:
@@ -67,7 +67,7 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
 
 
 def _sign(difference: Mapping[str, Any], lead: str) -> int:
-    """Whether the first is surely better (1), worse (-1), or neither."""
+    """Whether the first encoder is significantly better (1), worse (-1), or neither (0)."""
     if not difference["ci95"]:
         return 0
     low, high = difference["ci95"]

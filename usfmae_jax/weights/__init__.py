@@ -1,6 +1,6 @@
-"""Weights by name: those that are included, each a folder beside this file, and where others are to be had.
+"""Weights by name: the included ones, each a folder beside this file, and where to get others.
 
-README.md says how they were made, with every command.
+README.md describes how they were made, with every command.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from usfmae_jax.errors import InputError
 
 FOLDER = pathlib.Path(__file__).parent
 
-#: Published weights that are not included: where their file is. `convert` writes a folder of the same name.
+#: Published weights that are not included: where to find their file. `convert` writes a folder of the same name.
 ELSEWHERE = {
     "usfmae-base": "the checkpoint that the README of https://github.com/Yusufii9/USF-MAE links to",
     "mae-base": "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_base_full.pth (CC BY-NC 4.0)",
@@ -19,17 +19,17 @@ ELSEWHERE = {
 
 
 def names() -> list[str]:
-    """The weights that are included."""
+    """The names of the included weights."""
     return sorted(path.parent.name for path in FOLDER.glob("*/model.safetensors"))
 
 
 def find(path: str) -> str:
-    """The folder that a name stands for; whatever else a checkpoint can be is given back as it is.
+    """The folder of named weights; any other path to a checkpoint is returned unchanged.
 
-    A file or folder of that name in the current directory comes first, as for any path.
+    A file or folder of that name in the current directory takes precedence.
 
     Raises:
-      InputError: the name is of weights that are not included, or nearly one of those that are known.
+      InputError: the name is that of weights that are not included, or is close to a known name.
     """
     if os.path.exists(path):
         return path
@@ -41,6 +41,6 @@ def find(path: str) -> str:
             f"python -m usfmae_jax.convert --input=FILE --output={path}, which makes a folder that has this name"
         )
     near = difflib.get_close_matches(path.lower(), [*names(), *ELSEWHERE], n=1)
-    if near and not {"/", "."}.intersection(path):  # of a file, the door knows better what it lacks
+    if near and not {"/", "."}.intersection(path):  # for a path, the caller gives a better message
         raise InputError(f"{path!r} is no folder, nor the name of weights that are included; nearest is {near[0]}")
     return path
