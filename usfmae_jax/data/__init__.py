@@ -1,1 +1,1 @@
-"""Data: records in, batches out; nothing here knows of models."""
+"""Data: records in, batches out; nothing here depends on models."""

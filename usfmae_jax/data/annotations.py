@@ -1,4 +1,4 @@
-"""What the masks of records mean: which classes there are, and every pixel's class."""
+"""The meaning of the records' masks: which classes there are, and the class of each pixel."""
 
 import contextlib
 import dataclasses
@@ -12,18 +12,18 @@ from usfmae_jax.data.records import Record, decode_image
 from usfmae_jax.data.table import Table, folders, read_row
 from usfmae_jax.errors import DamagedRecord, InputError
 
-_MOST = 32  # numbers in masks: more are a picture
-_OTHER = 255  # in `Classes.codes`: a number that is none
+_MOST = 32  # different values in masks: more of them make it an image, not a mask
+_OTHER = 255  # in `Classes.codes`: a value that is not a class
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Classes:
-    """The classes that masks tell apart.
+    """The classes that masks distinguish.
 
     Attributes:
-      names: of those beside the background, in order.
-      codes: uint8 `[256]`, class of each number that masks hold, 0 being the background, `_OTHER` none.
-      by_label: whether a mask outlines one thing, whose class is the label of the frame.
+      names: names of the classes without the background, in order.
+      codes: uint8 `[256]`, class of each mask value; 0 = background, `_OTHER` = not a class.
+      by_label: whether a mask outlines one object, whose class is the label of the frame.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ class Classes:
         """Class of each pixel of a record that has a mask: uint8 `[H, W]`, as large as its image.
 
         Raises:
-          DamagedRecord: the mask cannot be read, has another size than the image, or a number that is no class.
+          DamagedRecord: the mask cannot be read, differs in size from the image, or has a value that is not a class.
         """
         mask = decode_image(record["mask"])[:, :, 0]
         if (record["height"], record["width"]) not in ((0, 0), mask.shape):
@@ -53,11 +53,11 @@ class Classes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """What the masks of a table hold.
+    """The contents of a table's masks.
 
     Attributes:
       there: bool `[N]`, rows that have a mask.
-      pixels: int64 `[N, 256]`, pixels of each number; zeros without a mask.
+      pixels: int64 `[N, 256]`, number of pixels of each value; zeros without a mask.
     """
 
     there: np.ndarray
@@ -68,7 +68,7 @@ def survey(table: Table, threads: int = 2) -> Found:
     """Reads all masks of a table once.
 
     Raises:
-      InputError: one is damaged, or of another size than its image; says which.
+      InputError: a mask is damaged, or differs in size from its image; the message names it.
     """
 
     def count(row: int) -> np.ndarray | None:
@@ -99,17 +99,17 @@ def _damaged(table: Table, row: int, why: str) -> InputError:
 def classes(table: Table, found: Found, expected: Sequence[str] = ()) -> Classes:
     """The classes of a table's masks.
 
-    They are the numbers that the manifests beside the shards name, else those that the masks hold, in ascending order:
-    a single one is "foreground" unless it is given a name.
+    They are the values named in the manifests beside the shards, else the values in the masks, in ascending order; a
+    single one is called "foreground" unless it is given a name.
 
     Args:
-      table: of the masks.
+      table: table of the frames.
       found: from `survey`.
-      expected: names of the classes beside the background, in order; () takes what is there.
+      expected: class names without the background, in order; () = those found.
 
     Raises:
-      InputError: there are no masks, or only empty ones; they hold too many numbers to be classes, other numbers than
-        there are names for, or sources name them differently.
+      InputError: there are no masks, or only empty ones; they have too many values to be classes, or values without a
+        name; or sources name them differently.
     """
     if not found.there.any():
         raise InputError(
@@ -136,7 +136,7 @@ def classes(table: Table, found: Found, expected: Sequence[str] = ()) -> Classes
     if not names:
         names = ("foreground",) if len(numbers) == 1 else tuple(f"class {number}" for number in numbers.tolist())
     if len(names) != len(numbers):
-        if expected and not named and numbers.max() <= len(names):  # a class that this data has none of
+        if expected and not named and numbers.max() <= len(names):  # a class that does not occur in this data
             numbers = np.arange(1, len(names) + 1)
         else:
             raise InputError(
@@ -152,15 +152,15 @@ def classes(table: Table, found: Found, expected: Sequence[str] = ()) -> Classes
 
 
 def of_labels(table: Table, found: Found, names: Sequence[str]) -> Classes:
-    """The classes of frames as those of what their masks outline.
+    """Classes in which each mask has the class of its frame's label.
 
     Args:
       table: labelled frames.
-      found: what their masks hold.
-      names: of the labels, in order.
+      found: from `survey`.
+      names: names of the labels, in order.
 
     Raises:
-      InputError: masks tell several things apart already, or there are none.
+      InputError: masks already distinguish several classes, or there are no masks.
     """
     outlined = classes(table, found)
     if len(outlined.names) > 1:
@@ -171,7 +171,7 @@ def of_labels(table: Table, found: Found, names: Sequence[str]) -> Classes:
 
 
 def _named(table: Table) -> dict[int, str]:
-    """Names of the numbers, from the manifests beside the shards; {} where none says."""
+    """Class names by mask value, from the manifests beside the shards; {} if there are none."""
     found: dict[int, str] = {}
     for folder in folders(table):
         said = read_manifest(folder or ".").get("mask_colours") or ()

@@ -1,8 +1,8 @@
-"""ArrayRecord files, without trusting the sizes that they declare.
+"""ArrayRecord files, read without trusting the sizes that they declare.
 
 They are Riegeli files (github.com/google/riegeli, doc/riegeli_records_file_format.md): chunks of compressed records,
-with a header of 24 bytes at every 64 KiB. Their library allocates what a chunk declares and tells nobody before: 128 KB
-cost 3 GB. So the header of a chunk is looked at first.
+with a header of 24 bytes every 64 KiB. The library allocates whatever size a chunk declares, without a check: a file of
+128 KB can cost 3 GB. So chunk headers are checked first.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 
 from usfmae_jax.errors import DamagedRecord
 
-#: Bytes of one record; the largest image that is decoded has 150 MB uncompressed.
+#: Maximum bytes of one record; the largest image that is decoded has 150 MB uncompressed.
 MAX_RECORD = 256 << 20
 
 _BLOCK, _BLOCK_HEADER, _CHUNK_HEADER = 1 << 16, 24, 40
@@ -22,21 +22,21 @@ _CODECS = {ord("z"): "zstd", ord("b"): "brotli", ord("s"): "snappy"}
 
 
 class ArrayRecordShard:
-    """Random access to one file, local or `gs://`. Of a bucket nothing is checked: its files are one's own.
+    """Random access to one file, local or `gs://`. Files in a bucket are trusted and not checked.
 
     Raises:
-      RuntimeError, OSError, ValueError: it cannot be opened, or declares more than it can hold.
+      RuntimeError, OSError, ValueError: the file cannot be opened, or declares more than it can hold.
     """
 
     def __init__(self, path: str):
         self.path = path
         self._size = os.path.getsize(path) if "://" not in path else 0
-        if self._size >= _BLOCK:  # of a shorter one the library says what is wrong
+        if self._size >= _BLOCK:  # for a shorter file the library reports what is wrong
             try:
                 self._find_index()
             except (IndexError, OverflowError) as error:
                 raise ValueError("its index cannot be found") from error
-        # One record at a time is asked for: read-ahead would fetch what nobody wants.
+        # Records are read one at a time: read-ahead would fetch data that is not needed.
         self._records = grain.sources.ArrayRecordDataSource([path])
         if self._size and len(self) > self._size:
             raise ValueError(f"it declares {len(self)} records in {self._size} bytes")
@@ -53,21 +53,21 @@ class ArrayRecordShard:
         return self._records[index]
 
     def _find_index(self) -> tuple[int, int]:
-        """Position and size of the chunk that lists all others."""
+        """Position and size of the chunk that is the index of all others."""
         last = self._size - _BLOCK
         last -= last % _BLOCK
         stored, _ = self._header(last)
         text = self._read(last, min(_CHUNK_HEADER + stored, 1000))[_CHUNK_HEADER:]
-        # Uncompressed: a byte for that, the number of sizes, the sizes, and the tag of the field that says it.
+        # Uncompressed: a byte that says so, the number of sizes, the sizes, and the tag of the field with the position.
         position, _ = _varint(text, 3 + text[1])
         stored, declared = self._header(position)
-        if max(stored, declared) > self._size:  # a record has 41 bytes or more here, and some 10 in the index
+        if max(stored, declared) > self._size:  # a record takes 41 bytes or more in the file, about 10 in the index
             raise ValueError(f"its index declares {max(stored, declared)} bytes, more than the whole file has")
         return position, stored
 
     @functools.cached_property
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """How many records there are up to the end of every chunk, and where the chunk begins."""
+        """For each chunk, the number of records up to its end, and its position."""
         try:
             position, stored = self._find_index()
             content = self._read(position, _CHUNK_HEADER + stored)[_CHUNK_HEADER:]
@@ -78,7 +78,7 @@ class ArrayRecordShard:
             ends, place, at = [0], 0, 0
             while place < len(sizes):
                 size, place = _varint(sizes, place)
-                # The first one is about the file; of the others: 1, position; 2, uncompressed size; 3, records.
+                # The first entry describes the file; fields of the others: 1 position, 2 uncompressed size, 3 records.
                 if chunks or at:
                     fields, end, inside = {}, at + size, at
                     while inside < end:
@@ -96,7 +96,7 @@ class ArrayRecordShard:
         size, start = _varint(data, 0)
         if size > self._size:
             raise ValueError(f"{size} bytes are more than the file has")
-        # It starts a thread, with which glibc's memory is in two parts for good: not before `mesh.keep_memory`.
+        # PyArrow starts a thread, which splits glibc's heap for good, so it must not precede `mesh.keep_memory`.
         import pyarrow
 
         try:
@@ -105,12 +105,12 @@ class ArrayRecordShard:
             raise ValueError(str(error)) from error
 
     def _header(self, position: int) -> tuple[int, int]:
-        """Of the chunk at a position: bytes in the file, and uncompressed."""
+        """Sizes in bytes of the chunk at a position: in the file, and uncompressed."""
         _, stored, _, _, declared = struct.unpack("<5Q", self._read(position, _CHUNK_HEADER))
         return stored, declared
 
     def _read(self, position: int, count: int) -> bytes:
-        """Bytes from a position on, without the headers of blocks."""
+        """Reads bytes from a position, skipping the block headers."""
         parts = []
         with open(self.path, "rb", buffering=0) as file:
             while count:
@@ -125,7 +125,7 @@ class ArrayRecordShard:
 
 
 def _varint(data: bytes, start: int) -> tuple[int, int]:
-    """A number in base 128, and where the next one begins."""
+    """Decodes a base-128 varint; returns it and the position after it."""
     value, shift = 0, 0
     while True:
         byte = data[start]

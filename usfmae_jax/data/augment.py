@@ -1,8 +1,8 @@
-"""Views of an image, on uint8: crop, rotation, flip and resize as one affine warp; grey levels as one table.
+"""Augmented views of uint8 images: crop, rotation, flip and resize as one affine warp; grey levels as one table.
 
-RandAugment (Cubuk et al. 2020) is as the MAE fine-tuning recipe [1] sets it, m9-mstd0.5-inc1, with three changes of the
-widely used PyTorch version that the recipe relies on: the magnitude of every operation is drawn about the one that is
-asked for, an operation is left out with probability 1/2, and all of them grow stronger with the magnitude.
+RandAugment (Cubuk et al. 2020) as in the MAE fine-tuning recipe [1], m9-mstd0.5-inc1, with three changes from the paper
+made by the PyTorch implementation that the recipe uses: the magnitude of each operation is drawn around the given one,
+each operation is skipped with probability 1/2, and all of them grow stronger with the magnitude.
 
 [1] He et al. Masked Autoencoders Are Scalable Vision Learners. 2022, table 9.
 """
@@ -23,17 +23,17 @@ class Augmentation:
     """How training views are drawn.
 
     Attributes:
-      crop_scale: area of the crop as a share of the image, drawn uniformly; a crop that does not fit is drawn again.
-      crop_ratio: width over height of the crop, drawn log-uniformly.
+      crop_scale: area of the crop as a fraction of the image, drawn uniformly; a crop that does not fit is drawn again.
+      crop_ratio: aspect ratio of the crop, width to height, drawn log-uniformly.
       rotation: degrees, (lowest, highest), drawn uniformly.
-      hflip, vflip: probability of a mirrored view. Up-down swaps near field and shadow: off unless asked for.
+      hflip, vflip: probability of a mirrored view. Vertical flips swap near field and shadows: off by default.
       interpolation: 'nearest', 'linear' or 'cubic'.
-      brightness: gain, (lowest, highest), as a share of the grey scale that is added; off at (0, 0). See `levels`.
-      contrast: factor of the contrast, drawn log-uniformly: a smaller dynamic range has more; off at (1, 1).
+      brightness: gain, (lowest, highest), added as a fraction of the grey scale; off at (0, 0). See `levels`.
+      contrast: contrast factor, drawn log-uniformly: above 1 for a smaller dynamic range; off at (1, 1).
       gamma: exponent of the grey map, drawn log-uniformly; off at (1, 1).
       randaugment_magnitude: strength of `randaugment`, 0 to 10; 0 = off.
-      randaugment_ops: how many of its operations each view gets.
-      trivialaugment: whether each view gets one of these operations, of any strength (Müller & Hutter 2021).
+      randaugment_ops: number of its operations per view.
+      trivialaugment: whether each view gets one of these operations at a random strength (Müller & Hutter 2021).
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -53,7 +53,7 @@ class Augmentation:
 def random_crop(
     rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[float, float, float, float]:
-    """Draws a crop as Inception did (Szegedy et al. 2015): ten tries, then the largest central crop of allowed shape.
+    """Draws a crop as Inception does (Szegedy et al. 2015): ten tries, then the largest central crop of allowed shape.
 
     Returns:
       (left, top, width, height), in pixels, inside the image.
@@ -72,14 +72,14 @@ def random_crop(
 def random_view(
     rng: np.random.Generator, height: int, width: int, size: tuple[int, int], how: Augmentation
 ) -> np.ndarray:
-    """Draws one view as the float64 `[2, 3]` matrix that takes its pixels to pixels of the image.
+    """Draws one view as a float64 `[2, 3]` matrix that maps pixels of the view to pixels of the image.
 
     Args:
-      rng: where the randomness comes from; a fixed number of draws is not promised.
-      height: of the image.
-      width: of the image.
+      rng: source of randomness; the number of draws may vary.
+      height: height of the image.
+      width: width of the image.
       size: (height, width) of the view.
-      how: what to draw from.
+      how: the augmentation settings.
     """
     left, top, w, h = random_crop(rng, height, width, how.crop_scale, how.crop_ratio)
     flip_x = -1.0 if rng.random() < how.hflip else 1.0
@@ -88,7 +88,7 @@ def random_view(
     cos, sin = math.cos(angle), math.sin(angle)
     scale_x, scale_y = flip_x * w / size[1], flip_y * h / size[0]
     matrix = np.array([[cos * scale_x, -sin * scale_y, 0.0], [sin * scale_x, cos * scale_y, 0.0]])
-    # The centre of the view looks at the centre of the crop; the centre of pixel i lies at i.
+    # The centre of the view maps to the centre of the crop; the centre of pixel i is at i.
     matrix[:, 2] = np.array([left + (w - 1) / 2, top + (h - 1) / 2]) - matrix[:, :2] @ (
         (size[1] - 1) / 2,
         (size[0] - 1) / 2,
@@ -97,22 +97,22 @@ def random_view(
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
-    """Looks at a uint8 image `[H, W, C]` through a view's matrix; uint8 `[*size, C]`, black outside the image."""
+    """Applies a view's matrix to a uint8 image `[H, W, C]`: uint8 `[*size, C]`, black outside the image."""
     flags = INTERPOLATION[interpolation] | cv2.WARP_INVERSE_MAP
     view = cv2.warpAffine(image, matrix, (size[1], size[0]), flags=flags, borderMode=cv2.BORDER_CONSTANT)
     return view.reshape(*size, image.shape[2])
 
 
 def levels(brightness: float, contrast: float, gamma: float) -> np.ndarray:
-    """What gain, dynamic range and grey map do to a log-compressed image, as a table of 256 levels (uint8).
+    """The effect of gain, dynamic range and grey map on a log-compressed image, as a table of 256 levels (uint8).
 
-    There gain is an offset. Another dynamic range stretches the grey scale from white, the strongest echo, down:
-    k times the contrast is what 1/k of the decibels shows. Black stays black and near-black does not get much brighter:
-    most of it is surround, which no knob changes.
+    After log compression, gain is an offset. A change of dynamic range stretches the grey scale downwards from white,
+    the strongest echo: k times the contrast corresponds to 1/k of the decibels. Black stays black and near-black gets
+    hardly brighter, since most of it is background, which no scanner setting changes.
 
     Args:
-      brightness: share of the grey scale that is added.
-      contrast: factor k.
+      brightness: offset as a fraction of the grey scale.
+      contrast: contrast factor k.
       gamma: exponent of the grey map; above 1 darkens.
     """
     level = np.arange(256) / 255
@@ -122,9 +122,9 @@ def levels(brightness: float, contrast: float, gamma: float) -> np.ndarray:
 
 
 def adjust(image: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np.ndarray:
-    """Draws what changes grey levels and not places: uint8 `[H, W, C]`, in and out.
+    """Applies the random changes of grey levels, without moving pixels: uint8 `[H, W, C]` in and out.
 
-    Nothing is drawn for what is off, so that views without it stay what they are.
+    Nothing is drawn for augmentations that are off, so that they do not change other views.
     """
     if how.randaugment_magnitude > 0:
         image = randaugment(image, rng, how.randaugment_magnitude, how.randaugment_ops)
@@ -141,11 +141,11 @@ def adjust(image: np.ndarray, rng: np.random.Generator, how: Augmentation) -> np
 
 
 def reduction(matrix: np.ndarray) -> int:
-    """The largest of 1, 2, 4, 8 by which an image may be shrunk before the view would have to enlarge it.
+    """The largest of 1, 2, 4, 8 by which an image can be shrunk without the view having to enlarge it.
 
     JPEG decodes at such fractions directly, faster and without the aliasing of a warp that skips pixels.
     """
-    pixels = np.linalg.norm(matrix[:, :2], axis=0).min()  # of the image, per pixel of the view
+    pixels = np.linalg.norm(matrix[:, :2], axis=0).min()  # image pixels per pixel of the view
     return next(factor for factor in (8, 4, 2, 1) if pixels >= factor or factor == 1)
 
 
@@ -157,13 +157,13 @@ def shrink_view(matrix: np.ndarray, factor: float) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The whole uint8 image `[H, W, C]` in `size` (height, width), averaging areas; the aspect is not kept."""
+    """Resizes a whole uint8 image `[H, W, C]` to `size` (height, width) by area; the aspect ratio is not kept."""
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA).reshape(*size, image.shape[2])
 
 
 _FULL = 10.0  # magnitude at which an operation is at its strongest
-_DEVIATION = 0.5  # of the magnitude
-# The mean of ImageNet, as in the recipe; "L" is its grey.
+_DEVIATION = 0.5  # standard deviation of the magnitude
+# The mean colour of ImageNet, as in the recipe; "L" is its grey level.
 _FILL: dict[str, tuple[int, ...] | int] = {"RGB": (124, 116, 104), "L": 117}
 
 Operation = Callable[[Image.Image, float, float], Image.Image]
@@ -176,7 +176,7 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
 
 
 def _solarize_add(image: Image.Image, amount: int) -> Image.Image:
-    """Brightens what is below half of the scale."""
+    """Brightens levels in the lower half of the scale."""
     table = [min(255, level + amount) if level < 128 else level for level in range(256)]
     return image.point(table * len(image.getbands()))
 
@@ -208,13 +208,13 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def randaugment(image: np.ndarray, rng: np.random.Generator, magnitude: float = 9.0, count: int = 2) -> np.ndarray:
-    """Applies `count` operations drawn with replacement, each with probability 1/2.
+    """Draws `count` operations with replacement and applies each with probability 1/2.
 
     Args:
       image: uint8 `[H, W, C]`, C = 1 or 3.
-      rng: where the randomness comes from.
+      rng: source of randomness.
       magnitude: mean strength, 0 to 10.
-      count: how many operations.
+      count: number of operations.
 
     Returns:
       uint8 `[H, W, C]`.
@@ -230,11 +230,11 @@ def randaugment(image: np.ndarray, rng: np.random.Generator, magnitude: float = 
 
 
 def trivialaugment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Applies one operation, or none, all alike, of a strength drawn uniformly (Müller & Hutter 2021).
+    """Applies one operation or none, with equal probability, at a strength drawn uniformly (Müller & Hutter 2021).
 
     Args:
       image: uint8 `[H, W, C]`, C = 1 or 3.
-      rng: where the randomness comes from.
+      rng: source of randomness.
 
     Returns:
       uint8 `[H, W, C]`.

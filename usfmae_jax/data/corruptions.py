@@ -1,9 +1,9 @@
-"""Graded degradations that ultrasound images meet, to see what a classifier's numbers do under them.
+"""Graded corruptions that occur in ultrasound images, to test how robust a classifier is.
 
-As ImageNet-C [1] does for photographs: one kind at a time, severity 1 (slight) to 5 (a sonographer would scan again).
-Images are log-compressed, so that what attenuates or amplifies adds to grey levels, and what multiplies the echo's
-amplitude adds too. Sizes are shares of the image, since models look at small and at large ones. Black surround
-outside of the imaged area stays black.
+Like ImageNet-C [1] for photographs: one kind at a time, severity 1 (slight) to 5 (a sonographer would scan again).
+Images are log-compressed, so attenuation, gain and any other factor of the echo's amplitude are added to grey levels.
+Sizes are fractions of the image, since models differ in image size. The black background outside the imaged area stays
+black.
 
 [1] Hendrycks & Dietterich. Benchmarking Neural Network Robustness to Common Corruptions and Perturbations. ICLR 2019.
 """
@@ -22,16 +22,16 @@ Corruption = Callable[[np.ndarray, int, np.random.Generator], np.ndarray]
 
 
 def _depth_attenuation(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Far field fades: a loss in decibels that grows with depth, as a probe of too high a frequency has."""
+    """A fading far field: a loss in decibels that grows with depth, as with too high a probe frequency."""
     depth = np.linspace(0, 1, image.shape[0], dtype=np.float32)[:, None, None]
     return image - (0.08, 0.17, 0.28, 0.42, 0.60)[severity - 1] * depth
 
 
 def _shadow(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Shadows of gas, ribs or lost contact: bands along the beams, dark from some depth down."""
+    """Shadows of gas, ribs or lost contact: bands along the beams, dark below some depth."""
     height, width = image.shape[:2]
     x, y = np.meshgrid(np.linspace(-0.5, 0.5, width), np.linspace(0, 1, height))
-    beam = x / (0.7 + 0.3 * y)  # beams of most probes part a little with depth
+    beam = x / (0.7 + 0.3 * y)  # beams of most probes diverge a little with depth
     wide, dark = ((0.05, 0.35), (0.07, 0.5), (0.10, 0.6), (0.13, 0.75), (0.17, 0.9))[severity - 1]
     result = image
     for _ in range((1, 1, 2, 2, 3)[severity - 1]):
@@ -43,7 +43,7 @@ def _shadow(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.nd
 
 
 def _haze(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """A veil of reverberation and side lobes, thickest in the near field, that fills dark areas."""
+    """A haze of reverberation and side lobes, strongest in the near field, that fills dark areas."""
     strength = (0.10, 0.18, 0.28, 0.40, 0.55)[severity - 1]
     depth = np.linspace(0, 1, image.shape[0], dtype=np.float32)[:, None]
     veil = (0.7 + 0.3 * _noise(rng, image, 0.12)) * (1 - 0.5 * depth)
@@ -52,7 +52,7 @@ def _haze(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndar
 
 
 def _speckle(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """More interference: Rayleigh amplitudes, wider than deep, that add to log-compressed echoes."""
+    """More speckle: Rayleigh amplitudes, wider than deep, added to the log-compressed echoes."""
     height, width = image.shape[:2]
     grain = max(0.006 * width, 0.7), max(0.0035 * height, 0.5)
     amplitude = np.hypot(*(_blurred(rng.standard_normal((height, width)), *grain) for _ in range(2)))
@@ -62,20 +62,20 @@ def _speckle(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.n
 
 
 def _gain(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Overall gain, too high or too low with equal chance: lost highlights or lost tissue."""
+    """Overall gain, too high or too low with equal probability: highlights or tissue are lost."""
     sign = 1 if rng.random() < 0.5 else -1
     return image + sign * (0.08, 0.15, 0.22, 0.30, 0.40)[severity - 1]
 
 
 def _blur(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Lost resolution, across the beams more than along them."""
+    """Lost resolution, more across the beams than along them."""
     sigma = (0.004, 0.008, 0.013, 0.020, 0.030)[severity - 1]
     across, down = (max(sigma * side, 0.4 * severity) for side in (image.shape[1], image.shape[0] / 2))
     return _blurred(image, across, down).reshape(image.shape)
 
 
 def _sector(image: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """A narrower and shallower field of view: black outside of a sector about a slightly shifted axis."""
+    """A narrower and shallower field of view: black outside a sector around a slightly shifted axis."""
     height, width = image.shape[:2]
     keep = (0.90, 0.80, 0.70, 0.60, 0.50)[severity - 1]
     x, y = np.meshgrid(np.linspace(-0.5, 0.5, width), np.linspace(0, 1, height))
@@ -97,13 +97,13 @@ CORRUPTIONS: dict[str, Corruption] = {
 
 
 def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generator) -> np.ndarray:
-    """Degrades one image.
+    """Corrupts one image.
 
     Args:
       image: uint8 `[H, W, C]`, at least 8 pixels a side.
       name: a key of `CORRUPTIONS`.
       severity: 1 to 5; 0 returns a copy.
-      rng: where the randomness comes from: give every frame its own, the same for all severities.
+      rng: source of randomness: give each frame its own, the same for all severities.
 
     Returns:
       uint8 `[H, W, C]`.
@@ -123,7 +123,7 @@ def corrupt(image: np.ndarray, name: str, severity: int, rng: np.random.Generato
 
 
 def _imaged(image: np.ndarray) -> np.ndarray:
-    """The convex hull of what is not black: bool `[H, W]`; a sector and a rectangle are convex."""
+    """The convex hull of all pixels that are not black: bool `[H, W]`; sectors and rectangles are convex."""
     bright = (image.max(axis=2) > 6).astype(np.uint8)
     bright = cv2.morphologyEx(bright, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     points = cv2.findNonZero(bright)
@@ -134,13 +134,13 @@ def _imaged(image: np.ndarray) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """From 0 to 1 as values go from 0 to 1, without edges."""
+    """A smooth step: from 0 to 1 as values go from 0 to 1."""
     values = np.clip(values, 0, 1)
     return values * values * (3 - 2 * values)
 
 
 def _noise(rng: np.random.Generator, image: np.ndarray, size: float) -> np.ndarray:
-    """Smooth noise of deviation 1 with features of a share `size` of the image: float32 `[H, W]`."""
+    """Smooth noise of standard deviation 1, with features a fraction `size` of the image: float32 `[H, W]`."""
     height, width = image.shape[:2]
     noise = _blurred(rng.standard_normal((height, width)), max(size * width, 0.5), max(size * height, 0.5))
     return (noise / max(noise.std(), 1e-6)).astype(np.float32)

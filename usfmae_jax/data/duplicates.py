@@ -1,6 +1,6 @@
-"""Pairs of rows that show the same picture under different patients: what must not be on both sides of a split.
+"""Finds pairs of rows with the same image under different patients, which must not be on both sides of a split.
 
-Which pictures are the same is for `fingerprints` to say; here are the two passes over the shards that ask it.
+`fingerprints` decides which images are the same; this module makes the two passes over the shards.
 """
 
 import concurrent.futures
@@ -20,29 +20,29 @@ from usfmae_jax.data.table import Table, read_row
 from usfmae_jax.errors import DamagedRecord, InputError
 
 _COLUMNS = ("data", "frame", "other")
-_BLOCK = 8192  # candidate pairs at a time, so that the views of at most twice as many pictures are kept
-_MANY = 2_000  # frames from which it takes long enough to show progress
+_BLOCK = 8192  # candidate pairs at a time, so that views of at most twice as many images are in memory
+_MANY = 2_000  # number of frames from which progress is shown
 
 
 def near_duplicates(frames: Table, progress: bool = True, threads: int = 2) -> np.ndarray:
-    """Finds frames of different patients with equal pixels, or that are the same picture but for size, crop or gain.
+    """Finds frames of different patients that are the same image, perhaps with another size, crop or gain.
 
-    Candidates are pairs whose hashes differ in up to `fingerprints.NEAR` bits; those are compared, and are the same
-    from a similarity of `fingerprints.ALIKE` on. Damaged images and those without structure have no duplicates but by
-    their pixels' hash.
+    Candidates are pairs whose hashes differ in at most `fingerprints.NEAR` bits; they are compared, and are the same if
+    their similarity is at least `fingerprints.ALIKE`. Damaged images, and those without structure, are duplicates only
+    if the hashes of their pixels are equal.
 
     Args:
-      frames: the table.
-      progress: show bars, if there are many frames.
-      threads: that decode and compare.
+      frames: table of the frames.
+      progress: show progress bars if there are many frames.
+      threads: threads that decode and compare.
 
     Returns:
-      int64 `[P, 2]` rows i < j, in order; all, but for some among more than `fingerprints.COPIES` equal pictures, which
-      hang together all the same.
+      int64 `[P, 2]` rows i < j, sorted; complete, except that among more than `fingerprints.COPIES` equal images only
+      enough pairs are given to connect them all.
     """
     quiet = not progress or len(frames) < _MANY
     _, patient = np.unique(frames.patient_key, return_inverse=True)
-    cv2.setNumThreads(1)  # the parallelism is over images
+    cv2.setNumThreads(1)  # images are processed in parallel instead
     with concurrent.futures.ThreadPoolExecutor(max(threads, 1)) as pool:
 
         def seen(rows: Iterable[int]) -> dict[int, np.ndarray]:
@@ -77,7 +77,7 @@ def _confirmed(block: np.ndarray, seen: dict[int, np.ndarray], run: Callable[...
 
 
 def _equal_pixels(frames: Table, patient: np.ndarray) -> np.ndarray:
-    """Pairs of equal, known `sha256` and different patients; of many copies enough to hold all together."""
+    """Pairs with equal, known `sha256` and different patients; for many copies, enough pairs to connect them all."""
     known = np.flatnonzero(frames.sha256 != "")
     _, codes = np.unique(frames.sha256[known], return_inverse=True)
     i, j = fingerprints.equal_pairs(codes, patient[known])
@@ -85,15 +85,15 @@ def _equal_pixels(frames: Table, patient: np.ndarray) -> np.ndarray:
 
 
 def rule_out(frames: Table, pairs: np.ndarray, path: str) -> np.ndarray:
-    """The pairs but for those that a person has looked at and found to be no copies.
+    """The pairs without those that a person has judged not to be copies.
 
     Args:
-      frames: the table.
-      pairs: int `[P, 2]` of its rows.
-      path: CSV file with the columns frame and other, as `duplicates.csv` of a run has them; "" rules nothing out.
+      frames: table of the frames.
+      pairs: int `[P, 2]`, pairs of its rows.
+      path: CSV file with the columns frame and other, as in a run's `duplicates.csv`; "" = rule nothing out.
 
     Raises:
-      InputError: there is no such file, or it names a frame that is none of these.
+      InputError: there is no such file, or it names a frame that is not in the table.
     """
     if not path:
         return pairs
@@ -116,12 +116,12 @@ def rule_out(frames: Table, pairs: np.ndarray, path: str) -> np.ndarray:
 
 
 def cached_near_duplicates(frames: Table, path: pathlib.Path | str, keep: bool = True) -> np.ndarray:
-    """`near_duplicates`, read from the CSV file `path` if it was written for the same rows, else found and written.
+    """`near_duplicates`, read from the CSV file `path` if it was written for the same rows, else computed and written.
 
-    Of the processes of a job only the first is to `keep` them; the others compute, silently.
+    In a job of several processes only the first should `keep` them; the others compute them silently.
 
-    The file has a row for each pair: the data's fingerprint with the thresholds, and the `frame_key` of both frames;
-    without pairs, one row of the fingerprint alone.
+    The file has one row per pair: the fingerprint of the data with the thresholds, and the `frame_key` of both frames;
+    without pairs, it has one row with only the fingerprint.
     """
     if not keep:
         return near_duplicates(frames, progress=False)
@@ -135,7 +135,7 @@ def cached_near_duplicates(frames: Table, path: pathlib.Path | str, keep: bool =
             pairs = [(place[frame], place[other]) for _, frame, other in rows[1:] if frame or other]
             return np.asarray(pairs, np.int64).reshape(-1, 2)
     except (OSError, ValueError, LookupError):
-        pass  # absent, or not what is written below
+        pass  # absent, or not in the format written below
     found = near_duplicates(frames)
     names = frames.frame_key[found].tolist()
     try:

@@ -1,12 +1,13 @@
-"""Recognises a picture that was copied: resized, compressed again, cropped, cleaned of text, made brighter.
+"""Recognises copies of an image: resized, recompressed, cropped, with text removed, brightened.
 
-Two steps, since ultrasound frames of one kind look alike: a hash of 255 bits that finds candidates among all pairs,
-and a comparison of the candidates that allows for a crop. Both look at the local contrast of a small version of the
-picture, once of all of it and once of the imaged area alone, so that a copy without the scanner's surround matches.
+Two steps, since ultrasound frames of one kind look alike: a hash of 255 bits finds candidates among all pairs, and a
+comparison of the candidates allows for a crop. Both use the local contrast of a small version of the image, once of the
+whole image and once of the imaged area only, so that a copy without the scanner's user interface matches.
 
-The bits are signs of low frequencies of a cosine transform, as in pHash [1]. What is ours: local normalisation, so that
-neither gain nor the fall-off with depth counts, and black surround that has no say. `benchmarks/near_duplicates.py`
-measures how well it works, and shows what `NEAR`, `ALIKE`, `SAME` and `STILL` were chosen by.
+The bits are signs of low frequencies of a cosine transform, as in pHash [1]. Our additions: local normalisation, so
+that neither gain nor attenuation with depth matters, and a black background that is ignored.
+`benchmarks/near_duplicates.py` measures how well it works, and shows how `NEAR`, `ALIKE`, `SAME` and `STILL` were
+chosen.
 
 [1] Zauner. Implementation and benchmarking of perceptual image hash functions. Hagenberg, 2010.
 """
@@ -19,28 +20,28 @@ from typing import Any
 import cv2
 import numpy as np
 
-#: Largest hash distance at which two pictures are worth comparing; half of the bits differ between unrelated ones.
+#: Maximum hash distance of images that are compared; between unrelated images, half of the bits differ.
 NEAR = 96
-#: `similarity` from which on two pictures are the same but for the treatment.
+#: Minimum `similarity` of two images that are copies.
 ALIKE = 0.6
-#: Rows with equal hashes up to which `near_pairs` compares all with all, and pairs behind which it gives up.
+#: `near_pairs` compares all rows with equal hashes up to this number of them, and stops after this number of pairs.
 COPIES, MOST = 32, 1 << 24
-#: Hash distance at which two pictures are the same without a second look: copied, resized or compressed, no more.
-#: Up to here `near_pairs` is quick.
+#: Maximum hash distance of images that are the same without a comparison: only copied, resized or compressed.
+#: Up to this distance `near_pairs` is fast.
 SAME = 15
-#: `change` below which a frame of a clip tells nothing that the one before it did not: what JPEG of quality 50 does.
+#: `change` below which a frame of a clip adds nothing to the previous one: about that of JPEG at quality 50.
 STILL = 0.03
 
-_SIDE = 64  # of the small version
-_DARK = 8  # grey levels up to which a pixel counts less: black surround has none, noise in shadows has some
-_REACH = 25, 6.0  # pixels of the small version: width and sigma of the neighbourhood that contrast is local to
-_LEAST_CONTRAST = 0.5  # of square roots of grey levels; less is noise that must not be amplified
-_MOST = 1.5  # text and calipers stand out by more than tissue does
-_PLAIN = 0.12  # mean square of the local contrast: black, uniform and gradient pictures have less, real ones more
-_SHALLOW = 0.75  # height of the imaged area that counts, in units of its width
-_BOX_SIDE = 96  # of the version that the imaged area is found on
-_BORDER = 8  # pixels of the small version by which a crop may have moved the picture
-_SIZES = sorted(  # height and width of a crop's content against the original's, the likeliest first
+_SIDE = 64  # side of the small version
+_DARK = 8  # pixels up to this grey level have less weight: 0 for the background, some for noise in shadows
+_REACH = 25, 6.0  # width and sigma of the neighbourhood for local contrast, in pixels of the small version
+_LEAST_CONTRAST = 0.5  # in square roots of grey levels; less is noise that must not be amplified
+_MOST = 1.5  # limit of the local contrast: text and calipers exceed that of tissue
+_PLAIN = 0.12  # mean square of the local contrast: less in black, uniform and gradient images, more in real ones
+_SHALLOW = 0.75  # height of the imaged area that is used, as a fraction of its width
+_BOX_SIDE = 96  # side of the version in which the imaged area is found
+_BORDER = 8  # how far a crop may have moved the content, in pixels of the small version
+_SIZES = sorted(  # height and width of a crop's content relative to the original's, the most likely first
     (
         (tall, wide)
         for tall, wide in itertools.product((0.94, 0.97, 1.0, 1.03, 1.06), repeat=2)
@@ -48,14 +49,14 @@ _SIZES = sorted(  # height and width of a crop's content against the original's,
     ),
     key=lambda size: size != (1, 1),
 )
-_HOPELESS = 0.3  # correlation at the likeliest size below which other sizes do not help
-_SEVERAL = -(1 << 62)  # no number of a group
-_BLOCK = 8, 4096  # pairs at a time: fits the cache
-_TOGETHER = 1 << 16  # pairs of hashes that share a band, likewise
+_HOPELESS = 0.3  # correlation at the most likely size below which other sizes do not help
+_SEVERAL = -(1 << 62)  # not the number of any group
+_BLOCK = 8, 4096  # pairs at a time: fits into the cache
+_TOGETHER = 1 << 16  # pairs of hashes that share a band at a time, likewise
 
 
 def _frequencies() -> np.ndarray:
-    """The 255 lowest frequencies but for the first 6, which most frames share -> bool [K, K]."""
+    """The 255 lowest frequencies after the first 6, which most frames share -> bool [K, K]."""
     u, v = np.mgrid[:20, :20]
     order = np.argsort((u * u + v * v).ravel(), kind="stable")
     chosen = np.zeros(u.size, bool)
@@ -73,24 +74,24 @@ def thumbnail(pixels: np.ndarray) -> np.ndarray:
 
 
 def change(last: np.ndarray, this: np.ndarray) -> float:
-    """How much of a thumbnail is new: mean absolute difference over the mean deviation of `last`; 0 = nothing."""
+    """How much a thumbnail differs: mean absolute difference over the mean absolute deviation of `last`; 0 = equal."""
     contrast = float(np.abs(last - last.mean()).mean())
     return float(np.abs(this - last).mean()) / max(contrast, 1.0)
 
 
 def near_identical(last: np.ndarray, this: np.ndarray, limit: float = STILL) -> bool:
-    """Whether a frame adds nothing to the last one that was kept of the same clip.
+    """Whether a frame adds nothing to the last kept frame of the same clip.
 
     Args:
-      last: `thumbnail` of the last frame that was kept, not of the one before: slow motion adds up.
-      this: `thumbnail` of the frame in question.
-      limit: of `change`.
+      last: `thumbnail` of the last frame that was kept, not of the previous one: slow motion adds up.
+      this: `thumbnail` of the new frame.
+      limit: threshold of `change`.
     """
     return change(last, this) < limit
 
 
 def content_box(grey: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of the largest bright area, text apart: uint8 `[H, W]`; all of it if there is none."""
+    """(left, top, right, bottom) of the largest bright area except text: uint8 `[H, W]`; the whole image if none."""
     height, width = grey.shape
     scale = _BOX_SIDE / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -105,16 +106,16 @@ def content_box(grey: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def views(pixels: np.ndarray) -> np.ndarray:
-    """Local contrast of all of a picture and of its imaged area: what hashes and comparisons look at.
+    """Local contrast of a whole image and of its imaged area, from which hashes and similarities are computed.
 
-    Of the imaged area only the upper part counts, where it is higher than three quarters of its width: copies often
-    differ in how much of the depth they show.
+    If the imaged area is higher than three quarters of its width, only its upper part is used: copies often differ in
+    how much depth they show.
 
     Args:
       pixels: uint8 `[H, W]` or `[H, W, C]`, C = 1 or 3 (RGB).
 
     Returns:
-      float32 `[2, 64, 64]`, from -1.5 to 1.5; zeros for a view without structure, which must not resemble anything.
+      float32 `[2, 64, 64]`, from -1.5 to 1.5; zeros for a view without structure, which must not match anything.
     """
     grey = _grey(pixels)
     left, top, right, bottom = content_box(grey)
@@ -126,15 +127,15 @@ def views(pixels: np.ndarray) -> np.ndarray:
 
 
 def perceptual_hash(pixels: np.ndarray) -> np.ndarray:
-    """A hash that copies of a picture nearly share: uint8 `[H, W]` or `[H, W, C]` -> uint64 `[8]`, see `hash_views`."""
+    """A hash that is similar for copies: uint8 `[H, W]` or `[H, W, C]` -> uint64 `[8]`, see `hash_views`."""
     return hash_views(views(pixels))
 
 
 def hash_views(seen: np.ndarray) -> np.ndarray:
     """The hash of `views`: float32 `[2, 64, 64]` -> uint64 `[8]`.
 
-    Four words for each view. The last of 256 bits says that there is a hash: four
-    zero words belong to a view without structure, and match nothing, not even each other.
+    Four words per view. The last of the 256 bits is set in every hash: four zero words mean a view without structure,
+    and match nothing, not even each other.
     """
     signs = (_COSINES @ seen @ _COSINES.T)[:, _CHOSEN] > 0
     usable = np.array([view.any() for view in seen])
@@ -143,14 +144,14 @@ def hash_views(seen: np.ndarray) -> np.ndarray:
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Bits that differ, of whichever view differs less; 255 where there is nothing to compare.
+    """Number of bits that differ, in the view where they are fewer; 255 if there is nothing to compare.
 
     uint64 `[N, 8]` and `[M, 8]` -> uint8 `[N, M]`.
     """
     result = np.full((len(a), len(b)), 255, np.uint8)
     for first in (0, 4):
         usable = b[:, first : first + 4].any(axis=1)
-        found = np.zeros_like(result)  # at most 255: the last bit is the same in all usable hashes
+        found = np.zeros_like(result)  # at most 255: the last bit is equal in all usable hashes
         for word in range(first, first + 4):
             found += np.bitwise_count(a[:, word, None] ^ b[None, :, word])
         found[:, ~usable] = 255
@@ -172,26 +173,26 @@ def near_pairs(
     most: int = MOST,
     warn: Callable[[str], Any] = lambda sentence: print(sentence, file=sys.stderr),
 ) -> Block:
-    """Pairs within a hash distance, in time and memory that copies of one picture do not multiply.
+    """Pairs within a hash distance; many copies of one image do not multiply time and memory.
 
-    All are found but for two cases. Of more than `COPIES` rows with equal hashes only some stand for all, so that every
-    row still has a pair with one of each kind and another group. And behind `most` pairs the rest is left out.
+    All are found, with two exceptions. Among more than `COPIES` rows with equal hashes only some represent the others,
+    so that every row still has a pair with one of each kind and another group. And the search ends after `most` pairs.
 
-    Every hash is compared with every other, but for hashes among themselves and a radius below 16: then only those are
-    compared that share 16 bits in a row.
+    Every hash of `a` is compared with every hash of `b`; without `b` and with a radius below 16, only hashes that share
+    a band of 16 bits are compared.
 
     Args:
       a: uint64 `[N, 8]`, from `perceptual_hash`.
       b: uint64 `[M, 8]`; None compares `a` with itself, each pair once.
-      radius: largest distance, below 255.
-      groups: int `[N]` and `[M]`; pairs of the same group are left out, as frames of one clip are.
-      done: called with numbers of rows of `a` as they are finished.
-      kinds: int `[N]` and `[M]`: what the caller tells apart among copies, such as labels.
-      most: pairs that are looked for.
+      radius: maximum distance, below 255.
+      groups: int `[N]` and `[M]`; pairs of the same group, such as frames of one clip, are left out.
+      done: called with the number of rows of `a` that have been finished.
+      kinds: int `[N]` and `[M]`: kinds of copies that the caller distinguishes, such as labels.
+      most: maximum number of pairs.
       warn: called with a sentence if there are more.
 
     Returns:
-      i, j int64 `[P]` and their distance uint8 `[P]`, ordered by i, then j.
+      i, j int64 `[P]` and their distance uint8 `[P]`, sorted by i, then j.
     """
     size = len(a), len(a if b is None else b)
     if groups is None:
@@ -209,7 +210,7 @@ def near_pairs(
         blocks = itertools.chain([(equal, equal, np.zeros(len(equal), np.uint8))], blocks)
     found, total = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint8))], 0
     for u, v, distance in blocks:
-        # Most pictures that are alike are frames of one clip: those take no room.
+        # Most similar images are frames of one clip, which are left out before they take memory.
         apart = (left.group[u] != right.group[v]) | (left.group[u] == _SEVERAL)
         sizes = left.pairs(u[apart], right, v[apart])
         fitting = total + np.cumsum(sizes) <= most
@@ -237,9 +238,9 @@ class _Copies:
     """Rows by their hash.
 
     Attributes:
-      codes: uint64 `[U, 8]`, each hash once.
-      counts: int `[U]`, rows that have it.
-      group: int `[U]`, their group, or `_SEVERAL`.
+      codes: uint64 `[U, 8]`, the unique hashes.
+      counts: int `[U]`, number of rows with each hash.
+      group: int `[U]`, the group of these rows, or `_SEVERAL`.
     """
 
     def __init__(self, rows: np.ndarray, groups: np.ndarray, kinds: np.ndarray):
@@ -251,7 +252,7 @@ class _Copies:
         mixed = np.zeros(len(self.codes), bool)
         mixed[code[groups != first[code]]] = True
         self.group = np.where(mixed, _SEVERAL, first)
-        self._stands = np.zeros(len(rows), bool)  # for all with its hash
+        self._stands = np.zeros(len(rows), bool)  # rows that represent all others with the same hash
         self._stands[order[np.arange(len(rows)) - starts[code[order]] < COPIES]] = True
         self._stands[_first_of_kinds(code, groups, kinds)] = True
         self._all = order, starts, self.counts
@@ -265,14 +266,14 @@ class _Copies:
         return rows, np.cumsum(counts) - counts, counts
 
     def pairs(self, u: np.ndarray, other: "_Copies", v: np.ndarray) -> np.ndarray:
-        """How many rows `expanded` makes of each pair of hashes."""
+        """The number of pairs of rows that `expanded` makes of each pair of hashes."""
         return self._some[2][u] * other.counts[v] + self._rest[2][u] * other._some[2][v]
 
     def expanded(self, u: np.ndarray, other: "_Copies", v: np.ndarray, same: bool) -> Block:
-        """Rows of pairs of hashes: i, j and the position of their pair; i < j if both are the `same` rows."""
+        """The rows of pairs of hashes: i, j and the position of their pair; i < j if both are the `same` rows."""
         i, j, at = _product(self._some, u, other._all, v)
         rest = _product(self._rest, u, other._some, v)
-        if same:  # of one hash the second product repeats the first
+        if same:  # within one hash, the second product repeats the first
             once = u[rest[2]] != v[rest[2]]
             rest = rest[0][once], rest[1][once], rest[2][once]
             once = (u[at] != v[at]) | (i < j) | ((i != j) & ~self._stands[j])
@@ -282,7 +283,7 @@ class _Copies:
 
 
 def _first_of_kinds(code: np.ndarray, groups: np.ndarray, kinds: np.ndarray) -> np.ndarray:
-    """The first row of each kind among those with one hash, and the first of its next group; of `COPIES` kinds."""
+    """For each hash, the first row of up to `COPIES` kinds, and the first of each kind in another group."""
     if not len(code):
         return np.empty(0, np.int64)
     order = np.lexsort((kinds, code))  # stable: rows of a kind stay in order
@@ -298,7 +299,7 @@ def _first_of_kinds(code: np.ndarray, groups: np.ndarray, kinds: np.ndarray) -> 
 
 
 def _product(some: Block, u: np.ndarray, others: Block, v: np.ndarray) -> Block:
-    """All rows of hash u[k] with all of v[k]: i, j and k. Members are rows by hash, where each begins, how many."""
+    """All rows of hash u[k] with all of v[k]: i, j and k. Arguments are rows by hash, and starts and counts by hash."""
     sizes = some[2][u] * others[2][v]
     at = np.repeat(np.arange(len(u)), sizes)
     within = np.arange(len(at)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -307,7 +308,7 @@ def _product(some: Block, u: np.ndarray, others: Block, v: np.ndarray) -> Block:
 
 
 def _all_pairs(a: np.ndarray, b: np.ndarray | None, radius: int, done: Callable[[int], Any]) -> Iterator[Block]:
-    columns = np.asfortranarray(a if b is None else b)  # words of one kind side by side
+    columns = np.asfortranarray(a if b is None else b)  # each word contiguous over all hashes
     rows, width = _BLOCK
     for top in range(0, len(a), rows):
         for left in range(0 if b is not None else top, len(columns), width):
@@ -322,7 +323,7 @@ def _all_pairs(a: np.ndarray, b: np.ndarray | None, radius: int, done: Callable[
 
 
 def _banded_pairs(a: np.ndarray, radius: int, done: Callable[[int], Any]) -> Iterator[Block]:
-    """Of 16 bands of bits, hashes that differ in at most 15 bits share one; each pair comes once, from the first."""
+    """Hashes that differ in at most 15 bits share one of 16 bands; each pair is yielded once, for the first band."""
     views = a[:, :4], a[:, 4:]
     for number, view in enumerate(views):
         usable = np.flatnonzero(view.any(axis=1))
@@ -330,14 +331,14 @@ def _banded_pairs(a: np.ndarray, radius: int, done: Callable[[int], Any]) -> Ite
         for first, band in enumerate(words.view(np.uint16).T):
             order = np.argsort(band, kind="stable")
             band, place = band[order], np.arange(len(order))
-            behind = np.searchsorted(band, band, "right") - 1 - place  # how many more have the same band
+            behind = np.searchsorted(band, band, "right") - 1 - place  # how many later rows have the same band
             ends = np.cumsum(behind)
             for start, stop in itertools.pairwise(_cuts(ends)):
                 some = behind[start:stop]
                 at = np.repeat(place[start:stop], some)
                 step = np.arange(len(at)) - np.repeat(np.cumsum(some) - some, some)
                 one, other = order[at], order[at + 1 + step]
-                bits = words.take(one, axis=0) ^ words.take(other, axis=0)  # many times as fast as an index
+                bits = words.take(one, axis=0) ^ words.take(other, axis=0)  # many times faster than indexing
                 distance = _count(bits)
                 new = distance <= radius
                 for earlier in bits.view(np.uint16).T[:first]:
@@ -346,7 +347,7 @@ def _banded_pairs(a: np.ndarray, radius: int, done: Callable[[int], Any]) -> Ite
                 another = views[1 - number]
                 both = another[i].any(axis=1) & another[j].any(axis=1)
                 theirs = _count(another[i] ^ another[j])
-                if number:  # those that the first view has found
+                if number:  # leave out pairs that the first view has found
                     once = ~(both & (theirs <= radius))
                     yield i[once], j[once], distance[once]
                 else:
@@ -355,13 +356,13 @@ def _banded_pairs(a: np.ndarray, radius: int, done: Callable[[int], Any]) -> Ite
 
 
 def _count(bits: np.ndarray) -> np.ndarray:
-    """Bits that are set: uint64 `[N, 4]` -> uint8 `[N]`; the last one never is where two usable hashes differ."""
+    """Number of set bits: uint64 `[N, 4]` -> uint8 `[N]`; the last bit never differs between usable hashes."""
     count = np.bitwise_count(bits)
-    return count[:, 0] + count[:, 1] + count[:, 2] + count[:, 3]  # several times as fast as a sum
+    return count[:, 0] + count[:, 1] + count[:, 2] + count[:, 3]  # several times faster than a sum
 
 
 def _cuts(ends: np.ndarray) -> list[int]:
-    """Where to cut rows whose pairs add up to `ends`, so that some `_TOGETHER` pairs are looked at together."""
+    """Where to cut rows, whose cumulative pair counts are `ends`, into blocks of about `_TOGETHER` pairs."""
     if not len(ends):
         return []
     marks = np.searchsorted(ends, np.arange(_TOGETHER, ends[-1], _TOGETHER), "right")
@@ -369,17 +370,17 @@ def _cuts(ends: np.ndarray) -> list[int]:
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """How alike two pictures are, where they are most: `views` of both -> correlation from 0 to 1.
+    """Similarity of two images at the best match: `views` of both -> correlation from 0 to 1.
 
-    The middle of one is searched for in the other at several sizes, which undoes a crop of up to 5% a side. `ALIKE` is
-    where copies begin; 0 if there is nothing to compare.
+    The centre of one is searched for in the other at several sizes, which allows for a crop of up to 5% per side.
+    Copies have at least `ALIKE`; 0 if there is nothing to compare.
     """
     best = 0.0
     pairs = [(one, other) for one, other in zip(a, b, strict=True) if _searchable(one) and other.any()]
     for tall, wide in _SIZES:
         best = max([best, *(_search(one, other, tall, wide) for one, other in pairs)])
         if best < _HOPELESS:
-            break  # after the first size, which is none of the copies and most of the rest
+            break  # after the first size; this ends no copies and most others
     return best
 
 
@@ -388,7 +389,7 @@ def _searchable(view: np.ndarray) -> bool:
 
 
 def _search(one: np.ndarray, other: np.ndarray, tall: float, wide: float) -> float:
-    """The best correlation of the middle of `one`, resized, with a place of `other`."""
+    """The best correlation of the centre of `one`, resized, with any position in `other`."""
     middle = one[_BORDER:-_BORDER, _BORDER:-_BORDER]
     size = round(middle.shape[1] * wide), round(middle.shape[0] * tall)
     middle = cv2.resize(middle, size, interpolation=cv2.INTER_AREA)
@@ -406,7 +407,7 @@ def _shrink(grey: np.ndarray) -> np.ndarray:
 
 
 def _local_contrast(small: np.ndarray) -> np.ndarray:
-    """Square roots of grey levels, less their local mean, over their local deviation: uint8 -> float32, same shape."""
+    """Square roots of grey levels minus their local mean, over their local deviation: uint8 -> float32, same shape."""
     root = np.sqrt(small, dtype=np.float32)
     weight = np.minimum(small * np.float32(1 / _DARK), 1)
     total = _blur(weight) + np.float32(1e-3)

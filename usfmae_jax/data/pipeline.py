@@ -1,8 +1,8 @@
 """From shards to batches: deterministic, host-sharded, resumable at any batch.
 
-What batch `step` holds follows from (seed, step) and the shards alone, not from the number of workers, hosts or
-restarts: all randomness is drawn per position in one endless global sequence, and every host takes its own rows of
-each batch.
+The contents of batch `step` depend only on (seed, step) and the shards, not on the number of workers, hosts or
+restarts: randomness is drawn per position in one endless global sequence, and every host takes its own rows of each
+batch.
 """
 
 import collections
@@ -22,11 +22,11 @@ from usfmae_jax.data import augment
 from usfmae_jax.data.records import Record, Shards, decode_image, decode_record, open_shards
 from usfmae_jax.errors import LOADER, NO_GUARD, UNGUARDED, DamagedRecord, FaultError, InputError, check_guard
 
-#: How many records may be tried for one place in a batch before the data counts as unreadable.
+#: Maximum number of records tried for one row of a batch before the data counts as unreadable.
 MAX_TRIES = 8
-#: Seconds in which the next batch, or the next images, have to be there: longer than any storage takes that works.
+#: Seconds to wait for the next batch or images: longer than any working storage takes.
 PATIENCE = 600.0
-_PIECE = 16  # items that a thread loads at a time
+_PIECE = 16  # items per task of a thread
 
 Batch = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -39,11 +39,11 @@ def open_sources(paths: str, split: str | None, exclude: Sequence[str] = ()) -> 
 
 
 class Rows(NamedTuple):
-    """Records to train on, and what goes beside their images in a batch.
+    """Records to train on, with their targets.
 
     Attributes:
-      shards: where the records lie.
-      records: R numbers of records in `shards`.
+      shards: the shards of the records.
+      records: R indices of records in `shards`.
       targets: arrays `[R, ...]` by name.
     """
 
@@ -59,15 +59,15 @@ def all_rows(sources: Sequence[Shards]) -> tuple[Rows, ...]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadView(grain.transforms.RandomMap):
-    """(source, place in its rows) to one training view; a damaged record is replaced by another one of its source.
+    """Loads one training view of (source, position in its rows); a damaged record is replaced by another of its source.
 
     Attributes:
-      sources: what is trained on; all with the same targets.
+      sources: rows to train on; all with the same targets.
       size: (height, width) of the view.
       channels: 1 for grey, 3 for colour.
       how: the augmentation.
-      mask: from a record to the class of each of its pixels, uint8 `[H, W]`, to be seen in the same view, or to several
-        such layers, `[H, W, L]`; None = no.
+      mask: from a record to the class of each pixel, uint8 `[H, W]`, or several such layers, `[H, W, L]`, which get the
+        same view; None = no masks.
     """
 
     sources: Sequence[Rows]
@@ -77,13 +77,13 @@ class LoadView(grain.transforms.RandomMap):
     mask: Callable[[Record], np.ndarray] | None = None
 
     def random_map(self, element: tuple[int, int], rng: np.random.Generator) -> Batch:
-        """One view, the targets, and where it comes from.
+        """Loads one view, with its targets and origin.
 
         Returns:
-          `image` uint8 `[H, W, C]`; `mask` uint8 `[H, W]` or `[H, W, L]`, if asked for; the targets; `record` int64
-          `[2]`: (source, record); `damaged` int64 `[MAX_TRIES, 2]`: those tried before it, or -1.
+          `image` uint8 `[H, W, C]`; `mask` uint8 `[H, W]` or `[H, W, L]`, if requested; the targets; `record` int64
+          `[2]`: (source, record); `damaged` int64 `[MAX_TRIES, 2]`: damaged records tried before it, padded with -1.
         """
-        cv2.setNumThreads(1)  # the parallelism is over images
+        cv2.setNumThreads(1)  # images are processed in parallel instead
         source, place = element
         shards, records, targets = self.sources[source]
         damaged = np.full((MAX_TRIES, 2), -1, np.int64)
@@ -103,10 +103,10 @@ class LoadView(grain.transforms.RandomMap):
         )
 
     def draw(self, record: Record, rng: np.random.Generator) -> Batch:
-        """One view of a record: `image` uint8 `[H, W, C]`, and `mask`; raises DamagedRecord."""
+        """Draws one view of a record: `image` uint8 `[H, W, C]`, and `mask`; raises DamagedRecord."""
         pixels = None
         height, width = record["height"], record["width"]
-        if not (height and width):  # shards made by others may not say
+        if not (height and width):  # shards made by others may lack it
             pixels = decode_image(record["image"], self.channels)
             height, width = pixels.shape[:2]
         matrix = augment.random_view(rng, height, width, self.size, self.how)
@@ -153,18 +153,18 @@ def training_batches(
     """The endless sequence of this host's batches; `dataset[step]` is random access.
 
     A batch has `image` uint8 `[B, H, W, C]`, the targets `[B, ...]`, `record` int64 `[B, 2]`: (source, record), and
-    `damaged` int64 `[B, MAX_TRIES, 2]` for a `DamageReport`. Every epoch is a fresh shuffle; the last incomplete batch
-    of one runs over into the next.
+    `damaged` int64 `[B, MAX_TRIES, 2]` for a `DamageReport`. Every epoch is shuffled anew; an incomplete last batch is
+    filled up from the next epoch.
 
     Args:
-      load: what to train on, and how it is seen.
-      batch_size: of the global batch, over all hosts.
-      seed: fixes order and augmentation.
-      weights: share of each source in the mixture; empty = by their sizes.
-      strata: int `[R]`, of the rows of the only source: all strata are shown equally often, by repeating the rare ones;
-        an epoch is then as long as before. None = every row equally often.
-      host: number of this host.
-      hosts: how many there are; must divide `batch_size`.
+      load: loads the views; holds the rows to train on.
+      batch_size: size of the global batch, over all hosts.
+      seed: determines order and augmentation.
+      weights: sampling weight of each source; empty = in proportion to its size.
+      strata: int `[R]`, stratum of each row of a single source: all strata are sampled equally often, by repeating the
+        rare ones; the length of an epoch does not change. None = every row equally often.
+      host: index of this host.
+      hosts: number of hosts; must divide `batch_size`.
 
     Raises:
       InputError: hosts do not divide the batch, weights do not fit the sources, or there are no rows.
@@ -200,16 +200,16 @@ class _Pair(grain.transforms.Map):
 
 
 def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 2) -> Generator[Any, None, None]:
-    """Batches from number `start` on, prepared ahead; to be closed, which ends the workers.
+    """Yields batches from number `start`, prepared ahead; closing it ends the workers.
 
     Args:
       dataset: from `training_batches`.
       start: first batch, 0 for a new run.
-      workers: processes; 0 decodes in `threads` threads of this process, best when cores are few.
-      threads: see above.
+      workers: number of processes; 0 = decode in `threads` threads of this process, best with few cores.
+      threads: number of decoding threads.
 
     Raises:
-      FaultError: a worker was killed, or no batch came within `PATIENCE`: a worker or the storage hangs.
+      FaultError: a worker was killed, or no batch arrived within `PATIENCE`: a worker or the storage hangs.
     """
     options = grain.ReadOptions(num_threads=max(threads, 1), prefetch_buffer_size=max(2 * threads, 2))
     if workers:
@@ -219,8 +219,8 @@ def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 
     if workers:
         prepared = prepared.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(workers, per_worker_buffer_size=2))
     batches = iter(prepared)
-    # Of a worker that was stopped, or killed within a message, grain waits for the rest for ever. So a thread waits for
-    # grain, which can be left behind.
+    # If a worker is stopped, or killed while sending a message, grain waits for the rest forever. So a thread, which
+    # can be abandoned, waits for grain.
     asked: queue.SimpleQueue[concurrent.futures.Future[Batch] | None] = queue.SimpleQueue()
     threading.Thread(target=_answer, args=(batches, asked), daemon=True).start()
     try:
@@ -228,10 +228,10 @@ def iterate(dataset: grain.MapDataset, start: int, workers: int, threads: int = 
             future: concurrent.futures.Future[Batch] = concurrent.futures.Future()
             asked.put(future)
             batch = [_within_patience(future)]
-            del future  # with what it holds: a worker's shared memory goes back with the last who has the batch
+            del future  # and its result: a worker's shared memory is released with the last reference to the batch
             yield batch.pop()
     except FaultError:
-        _kill_workers()  # they do not end when they are asked to
+        _kill_workers()  # they do not end when asked to
         raise
     finally:
         asked.put(None)
@@ -248,12 +248,12 @@ def _answer(batches: Iterator[Batch], asked: "queue.SimpleQueue[concurrent.futur
 
 
 def _within_patience(future: "concurrent.futures.Future[Loaded]") -> Loaded:
-    """What comes out of a future; raises FaultError if nothing does, or if a worker was killed."""
+    """The result of a future; raises FaultError if there is none in time, or if a worker was killed."""
     how_to = "the same command goes on from the last checkpoint"
     try:
         return future.result(PATIENCE)
     except concurrent.futures.TimeoutError as error:
-        if future.done():  # it was raised by what was waited for
+        if future.done():  # the awaited function itself raised it
             raise
         raise FaultError(
             f"no images came for {PATIENCE:g} s: what loads them, or the storage that they are on, hangs; {how_to}"
@@ -277,11 +277,11 @@ def _kill_workers() -> None:
 
 
 class DamageReport:
-    """Counts damaged records, each once, and stops the run when they are more than a share of the data.
+    """Counts damaged records, each once, and stops the run when they exceed a fraction of the data.
 
     Args:
-      sources: what the numbers in batches refer to.
-      limit: highest share of all records that may be damaged.
+      sources: the sources that indices in batches refer to.
+      limit: maximum fraction of all records that may be damaged.
       known: pairs (source, record) found before a restart.
     """
 
@@ -290,10 +290,10 @@ class DamageReport:
         self.found = {(int(source), int(record)) for source, record in known}
 
     def update(self, damaged: np.ndarray) -> list[str]:
-        """Takes a batch's `damaged` and returns a line for every record that was not known yet.
+        """Takes a batch's `damaged` and returns one line per record that was not known yet.
 
         Raises:
-          InputError: the share is exceeded.
+          InputError: the limit is exceeded.
         """
         fresh = {(int(s), int(r)) for s, r in damaged.reshape(-1, 2) if s >= 0} - self.found
         self.found |= fresh
@@ -313,13 +313,13 @@ class DamageReport:
 def decode_ahead(
     load: Callable[[Item], Loaded], items: Sequence[Item], threads: int, ahead: int
 ) -> Generator[Loaded, None, None]:
-    """`load(item)` of every item, in order, from threads that work ahead; to be closed, which ends them.
+    """Yields `load(item)` for every item, in order, from threads that work ahead; closing it ends them.
 
     Args:
-      load: what a thread does. What it raises is raised here, and nothing comes after it; FaultError, if it hangs.
-      items: what to load.
-      threads: how many; what comes out does not depend on them.
-      ahead: items that may wait for being taken, about.
+      load: called in a thread. An exception in it is raised here and ends the iteration; FaultError if it hangs.
+      items: the items to load.
+      threads: number of threads; the results do not depend on it.
+      ahead: approximate number of items to load ahead.
     """
     waiting: collections.deque[concurrent.futures.Future[list[Loaded]]] = collections.deque()
     pool, hangs = concurrent.futures.ThreadPoolExecutor(max(threads, 1)), False

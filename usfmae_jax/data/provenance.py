@@ -1,4 +1,4 @@
-"""Which data something was computed from: what weights carry with them, and how a test set is recognised in it."""
+"""Data provenance: which datasets weights were trained on, and whether a test set is among them."""
 
 import collections
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from usfmae_jax.data.records import Shards, dataset_name
 
 
 def describe_data(sources: Sequence[Shards]) -> list[dict[str, Any]]:
-    """What is known of the datasets in some shards, without a path.
+    """Describes the datasets in some shards, without any path.
 
     Returns:
       for each dataset: `dataset`, `frames`, `shards` (pairs of file name and record count), and `licence` and
-      `citation` from the `manifest.json` that a build leaves beside its shards; "" where there is none.
+      `citation` from the `manifest.json` that a build writes beside its shards; "" if there is none.
     """
     shards: dict[str, list[list[Any]]] = collections.defaultdict(list)
     folders: dict[str, epath.Path] = {}
@@ -39,7 +39,7 @@ def describe_data(sources: Sequence[Shards]) -> list[dict[str, Any]]:
 
 
 def read_manifest(folder: epath.Path | str) -> dict[str, Any]:
-    """The `manifest.json` of a build's folder; {} if there is none, or none that can be read."""
+    """The `manifest.json` in a build's folder; {} if there is none, or it cannot be read."""
     try:
         manifest = files.parse((epath.Path(folder) / "manifest.json").read_bytes())
     except (OSError, ValueError):
@@ -50,14 +50,14 @@ def read_manifest(folder: epath.Path | str) -> dict[str, Any]:
 def seen_in(lineage: Sequence[dict[str, Any]], sources: Sequence[Shards]) -> dict[str, list[str]]:
     """Which datasets of `sources` the stages of a lineage are known to have trained on.
 
-    A dataset counts as seen if it was trained on under the same name, in whatever version.
+    A dataset counts as seen if one of the same name was trained on, in any version.
 
     Args:
-      lineage: stages as `interop.model.read_lineage` gives them.
-      sources: what something is to be tested on.
+      lineage: stages, from `interop.model.read_lineage`.
+      sources: the shards to test on.
 
     Returns:
-      for each dataset the jobs that saw it, oldest first.
+      for each dataset, the jobs that trained on it, oldest first.
     """
     names = {dataset_name(path) for source in sources for path in source.paths}
     seen: dict[str, list[str]] = collections.defaultdict(list)
@@ -70,5 +70,5 @@ def seen_in(lineage: Sequence[dict[str, Any]], sources: Sequence[Shards]) -> dic
 
 
 def _text(value: Any) -> str:
-    """What a manifest, maybe a stranger's, says in words; a lineage has nothing else, and could not be read again."""
+    """A text from a manifest, which may not be ours; anything but text would make the lineage unreadable."""
     return value if isinstance(value, str) else ""

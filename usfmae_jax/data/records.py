@@ -2,7 +2,7 @@
 
 A record is one frame as a `tf.train.Example`, the same in ArrayRecord and TFRecord files and readable with
 TensorFlow Datasets. Only `image` is required, so that shards made by others with TensorFlow Datasets work too;
-the rest has the defaults of `FIELDS`.
+other fields have the defaults in `FIELDS`.
 """
 
 import bisect
@@ -39,11 +39,11 @@ from usfmae_jax.errors import DamagedRecord, InputError
 
 Record = dict[str, Any]
 
-#: Every field and the value of one that is absent. Ids are strings and the builders never leave them empty:
-#: a still's video is its own, and so is an unknown patient.
+#: All fields, with their default values. Ids are strings, which the builders never leave empty: a still image has a
+#: video of its own, and so does an unknown patient.
 FIELDS: Record = {
-    "image": b"",  # encoded JPEG, PNG or BMP; one channel for grey, three where colour carries meaning
-    "height": 0,  # of `image`, pixels
+    "image": b"",  # encoded JPEG, PNG or BMP; one channel for grey, three if colour carries meaning
+    "height": 0,  # height of `image` in pixels
     "width": 0,
     "dataset": "",
     "anatomy": "",
@@ -52,12 +52,12 @@ FIELDS: Record = {
     "frame": "",
     "label": -1,  # -1 = none
     "mask": b"",  # PNG, one channel, as large as `image`; or empty
-    "spacing": (0.0, 0.0),  # mm from pixel to pixel of `image`, down and across; 0 = not known
-    "source": "",  # path inside the dataset, never absolute
-    "sha256": "",  # `pixel_hash` of the frame as it was decoded from its source
+    "spacing": (0.0, 0.0),  # mm per pixel of `image`, (down, across); 0 = unknown
+    "source": "",  # path within the dataset, never absolute
+    "sha256": "",  # `pixel_hash` of the frame as decoded from its source
 }
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")  # the usual ones, for a sentence
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".dcm", ".dicom")  # the usual ones, for an error message
 _SHARD = re.compile(
     r"(?:-(?P<split>[^-./]+))?\.(?P<format>array_record|tfrecord)(?:-(?P<index>\d+)-of-(?P<count>\d+))?$"
 )
@@ -90,12 +90,12 @@ def decode_record(data: bytes) -> Record:
     """The inverse of `encode_record`; absent fields get their default, unknown ones are left out.
 
     Raises:
-      DamagedRecord: the bytes are no `tf.train.Example`.
+      DamagedRecord: the bytes are not a `tf.train.Example`.
       InputError: the example has no encoded `image`: the shards follow another schema.
     """
     try:
         features = tf_example_pb2.Example.FromString(data).features.feature
-    except Exception as error:  # protobuf's DecodeError has a different home in each implementation
+    except Exception as error:  # protobuf's DecodeError is in a different module in each implementation
         raise DamagedRecord(f"not a tf.train.Example: {error}") from error
     if "image" not in features or not features["image"].bytes_list.value:
         raise InputError(
@@ -120,15 +120,15 @@ def decode_record(data: bytes) -> Record:
     return record
 
 
-#: Bytes of shards that are hashed in all, about, and at a time.
+#: Bytes of shards that are hashed: in total (approximately), and per block.
 _HASHED, _BLOCK = 1 << 28, 1 << 16
 
-#: Of one image; what declares more is refused before it is decoded.
+#: Maximum pixels of an image; files that declare more are refused before decoding.
 MAX_PIXELS = 50_000_000
 
 _WINDOW = 0.1, 99.9  # percentiles
 
-#: Flags that decode at a fraction of the size; JPEG does it while decoding.
+#: OpenCV flags to decode at a fraction of the size, by (channels, reduction); for JPEG, during decoding itself.
 _DECODE = {
     (1, 1): cv2.IMREAD_GRAYSCALE,
     (1, 2): cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -144,7 +144,7 @@ _DECODE = {
 def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarray:
     """Decodes a JPEG, PNG, BMP or TIFF to uint8 `[H, W, channels]`, RGB for three channels, grey for one.
 
-    16 bits become 8 by `to_uint8`, whoever made the file.
+    Images of 16 bits are converted with `to_uint8`.
 
     Args:
       data: the encoded image.
@@ -157,7 +157,7 @@ def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarr
     _check_size(data)
     pixels = _decode(data, channels, reduction)
     if pixels.dtype == np.uint16:
-        if reduction > 1:  # the window is that of the whole frame
+        if reduction > 1:  # the window must be that of the whole frame
             pixels = _decode(data, channels, 1)
         size = max(pixels.shape[1] // reduction, 1), max(pixels.shape[0] // reduction, 1)
         pixels = cv2.resize(to_uint8(pixels), size, interpolation=cv2.INTER_AREA)
@@ -169,7 +169,7 @@ def decode_image(data: bytes, channels: int = 1, reduction: int = 1) -> np.ndarr
 
 
 def _check_size(data: bytes) -> None:
-    """Refuses what a header declares to be larger than any scan: a few bytes of it would take all memory."""
+    """Refuses images whose header declares more than `MAX_PIXELS`: a few bytes could take all memory."""
     try:
         if data.startswith(b"\x89PNG"):
             size = struct.unpack_from(">II", data, 16)
@@ -178,17 +178,17 @@ def _check_size(data: bytes) -> None:
         else:
             with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data)) as image:
                 size = image.size
-    except Exception as error:  # of many kinds: Pillow reads formats of all ages
+    except Exception as error:  # of many types: Pillow reads many old formats
         raise DamagedRecord("image cannot be decoded") from error
     if size[0] * size[1] > MAX_PIXELS:
         raise DamagedRecord(f"image declares {size[0]} x {size[1]} pixels, more than {MAX_PIXELS // 1_000_000} million")
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    # Pillow would take as long as a tenth of the decoding. The largest counts: which one a decoder takes is its affair.
+    # Pillow would take a tenth of the decoding time. The largest size counts, since decoders differ in which they use.
     position, largest = 2, (0, 0)
     while (marker := data[position + 1]) != 0xDA:  # start of scan
-        if data[position] != 0xFF:  # what decoders skip, too
+        if data[position] != 0xFF:  # decoders skip it too
             position = data.index(b"\xff", position)
             continue
         if marker == 0xFF:  # padding
@@ -201,7 +201,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def _decode(data: bytes, channels: int, reduction: int) -> np.ndarray:
-    # Any depth: OpenCV would divide 16 bits by 256, and most scanners use a few of them only.
+    # Any depth: OpenCV would divide 16 bits by 256, although most scanners use only a few of the bits.
     flags = _DECODE[channels, reduction] | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -213,10 +213,10 @@ def _decode(data: bytes, channels: int, reduction: int) -> np.ndarray:
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Maps 16 bits to 8 by a window from the 0.1st to the 99.9th percentile of the frame; 8 bits stay as they are.
+    """Maps 16 bits to 8 by a window from the 0.1st to the 99.9th percentile of the frame; 8 bits are not changed.
 
-    Scanners fill 16 bits to very different extents; the percentiles leave out a few saturated pixels, and one window
-    for all channels keeps colours. The one rule for 16 bits, wherever pixels enter.
+    Scanners use very different ranges of the 16 bits; the percentiles ignore a few saturated pixels, and one window for
+    all channels keeps colours. This rule applies to all 16-bit input.
 
     Args:
       pixels: uint8 or uint16, of any shape.
@@ -227,21 +227,21 @@ def to_uint8(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     low, high = np.percentile(pixels, _WINDOW)
-    if low == high:  # almost all of one value
+    if low == high:  # almost all pixels are equal
         low, high = pixels.min(), pixels.max()
     scale = 255 / max(float(high) - float(low), 1.0)
     return np.clip(np.rint((pixels.astype(np.float32) - low) * scale), 0, 255).astype(np.uint8)
 
 
 def pixel_hash(pixels: np.ndarray) -> str:
-    """SHA-256 of decoded pixels and their shape: equal for equal pictures, whatever the file format."""
+    """SHA-256 of decoded pixels and their shape: equal for equal images, whatever the file format."""
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 
 class NoShardsError(InputError):
-    """Nothing that a path names is a shard; `advised`: the message says what to do instead."""
+    """A path names no shards; `advised`: the message states what to do instead."""
 
     def __init__(self, message: str, advised: bool):
         super().__init__(message)
@@ -250,13 +250,13 @@ class NoShardsError(InputError):
 
 @dataclasses.dataclass
 class Shards:
-    """All records of some shard files, in file order: `shards[i]` is the bytes of record i."""
+    """All records of some shard files, in file order: `shards[i]` returns the bytes of record i."""
 
     paths: list[str]
 
     def __post_init__(self) -> None:
         _allow_files(sum(".tfrecord" not in os.path.basename(path) for path in self.paths))
-        # Opening reads a footer or an index each: worth doing side by side when the files are remote.
+        # Opening a file reads its footer or index: done in parallel, which helps for remote files.
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
             self._files = list(pool.map(_open_shard, self.paths))
         self._ends = list(itertools.accumulate(len(file) for file in self._files))
@@ -265,7 +265,7 @@ class Shards:
         return self._ends[-1] if self._ends else 0
 
     def locate(self, index: int) -> tuple[str, int]:
-        """The shard's path and the record's number in it."""
+        """The path of the record's shard, and its index in that shard."""
         shard, start = self._find(index)
         return self.paths[shard], index - start
 
@@ -274,12 +274,12 @@ class Shards:
         try:
             return self._files[shard][index - start]
         except (RuntimeError, OSError, IndexError, ValueError) as error:
-            if os.strerror(errno.EMFILE) in str(error):  # no fault of the record's
+            if os.strerror(errno.EMFILE) in str(error):  # too many open files: not the record's fault
                 raise _too_many_files(len(self.paths)) from error
             raise DamagedRecord(f"record cannot be read: {error}") from error
 
     def contents(self) -> list[tuple[str, int]]:
-        """Name and record count of every shard: tells data apart wherever the files lie."""
+        """Name and record count of every shard, which identify data independently of its location."""
         return [(os.path.basename(path), len(file)) for path, file in zip(self.paths, self._files, strict=True)]
 
     def fingerprint(self) -> str:
@@ -287,10 +287,10 @@ class Shards:
         return hashlib.sha256(json.dumps(self.contents()).encode()).hexdigest()[:12]
 
     def content(self) -> str:
-        """Hash of what the files hold, 12 hex digits: of evenly spread blocks, which of small data are all of it.
+        """Hash of the contents of the files, 12 hex digits: of evenly spaced blocks, which cover small data completely.
 
-        What changes between the blocks of large data, the checksums of the records tell when they are read. In a bucket
-        it is the sizes alone, since every block would be a request.
+        Changes between the blocks of large data are detected by the records' checksums on reading. In a bucket only the
+        sizes are hashed, since every block would be a request.
         """
         blocks = max(_HASHED // _BLOCK // len(self.paths), 2)
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -303,8 +303,8 @@ class Shards:
 
 
 def _allow_files(count: int) -> None:
-    """Makes room for `count` open files: an ArrayRecord shard that was read from stays open."""
-    count += 256  # for what else a process has open
+    """Raises the limit of open files for `count` shards: an ArrayRecord shard stays open once it was read."""
+    count += 256  # for other files of the process
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY not in (soft, hard) and hard < count:
         raise _too_many_files(count - 256)
@@ -325,7 +325,7 @@ def _digest(path: str, blocks: int) -> str:
     whole = hashlib.sha256(str(size).encode())
     if "://" not in path:
         starts = range(0, size, _BLOCK)
-        if len(starts) > blocks:  # the first and the last, where the index lies, among them
+        if len(starts) > blocks:  # includes the first and the last, which holds the index
             starts = np.linspace(0, size - _BLOCK, blocks).astype(int).tolist()
         with open(path, "rb") as file:
             for start in starts:
@@ -349,9 +349,9 @@ def open_shards(path: str, split: str | None = None, exclude: Sequence[str] = ()
     """Opens the shards of `path`.
 
     Args:
-      path: a shard, a glob of shards or folders, or a folder with shards up to three levels below it; local or `gs://`.
-      split: only shards named for this TFDS split (`NAME-split.array_record-00000-of-00004`); none takes all.
-      exclude: names of datasets whose shards are passed over.
+      path: a shard, a glob of shards or folders, or a folder with shards at most three levels below; local or `gs://`.
+      split: only shards of this TFDS split by name (`NAME-split.array_record-00000-of-00004`); None = all.
+      exclude: names of datasets whose shards are skipped.
 
     Raises:
       NoShardsError: nothing matches.
@@ -386,7 +386,7 @@ def open_shards(path: str, split: str | None = None, exclude: Sequence[str] = ()
 
 
 def _no_shards(path: str) -> NoShardsError:
-    """What to say of a path without shards: how to build them of images there, or what path was meant."""
+    """The error for a path without shards: how to build some from images there, or which path was meant."""
     if os.path.isdir(path):
         below = itertools.islice((name for _, _, names in os.walk(path) for name in names), 1000)
         if any(name.lower().endswith(_IMAGES) for name in below):
@@ -397,10 +397,10 @@ def _no_shards(path: str) -> NoShardsError:
 
 
 def nearest_path(path: str) -> str:
-    """The path that is there and nearly called like one that is not; "" if there is none, or the path itself is there.
+    """The existing path with the most similar name to a missing one; "" if there is none, or the path exists.
 
     Args:
-      path: local.
+      path: a local path.
     """
     found = pathlib.Path(path).anchor
     for name in pathlib.Path(path).relative_to(found).parts:
@@ -414,14 +414,14 @@ def nearest_path(path: str) -> str:
 
 
 def dataset_name(shard: str) -> str:
-    """The dataset that a shard belongs to, by its name: NAME of `NAME-split.array_record-00000-of-00004`."""
+    """The dataset of a shard, from its name: NAME in `NAME-split.array_record-00000-of-00004`."""
     name = os.path.basename(shard)
     match = _SHARD.search(name)
     return name[: match.start()] if match else name
 
 
 def _expand(path: str) -> list[str]:
-    """All files that `path` names: itself, what its wildcards match, and what lies below folders."""
+    """All files that `path` names: itself, matches of its wildcards, and files below folders."""
     if not path:
         return []
     roots = [path]
@@ -434,9 +434,9 @@ def _expand(path: str) -> list[str]:
     files: list[str] = []
     for root in sorted(roots):
         if epath.Path(root).is_dir():
-            # Three levels reach NAME/VERSION/SHARD, and spare a bucket from being listed whole.
+            # Three levels reach NAME/VERSION/SHARD without listing a whole bucket.
             below = [os.fspath(file) for level in ("*", "*/*", "*/*/*") for file in matches(root, level)]
-            # A builder that is still at work, or was killed, leaves '.incomplete' in the folder's name.
+            # A builder that is still running, or was killed, leaves '.incomplete' in the folder's name.
             files += [file for file in below if "incomplete" not in file[len(root) :]]
         elif epath.Path(root).exists():
             files.append(root)
@@ -448,14 +448,14 @@ def _is_pattern(path: str) -> bool:
 
 
 def matches(folder: str | os.PathLike[str], pattern: str) -> list[epath.Path]:
-    """What matches a pattern below a folder, whose own name is taken as it is: `epath` takes it for a pattern too."""
+    """Matches of a pattern below a folder, whose own name is taken literally: `epath` would treat it as a pattern."""
     name = os.fspath(folder)
     return list(epath.Path(name if "://" in name else glob.escape(name)).glob(pattern))
 
 
 def _check_complete(path: str, files: list[str]) -> None:
     if _is_pattern(path) or not epath.Path(path).is_dir():
-        return  # the person chose single files
+        return  # the user chose single files
     counts: dict[tuple[str, int], set[int]] = collections.defaultdict(set)
     for file in files:
         match = _SHARD.search(file)

@@ -1,4 +1,4 @@
-"""Splits as files: official tables beside shards, a person's own, and what every run leaves behind."""
+"""Splits as files: official tables beside the shards, a user's own, and those that every run writes."""
 
 import collections
 import csv
@@ -26,15 +26,14 @@ _PARTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fold:
-    """One division of rows of a table; int64 arrays, ascending, no row in two of them.
+    """One split of the rows of a table; int64 arrays, ascending, disjoint.
 
     Attributes:
-      name: '1', '2', ... or what the file calls it; letters, digits, '.', '_' and '-' only. 'single' if it is the only.
-      train: rows to learn from.
-      validation: rows to choose by.
-      test: rows to report.
-      copied: those of them that show the same picture as a frame of another patient in train or validation, as the
-        split was given.
+      name: '1', '2', ... or the name in the file; letters, digits, '.', '_' and '-' only. 'single' for a single fold.
+      train: rows to train on.
+      validation: rows to select models on.
+      test: rows to report results on.
+      copied: test rows with the same image as a frame of another patient in train or validation of the original split.
     """
 
     name: str
@@ -44,27 +43,27 @@ class Fold:
     copied: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     def parts(self) -> dict[str, np.ndarray]:
-        """The three by name."""
+        """The three parts by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
 
 def read_splits(path: os.PathLike[str] | str, frames: Table, spare: int = 0) -> list[Fold]:
-    """Reads folds from one CSV file, or from all those of a folder.
+    """Reads folds from one CSV file, or from all CSV files of a folder.
 
-    Columns: `frame`, `part` (train, validation or test) and, where there are several folds, `fold`; `dataset` and
-    `video` where `frame` alone does not tell frames apart; others are passed over. `frame` holds the records' `frame`,
-    or else their `source`. Frames of the table that a fold does not name are in none of its parts.
+    Columns: `frame`, `part` (train, validation or test) and, for several folds, `fold`; `dataset` and `video` if
+    `frame` alone is not unique; others are ignored. `frame` holds the records' `frame`, or else their `source`. Frames
+    of the table that a fold does not name are in none of its parts.
 
     Args:
-      path: of the file or folder. Without the column `fold`, a file of a folder is a fold of its name.
-      frames: what the rows are of.
-      spare: how many frames may be named that are not there: those that are known to be damaged or left out.
+      path: the file or folder. Without the column `fold`, each file of a folder is one fold, named after the file.
+      frames: the table that the rows refer to.
+      spare: how many frames may be named that are not in the table, because they are known to be damaged or left out.
 
     Returns:
-      Folds by number, then name; `validation` is empty where the file has none.
+      the folds, sorted by number, then name; `validation` is empty if the file has none.
 
     Raises:
-      InputError: no such file, missing columns, unknown frames or parts, or a frame in two parts of a fold.
+      InputError: there is no such file, columns are missing, frames or parts are unknown, or a frame is in two parts.
     """
     root = epath.Path(path)
     files = sorted(matches(root, "*.csv")) if root.is_dir() else [root]
@@ -78,13 +77,13 @@ def read_splits(path: os.PathLike[str] | str, frames: Table, spare: int = 0) -> 
 
 
 def write_splits(path: os.PathLike[str] | str, frames: Table, folds: Sequence[Fold], groups: np.ndarray) -> None:
-    """Writes folds as one CSV file that `read_splits` reads to the same folds; see `COLUMNS`.
+    """Writes folds as one CSV file, from which `read_splits` reads the same folds; see `COLUMNS`.
 
     Args:
-      path: of the file.
-      frames: what the rows are of.
-      folds: to write.
-      groups: int `[N]`: who belongs together; for a person to see that no group is on two sides.
+      path: path of the file.
+      frames: the table that the rows refer to.
+      folds: the folds to write.
+      groups: int `[N]`, group of each row; written so that a reader can check that no group is on two sides.
     """
     lines = []
     for fold in folds:
@@ -98,7 +97,7 @@ def write_splits(path: os.PathLike[str] | str, frames: Table, folds: Sequence[Fo
 
 
 def write_csv(path: os.PathLike[str] | str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Writes a CSV file at once: who reads it finds all of it or what was there before."""
+    """Writes a CSV file atomically."""
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
@@ -109,23 +108,23 @@ def write_csv(path: os.PathLike[str] | str, header: Sequence[str], rows: Sequenc
 
 
 def official_tables(frames: Table) -> list[epath.Path]:
-    """The `splits/*.csv` that a build left beside the shards; [] where shards lie in several folders."""
+    """The `splits/*.csv` that a build wrote beside the shards; [] if the shards are in several folders."""
     folders = {epath.Path(path).parent for path in frames.shards.paths}
     return sorted(matches(folders.pop() / "splits", "*.csv")) if len(folders) == 1 else []
 
 
 def official(frames: Table, name: str = "") -> tuple[str, list[Fold]]:
-    """The split that the makers of the data published.
+    """The split that the authors of the dataset published.
 
     Args:
-      frames: all of one dataset.
-      name: of the table, such as '5-fold-cv'; by default the one with the fewest folds.
+      frames: frames of one dataset.
+      name: name of the table, such as '5-fold-cv'; "" = the one with the fewest folds.
 
     Returns:
-      The table's name, and its folds as `read_splits` gives them.
+      the table's name, and its folds from `read_splits`.
 
     Raises:
-      InputError: there is none, or none of this name; or what `read_splits` raises.
+      InputError: there is none, or none of this name; or `read_splits` raised it.
     """
     tables = {table.stem: table for table in official_tables(frames)}
     if not tables:
@@ -134,7 +133,7 @@ def official(frames: Table, name: str = "") -> tuple[str, list[Fold]]:
         )
     if name and name not in tables:
         raise InputError(f"there is no official split {name!r}, only {', '.join(tables)}; set config.split.path")
-    spare = frames.damaged + frames.left_out  # they may be in the table, and have no row
+    spare = frames.damaged + frames.left_out  # the split may name them although they have no row
     read = {one: read_splits(tables[one], frames, spare) for one in ([name] if name else tables)}
     chosen = min(read, key=lambda one: (len(read[one]), one))
     return chosen, read[chosen]
@@ -185,7 +184,7 @@ def _fold(name: str, parts: dict[str, list[int]], frames: Table) -> Fold:
 
 
 def _find_rows(table: list[dict[str, str]], frames: Table, where: str, spare: int) -> list[int]:
-    """The row of every line, -1 where there is none; by the reading of `frame` that knows most of them."""
+    """The row of every line, -1 if there is none; `frame` is matched with the key that finds the most."""
     best: tuple[int, list[int], list[str], list[str]] | None = None
     ids = [name for name in ("dataset", "video") if name in table[0]]
     for columns in ([*ids, "frame"], ["frame_key"], ["source"]):
@@ -193,7 +192,7 @@ def _find_rows(table: list[dict[str, str]], frames: Table, where: str, spare: in
         place = dict(zip(keys, range(len(frames)), strict=True))
         several = {key for key, count in collections.Counter(keys).items() if count > 1}
         wanted = [tuple(line.get(column, line["frame"]) for column in columns) for line in table]
-        # In the order of the file, each once.
+        # Unique, in the order of the file.
         unknown = ["/".join(key) for key in dict.fromkeys(wanted) if key not in place]
         unclear = ["/".join(key) for key in dict.fromkeys(wanted) if key in several]
         if best is None or len(unknown) + len(unclear) < best[0]:

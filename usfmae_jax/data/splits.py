@@ -1,8 +1,7 @@
-"""Who is trained on and who is tested: folds that keep patients, videos and near-duplicates on one side.
+"""Train, validation and test splits that keep patients, videos and near-duplicates on one side.
 
-Frames of one patient are no independent evidence, and neither are two copies of a picture: what belongs together is a
-group, and a group is on one side of a split. `plan` decides which folds a run has, wherever they come from, and lets
-none pass that `check` refuses.
+Frames of one patient are not independent, and neither are two copies of an image: they form a group, and a group is on
+one side of a split. `plan` determines the folds of a run, whatever their source, and accepts none that `check` refuses.
 """
 
 import dataclasses
@@ -30,36 +29,36 @@ Excluded = dict[str, str]
 
 
 class Strata(NamedTuple):
-    """What every part of a split has some of, and shares of which are as even as groups allow: classes, if any.
+    """Strata that every part of a split contains, in proportions as even as groups allow; usually the classes.
 
     Attributes:
       code: int `[N]`, the stratum of every row of a table, in [0, S).
-      names: S names. With one stratum, splits are by patient alone.
+      names: the S names. With only one stratum, splits are by patient without stratification.
     """
 
     code: np.ndarray
     names: tuple[str, ...]
 
     def called(self, stratum: int) -> str:
-        """A stratum as sentences name it."""
+        """The name of a stratum for sentences."""
         return f"class {self.names[stratum]!r}" if len(self.names) > 1 else "the data"
 
 
 def groups(frames: Table, pairs: np.ndarray | None = None) -> np.ndarray:
-    """Numbers what belongs together: connected components over patients, videos and pairs of rows.
+    """Numbers the groups of rows: connected components over patients, videos and pairs of rows.
 
     Args:
       frames: N rows.
-      pairs: int `[P, 2]`, rows that show the same picture; None = none.
+      pairs: int `[P, 2]`, rows with the same image; None = none.
 
     Returns:
-      int64 `[N]`, counted in the order of the rows.
+      int64 `[N]`, numbered in the order of the rows.
     """
     return _components([frames.patient_key, frames.video_key], pairs)
 
 
 def _components(keys: Sequence[np.ndarray], pairs: np.ndarray | None) -> np.ndarray:
-    """Rows that share a value of any key, or a pair, share a number."""
+    """Connected components: rows that share a value of any key, or a pair, get the same number."""
     count = len(keys[0])
     edges = [np.asarray(pairs if pairs is not None else (), np.int64).reshape(-1, 2)]
     for key in keys:
@@ -72,20 +71,20 @@ def _components(keys: Sequence[np.ndarray], pairs: np.ndarray | None) -> np.ndar
 
 
 def group_folds(strata: Strata, groups: np.ndarray, count: int, validation: float, seed: int) -> list[Fold]:
-    """Cross-validation: every group is tested in one of `count` folds, with strata as even as groups allow.
+    """Cross-validation: each group is tested in one of `count` folds, with strata as even as groups allow.
 
     Args:
-      strata: of N rows.
-      groups: int `[N]`.
-      count: of folds, at least 2.
-      validation: share of the groups that are not tested, in (0, 1), by which a fold chooses.
-      seed: of the draw.
+      strata: strata of N rows.
+      groups: int `[N]`, group of each row.
+      count: number of folds, at least 2.
+      validation: fraction, in (0, 1), of the groups outside the test part that form the validation part.
+      seed: seed of the random draw.
 
     Raises:
       InputError: a stratum has fewer groups than there are folds.
     """
     _check_share("validation", validation)
-    held = np.unique(np.stack([strata.code, groups]), axis=1)[0]  # once for each group of a stratum
+    held = np.unique(np.stack([strata.code, groups]), axis=1)[0]  # each pair of stratum and group once
     each = np.bincount(held, minlength=len(strata.names))
     fewest = int(np.argmin(each))
     if not 2 <= count <= each[fewest]:
@@ -104,13 +103,13 @@ def group_folds(strata: Strata, groups: np.ndarray, count: int, validation: floa
 def cross_validation(
     strata: np.ndarray, groups: np.ndarray, count: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(rest, test) rows of `count` folds of N rows: every group is tested in one, strata as even as groups allow."""
+    """(rest, test) rows of `count` folds of N rows: each group is tested in one, strata as even as groups allow."""
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     return list(splitter.split(strata, strata, groups))
 
 
 def single(strata: Strata, groups: np.ndarray, validation: float, test: float, seed: int) -> list[Fold]:
-    """One split: a share `test` of the groups is tested, and a share `validation` of the others chooses."""
+    """One split: a fraction `test` of the groups is for testing, a fraction `validation` of the rest for validation."""
     _check_share("validation", validation)
     _check_share("test", test)
     rows = np.arange(len(groups))
@@ -120,7 +119,7 @@ def single(strata: Strata, groups: np.ndarray, validation: float, test: float, s
 
 
 def from_shards(frames: Table, strata: Strata, groups: np.ndarray, validation: float, seed: int) -> list[Fold]:
-    """The TFDS splits that the shards are named for; where there is no validation, a share of the training groups.
+    """The TFDS splits in the names of the shards; without validation shards, a fraction of the training groups.
 
     Raises:
       InputError: the shards have no train or no test split.
@@ -139,7 +138,7 @@ def from_shards(frames: Table, strata: Strata, groups: np.ndarray, validation: f
 def _with_validation(
     folds: Sequence[Fold], strata: Strata, groups: np.ndarray, validation: float, seed: int
 ) -> list[Fold]:
-    """Carves a validation part out of train, by group, in those folds that have none."""
+    """Takes a validation part from train, by group, in folds that have none."""
     result = []
     for number, fold in enumerate(folds):
         if not len(fold.validation):
@@ -156,30 +155,30 @@ def _check_share(name: str, share: float) -> None:
 
 
 def _draw(strata: Strata, rows: np.ndarray, groups: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Which of `rows` a share of their groups has, the same of every stratum but one at least: bool `[len(rows)]`.
+    """Draws a fraction of the groups of `rows`, equal in every stratum and at least one group: bool `[len(rows)]`.
 
-    A group belongs to the stratum that most of its frames have. A larger share of the same seed contains a smaller one.
+    A group belongs to the stratum of most of its frames. With the same seed, a larger share contains a smaller one.
     """
     _, codes = np.unique(groups[rows], return_inverse=True)
     order = np.random.default_rng(seed).permutation(codes.max(initial=-1) + 1)
     chosen = np.zeros(len(order), bool)
-    # Only what is there: classes that no frame has, and pairs of a group and a class that it has not, cost nothing.
+    # Only existing pairs of group and stratum: classes without frames, and absent pairs, cost nothing.
     (group, stratum), counts = np.unique(np.stack([codes, strata.code[rows]]), axis=1, return_counts=True)
     by_count = np.lexsort([stratum, -counts, group])
     most = stratum[by_count[np.unique(group[by_count], return_index=True)[1]]]
     ordered = order[np.argsort(most[order], kind="stable")]
     for own in np.split(ordered, np.flatnonzero(np.diff(most[ordered])) + 1):
         chosen[own[: max(1, round(share * len(own)))]] = True
-    # A stratum that no group has most of comes with the first group that has it at all.
+    # A stratum that is not the main one of any group comes with the first group that contains it.
     by_place = np.lexsort([np.argsort(order)[group], stratum])
     chosen[group[by_place[np.unique(stratum[by_place], return_index=True)[1]]]] = True
     return chosen[codes]
 
 
 def take_fraction(strata: Strata, fold: Fold, groups: np.ndarray, fraction: float, seed: int) -> Fold:
-    """The fold with a share of its training groups; validation and test stay.
+    """The fold with a fraction of its training groups; validation and test stay the same.
 
-    Stratified, at least one group of each stratum. For one seed, 1% is part of 5%, which is part of 10%.
+    Stratified, with at least one group of each stratum. For a given seed, 1% is a subset of 5%, and 5% of 10%.
 
     Raises:
       InputError: the fraction is not in (0, 1].
@@ -204,27 +203,27 @@ def plan(
     pairs: np.ndarray | None = None,
     copies: str = "drop",
 ) -> tuple[list[Fold], np.ndarray, list[Excluded], str]:
-    """Decides on the folds and checks them.
+    """Determines the folds and checks them.
 
     Args:
       frames: N rows.
-      strata: of the rows.
-      kind: 'official' (the makers' table beside the shards), 'shards' (their TFDS splits), 'group' (cross-validation
-        by patient) or 'single' (one split by patient); 'auto' takes `path` if given, else the first that is there.
+      strata: strata of the rows.
+      kind: 'official' (the published table beside the shards), 'shards' (their TFDS splits), 'group' (cross-validation
+        by patient) or 'single' (one split by patient); 'auto' = `path` if given, or the first possible of the first three.
       path: a file or folder for `read_splits`; or, with 'official', the table's name.
-      folds: how many, of 'group'.
-      validation: share of the training patients, where the split has no validation part.
-      test: share of all patients, of 'single'.
-      seed: of what is drawn.
-      pairs: int `[P, 2]`, rows that show the same picture, see `duplicates`.
-      copies: 'drop' takes copies of tested pictures out of the other parts, 'keep' leaves a split as it was published.
+      folds: number of folds for 'group'.
+      validation: fraction of the training patients, if the split has no validation part.
+      test: fraction of all patients, for 'single'.
+      seed: seed of the random draws.
+      pairs: int `[P, 2]`, rows with the same image, see `duplicates`.
+      copies: 'drop' removes copies of test images from the other parts, 'keep' leaves a split as published.
 
     Returns:
-      The folds; groups int64 `[N]` (patients, videos and pairs together); what `check` excluded; and a sentence that
-      says which split it is.
+      the folds; groups int64 `[N]` (patients, videos and pairs together); the rows that `check` excluded; and a phrase
+      that describes the split.
 
     Raises:
-      InputError: no such split, or one that leaks or lacks a stratum.
+      InputError: there is no such split, or it leaks or lacks a stratum.
     """
     if kind not in KINDS:
         raise InputError(f"config.split.kind={kind!r} is not known; give one of {', '.join(KINDS)}")
@@ -264,10 +263,10 @@ def plan(
 
 
 def only(folds: Sequence[Fold], names: Sequence[str]) -> tuple[list[Fold], str]:
-    """The folds of those names, all without names; and what belongs behind the sentence of `plan`.
+    """The folds with the given names, all if there are none; and a phrase to append to that of `plan`.
 
     Raises:
-      InputError: there is no fold of a name.
+      InputError: there is no fold with one of the names.
     """
     unknown = sorted(set(names) - {fold.name for fold in folds})
     if unknown:
@@ -279,10 +278,10 @@ def only(folds: Sequence[Fold], names: Sequence[str]) -> tuple[list[Fold], str]:
 
 
 def _without_shared_validation(folds: Sequence[Fold], patients: np.ndarray) -> tuple[list[Fold], int]:
-    """Gives validation parts back to train that were drawn by image, as some published ones are; test stays.
+    """Merges validation parts that were drawn by image, as some published ones are, into train; test is unchanged.
 
     Returns:
-      The folds, and the highest number of patients on both sides in any of them.
+      the folds, and the maximum number of patients on both sides in any of them.
     """
     shared = [len(np.intersect1d(patients[fold.train], patients[fold.validation])) for fold in folds]
     none = np.empty(0, np.int64)
@@ -301,22 +300,22 @@ def check(
     pairs: np.ndarray | None = None,
     keep: bool = False,
 ) -> tuple[list[Fold], list[Excluded]]:
-    """Refuses folds that leak or cannot be learnt from, and takes copies of what is tested out of the rest.
+    """Refuses folds that leak or lack a stratum, and removes copies of test images from the other parts.
 
-    Where patients are connected by pictures that both have, they are one person under two names: then only the frames
-    in test stay, or those in validation if none is in test. So official test parts stay as they were published.
+    Patients who share an image count as one person under two names: then only their frames in test are kept, or those
+    in validation if none is in test. So official test parts stay as published.
 
     Args:
-      folds: to check.
+      folds: the folds to check.
       frames: N rows.
-      strata: of the rows.
+      strata: strata of the rows.
       patient_groups: int `[N]`, `groups` without pairs.
-      pairs: int `[P, 2]`, rows that show the same picture.
+      pairs: int `[P, 2]`, rows with the same image.
       keep: leave the copies where they are.
 
     Returns:
-      The folds, with what of each is `copied`, without the copies; and what was taken out: `fold`, `part`, `dataset`,
-      `patient`, `video`, `frame`, and in `of` and `reason` because of which frame of which part.
+      the folds without the copies, with their `copied` set; and the excluded rows: `fold`, `part`, `dataset`,
+      `patient`, `video`, `frame`, and in `of` and `reason` the frame and part that caused it.
 
     Raises:
       InputError: a patient or video is on two sides, or a part lacks a stratum.
@@ -341,7 +340,7 @@ def check(
 
 
 def _copied(fold: Fold, pairs: np.ndarray | None) -> np.ndarray:
-    """The rows of test that make a pair with a row of another part, ascending."""
+    """The test rows that form a pair with a row of another part, ascending."""
     edges = np.asarray(pairs if pairs is not None else (), np.int64).reshape(-1, 2)
     tested, learnt = np.isin(edges, fold.test), np.isin(edges, np.concatenate([fold.train, fold.validation]))
     return np.unique(np.concatenate([edges[tested[:, i] & learnt[:, 1 - i], i] for i in (0, 1)]))
@@ -381,7 +380,7 @@ def _refuse_missing_strata(fold: Fold, frames: Table, strata: Strata) -> None:
 def _reason(
     fold: Fold, frames: Table, row: int, sides: np.ndarray, persons: np.ndarray, pairs: np.ndarray | None
 ) -> Excluded:
-    """Says because of which frame a row cannot stay: one that shows the same, or else one of a connected patient."""
+    """Reports the frame because of which a row is excluded: a copy of it, or else one of a connected patient."""
     parts = ["", *fold.parts()]
     kept = np.flatnonzero((persons == persons[row]) & (sides == sides[persons == persons[row]].max()))
     edges = np.asarray(pairs if pairs is not None else (), np.int64).reshape(-1, 2)

@@ -1,4 +1,4 @@
-"""All records of some shards as one table: what splits, tasks and evaluation choose rows from."""
+"""All records of some shards as one table, from which splits, tasks and evaluation select rows."""
 
 import contextlib
 import dataclasses
@@ -25,30 +25,30 @@ _SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 _TEXTS = ("dataset", "patient", "video", "frame", "source", "sha256")
 _COLUMNS = ("index", "label", "digest", "split", *_TEXTS)
 MAX_CLASSES = 100_000
-_ROOM = 1 << 28  # bytes that a column may take whatever its texts are
-_MANY = 20_000  # records from which reading takes long enough to show progress
+_ROOM = 1 << 28  # bytes that a column may always take, whatever its texts
+_MANY = 20_000  # number of records above which progress is shown
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """Frames, one a row, in the order of the shards. N = number of rows.
+    """Frames, one per row, in the order of the shards. N = number of rows.
 
     Attributes:
-      shards: where the records lie.
-      index: int64 `[N]`, record number in `shards`.
+      shards: the shards of the records.
+      index: int64 `[N]`, index of the record in `shards`.
       label: int64 `[N]`; -1 = none.
-      digest: uint8 `[N, 32]`, SHA-256 of the encoded image; `sha256` is of its source, before it was cleaned.
-      split: str `[N]`, TFDS split by the shard's name; empty where it names none.
-      dataset: str `[N]`, as all below; the shard's name where the record has none.
+      digest: uint8 `[N, 32]`, SHA-256 of the encoded image; `sha256` is that of its source, before cleaning.
+      split: str `[N]`, TFDS split from the shard's name; empty if it has none.
+      dataset: str `[N]`, as all below; taken from the shard's name if the record has none.
       patient: id as in the record; empty = unknown.
       video: likewise.
       frame: likewise.
-      source: path inside the dataset.
-      sha256: of the decoded pixels; may be empty in shards made by others.
-      label_names: in the order of the labels; () where nobody says, or not all say the same.
-      left_out: number of readable records that are no rows here, see `take`.
-      damaged: number of records that cannot be read.
-      path: the sources as they were asked for.
+      source: path within the dataset.
+      sha256: hash of the decoded pixels; may be empty in shards made by others.
+      label_names: in the order of the labels; () if not given, or if folders disagree.
+      left_out: number of readable records that are not rows of this table, see `take`.
+      damaged: number of unreadable records.
+      path: the sources as requested.
     """
 
     shards: Shards
@@ -71,30 +71,30 @@ class Table:
         return len(self.index)
 
     def take(self, rows: np.ndarray) -> "Table":
-        """The table of some rows, int `[M]`, none of them twice."""
+        """The table with only the given rows, int `[M]`, without repeats."""
         columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
         return dataclasses.replace(self, **columns, left_out=self.left_out + len(self) - len(rows))
 
     @functools.cached_property
     def label_name(self) -> np.ndarray:
-        """Every label's name, or its number where it has none; empty without a label; str `[N]`."""
+        """The name of each label, or its number if it has no name; empty without a label; str `[N]`."""
         labels, codes = np.unique(self.label, return_inverse=True)
         named = [self.label_names[one] if 0 <= one < len(self.label_names) else str(one) for one in labels.tolist()]
         return np.asarray(["" if one < 0 else name for one, name in zip(labels, named, strict=True)], np.str_)[codes]
 
     @functools.cached_property
     def video_key(self) -> np.ndarray:
-        """'dataset/video', unique over datasets; an unknown video is its frame's own; str `[N]`."""
+        """'dataset/video', unique over datasets; frames of unknown video have one each; str `[N]`."""
         return self._key(self.video)
 
     @functools.cached_property
     def patient_key(self) -> np.ndarray:
-        """'dataset/patient', unique over datasets; an unknown patient is its video's own; str `[N]`."""
+        """'dataset/patient', unique over datasets; videos of unknown patient have one each; str `[N]`."""
         return self._key(np.where(self.patient == "", self.video, self.patient))
 
     @functools.cached_property
     def frame_key(self) -> np.ndarray:
-        """A name for every row: frame, video/frame or dataset/video/frame, the first that is unique; str `[N]`."""
+        """A name for each row: frame, video/frame or dataset/video/frame, the first that is unique; str `[N]`."""
         long = _join(self.video, self.frame)
         for key in (self.frame, long, _join(self.dataset, long)):
             if len(np.unique(key)) == len(key) and "" not in key:
@@ -103,13 +103,13 @@ class Table:
 
     @functools.cached_property
     def frame_name(self) -> np.ndarray:
-        """The frame as files name it beside dataset and video: its id where those three are unique; str `[N]`."""
+        """The name of each frame in files with dataset and video: its id if the three are unique; str `[N]`."""
         ids = np.stack([self.dataset, self.video, self.frame], axis=1)
         return self.frame if len(np.unique(ids, axis=0)) == len(self) else self.frame_key
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """12 hex digits that change with rows, labels, ids and pixels, and not with where files lie."""
+        """12 hex digits that change with rows, labels, ids and pixels, but not with the location of the files."""
         digest = hashlib.sha256(json.dumps([self.shards.contents(), self.label_names]).encode())
         digest.update(hashlib.sha256(self.digest.tobytes()).hexdigest().encode())
         digest.update(np.stack([self.index, self.label]).astype("<i8").tobytes())
@@ -127,14 +127,14 @@ def _join(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def read_table(paths: str, split: str = "") -> Table:
-    """Reads what all records say of themselves, without decoding an image; damaged ones are left out and counted.
+    """Reads the metadata of all records, without decoding images; damaged ones are left out and counted.
 
     Args:
-      paths: sources with commas between them, see `records.open_shards`.
-      split: only shards of this TFDS split; empty takes all.
+      paths: sources separated by commas, see `records.open_shards`.
+      split: only shards of this TFDS split; "" = all.
 
     Raises:
-      InputError: nothing to read.
+      InputError: there is nothing to read.
     """
     files = [path for source in open_sources(paths, split or None) for path in source.paths]
     shards = Shards(list(dict.fromkeys(files)))
@@ -163,7 +163,7 @@ def read_table(paths: str, split: str = "") -> Table:
 
 
 def _column(paths: str, name: str, values: list[str]) -> np.ndarray:
-    """Texts as an array, in which each takes the room of the longest; raises InputError where that is no id."""
+    """Texts as an array, in which each takes as much memory as the longest; raises InputError if that is too much."""
     longest = max(map(len, values), default=0)
     if 4 * longest * len(values) > _ROOM + 16 * sum(map(len, values)):
         raise InputError(
@@ -173,15 +173,15 @@ def _column(paths: str, name: str, values: list[str]) -> np.ndarray:
 
 
 def folders(frames: Table) -> list[str]:
-    """The folders that the rows come from."""
+    """The folders of the rows' shards."""
     return sorted({frames.shards.locate(number)[0].rpartition("/")[0] for number in frames.index.tolist()})
 
 
 def names_beside(folder: str) -> tuple[str, ...]:
-    """Class names from the `label.labels.txt` or `manifest.json` beside shards; () where neither says.
+    """Class names from the `label.labels.txt` or `manifest.json` beside shards; () if neither has them.
 
     Raises:
-      InputError: the file of names is no text, or has more than `MAX_CLASSES`.
+      InputError: the file of names is not text, or has more than `MAX_CLASSES`.
     """
     try:
         text = (epath.Path(folder or ".") / "label.labels.txt").read_text()
@@ -209,23 +209,23 @@ def images(
     batch_size: int,
     threads: int = 2,
 ) -> Iterator[np.ndarray]:
-    """The frames of `rows`, whole, in order, decoded by threads that work ahead.
+    """Yields the whole frames of `rows`, in order, decoded ahead in threads.
 
     Args:
-      frames: the table.
-      rows: which of its rows, in any order.
-      size: (height, width) of the images; the aspect is not kept.
+      frames: table of the frames.
+      rows: rows of the table, in any order.
+      size: (height, width) of the images; the aspect ratio is not kept.
       channels: 1 or 3.
-      batch_size: images at a time; the last batch is what remains.
-      threads: that decode. What comes out does not depend on them.
+      batch_size: images per batch; the last batch may be smaller.
+      threads: decoding threads; the results do not depend on their number.
 
     Yields:
       uint8 `[n, H, W, C]`.
 
     Raises:
-      InputError: an image is damaged; says which.
+      InputError: an image is damaged; the message names it.
     """
-    cv2.setNumThreads(1)  # the parallelism is over images
+    cv2.setNumThreads(1)  # images are processed in parallel instead
 
     def load(row: int) -> np.ndarray:
         return whole_image(frames, row, size, channels)
@@ -243,7 +243,7 @@ def read_row(frames: Table, row: int) -> Record:
 
 
 def whole_image(frames: Table, row: int, size: tuple[int, int], channels: int) -> np.ndarray:
-    """One frame, whole, in `size`: uint8 `[H, W, C]`; raises InputError if it is damaged."""
+    """One whole frame, resized to `size`: uint8 `[H, W, C]`; raises InputError if it is damaged."""
     try:
         pixels = decode_image(read_row(frames, row)["image"], channels)
     except DamagedRecord as error:

@@ -1,4 +1,4 @@
-"""Tables of numbers beside shards: one or several columns of a CSV file, joined to the frames that its rows name."""
+"""Targets from CSV tables: one or several columns, joined to the frames that the rows name."""
 
 import collections
 import csv
@@ -18,11 +18,11 @@ from usfmae_jax.data import cells
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError, visible
 
-#: Columns that say which frame a row is of, the first that is there.
+#: Columns that identify the frame of a row; the first that exists is used.
 KEYS = ("frame", "source", "file", "filename", "file_name")
-#: Columns that tell frames of equal names apart.
+#: Columns that distinguish frames of equal names.
 IDS = ("dataset", "patient", "video")
-_NOTHING = {"", "na", "n/a", "#n/a", "<na>", "nan", "null", "none"}  # as spreadsheets, R and pandas write it
+_NOTHING = {"", "na", "n/a", "#n/a", "<na>", "nan", "null", "none"}  # missing values of spreadsheets, R and pandas
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?inf(inity)?", re.IGNORECASE)
 _UNIT = re.compile(r"(?P<name>.*\S)\s*(?:\[(?P<square>[^\[\]]*)\]|\((?P<round>[^()]*)\))")
 _PSEUDONYM = re.compile(r"f[0-9a-f]{16}")
@@ -30,13 +30,13 @@ _PSEUDONYM = re.compile(r"f[0-9a-f]{16}")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Targets:
-    """What tables say of the rows of a `Table`.
+    """Targets for the rows of a `Table`.
 
     Attributes:
-      names: of the K columns, without their units.
-      units: of the columns; "" = none is said.
-      values: float64 `[N, K]`; NaN where a frame has none.
-      notes: sentences on rows that could not be used, for the person.
+      names: names of the K columns, without their units.
+      units: units of the columns; "" = not given.
+      values: float64 `[N, K]`; NaN where a frame has no value.
+      notes: sentences for the user on rows that could not be used.
     """
 
     names: tuple[str, ...]
@@ -56,7 +56,7 @@ class Targets:
 
 
 def known(table: Table, targets: Targets) -> tuple[Table, Targets]:
-    """The rows of a table that have a target, and their targets, with a note on how many have none.
+    """The rows of a table that have a target, and their targets, with a note on how many lack one.
 
     Raises:
       InputError: no frame has one.
@@ -71,7 +71,7 @@ def known(table: Table, targets: Targets) -> tuple[Table, Targets]:
 
 class _File(NamedTuple):
     name: str
-    key: str  # the column that names frames
+    key: str  # the column that identifies frames
     columns: dict[str, tuple[str, str]]  # name and unit by header
     lines: list[dict[str, str]]  # cells by header, ids by their names in lower case
 
@@ -80,19 +80,19 @@ def read_targets(paths: str, table: Table, names: Sequence[str] = (), *, labels:
     """Reads columns of one or several CSV files and joins them to the rows of a table.
 
     A row belongs to the frame, the source or the file, with or without folder and suffix, that its column `frame`,
-    `source`, `file` or `filename` names; of a clip, to all of its frames. The columns `dataset`, `patient` and `video`
-    narrow it. A column is called `name`, `name [unit]` or `name (unit)`.
+    `source`, `file`, `filename` or `file_name` names; for a clip, to all of its frames. The columns `dataset`,
+    `patient` and `video` narrow it down. A header is `name`, `name [unit]` or `name (unit)`.
 
     Args:
-      paths: of the files, with commas between them; inside, commas, semicolons or tabs are between the cells.
-      table: of the frames.
-      names: of the columns; () takes all that hold nothing but numbers.
-      labels: whether the columns are labels: without `names`, those of nothing but 0 and 1 are taken, and with them
-        anything else is refused.
+      paths: the files, separated by commas; their cells may be separated by commas, semicolons or tabs.
+      table: table of the frames.
+      names: names of the columns; () = all that contain only numbers.
+      labels: whether the columns are labels: without `names`, all that contain only 0 and 1 are used; with `names`,
+        other values are refused.
 
     Raises:
-      InputError: a file cannot be read, has no such column, names no frame of the table; text or an infinite number
-        stands where a number belongs; or files have a column in different units.
+      InputError: a file cannot be read, has no such column, or names no frame of the table; a cell has text or an
+        infinite number instead of a number; or files have a column in different units.
     """
     files = [_read(path.strip()) for path in paths.split(",") if path.strip()]
     if not files:
@@ -173,7 +173,7 @@ def _same(one: str, other: str) -> bool:
 
 
 def _match(file: _File, names: Sequence[str]) -> list[str]:
-    """The headers of columns that are asked for, by their name with or without the unit."""
+    """The headers of the requested columns, by name with or without the unit."""
     return [
         header
         for header, (own, _) in file.columns.items()
@@ -186,7 +186,7 @@ def _own(asked: str, units: dict[str, str]) -> str:
 
 
 def _numeric(file: _File, labels: bool) -> list[str]:
-    """The headers of columns that hold numbers, of labels 0 and 1, and nothing else."""
+    """The headers of columns that contain only numbers; for labels, only 0 and 1."""
     found = []
     for header in file.columns:
         said = {line[header] for line in file.lines if line[header].casefold() not in _NOTHING}
@@ -208,7 +208,7 @@ def _check_there(files: Sequence[_File], names: Sequence[str], units: dict[str, 
 
 
 def _text_among_numbers(files: Sequence[_File]) -> str:
-    """Where a column that has numbers first has something else, for a sentence; "" = nowhere."""
+    """A phrase on the first cell without a number in a column that has numbers; "" = none."""
     for file in files:
         for header in file.columns:
             column = [(number, line[header]) for number, line in enumerate(file.lines, 2)]
@@ -222,7 +222,7 @@ def _text_among_numbers(files: Sequence[_File]) -> str:
 
 
 def _parse(cell: str, where: str, label: bool) -> float:
-    """A number, NaN of an empty cell."""
+    """The number in a cell; NaN if it is empty."""
     if cell.casefold() in _NOTHING:
         return np.nan
     shown = visible(cell, one_line=True)
@@ -238,7 +238,7 @@ def _parse(cell: str, where: str, label: bool) -> float:
 
 
 class _Places:
-    """Where names of frames, sources and files lie in a table."""
+    """Finds the rows of a table by names of frames, sources and files."""
 
     def __init__(self, table: Table):
         self.table = table
@@ -251,10 +251,10 @@ class _Places:
                     names[key].append(row)
 
     def find(self, line: dict[str, str], key: str) -> tuple[np.ndarray, bool]:
-        """The rows that a line is of, and whether there are some, but of several files."""
+        """The rows that a line refers to, and whether it is ambiguous: rows of several files match."""
         asked = posixpath.normpath(line[key].replace("\\", "/")) if line[key] else ""
         unclear = False
-        # The first frame of a clip is called as its file, which stands for all of them.
+        # The first frame of a clip has the name of its file, which stands for all of its frames.
         for number in (0, 1, 2, 3) if key == "frame" else (1, 2, 3, 0):
             rows = np.asarray(self.by[number].get(asked if number < 3 else _stem(asked), ()), np.int64)
             for name in IDS:
@@ -271,10 +271,10 @@ def _stem(name: str) -> str:
 
 
 def _join(file: _File, places: _Places, notes: list[str]) -> list[np.ndarray]:
-    """The rows of a table that each line is of; what cannot be used is added to the notes.
+    """The rows of a table that each line refers to; lines that cannot be used are added to the notes.
 
     Raises:
-      InputError: nothing can be used.
+      InputError: no line can be used.
     """
     found = [places.find(line, file.key) for line in file.lines]
     called = [line[file.key] for line in file.lines]

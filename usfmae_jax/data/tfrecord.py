@@ -1,6 +1,6 @@
 """TFRecord files without TensorFlow.
 
-The format frames every record as length (uint64), masked CRC-32C of the length, data, masked CRC-32C of the data.
+Each record consists of length (uint64), masked CRC-32C of the length, data, masked CRC-32C of the data.
 """
 
 import struct
@@ -15,8 +15,8 @@ from usfmae_jax.errors import DamagedRecord
 class TFRecordShard:
     """Random access to one file, local or `gs://`.
 
-    The offsets are found once, by hopping from length to length. What is truncated or follows a damaged length counts
-    as one (damaged) record, so that nothing is lost without being counted.
+    Offsets are found once, by jumping from length to length. A truncated record, or everything after a damaged length,
+    counts as one damaged record, so that no loss goes unnoticed.
     """
 
     def __init__(self, path: str):
@@ -32,7 +32,7 @@ class TFRecordShard:
                 file.seek(position)
                 header = file.read(12)
                 if len(header) < 12 or _masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
-                    break  # what follows a damaged length cannot be found
+                    break  # records after a damaged length cannot be found
                 position += 16 + struct.unpack("<Q", header[:8])[0]
         return np.asarray(offsets, np.int64)
 
@@ -46,7 +46,7 @@ class TFRecordShard:
             if len(header) < 12 or _masked_crc(header[:8]) != struct.unpack("<I", header[8:])[0]:
                 raise DamagedRecord("record header is damaged")
             length = struct.unpack("<Q", header[:8])[0]
-            if length > self._size - 16 - self._offsets[index]:  # which may be more than there is memory
+            if length > self._size - 16 - self._offsets[index]:  # the length may exceed the memory
                 raise DamagedRecord("record is truncated or its checksum is wrong")
             data, checksum = file.read(length), file.read(4)
         if len(data) < length or len(checksum) < 4 or _masked_crc(data) != struct.unpack("<I", checksum)[0]:
@@ -55,7 +55,7 @@ class TFRecordShard:
 
 
 def frame_tfrecord(data: bytes) -> bytes:
-    """One record as it stands in a TFRecord file."""
+    """One record in the format of a TFRecord file."""
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", _masked_crc(length)) + data + struct.pack("<I", _masked_crc(data))
 

@@ -78,7 +78,7 @@ def _kinds(rows: Sequence[Sequence[Any]]) -> list[str]:
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
-    undefined=jinja2.ChainableUndefined,  # manifests and results of older versions lack keys: nothing is shown for these
+    undefined=jinja2.ChainableUndefined,  # keys that manifests and results of older versions lack show nothing
     trim_blocks=True,
     lstrip_blocks=True,
 )

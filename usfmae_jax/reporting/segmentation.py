@@ -235,7 +235,7 @@ def _per_class(results: Mapping[str, Any]) -> Markup:
 
 
 def _missed(results: Mapping[str, Any]) -> Markup:
-    """For a single class, whose other numbers are those of the run: only what was missed."""
+    """For a single class, whose other numbers are those of the run: only misses and false alarms, in frames."""
     ((name, one),) = results["per_class"].items()
     said = f"Of {tables.counted(one['frames'], 'frame')} with {name}, nothing of it is predicted on {one['missed']}"
     return part("sentences", [f"{said}; something is predicted on {one['invented']} without."])
