@@ -38,7 +38,8 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.task = "classification"  # what is learnt, see usfmae_jax/tasks
     config.seed = 0  # seed of the splits; also added to the seeds below
     config.seeds = (0,)  # seeds of initial weights, data order and label fractions: one member per seed
-    # "usfmae-tiny", which is included; a workdir, an encoder or classifier directory, a ResNet-50 weights file;
+    # Initial weights: "usfmae-tiny", which is included; a workdir, an encoder or classifier directory, or a ResNet-50
+    # weights file;
     config.init = ""  # "" = random weights
     config.classes = ()  # expected class names, in order; () = those of the shards
     config.positive = ""  # the positive class where there are two; "" = the last

@@ -29,9 +29,9 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # seed of weights, data order and masks
     config.objective = "mae"  # what is learnt, see usfmae_jax/objectives; or "cross_mae", or "latent"
-    # Initial weights: "usfmae-tiny", which is included, or an encoder directory; or, with the decoder, a workdir or the
-    # output of usfmae_jax.convert;
-    config.init = ""  # "" = random weights
+    # What to start from: "usfmae-tiny", which is included, or an encoder directory; or, with the decoder, a workdir or
+    # what usfmae_jax.convert wrote;
+    config.init = ""  # "" starts from random weights
     config.model = dict(
         image_size=(224, 224),  # height, width; a single number on the command line means a square
         patch_size=16,  # side of a patch in pixels
@@ -54,7 +54,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.mask = dict(
         ratio=0.75,  # fraction of the patches that are masked
         fan_aware=False,  # mask and predict only patches inside the imaged sector
-        block=1,  # side of the masked squares, in patches
+        block=1,  # hide squares of so many by so many patches
         blur=0.0,  # pixels; the model sees a blurred image and predicts the sharp one
         share=0.5,  # fraction of the masked patches that a cross decoder predicts in each step
     )

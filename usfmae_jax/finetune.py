@@ -4,7 +4,7 @@
     python -m usfmae_jax.finetune --config=finetune:folder --config.data.path=data/mine
     python -m usfmae_jax.finetune --config=segment:folder --config.data.path=data/mine
 
-Run the same command again to resume an interrupted run. Exit codes: 0 done; 2 bad input or config;
+Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config;
 75 stopped by SIGTERM or Ctrl-C, run it again to continue; 1 anything else, such as a NaN loss.
 """
 

@@ -5,7 +5,7 @@
     python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
     python -m usfmae_jax.main --config=pretrain --compile_for=v5e:4x4    # does it fit there?
 
-Run the same command again to resume an interrupted run. Exit codes: 0 done; 2 bad input or config;
+Run the same command again to continue an interrupted run. Exit codes: 0 done; 2 bad input or config;
 75 stopped by SIGTERM or Ctrl-C, run it again to continue; 1 anything else, such as a NaN loss.
 """
 

@@ -209,7 +209,7 @@ def plan(
       frames: N rows.
       strata: strata of the rows.
       kind: 'official' (the published table beside the shards), 'shards' (their TFDS splits), 'group' (cross-validation
-        by patient) or 'single' (one split by patient); 'auto' = `path` if given, or the first possible of the first three.
+        by patient) or 'single' (one split by patient); 'auto' = `path` if given, else the first possible one.
       path: a file or folder for `read_splits`; or, with 'official', the table's name.
       folds: number of folds for 'group'.
       validation: fraction of the training patients, if the split has no validation part.
