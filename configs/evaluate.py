@@ -55,7 +55,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         # split by patient); "auto": path if given, else official, else shards, else group.
         kind="auto",
         path="",  # a CSV file with the columns frame, part and optionally fold, or a run's splits/splits.csv
-        folds=5,  # for kind "group"
+        folds=5,  # number of folds for kind "group"
         validation=0.2,  # fraction of the training patients, if the split has no validation part
         test=0.2,  # fraction of all patients, for kind "single"
         only=(),  # names of folds to run; () = all
@@ -67,7 +67,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     # Once hyperparameters are chosen, fit again on training and validation frames together; not for label fractions.
     config.refit = True
     config.linear = dict(
-        optimizer="lars",  # or "adamw"
+        optimizer="lars",  # "lars" or "adamw"
         epochs=90,  # passes over the training features
         batch_size=256,  # features per update
     )

@@ -53,7 +53,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         depth=0,  # number of blocks; for a ResNet: blocks in each of its four stages
         num_heads=0,  # attention heads
         mean=(),  # mean of each input channel, subtracted from pixels in [0, 1]
-        std=(),  # standard deviation of each input channel, by which they are then divided
+        std=(),  # standard deviation of each input channel, by which the result is divided
         pool="mean",  # the mean of the patch tokens; or "cls", the class token
         drop_path=0.1,  # stochastic depth: rate of the last block, growing linearly from 0 in the first
         dtype="float32",  # compute dtype; bfloat16 for a GPU or TPU
@@ -77,7 +77,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.split = dict(
         kind="auto",  # official, shards, group, single; auto = path, else official, else shards, else group
         path="",  # a CSV file with the columns frame, part and optionally fold; or a folder of them, as a run's splits/
-        folds=5,  # for kind group
+        folds=5,  # number of folds for kind group
         validation=0.2,  # fraction of the training patients, if the split has no validation part
         test=0.2,  # fraction of the patients, for kind single
         only=(),  # names of folds to run; () = all
@@ -89,27 +89,27 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.augment = dict(
         crop_scale=(0.6, 1.0),  # fraction of the area; a lesion should stay in view
         crop_ratio=(3 / 4, 4 / 3),  # aspect ratio of a crop: width to height
-        rotation=(-10.0, 10.0),  # degrees
+        rotation=(-10.0, 10.0),  # rotation in degrees
         hflip=0.5,  # probability of a mirrored view
         vflip=0.0,  # probability of an upside-down view; depth is not symmetric
-        interpolation="linear",  # or "cubic", "nearest"
-        brightness=(-0.1, 0.1),  # gain, as a fraction of the grey scale
-        contrast=(0.8, 1.25),  # dynamic range
-        gamma=(0.8, 1.25),  # grey map
+        interpolation="linear",  # "linear", "cubic" or "nearest"
+        brightness=(-0.1, 0.1),  # gain, added as a fraction of the grey scale
+        contrast=(0.8, 1.25),  # contrast factor (dynamic range)
+        gamma=(0.8, 1.25),  # exponent of the grey map
         randaugment_magnitude=0.0,  # mean strength, up to 10; 0 = off
         randaugment_ops=2,  # RandAugment operations per view
         trivialaugment=False,  # instead of RandAugment: one of its operations, at a random strength
     )
     config.regularization = dict(
-        mixup=0.0,  # a in Beta(a, a); 0 = off
-        cutmix=0.0,  # likewise
+        mixup=0.0,  # Mixup: a in Beta(a, a); 0 = off
+        cutmix=0.0,  # CutMix: likewise
         smoothing=0.1,  # label smoothing
         erasing=0.0,  # probability that a rectangle is erased
         class_weights="none",  # class weights in the loss; "balanced" = all classes count equally
         balanced_sampling=False,  # sample all classes equally often
     )
     config.optimizer = dict(
-        learning_rate=4e-3,  # per 256 images; 5e-4 at batch 32
+        learning_rate=4e-3,  # peak rate per 256 images; 5e-4 at batch 32
         floor=1e-6,  # learning rate at the end
         warmup=0.1,  # fraction of all steps
         weight_decay=0.05,  # applied to matrices only
@@ -231,7 +231,7 @@ def folder_multilabel(config: ml_collections.ConfigDict) -> None:
 def folder_regression(config: ml_collections.ConfigDict) -> None:
     """Any shards with a table of numbers. Frames are neither cropped nor stretched, since a number may be a size."""
     _table(config, "regression")
-    config.loss = "smooth_l1"  # or "mse"
+    config.loss = "smooth_l1"  # "smooth_l1" or "mse"
     config.of_frame = False  # True for a length in mm: learnt as a fraction of the frame's side; needs pixel sizes
     config.augment.update(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     config.stop.metric = "mae"

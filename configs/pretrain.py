@@ -79,13 +79,13 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.augment = dict(
         crop_scale=(0.2, 1.0),  # fraction of the area
         crop_ratio=(3 / 4, 4 / 3),  # aspect ratio of a crop: width to height
-        rotation=(0.0, 0.0),  # degrees
+        rotation=(0.0, 0.0),  # rotation in degrees
         hflip=0.5,  # probability of a mirrored view
         vflip=0.0,  # probability of an upside-down view; depth is not symmetric
-        interpolation="linear",  # or "cubic", "nearest"
+        interpolation="linear",  # "linear", "cubic" or "nearest"
     )
     config.optimizer = dict(
-        learning_rate=1.5e-4,  # per 256 images
+        learning_rate=1.5e-4,  # peak rate per 256 images
         floor=0.0,  # learning rate at the end
         warmup=0.05,  # fraction of all steps
         weight_decay=0.05,  # of AdamW, applied to matrices only

@@ -44,7 +44,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.model.decoder_width = 128  # channels of the decoder at the resolution of the patch grid
     config.augment.update(crop_scale=(0.5, 1.0), rotation=(-15.0, 15.0))
     config.regularization.smoothing = 0.0
-    config.optimizer.learning_rate = 8e-3  # per 256 images; 1e-3 at batch 32
+    config.optimizer.learning_rate = 8e-3  # peak rate per 256 images; 1e-3 at batch 32
     config.train.update(epochs=40.0, min_steps=400)
     config.stop.update(metric="dice", every=2.0)
     VARIANTS[variant](config)
@@ -114,7 +114,8 @@ def phantom(config: ml_collections.ConfigDict) -> None:
     """Simulated frames with three classes of lesions: a small model on a CPU, half an hour.
 
     data_prep.build --dataset=phantom --lesions=several --patients=20000 --frames=1. Another patient helps more than
-    another frame of the same patient or an augmented copy, so there is hardly any augmentation.
+    another frame of the same patient or an augmented copy, so there is hardly any augmentation. Duplicates are not
+    looked for: simulated frames look alike, and none is a copy.
     """
     _phantoms(config)
     config.augment.update(crop_scale=(0.8, 1.0), rotation=(0.0, 0.0))
@@ -129,7 +130,7 @@ def _phantoms(config: ml_collections.ConfigDict) -> None:
     config.model.update(image_size=(96, 96), decoder_width=64)
     config.optimizer.learning_rate = 1.6e-2  # 1e-3 at batch 16
     config.train.batch_size = 16
-    config.split.duplicates = False  # simulated frames look alike, and none is a copy
+    config.split.duplicates = False
 
 
 def phantom_instances(config: ml_collections.ConfigDict) -> None:
