@@ -54,7 +54,7 @@ def get_config(variant: str = "base") -> ml_collections.ConfigDict:
     config.mask = dict(
         ratio=0.75,  # fraction of the patches that are masked
         fan_aware=False,  # mask and predict only patches inside the imaged sector
-        block=1,  # hide squares of so many by so many patches
+        block=1,  # side of the masked squares, in patches
         blur=0.0,  # pixels; the model sees a blurred image and predicts the sharp one
         share=0.5,  # fraction of the masked patches that a cross decoder predicts in each step
     )

@@ -245,11 +245,11 @@ def _parts(field: str, node: ast.Assign | ast.keyword, value: ast.expr) -> Itera
 
 
 def reference() -> str:
-    """The functions and types that other programs use, from their docstrings."""
-    parts = ["# Reference", "Made from the docstrings. The doors' own options: `--help` of each."]
+    """Functions and types for use from other programs, from their docstrings."""
+    parts = ["# Reference", "Generated from the docstrings. For the options of a command, see its `--help`."]
     for module, names, heading in REFERENCE:
         found = importlib.import_module(module)
-        parts.append(f"## {heading}\n\nOf `{module}`.")
+        parts.append(f"## {heading}\n\nIn `{module}`.")
         functions = [name for name, _ in inspect.getmembers(found, inspect.isfunction) if not name.startswith("_")]
         for name in names or functions:
             parts += _documented(getattr(found, name), f"### {name}")

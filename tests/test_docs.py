@@ -45,7 +45,7 @@ def test_every_field_of_a_config_is_on_its_page_with_a_meaning(hooks, generated,
 
 def test_a_meaning_is_what_stands_beside_or_above_a_field(hooks):
     said = hooks.meanings("pretrain")
-    assert said["mask.block"] == "hide squares of so many by so many patches"
+    assert said["mask.block"] == "side of the masked squares, in patches"
     assert said["data.exclude"].startswith("Names of evaluation sets")
     assert re.fullmatch('What to start from: .* wrote; "" starts from random weights', said["init"])
     assert hooks.meanings("segment")["augment.hflip"] == hooks.meanings("finetune")["augment.hflip"]
