@@ -1,7 +1,8 @@
 r"""Compares objectives and settings of pretraining for equal training time: small models, several seeds, probes.
 
     python -m benchmarks.objectives --data='data/aul,data/hc' --phantoms=data/demo --probe=data/bus_bra \
-        --output=objectives.jsonl --work=runs/objectives [--minutes=10] [--settings=mae,cross] [--attentive]
+        --output=objectives.jsonl --work=runs/objectives [--minutes=10] [--settings=mae,cross] \
+        [--variant=demo] [--attentive]
     python -m benchmarks.objectives --output=objectives.jsonl --summary
 
 Trains each setting with each seed for as many steps as fit into the given CPU minutes of one core, which equal the
@@ -179,7 +180,7 @@ class Runner:
             found = self.measure(setting, core) if seed is None else self.train(setting, seed, core, steps)
         finally:
             self.cores.put(core)
-        line = {"setting": setting, "seed": seed, "minutes": self.args.minutes} | found
+        line = {"setting": setting, "seed": seed, "variant": self.args.variant, "minutes": self.args.minutes} | found
         with self.lock, self.args.output.open("a") as file:
             file.write(json.dumps(line) + "\n")
         return line | {"took": time.monotonic() - start}
@@ -338,8 +339,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--settings: there is no {', '.join(sorted(unknown))}, but {', '.join(args.table)}")
     if not args.summary and not (args.probe and (args.data or args.phantoms)):
         parser.error("--probe, and --data or --phantoms, are missing")
-    if not args.summary and any(line["minutes"] != args.minutes for line in _lines(args.output)):
-        parser.error(f"--output={args.output} has runs of other --minutes: name another file")
+    for name in ("minutes", "variant"):
+        if not args.summary and any(line[name] != getattr(args, name) for line in _lines(args.output)):
+            parser.error(f"--output={args.output} has runs of another --{name}: name another file")
     return args
 
 

@@ -111,7 +111,7 @@ def mmotu_instances(config: ml_collections.ConfigDict) -> None:
 
 
 def phantom(config: ml_collections.ConfigDict) -> None:
-    """Simulated frames with three classes of lesions: a small model on a CPU, half an hour.
+    """Simulated frames with three classes of lesions: a small model, 44 minutes on one core.
 
     data_prep.build --dataset=phantom --lesions=several --patients=20000 --frames=1. Another patient helps more than
     another frame of the same patient or an augmented copy, so there is hardly any augmentation. Duplicates are not

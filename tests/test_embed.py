@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from flax import nnx
+from pyarrow import parquet
 
 from tests.helpers import frame, write_shards
 from usfmae_jax import embed
@@ -97,7 +98,6 @@ def test_damaged_and_unlabelled_records_do_not_stop_it(encoder, tmp_path, capsys
 
 
 def test_a_table_holds_the_same(encoder, shards, tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is optional")
     for name in ("f.npz", "f.parquet"):
         embed.embed(encoder, shards, str(tmp_path / name))
     table, found = parquet.read_table(tmp_path / "f.parquet"), read(tmp_path / "f.npz")

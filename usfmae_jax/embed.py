@@ -90,20 +90,17 @@ def embed(
         raise InputError(f"--output={output} must end in .npz or .parquet")
     if suffix == ".parquet" and pool == "patches":
         raise InputError("a table cannot hold patch tokens; use --output=FILE.npz with --pool=patches")
-
-    from usfmae_jax.training.mesh import keep_memory, make_mesh  # only once the flags are known to be valid
-
-    keep_memory()
-    if suffix == ".parquet":
-        _pyarrow()
     try:
         pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
 
     from usfmae_jax.interop.model import open_model
-    from usfmae_jax.probing.features import extractor, image_format
+    from usfmae_jax.probing.features import extractor, image_format  # only once the flags are known to be valid
     from usfmae_jax.training.forward import fitting_batch
+    from usfmae_jax.training.mesh import keep_memory, make_mesh
+
+    keep_memory()
 
     weights = open_model(checkpoint)
     weights.encoder()
@@ -224,14 +221,6 @@ def _load(
         raise InputError("none of the images can be read")
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError("a .parquet file needs pyarrow (pip install pyarrow); or use --output=FILE.npz") from error
-    return pyarrow
-
-
 def _write(output: str, features: np.ndarray, columns: dict[str, list[Any]], notes: dict[str, str]) -> None:
     """Writes the file atomically."""
     partial = f"{output}.incomplete"
@@ -245,10 +234,11 @@ def _write(output: str, features: np.ndarray, columns: dict[str, list[Any]], not
                     file, **({"features": features} | table | {name: np.str_(note) for name, note in notes.items()})
                 )
         else:
-            arrow = _pyarrow()
-            rows = arrow.FixedSizeListArray.from_arrays(arrow.array(features.reshape(-1)), features.shape[1])
-            written = arrow.table({"features": rows} | {name: columns[name] for name in COLUMNS})
-            arrow.parquet.write_table(written.replace_schema_metadata(notes), partial)
+            import pyarrow.parquet
+
+            rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(features.reshape(-1)), features.shape[1])
+            written = pyarrow.table({"features": rows} | {name: columns[name] for name in COLUMNS})
+            pyarrow.parquet.write_table(written.replace_schema_metadata(notes), partial)
         os.replace(partial, output)
     except OSError as error:
         raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error

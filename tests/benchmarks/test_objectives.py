@@ -58,6 +58,17 @@ def test_unknown_settings_are_refused(capsys):
     assert "there is no nonsense" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("other", ["--minutes=1", "--variant=demo"])
+def test_runs_that_cannot_be_compared_are_kept_in_files_of_their_own(other, tmp_path, capsys):
+    output = tmp_path / "lines.jsonl"
+    output.write_text(json.dumps(_line("mae", 0, 0.6, minutes=10, variant="tiny")) + "\n")
+    asked = ["--phantoms=x", "--probe=x", f"--output={output}"]
+    objectives.arguments(asked)
+    with pytest.raises(SystemExit):
+        objectives.arguments([*asked, other])
+    assert f"has runs of another {other.partition('=')[0]}: name another file" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_it_trains_probes_and_passes_over_what_is_there(tmp_path, capsys):
     made = ["--dataset=phantom", "--patients=24", "--frames=1", "--image_size=32", "--workers=1"]

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import re
 import subprocess
 import sys
 
@@ -192,4 +193,4 @@ open_shards({shards!r})[0]
 ctypes.CDLL(None).malloc_stats()
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stderr.count("\nArena ") + ended.stderr.startswith("Arena ") == 1, ended.stderr
+    assert len(re.findall("^Arena ", ended.stderr, re.MULTILINE)) == 1, ended.stderr
