@@ -8,7 +8,7 @@ been measured yet). From random weights, give it more epochs (400 to 800, as MAE
 
 Variants
   :paper   the settings published with USF-MAE, including their faults; the same arithmetic per image
-  :demo    simulated frames (`make pretrain`); two CPU cores: 3 minutes, loss 0.85, probe AUROC 0.54 -> 0.77
+  :demo    simulated frames (`make pretrain`); two CPU cores: 3 to 6 minutes, loss 0.85, probe AUROC 0.54 -> 0.77
   :tiny    a small model for small data; two CPU cores: 25 to 35 minutes. On 2,081 real frames: loss 0.78,
            AUROC for malignancy in BUS-BRA by logistic regression 0.62 -> 0.76 (measured 2026-11-24)
   :small   ViT-S/16    22 M parameters, 0.2 times the arithmetic of B
