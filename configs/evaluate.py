@@ -1,4 +1,4 @@
-r"""Test an encoder (with a probe on its features) or a fine-tuned classifier on labelled frames, with intervals.
+r"""Test an encoder (with a probe on its features) or a fine-tuned model on labelled frames, with intervals.
 
     python -m usfmae_jax.evaluate --config=evaluate:busbra --config.checkpoint=runs/pretrain-tiny
     python -m usfmae_jax.evaluate --config=evaluate:folder --config.checkpoint=DIR \
@@ -22,8 +22,8 @@ Protocols (`config.protocol`)
   attentive  one learned query attends to the frozen patch tokens
   segmentation  for shards with masks: a linear layer from the frozen patch tokens to the classes of their pixels
   regression  for a number from a table, --config.targets=FILE.csv: ridge regression, chosen on validation frames
-  finetuned  the classifier of a fine-tuning run, unchanged
-  auto       finetuned where the checkpoint has a classifier, else logistic
+  finetuned  the models of a fine-tuning run, of any task, unchanged; on other data their predictions are averaged
+  auto       finetuned where the checkpoint has been fine-tuned, else logistic
 """
 
 import ml_collections
@@ -40,9 +40,11 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config.step = 0  # checkpoint of a pretraining workdir; 0 = its encoder/, or else its newest checkpoint
     config.protocol = "auto"  # how the encoder is tested, see above
     config.pool = "mean"  # the mean of the patch tokens; or "cls", the class token
+    config.mask_classes = "masks"  # or "label": each mask outlines one object, whose class is the frame's label
+    config.min_pixels = 10  # for instances: smaller areas in masks are ignored
     config.classes = ()  # expected class names, in order; () = those of the shards
     config.positive = ""  # the positive class where there are two; "" = the last
-    config.targets = ""  # for protocol regression: a CSV file of numbers, see configs/finetune.py
+    config.targets = ""  # a CSV file of the numbers or labels of each frame, see configs/finetune.py
     config.target = ""  # name of the target column; "" = the only numeric column
     config.of_frame = False  # True for a length in mm: learnt as a fraction of the frame's side; needs pixel sizes
     config.data = dict(

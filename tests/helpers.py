@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import cv2
@@ -11,9 +12,11 @@ import ml_collections
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from configs.evaluate import get_config as get_evaluation
 from configs.pretrain import get_config
 from usfmae_jax.data import records
 from usfmae_jax.data.tfrecord import frame_tfrecord
+from usfmae_jax.probing.loop import evaluate
 from usfmae_jax.training.monitor import Preemption
 
 #: For `jax.jit`: compiles as users do, where conftest.py has all else compiled without LLVM's optimisation.
@@ -27,6 +30,15 @@ def frame(index: int, label: int, size: tuple[int, int] = (40, 48)) -> np.ndarra
     if label:
         cv2.circle(pixels, (size[1] // 2, size[0] // 2), 10, 240, -1)
     return pixels
+
+
+def evaluated(run: Any, data: str, workdir: Any, **fields: Any) -> dict[str, Any]:
+    """The results of evaluating a fine-tuning run unchanged on a folder of shards."""
+    config = get_evaluation()
+    config.checkpoint, config.data.path = str(run), data
+    config.split.duplicates = False
+    config.update(batch_size=16, bootstrap=20, examples=2, **fields)
+    return evaluate(config, str(workdir))
 
 
 def record(index: int, image: bytes | None = None, **fields: object) -> records.Record:

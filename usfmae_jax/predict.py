@@ -97,8 +97,9 @@ def predict(
     if stride < 1 or max_frames < 0 or workers < 1:
         raise InputError("--stride and --workers must be 1 or more, --max_frames 0 or more")
 
-    from usfmae_jax.prediction import output as writing  # only once the flags are known to be valid
-    from usfmae_jax.prediction.kinds import kind_of, outputs
+    from usfmae_jax.interop.model import output_names  # only once the flags are known to be valid
+    from usfmae_jax.prediction import output as writing
+    from usfmae_jax.prediction.kinds import kind_of
     from usfmae_jax.training import lock
     from usfmae_jax.training.checks import public_paths
     from usfmae_jax.training.mesh import keep_memory, make_mesh
@@ -125,7 +126,7 @@ def predict(
         except OSError as error:
             raise InputError(f"--output={output} cannot be written: {error.strerror or error}") from error
         _run(found, run, folder)
-        frames, skipped = folder.write(found.names, found.rejected, outputs(models[0].description))
+        frames, skipped = folder.write(found.names, found.rejected, output_names(models[0].description))
     for warning in sorted(folder.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     if skipped:

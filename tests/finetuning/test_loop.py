@@ -5,7 +5,6 @@ import csv
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,8 +19,8 @@ from usfmae_jax.finetuning import build
 from usfmae_jax.finetuning import loop as supervised
 from usfmae_jax.finetuning.loop import better, finetune
 from usfmae_jax.interop.model import Model, flatten, open_model, save_model
-from usfmae_jax.tasks.classification import Classification
-from usfmae_jax.training.forward import head_function
+from usfmae_jax.tasks.classification import Classification, probabilities
+from usfmae_jax.training.forward import model_function
 from usfmae_jax.training.monitor import DivergedError
 
 Trainer = supervised.Trainer
@@ -477,8 +476,8 @@ def test_low_rank_additions_are_trained_and_become_part_of_the_weights(config, t
     keys = list(zip(table.video, table.frame, strict=True))
     rows = [keys.index(key) for key in zip(said.video, said.frame, strict=True)]
     images = np.concatenate(list(table_images(table, rows, size=(32, 32), channels=1, batch_size=48)))
-    function, variables = head_function(model)
-    again = jax.nn.softmax(function(variables, images)["logits"])
+    function, variables = model_function(model, probabilities)
+    again = function(variables, images)["probabilities"]
     np.testing.assert_allclose(again, said.probabilities, atol=1e-5)
 
 
@@ -496,8 +495,8 @@ def test_the_mean_of_a_frame_and_its_mirror_is_tested(config, tmp_path):
     keys = list(zip(table.video, table.frame, strict=True))
     rows = [keys.index(key) for key in zip(found[True].video, found[True].frame, strict=True)]
     images = np.concatenate(list(table_images(table, rows, size=(32, 32), channels=1, batch_size=48)))
-    function, variables = head_function(model)
-    both = [jax.nn.softmax(function(variables, one)["logits"]) for one in (images, images[:, :, ::-1])]
+    function, variables = model_function(model, probabilities)
+    both = [function(variables, one)["probabilities"] for one in (images, images[:, :, ::-1])]
     np.testing.assert_allclose(found[True].probabilities, (both[0] + both[1]) / 2, atol=1e-5)
 
 

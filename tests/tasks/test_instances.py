@@ -11,7 +11,7 @@ from scipy.optimize import linear_sum_assignment
 
 from configs.segment import get_config
 from tests.data.tables import write_records
-from tests.helpers import record, stopping
+from tests.helpers import evaluated, record, stopping
 from usfmae_jax.data.augment import Augmentation
 from usfmae_jax.data.pipeline import LoadView
 from usfmae_jax.data.table import read_table
@@ -21,7 +21,8 @@ from usfmae_jax.evaluation.instances import InstancePredictions
 from usfmae_jax.finetuning import build, tasks
 from usfmae_jax.finetuning.loop import finetune
 from usfmae_jax.interop.model import open_model
-from usfmae_jax.tasks.instances import detections, drawn_masks, instances_of, matched, numbered, set_loss
+from usfmae_jax.tasks import segmentation
+from usfmae_jax.tasks.instances import Instances, detections, drawn_masks, instances_of, matched, numbered, set_loss
 
 
 def frame(number, side=48):
@@ -205,9 +206,27 @@ def test_it_is_taught_interrupted_continued_tested_and_reported(folder, tmp_path
     assert all(word in page for word in ("mAP@50", "Outlines", "class 2", "full as drawn"))
     model = open_model(str(tmp_path))
     assert model.description["head"] == {"kind": "queries", "width": 16, "queries": 6, "blocks": 1}
+    again = evaluated(tmp_path, config.data.path, tmp_path / "tested")
+    assert {name: one["value"] for name, one in again["metrics"].items()} == {
+        name: one["value"] for name, one in results["metrics"].items()
+    }
     config.init, config.mode = str(tmp_path), "frozen"
     again = build.prepare(config, str(tmp_path / "again"))
     assert "head" in build.loadable(again.init, again.description)["params"]
+
+
+def test_models_that_find_the_same_are_as_good_together_as_each_alone(folder):
+    rows = np.arange(8)
+    table = read_table(str(folder)).take(rows)
+    task = Instances(segmentation.of_table(table, (), "drop", 1)[1], 0)
+    masks = np.stack([[255 * (frame(row)[1] == c) for c in (1, 2)] for row in range(8)]).astype(np.uint8)
+    said = {"classes": np.broadcast_to(np.eye(2, dtype=np.float32), (8, 2, 2)), "masks": masks}
+    alone, both = (task.measure(table, rows, one) for one in (said, task.together([said, said], [{}, {}])))
+    assert [len(some) for some in alone["detections"]] == [min(row % 4, 1) + (row % 4 == 3) for row in range(8)]
+    assert alone["detections"].tolist() == both["detections"].tolist()
+    nothing = {"classes": np.zeros((8, 2, 2), np.float32), "masks": masks}
+    half = task.measure(table, rows, task.together([said, nothing], [{}, {}]))
+    assert {one["score"] for some in half["detections"] for one in some} == {0.5}
 
 
 @pytest.mark.slow

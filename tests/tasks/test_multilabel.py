@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from configs.finetune import get_config
 from tests.data.tables import table
+from tests.helpers import evaluated
 from tests.interop.torch_models import need
 from usfmae_jax.data.table import read_table, whole_image
 from usfmae_jax.errors import InputError
@@ -151,6 +152,9 @@ def test_it_is_fine_tuned_scored_reported_and_exported(config, tmp_path):
     images = np.stack([whole_image(frames, row, (32, 32), 1) for row in rows])
     found = inference(model)(images, model.params)["probabilities"]
     np.testing.assert_allclose(found, said.probabilities, atol=1e-5)
+    evaluated(workdir, config.data.path, tmp_path / "tested", targets=config.targets)
+    again = read(tmp_path / "tested", LabelPredictions)
+    np.testing.assert_allclose(again.probabilities, said.probabilities, atol=1e-6)
     need("onnx", "onnxruntime")
     export(str(workdir), str(tmp_path / "onnx"), form="onnx")
     about = json.loads((tmp_path / "onnx" / "export.json").read_text())

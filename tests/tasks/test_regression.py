@@ -11,6 +11,7 @@ from sklearn import metrics as sk
 
 from configs.finetune import get_config
 from tests.data.tables import made, table, write_records
+from tests.helpers import evaluated
 from tests.interop.torch_models import need
 from usfmae_jax import cli
 from usfmae_jax.data.table import read_table, whole_image
@@ -153,6 +154,13 @@ def test_the_loss_is_what_it_is_called(kind, expected):
     assert (float(found), float(count)) == (pytest.approx(expected), 2)
 
 
+def test_models_of_different_scales_are_averaged_in_the_unit():
+    task = quantity([10.0, 20.0])
+    models = [{"scale": {"mean": [mean], "deviation": [2.0]}} for mean in (10.0, 14.0)]
+    said = task.together([{"value": np.float32([1, 2])}, {"value": np.float32([-1, 0])}], models)
+    assert task.measure(None, np.arange(2), said)["value"].tolist() == [12.0, 14.0]
+
+
 def test_strata_are_quantiles_of_as_many_patients_as_splits_need():
     def names(count):
         values = np.arange(count)
@@ -215,6 +223,16 @@ def test_it_is_fine_tuned_scored_reported_and_exported_in_its_unit(config, tmp_p
     rows = [int(np.flatnonzero(frames.video == video)[0]) for video in said.video]
     images = np.stack([whole_image(frames, row, (32, 32), 1) for row in rows])
     np.testing.assert_allclose(inference(model)(images, model.params)["outputs"][:, 0], said.value, rtol=1e-5)
+    table = {"targets": config.targets, "target": "size"}
+    evaluated(workdir, config.data.path, tmp_path / "tested", **table)
+    again = read(tmp_path / "tested", QuantityPredictions)
+    assert again.truth.tolist() == said.truth.tolist()
+    np.testing.assert_allclose(again.value, said.value, rtol=1e-5)
+    (tmp_path / "cm.csv").write_text((tmp_path / "t.csv").read_text().replace("[mm]", "[cm]"))
+    with pytest.raises(InputError, match=r"the model gives mm, but the column of config\.targets is in cm"):
+        evaluated(workdir, config.data.path, tmp_path / "cm", **table | {"targets": str(tmp_path / "cm.csv")})
+    with pytest.raises(InputError, match=r"the table of numbers is missing: --config\.targets=FILE\.csv"):
+        evaluated(workdir, config.data.path, tmp_path / "none")
     need("flatbuffers", "onnx", "onnxruntime")
     for form in ("stablehlo", "onnx"):
         export(str(workdir), str(tmp_path / form), form=form)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from configs import evaluate as evaluation
 from configs import segment as configs
-from tests.helpers import record, stopping
+from tests.helpers import evaluated, record, stopping
 from usfmae_jax.data import annotations, augment, records
 from usfmae_jax.data.pipeline import LoadView, Rows
 from usfmae_jax.data.table import read_table
@@ -94,6 +94,17 @@ def test_a_segmenter_is_trained_resumed_scored_and_opened_again(masked, tmp_path
     model = open_model(str(tmp_path / "members" / "fold-1"))
     assert (model.kind, model.description["task"]) == ("model", "segmentation")
     assert model.description["head"] == {"kind": "decoder", "width": 16}
+    said = evaluated(tmp_path, masked, tmp_path / "tested")
+    assert said["task"]["protocol"] == "finetuned"
+    own = predictions.read(tmp_path / "tested", MaskPredictions)
+    order = [own.frame_key.tolist().index(key) for key in found.frame_key.tolist()]
+    assert own.fold[order].tolist() == found.fold.tolist()
+    np.testing.assert_allclose(own.dice[order], found.dice)
+    other = write(tmp_path / "other", 6, dataset="other", patient="a stranger")
+    assert evaluated(tmp_path, other, tmp_path / "both")["context"]["members"][0]["models"] == 2
+    assert set(predictions.read(tmp_path / "both", MaskPredictions).fold) == {"all"}
+    with pytest.raises(InputError, match="was trained for class 1, class 2, but the data has disc, square; if they"):
+        evaluated(tmp_path, masked, tmp_path / "renamed", classes=("disc", "square"))
     again = small(masked)
     again.init = str(tmp_path / "members" / "fold-1")
     assert "head" in build.loadable(model, build.prepare(again, str(tmp_path / "again")).description)["params"]

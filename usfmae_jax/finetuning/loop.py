@@ -28,7 +28,7 @@ from usfmae_jax.models.layers import without_lora
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.tasks import Task
 from usfmae_jax.training import checkpoints, checks, hardware, writers
-from usfmae_jax.training.forward import apply_batches, fitting_batch, mean_of_two
+from usfmae_jax.training.forward import PIECE, apply_batches, fitting_batch, mean_of_two
 from usfmae_jax.training.mesh import (
     batch_sharding,
     damage_of_all,
@@ -43,8 +43,6 @@ from usfmae_jax.training.update import Update, combine, compile_update, make_upd
 
 #: Decoded validation and test images are kept in memory up to this many bytes; otherwise they are decoded each time.
 KEPT_BYTES = 2**31
-#: Number of frames that are predicted before the task scores them.
-PIECE = 1024
 
 
 def finetune(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> bool:
@@ -355,7 +353,7 @@ class Trainer:
         """
         how = {"batch_size": self.config.evaluate.batch_size, "desc": member.name}
         task, found = self.run.task.fitted(self.run.table, member.fold.train), []
-        for start in range(0, len(rows), PIECE):  # so that intermediate results fit into memory
+        for start in range(0, len(rows), PIECE):
             piece = rows[start : start + PIECE]
             images = self._whole_images(piece)
             predicted = apply_batches(self.mesh, self._predict, variables, images, total=len(piece), **how)

@@ -172,7 +172,7 @@ def build(
       freeze: number of leading blocks (for a ResNet: of its four stages) that are not trained, for models with a head.
       **computation: `attention`, `scan`, `remat` and `lora` of `ViT`; ignored for other networks.
     """
-    outputs = len(description.get("classes", description.get("outputs", ())))
+    outputs = len(output_names(description))
     if description["model"] == "unet":
         return lambda rngs: UNet(num_classes=1 + outputs, dtype=dtype, **description["unet"], rngs=rngs)
     if description["model"] == "resnet50":
@@ -199,6 +199,11 @@ def build(
         network: Any = CrossMAE if decoder.pop("kind", "") == "cross" else MAE
         return lambda rngs: network(rngs=rngs, **encoder, **decoder)
     return lambda rngs: ViT(rngs=rngs, **encoder)
+
+
+def output_names(description: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of a model's outputs: its classes, for pixels without the background; () for an encoder."""
+    return tuple(description.get("classes") or description.get("outputs", ()))
 
 
 def model_graph(make: Callable[[nnx.Rngs], nnx.Module]) -> Any:

@@ -13,7 +13,7 @@ from pycocotools import mask as coding
 
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.instances import FOUND
-from usfmae_jax.interop.model import Model
+from usfmae_jax.interop.model import Model, output_names
 from usfmae_jax.reporting.masks import areas
 from usfmae_jax.tasks import classification, instances, multilabel, regression, segmentation
 
@@ -54,7 +54,7 @@ def classified(
     models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
     """`predicted`, a probability `p_CLASS` for each class, and `uncertainty`, the deviation between members."""
-    members, names = said["probabilities"].astype(np.float64), outputs(models[0])
+    members, names = said["probabilities"].astype(np.float64), output_names(models[0])
     mean = members.mean(axis=0)
     first = int(mean.argmax())
     cells: dict[str, Any] = {"predicted": names[first]}
@@ -66,7 +66,7 @@ def segmented(
     models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
     """`area_pixels:CLASS` and `area_cm2:CLASS`, and `uncertainty`, the mean deviation of the pixels inside outlines."""
-    members, names = said["probabilities"], outputs(models[0])
+    members, names = said["probabilities"], output_names(models[0])
     mean = members[0] if len(members) == 1 else members.mean(axis=0, dtype=np.float32)
     mask = segmentation.classes_of(mean, size)
     pixels = np.bincount(mask.ravel(), minlength=1 + len(names))[1:].tolist()
@@ -85,7 +85,7 @@ def detected(
 
     `uncertainty` is the largest deviation of an instance's score between members.
     """
-    members, names = said["classes"], outputs(models[0])
+    members, names = said["classes"], output_names(models[0])
     every = instances.merged(members, said["masks"], size)
     found = [one for one in every if one["score"] >= FOUND]
     # Pixels of overlapping instances are counted once.
@@ -112,7 +112,7 @@ def labelled(
     models: Members, said: Mapping[str, np.ndarray], size: tuple[int, int], spacing: tuple[float, float]
 ) -> Answer:
     """A probability `p_LABEL` for each of several labels, and `uncertainty`, the largest deviation between members."""
-    members, names = said["probabilities"].astype(np.float64), outputs(models[0])
+    members, names = said["probabilities"].astype(np.float64), output_names(models[0])
     cells: dict[str, Any] = {
         f"p_{name}": round(float(p), 6) for name, p in zip(names, members.mean(axis=0), strict=True)
     }
@@ -124,7 +124,7 @@ def measured(
 ) -> Answer:
     """The quantity in its unit, and `uncertainty`, the deviation between members; empty if a pixel size is missing."""
     scale = models[0]["scale"]
-    (name,), unit = outputs(models[0]), scale["unit"][0]
+    (name,), unit = output_names(models[0]), scale["unit"][0]
     column = f"{name} [{unit}]" if unit else name
     mean, deviation = (np.array([one["scale"][key][0] for one in models]) for key in ("mean", "deviation"))
     values = said["value"].astype(np.float64) * deviation + mean
@@ -166,8 +166,3 @@ def kind_of(model: Model, path: str) -> tuple[str, Kind]:
         what = repr(name[:40]) if name else "a task that it does not name"
         raise InputError(f"--checkpoint={path} is a model for {what}; predicted are {', '.join(KINDS)}")
     return name, KINDS[name]
-
-
-def outputs(description: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of a model's outputs: its classes; for segmentation, without the background."""
-    return tuple(description.get("classes") or description.get("outputs", ()))

@@ -1,6 +1,7 @@
 """Builds the parts of an evaluation from its config; invalid settings are refused before anything is computed."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,13 +11,13 @@ from flax import nnx
 from usfmae_jax.data import provenance, splits
 from usfmae_jax.data.duplicates import cached_near_duplicates, rule_out
 from usfmae_jax.data.table import Table
-from usfmae_jax.data.targets import read_targets
+from usfmae_jax.data.targets import Targets, known, read_targets
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation.classification import positive_class
-from usfmae_jax.interop.model import Model, members, open_model, preprocessing
+from usfmae_jax.interop.model import Model, members, open_model, output_names, preprocessing
 from usfmae_jax.interop.model import build as build_model
 from usfmae_jax.models.vit import SIZES
-from usfmae_jax.tasks import classification, regression, segmentation
+from usfmae_jax.tasks import Task, classification, instances, multilabel, regression, segmentation
 from usfmae_jax.training import checks, probes
 
 PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "segmentation", "regression", "finetuned")
@@ -25,6 +26,7 @@ LEAST = {
     "bootstrap": 1,
     "examples": 0,
     "step": 0,
+    "min_pixels": 1,
     "data.threads": 1,
     "linear.epochs": 1,
     "linear.batch_size": 1,
@@ -32,7 +34,7 @@ LEAST = {
     "attentive.batch_size": 1,
     "attentive.patience": 1,
 }
-#: Config fields without a meaning for a fine-tuned classifier, with their defaults.
+#: Config fields without a meaning for a fine-tuned model, with their defaults.
 PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0, "refit": True}
 
 
@@ -77,25 +79,26 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_finetuned(config: ml_collections.ConfigDict) -> None:
-    """Raises InputError if a field that only probes use is set for a fine-tuned classifier."""
+    """Raises InputError if a field that only probes use is set for a fine-tuned model."""
     fields = checks.flat(config.to_dict())
     for name, default in PROBES_ONLY.items():
         if (tuple(fields[name]) if isinstance(default, tuple) else fields[name]) != default:
             raise InputError(
-                f"config.{name} is for probes, and this checkpoint is a classifier that is tested as it was trained: "
+                f"config.{name} is for probes, and this checkpoint is a fine-tuned model, tested as it was trained: "
                 "leave it out, or name a protocol such as --config.protocol=logistic"
             )
 
 
 def protocol(config: ml_collections.ConfigDict) -> str:
-    """The protocol; 'auto' is resolved to 'finetuned' for a classifier and to 'logistic' for an encoder."""
+    """The protocol; 'auto' is resolved to 'finetuned' for a model with a head and to 'logistic' for an encoder."""
     if config.protocol != "auto":
         return config.protocol
     if config.checkpoint.partition(":")[0] in ("pixels", "random"):
         return "logistic"
     if members(config.checkpoint):
         return "finetuned"
-    return "finetuned" if open_model(config.checkpoint, config.step or None).kind == "classifier" else "logistic"
+    kind = open_model(config.checkpoint, config.step or None).kind
+    return "finetuned" if kind in ("classifier", "model") else "logistic"
 
 
 def encoder(config: ml_collections.ConfigDict) -> Model | None:
@@ -131,27 +134,49 @@ def masked(config: ml_collections.ConfigDict) -> tuple[Table, segmentation.Segme
     Raises:
       InputError: there are none, or they cannot be used.
     """
-    if config.positive:
-        raise InputError("config.positive is for classes of whole frames")
-    if config.corruptions:
-        raise InputError("config.corruptions is for classes of whole frames")
+    _refuse_class_fields(config)
+    if config.mask_classes not in ("masks", "label"):
+        raise InputError(f"config.mask_classes={config.mask_classes!r} must be 'masks' or 'label'")
     table = checks.read_frames(config.data.path, config.data.split)
-    return segmentation.of_table(table, checks.names(config.classes), "drop", config.data.threads)
+    how = {"by_label": config.mask_classes == "label"}
+    return segmentation.of_table(table, checks.names(config.classes), "drop", config.data.threads, **how)
 
 
-def measured(config: ml_collections.ConfigDict) -> tuple[Table, regression.Regression]:
+def measured(
+    config: ml_collections.ConfigDict, scale: Mapping[str, Any] | None = None
+) -> tuple[Table, regression.Regression]:
     """The frames with a number in a table, and their regression task.
 
+    Args:
+      config: of the evaluation.
+      scale: of a fine-tuned model, see `interop.model.Model`; then `config.of_frame` is not used.
+
     Raises:
-      InputError: there are none, or they cannot be used.
+      InputError: there are none, they cannot be used, or they have another unit than the model.
     """
-    if config.positive or config.classes or config.corruptions:
-        raise InputError("config.positive, config.classes and config.corruptions are for classes of whole frames")
+    table, found = _read_targets(config, "numbers")
+    table, task = regression.of_table(table, found, scale["of_frame"][0] if scale else config.of_frame)
+    if scale and task.unit != scale["unit"][0]:
+        units = (scale["unit"][0] or "no unit", task.unit or "no unit")
+        raise InputError(f"the model gives {units[0]}, but the column of config.targets is in {units[1]}")
+    return table, task
+
+
+def _read_targets(config: ml_collections.ConfigDict, what: str, names: Sequence[str] = ()) -> tuple[Table, Targets]:
+    """The frames, and columns of `config.targets`: `config.target`, or else `names`."""
+    _refuse_class_fields(config, "classes")
     if not config.targets:
-        raise InputError("config.protocol=regression needs the table of numbers, --config.targets=FILE.csv")
+        raise InputError(f"the table of {what} is missing: --config.targets=FILE.csv")
     table = checks.read_frames(config.data.path, config.data.split)
-    found = read_targets(config.targets, table, checks.names([config.target]))
-    return regression.of_table(table, found, config.of_frame)
+    names = [config.target] if config.target else names
+    return table, read_targets(config.targets, table, checks.names(names), labels=what == "labels")
+
+
+def _refuse_class_fields(config: ml_collections.ConfigDict, *more: str) -> None:
+    """Raises InputError if a field is set that only classification of whole frames uses."""
+    for name in ("positive", "corruptions", *more):
+        if config[name]:
+            raise InputError(f"config.{name} is for classes of whole frames")
 
 
 def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.Classification]:
@@ -169,9 +194,33 @@ def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.C
     return table, classification.Classification(table.label_names, positive=config.positive)
 
 
+def of_model(config: ml_collections.ConfigDict, model: Model) -> tuple[Table, Task]:
+    """The frames that can test a fine-tuned model, and its task on them.
+
+    Raises:
+      InputError: there are none, they cannot be used, or the model's task is unknown.
+    """
+    name, outputs = model.description.get("task", "classification"), output_names(model.description)
+    if name == "classification":
+        return labelled(config)
+    if name == "segmentation":
+        return masked(config)
+    if name == "instances":
+        table, masks = masked(config)
+        return table, instances.Instances(masks, 0, min_pixels=config.min_pixels)
+    if name == "regression":
+        table, task = measured(config, model.description["scale"])
+        return table, dataclasses.replace(task, name=outputs[0])  # the column may have another name
+    if name == "multilabel":
+        table, found = known(*_read_targets(config, "labels", outputs))
+        about: dict[str, Any] = {"fingerprint": found.fingerprint, "notes": found.notes}
+        return table, multilabel.MultiLabel(found.names, found.values, **about)
+    raise InputError(f"config.checkpoint={config.checkpoint} is a model for {name!r}, a task that is not known here")
+
+
 def refuse_labels_seen(model: Model | None, table: Table) -> None:
     """Raises InputError if the model may have been trained on labels of the frames that would test it."""
-    tested = model is not None and model.kind == "classifier"
+    tested = model is not None and model.kind in ("classifier", "model")
     for dataset, jobs in provenance.seen_in(model.lineage if model else [], [table.shards]).items():
         if "finetune" in jobs:
             raise InputError(
@@ -188,11 +237,13 @@ def split(
     return splits.plan(table, strata, **how, seed=config.seed, pairs=pairs)
 
 
-def asked_for(config: ml_collections.ConfigDict, table: Table) -> tuple[list[splits.Fold], str] | None:
-    """The folds that the config names for a fine-tuned classifier, and a phrase on their source; None if none."""
+def asked_for(
+    config: ml_collections.ConfigDict, table: Table, strata: splits.Strata
+) -> tuple[list[splits.Fold], str] | None:
+    """The folds that the config names for a fine-tuned model, and a phrase on their source; None if none."""
     if not config.split.path and config.split.kind == "auto":
         return None
-    folds, _, _, note = split(config, table, classification.strata(table))
+    folds, _, _, note = split(config, table, strata)
     return folds, note
 
 

@@ -36,7 +36,7 @@ HEADS = {
 
 
 def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "") -> dict[str, Any]:
-    """Tests frozen features with a probe, or a fine-tuned classifier, and writes the results.
+    """Tests frozen features with a probe, or a fine-tuned model, and writes the results.
 
     Args:
       config: see `configs/evaluate.py`.
@@ -57,15 +57,16 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
     task: Task
     if protocol == "finetuned":
         build.check_finetuned(config)
-        judges = finetuned.open_judges(config.checkpoint)
-        model: Model | None = judges[0].model
-        table, task = build.labelled(config)
+        trained = finetuned.open_trained(config.checkpoint)
+        model: Model | None = trained[0].model
+        table, task = build.of_model(config, trained[0].model)
+        strata = task.strata(table)
         workdir = checks.make_workdir(workdir)
         how = {"batch_size": config.batch_size, "threads": config.data.threads, "dtype": jnp.dtype(config.dtype)}
-        outcome = finetuned.test(judges, table, mesh, lambda: build.asked_for(config, table), **how)
+        outcome = finetuned.test(trained, table, task, mesh, lambda: build.asked_for(config, table, strata), **how)
     else:
         model = build.encoder(config)
-        readers = {"segmentation": build.masked, "regression": build.measured}
+        readers: dict[str, Any] = {"segmentation": build.masked, "regression": build.measured}
         table, task = readers.get(protocol, build.labelled)(config)
         build.refuse_labels_seen(model, table)
         if protocol in ("attentive", "segmentation"):
@@ -314,6 +315,6 @@ def title(protocol: str, model: Model | None, datasets: list[str]) -> str:
     if model is None:
         return f"{HEADS[protocol]} on raw pixels of {on}"
     if protocol == "finetuned":
-        kind = "ResNet-50" if model.description["model"] == "resnet50" else "ViT"
-        return f"Fine-tuned {kind} on {on}"
+        kinds = {"resnet50": "ResNet-50", "unet": "U-Net", "vit": "ViT"}
+        return f"Fine-tuned {kinds[model.description['model']]} on {on}"
     return f"{HEADS[protocol]} on {'a frozen' if model.lineage else 'an untrained'} encoder, {on}"

@@ -92,6 +92,20 @@ class Task(Protocol):
         """Maps predictions for mirrored images back to the original images; the identity except for pixel maps."""
         return predicted
 
+    def together(self, predicted: Sequence[Arrays], models: Sequence[Mapping[str, Any]]) -> Arrays:
+        """The joint prediction of trained models, for `measure`: the mean.
+
+        Args:
+          predicted: the result of `predict` of each model, for the same images.
+          models: their descriptions, see `interop.model.Model`.
+        """
+        if len(predicted) == 1:
+            return predicted[0]
+        return {
+            name: np.asarray(np.mean([one[name] for one in predicted], axis=0, dtype=np.float32))
+            for name in predicted[0]
+        }
+
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """Reduces predictions `[n, ...]` of some rows to what is kept, where they are too large to keep."""
         return predicted

@@ -115,6 +115,10 @@ class Instances(Task):
         """See `answers`."""
         return answers(model, images)
 
+    def together(self, predicted: Sequence[Arrays], models: Sequence[Mapping[str, Any]]) -> Arrays:
+        """The predictions of all models, `[n, M, ...]`, which `measure` merges frame by frame, see `merged`."""
+        return {name: np.stack([one[name] for one in predicted], axis=1) for name in predicted[0]}
+
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """`truth` and `detections`, object `[n]`: lists of `evaluation.instances.Instance` at the frames' own sizes."""
 
@@ -125,7 +129,8 @@ class Instances(Task):
                 path, number = table.shards.locate(int(table.index[rows[place]]))
                 raise InputError(f"record number {number} of {path} is damaged: {error}; rebuild the shards") from error
             classes, masks = (predicted[name][place] for name in ("classes", "masks"))
-            return instances_of(drawn), detections(classes, masks, drawn.shape[:2])
+            find = merged if classes.ndim == 3 else detections
+            return instances_of(drawn), find(classes, masks, drawn.shape[:2])
 
         with contextlib.closing(decode_ahead(one, range(len(rows)), 2, 64)) as found:
             truth, said = zip(*found, strict=True)

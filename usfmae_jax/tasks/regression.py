@@ -111,6 +111,15 @@ class Regression(Task):
         """See `standardised`."""
         return standardised(model, images)
 
+    def together(self, predicted: Sequence[Arrays], models: Sequence[Mapping[str, Any]]) -> Arrays:
+        """The mean `value`, standardised by this task's scale; each model has been trained with a scale of its own."""
+        scales = [(one["scale"]["mean"][0], one["scale"]["deviation"][0]) for one in models]
+        values = [
+            said["value"].astype(np.float64) * deviation + mean
+            for said, (mean, deviation) in zip(predicted, scales, strict=True)
+        ]
+        return {"value": (np.mean(values, axis=0) - self.mean) / self.deviation}
+
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """`value` float64 `[n]`, in its unit."""
         values = predicted["value"].astype(np.float64)

@@ -20,6 +20,8 @@ from usfmae_jax.training.mesh import batch_sharding, global_batch, replicated
 
 #: Seconds after which a pass shows a progress bar.
 PATIENCE = 2.0
+#: Number of frames predicted before a task reduces their predictions, which may be too large to keep for all frames.
+PIECE = 1024
 
 Forward = Callable[[Any, jax.Array], Any]
 
@@ -221,26 +223,3 @@ def mean_of_two(one: jax.Array, other: jax.Array) -> jax.Array:
 def features_of(network: Any, images: jax.Array) -> jax.Array:
     """The input of a network's head, float32 `[B, D]`; for `model_function`."""
     return network.features(images)
-
-
-def head_function(weights: Model, *, dtype: Any = jnp.float32) -> tuple[Forward, Any]:
-    """The function `(variables, images uint8) -> {"logits" [B, C], "features" [B, D]}` of a classifier.
-
-    `logits` are the outputs of the head, `features` its inputs.
-
-    Returns:
-      the function and the variables.
-
-    Raises:
-      InputError: the weights have no head.
-    """
-    if weights.kind not in ("classifier", "model"):
-        raise InputError(
-            "these weights are of an encoder without a head; fine-tune it, or choose a protocol to probe it"
-        )
-    return model_function(weights, _judged, dtype=dtype)
-
-
-def _judged(network: Any, images: jax.Array) -> dict[str, jax.Array]:
-    pooled = network.features(images)
-    return {"logits": network.head(pooled), "features": pooled}
