@@ -20,7 +20,8 @@ from benchmarks import alternate
 ROWS = {
     "input-grey": "input_pipeline {png}",
     "input-rgb": "input_pipeline {png} --rgb=560x470",
-    "step-base": "train_step --model=base --batch=16 --rounds=4",
+    "step-base": "train_step --model=base --batch=16 --rounds=4 --sides={full}",
+    "step-base-cross": "train_step --model=base --batch=16 --rounds=4 --sides={cross}",  # memory for both is rare
     "step-ti128": "train_step --model=ti128 --batch=256",
     "step-tiny": "train_step --model=tiny --batch=64",
     "step-bfloat16": "train_step --model=ti128 --batch=64 --dtypes=float32,bfloat16 --sides={plain} --rounds=4",
@@ -55,8 +56,12 @@ def main() -> None:
         sys.exit(f"--only: no {', '.join(sorted(unknown))} among {', '.join(ROWS)}")
     raw = args.ultrasound / "BUS-BRA" if args.ultrasound and (args.ultrasound / "BUS-BRA").is_dir() else None
     shards = args.output / "data" / ("bus_bra" if raw else "phantom")
-    plain = "ours;ours, bfloat16;transformers;transformers, bfloat16"
-    known = {"plain": plain, "png": f"--png={raw / 'Images'}" if raw else "", "shards": f"--data={shards}"}
+    sides = {
+        "plain": "ours;ours, bfloat16;transformers;transformers, bfloat16",
+        "full": "ours;transformers;transformers, compiled",
+        "cross": "ours, cross decoder;transformers",
+    }
+    known = sides | {"png": f"--png={raw / 'Images'}" if raw else "", "shards": f"--data={shards}"}
     for name in names:
         command = shlex.split(ROWS[name].format_map({key: shlex.quote(value) for key, value in known.items()}))
         command = [part for part in command if part] + ["--quick"] * args.quick

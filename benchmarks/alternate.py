@@ -186,7 +186,7 @@ def measure(
             tell(f"{name}: {found[name]['error']}")
 
     try:
-        for name in () if fresh else sides:
+        for name in () if fresh else reversed(sides):  # ours last: it keeps its memory, and the others need less
             room = psutil.virtual_memory().available / 1e9
             need = 1.3 * max((found[other]["about"]["peak_gb"] for other in alive), default=0)
             if room < need:

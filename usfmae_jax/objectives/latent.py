@@ -66,9 +66,8 @@ class LatentPrediction(MaskedAutoencoding):
             weight = sector_patches(batch["image"], patch).astype(weight.dtype) if self.fan_aware else ones
         return masked_error(model(self.seen(inputs), batch["keep"], batch["restore"]), batch["target"], weight)
 
-    def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> dict[str, jax.Array]:
-        """No pictures: features cannot be shown as images."""
-        return {}
+    def pictures(self, model: nnx.Module, images: jax.Array, rng: jax.Array) -> None:  # type: ignore[override]
+        """None: features cannot be shown as images."""
 
     def flops(self) -> float:
         """See `Objective`; the teacher's forward pass is included."""
