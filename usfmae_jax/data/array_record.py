@@ -46,10 +46,13 @@ class ArrayRecordShard:
 
     def __getitem__(self, index: int) -> bytes:
         if self._size:
-            ends, chunks = self._index
-            _, declared = self._header(int(chunks[np.searchsorted(ends, index, side="right")]))
-            if declared > MAX_RECORD:
-                raise DamagedRecord(f"record declares {declared} bytes, more than {MAX_RECORD >> 20} MB")
+            ends, chunks, sound = self._index
+            chunk = int(ends.searchsorted(index, side="right"))
+            if not sound[chunk]:
+                _, declared = self._header(int(chunks[chunk]))
+                if declared > MAX_RECORD:
+                    raise DamagedRecord(f"record declares {declared} bytes, more than {MAX_RECORD >> 20} MB")
+                sound[chunk] = True
         return self._records[index]
 
     def _find_index(self) -> tuple[int, int]:
@@ -66,8 +69,8 @@ class ArrayRecordShard:
         return position, stored
 
     @functools.cached_property
-    def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each chunk, the number of records up to its end, and its position."""
+    def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each chunk, the number of records up to its end, its position, and whether its header was checked."""
         try:
             position, stored = self._find_index()
             content = self._read(position, _CHUNK_HEADER + stored)[_CHUNK_HEADER:]
@@ -88,7 +91,7 @@ class ArrayRecordShard:
                 at += size
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             raise DamagedRecord("the shard's index cannot be read") from error
-        return np.asarray(ends[1:], np.int64), np.asarray(chunks, np.int64)
+        return np.asarray(ends[1:], np.int64), np.asarray(chunks, np.int64), np.zeros(len(chunks), bool)
 
     def _unpacked(self, codec: int, data: bytes) -> bytes:
         if not codec:

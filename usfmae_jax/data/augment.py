@@ -87,13 +87,11 @@ def random_view(
     angle = math.radians(rng.uniform(*how.rotation))
     cos, sin = math.cos(angle), math.sin(angle)
     scale_x, scale_y = flip_x * w / size[1], flip_y * h / size[0]
-    matrix = np.array([[cos * scale_x, -sin * scale_y, 0.0], [sin * scale_x, cos * scale_y, 0.0]])
+    xx, xy, yx, yy = cos * scale_x, -sin * scale_y, sin * scale_x, cos * scale_y
     # The centre of the view maps to the centre of the crop; the centre of pixel i is at i.
-    matrix[:, 2] = np.array([left + (w - 1) / 2, top + (h - 1) / 2]) - matrix[:, :2] @ (
-        (size[1] - 1) / 2,
-        (size[0] - 1) / 2,
-    )
-    return matrix
+    x, y = (size[1] - 1) / 2, (size[0] - 1) / 2
+    shift_x, shift_y = left + (w - 1) / 2 - (xx * x + xy * y), top + (h - 1) / 2 - (yx * x + yy * y)
+    return np.array([[xx, xy, shift_x], [yx, yy, shift_y]])
 
 
 def warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
@@ -145,7 +143,8 @@ def reduction(matrix: np.ndarray) -> int:
 
     JPEG decodes at such fractions directly, faster and without the aliasing of a warp that skips pixels.
     """
-    pixels = np.linalg.norm(matrix[:, :2], axis=0).min()  # image pixels per pixel of the view
+    (xx, xy, _), (yx, yy, _) = matrix.tolist()
+    pixels = min(math.hypot(xx, yx), math.hypot(xy, yy))  # image pixels per pixel of the view
     return next(factor for factor in (8, 4, 2, 1) if pixels >= factor or factor == 1)
 
 

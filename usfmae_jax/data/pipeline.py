@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from usfmae_jax.data import augment
-from usfmae_jax.data.records import Record, Shards, decode_image, decode_record, open_shards
+from usfmae_jax.data.records import FIELDS, Record, Shards, decode_image, decode_record, open_shards
 from usfmae_jax.errors import LOADER, NO_GUARD, UNGUARDED, DamagedRecord, FaultError, InputError, check_guard
 
 #: Maximum number of records tried for one row of a batch before the data counts as unreadable.
@@ -27,6 +27,7 @@ MAX_TRIES = 8
 #: Seconds to wait for the next batch or images: longer than any working storage takes.
 PATIENCE = 600.0
 _PIECE = 16  # items per task of a thread
+_IMAGE = {name: FIELDS[name] for name in ("image", "height", "width")}
 
 Batch = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -90,7 +91,7 @@ class LoadView(grain.transforms.RandomMap):
         for attempt in range(MAX_TRIES):
             number = int(records[place])
             try:
-                views = self.draw(decode_record(shards[number]), rng)
+                views = self.draw(decode_record(shards[number], FIELDS if self.mask else _IMAGE), rng)
             except DamagedRecord:
                 damaged[attempt] = source, number
                 place = int(rng.integers(len(records)))
@@ -117,7 +118,8 @@ class LoadView(grain.transforms.RandomMap):
             masks["mask"] = augment.warp(layers, matrix, self.size, "nearest").reshape(*self.size, *mask.shape[2:])
         if pixels is None:
             pixels = decode_image(record["image"], self.channels, augment.reduction(matrix))
-            matrix = augment.shrink_view(matrix, height / pixels.shape[0])
+            if len(pixels) != height:
+                matrix = augment.shrink_view(matrix, height / len(pixels))
         image = augment.adjust(augment.warp(pixels, matrix, self.size, self.how.interpolation), rng, self.how)
         return {"image": image} | masks
 

@@ -86,8 +86,12 @@ def encode_record(record: Record) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def decode_record(data: bytes) -> Record:
+def decode_record(data: bytes, fields: Record = FIELDS) -> Record:
     """The inverse of `encode_record`; absent fields get their default, unknown ones are left out.
+
+    Args:
+      data: a serialised record.
+      fields: those of `FIELDS` that are needed, with their defaults; decoding all takes a tenth of an image's time.
 
     Raises:
       DamagedRecord: the bytes are not a `tf.train.Example`.
@@ -102,8 +106,8 @@ def decode_record(data: bytes) -> Record:
             f"the shards follow another schema: expected an encoded 'image', found {sorted(features) or 'no fields'}; "
             "build them with python -m data_prep.build"
         )
-    record = dict(FIELDS)
-    for name, default in FIELDS.items():
+    record = dict(fields)
+    for name, default in fields.items():
         if name not in features:
             continue
         if isinstance(default, int):
