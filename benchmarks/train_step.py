@@ -4,11 +4,13 @@
     python -m benchmarks.train_step --model=ti128 --batch=256 --dtypes=float32,bfloat16
     python -m benchmarks.train_step --model=tiny --batch=64 --allocators
     python -m benchmarks.train_step --model=tiny --batch=64 --ablate
+    python -m benchmarks.train_step --model=tiny --batch=64 --profile
 
 A side is a process that keeps training on one batch of noise; sides take turns of `--seconds`. The limit is the speed
 if the step consisted only of its matrix products, each as fast as one large product, which each side measures in its
 turn: no step with this arithmetic can be faster. With `--allocators`, ours runs with several memory allocators and
 settings, in a new process every round; with `--ablate`, without each of the model's optimisations for speed in turn.
+With `--profile`, ours is traced for some steps, and the time of its parts is printed.
 """
 
 import argparse
@@ -16,6 +18,8 @@ import ast
 import contextlib
 import functools
 import glob
+import math
+import re
 import sys
 import tempfile
 import time
@@ -111,12 +115,24 @@ def noise(config: Any) -> np.ndarray:
 
 def ours(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Result, Callable[[], alternate.Result]]:
     """The compiled step of `usfmae_jax.main`."""
+    train, _, about = own_step(args, side)
+
+    import jax
+    import jax.numpy as jnp
+
+    large = jnp.ones((args.product, args.product), side.get("dtype", "float32"))
+    multiply = jax.jit(lambda a: a @ a)
+    about |= warm_up(train, args.warm)
+    return about, functools.partial(turn, args, train, lambda: multiply(large).block_until_ready())
+
+
+def own_step(args: argparse.Namespace, side: dict[str, Any]) -> tuple[Callable[[], None], Any, alternate.Result]:
+    """A function that trains for one step, the compiled program, and what there is to report on it."""
     from usfmae_jax.training import mesh as meshes
 
     if side.get("keep", True):
         meshes.keep_memory()
     import jax
-    import jax.numpy as jnp
 
     from usfmae_jax.pretraining import build
     from usfmae_jax.training.state import init_state
@@ -137,11 +153,70 @@ def ours(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Resu
         state, metrics = step(state, meshes.global_batch(mesh, pixels), length)
         jax.block_until_ready(metrics)
 
-    large = jnp.ones((args.product, args.product), side.get("dtype", "float32"))
-    multiply = jax.jit(lambda a: a @ a)
-    warm = warm_up(train, args.warm)
-    about = {"compile_s": compiled, "gflop": objective.flops() / 1e9} | warm
-    return about, functools.partial(turn, args, train, lambda: multiply(large).block_until_ready())
+    return train, step, {"compile_s": compiled, "gflop": objective.flops() / 1e9}
+
+
+def profile(args: argparse.Namespace, steps: int = 3) -> None:
+    """Traces some steps of ours, and prints the time of the parts of a step.
+
+    XLA runs what does not depend on each other at the same time, so that the parts add up to more than the whole.
+    """
+    train, program, _ = own_step(args, {"cross": args.cross})
+
+    import jax
+
+    warm_up(train, args.warm)
+    start = time.perf_counter()
+    for _ in range(steps):
+        train()
+    whole = 1e3 * (time.perf_counter() - start) / steps
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                train()
+        (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        events = [e for p in jax.profiler.ProfileData.from_file(file).planes for line in p.lines for e in line.events]
+    kinds = operations(program.as_text())
+    found: dict[str, list[float]] = {}
+    for event in events:
+        kind, flops = kinds.get(event.name, ("", 0.0))
+        if kind:
+            sums = found.setdefault(kind, [0.0, 0.0])
+            sums[0] += event.duration_ns / 1e6 / steps
+            sums[1] += flops / steps
+    print(f"{args.model}, batch {args.batch}: {whole:.0f} ms a step\n\n| | ms | GFLOP | GFLOP/s |\n|---|---|---|---|")
+    for kind, (ms, flops) in sorted(found.items(), key=lambda item: -item[1][0]):
+        speed = f"{flops / 1e9:.3g} | {flops / ms / 1e6:.0f}" if flops else " | "
+        print(f"| {kind} | {ms:.0f} | {speed} |")
+
+
+def operations(hlo: str) -> dict[str, tuple[str, float]]:
+    """The kind and the floating-point operations of products of every operation of a compiled program, by name."""
+    bodies: dict[str, dict[str, str]] = {}
+    for line in hlo.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            body = bodies.setdefault("ENTRY" if line.startswith("ENTRY") else head[1], {})
+        elif operation := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)", line):
+            body[operation[1]] = operation[2]
+
+    def shape(text: str) -> list[int]:
+        return [int(side) for side in re.match(r"\(?\w+\[([\d,]*)\]", text)[1].split(",") if side]  # type: ignore[index]
+
+    def product(body: dict[str, str], text: str) -> tuple[str, float]:
+        sides = [shape(body[name]) for name in re.findall(r"%([\w.\-]+)", text.split("dot(")[1].split(")")[0])]
+        summed = [int(axis) for axis in re.search(r"lhs_contracting_dims=\{([\d,]*)", text)[1].split(",")]  # type: ignore[index]
+        kind = "attention" if len(sides[0]) > 2 else "products with weights"
+        return kind, 2.0 * math.prod(shape(text)) * math.prod(sides[0][axis] for axis in summed)
+
+    found = {}
+    for name, text in bodies["ENTRY"].items():
+        called = re.search(r"calls=%?([\w.\-]+)", text)
+        body = bodies.get(called[1], {}) if called else bodies["ENTRY"]
+        inside = list(body.values()) if called else [text]
+        products = [product(body, one) for one in inside if " dot(" in one]
+        kind = "sums, as for norms and biases" if any(" reduce(" in one for one in inside) else "all else"
+        found[name] = (products[0][0], sum(one[1] for one in products)) if products else (kind, 0.0)
+    return found
 
 
 @contextlib.contextmanager
@@ -237,6 +312,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--dtypes", default="float32", help="of the arithmetic, separated by commas")
     parser.add_argument("--allocators", action="store_true", help="ours alone, under several ways to keep memory")
+    parser.add_argument("--profile", action="store_true", help="ours alone: the time of the parts of a step")
+    parser.add_argument("--cross", action="store_true", help="--profile with the cross decoder")
     parser.add_argument("--libraries", default="", help="folder of the libraries of --allocators")
     parser.add_argument("--ablate", action="store_true", help="ours alone, without one thing at a time")
     parser.add_argument("--seconds", type=float, default=10.0, help="of a turn, at least one step")
@@ -247,6 +324,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.batch, args.seconds, args.product, args.rounds = 8, 0.2, 256, min(args.rounds, 2)
+    if args.profile:
+        profile(args)
+        return
     chosen = sides(args)
     if args.side:
         side = chosen[args.side]

@@ -1,11 +1,14 @@
 """The comparisons with PyTorch: how sides take turns, and that each of them runs."""
 
 import argparse
+import collections
 import json
 import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import alternate, train_step
@@ -85,3 +88,17 @@ def test_every_comparison_runs(command, rows, tmp_path, shards):
 def test_a_step_beside_one_that_keeps_all_its_values_recomputes_none(model):
     args = argparse.Namespace(model=model, batch=8, quick=False, set=[])
     assert train_step.settings(args, "float32", cross=False).model.remat == "none"
+
+
+def test_a_profile_knows_what_each_operation_of_a_program_computes():
+    def compute(x, w, q):
+        return (jax.nn.relu(x) @ w).sum(axis=0), jnp.einsum("bhnd,bhmd->bhnm", q, q)
+
+    shapes = [jax.ShapeDtypeStruct(shape, "float32") for shape in ((40, 24), (24, 16), (2, 3, 20, 8))]
+    found = train_step.operations(jax.jit(compute).lower(*shapes).compile().as_text())
+    flops = collections.Counter()
+    for kind, count in found.values():
+        flops[kind] += count
+    assert flops["products with weights"] == 2 * 40 * 24 * 16
+    assert flops["attention"] == 2 * 2 * 3 * 20 * 20 * 8
+    assert sum(flops.values()) == flops["products with weights"] + flops["attention"]
