@@ -34,18 +34,19 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0  # seed of the folds
     config.seeds = (0,)  # seeds of label fractions and initial weights; results of several seeds are averaged
-    # "usfmae-tiny", which is included; a workdir, a checkpoint in it, an encoder/ or classifier/ directory; or a
+    # "usfmae-tiny", which is included; a workdir, a checkpoint in it, an encoder/, classifier/ or model/ folder; or a
     # baseline: "pixels" or "random".
     config.checkpoint = ""
     config.step = 0  # checkpoint of a pretraining workdir; 0 = its encoder/, or else its newest checkpoint
     config.protocol = "auto"  # how the encoder is tested, see above
     config.pool = "mean"  # the mean of the patch tokens; or "cls", the class token
-    config.mask_classes = "masks"  # or "label": each mask outlines one object, whose class is the frame's label
-    config.min_pixels = 10  # for instances: smaller areas in masks are ignored
+    config.mask_classes = (
+        "masks"  # for protocol segmentation; "label": each mask outlines one object, of the frame's class
+    )
     config.classes = ()  # expected class names, in order; () = those of the shards
     config.positive = ""  # the positive class where there are two; "" = the last
     config.targets = ""  # a CSV file of the numbers or labels of each frame, see configs/finetune.py
-    config.target = ""  # name of the target column; "" = the only numeric column
+    config.target = ""  # name of the target column; "" = the model's, or the only numeric column
     config.of_frame = False  # True for a length in mm: learnt as a fraction of the frame's side; needs pixel sizes
     config.data = dict(
         path="",  # labelled shards: a folder, a glob, gs://...; separate several with commas

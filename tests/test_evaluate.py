@@ -3,6 +3,7 @@
 import collections
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from usfmae_jax import evaluate as door
 from usfmae_jax.data.corruptions import CORRUPTIONS
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
-from usfmae_jax.interop.model import Model, build, save_model
+from usfmae_jax.interop.model import Model, build, open_model, save_model
 from usfmae_jax.models.vit import ViT
 from usfmae_jax.probing.loop import evaluate
 
@@ -211,7 +212,45 @@ def test_a_classifier_that_may_have_seen_the_data_needs_a_split(probed, settings
     with pytest.raises(InputError, match="was fine-tuned on frames of made"):
         evaluate(settings, str(tmp_path / "out"))
     settings.split.path = str(splits)
-    assert evaluate(settings, str(tmp_path / "out"))["counts"]["frames"] == 48
+    with pytest.raises(InputError, match=r"of the one fold that is its own \(there are 3\)"):
+        evaluate(settings, str(tmp_path / "out"))
+    rows = [line for line in splits.read_text().splitlines() if line.split(",")[-2] in ("fold", "1")]
+    (tmp_path / "one.csv").write_text("\n".join(rows))
+    settings.split.path = str(tmp_path / "one.csv")
+    assert evaluate(settings, str(tmp_path / "out"))["counts"]["frames"] == 16
+
+
+def test_frames_of_a_run_that_nothing_is_known_of_are_left_out(probed, settings, tmp_path):
+    splits = probed / "splits" / "splits.csv"
+    write_run(tmp_path / "run", splits, ("1", "2", "3"), int)
+    settings.checkpoint = str(tmp_path / "run")
+    ours = tmp_path / "run" / "splits" / "splits.csv"
+    lines = splits.read_text().splitlines()
+    ours.write_text("\n".join(line for line in lines if ",v0," not in line))  # as for copies of test images
+    found = evaluate(settings, str(tmp_path / "out"))
+    assert found["counts"]["frames"] == 47
+    assert (
+        "1 frames that are in no part of the run's split, such as copies, are left out" in found["context"]["warnings"]
+    )
+    ours.write_text(splits.read_text().replace(",part", ",parts"))
+    with pytest.raises(InputError, match=r"splits\.csv is damaged"):
+        evaluate(settings, str(tmp_path / "out"))
+    ours.write_text(splits.read_text())
+    (tmp_path / "run" / "members" / "fold-2" / "predictions.csv").unlink()
+    with pytest.raises(InputError, match="fold-2 is not finished; finish the run"):
+        evaluate(settings, str(tmp_path / "out"))
+
+
+def test_labels_that_an_earlier_stage_learnt_are_told(probed, settings, tmp_path):
+    write_run(tmp_path / "run", probed / "splits" / "splits.csv", ("1", "2", "3"), int)
+    for member in (tmp_path / "run" / "members").iterdir():
+        stages = [{"job": "finetune", "data": [{"dataset": "made"}]}] * 2
+        model = open_model(str(member))
+        shutil.rmtree(member / "classifier")
+        save_model(str(member / "classifier"), Model(model.params, model.description, model.preprocessing, stages))
+    settings.checkpoint = str(tmp_path / "run")
+    (warning,) = evaluate(settings, str(tmp_path / "out"))["context"]["warnings"]
+    assert "an earlier stage of these weights was fine-tuned on labels of made" in warning
 
 
 @pytest.mark.parametrize(

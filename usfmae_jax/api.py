@@ -78,7 +78,7 @@ def finetune(config: Config = "finetune:folder", *, workdir: str = "", **fields:
 
 
 def evaluate(config: Config = "evaluate:folder", *, workdir: str = "", **fields: Any) -> dict[str, Any]:
-    """Tests an encoder with a probe, or a fine-tuned classifier, as `python -m usfmae_jax.evaluate` does.
+    """Tests an encoder with a probe, or a fine-tuned model, as `python -m usfmae_jax.evaluate` does.
 
     Args:
       config: see `configs/evaluate.py` and `configs/suite.py`.

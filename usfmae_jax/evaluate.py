@@ -1,4 +1,4 @@
-"""Test an encoder with a probe, or a fine-tuned classifier, on labelled frames; or compare two such runs.
+"""Test an encoder with a probe, or a fine-tuned model, on labelled frames; or compare two such runs.
 
     python -m usfmae_jax.evaluate --config=evaluate:busbra --config.checkpoint=runs/pretrain-tiny
     python -m usfmae_jax.evaluate --config=suite --config.suite.checkpoints=A,B --config.data.path=DIR,DIR

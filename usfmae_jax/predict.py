@@ -294,7 +294,7 @@ class _Ensemble:
     def __init__(self, models: "list[Model]", kind: "Kind", mesh: Any, batch_size: int, flip: bool):
         import jax
 
-        from usfmae_jax.training.forward import fitted, mean_of_two, model_function
+        from usfmae_jax.training.forward import fitted, model_function, with_mirror
         from usfmae_jax.training.mesh import replicated
 
         self.kind, self.image_format, self._mesh = kind, models[0].image_format, mesh
@@ -302,15 +302,11 @@ class _Ensemble:
         functions = [model_function(model, kind.apply) for model in models]
         self._variables = [jax.device_put(variables, replicated(mesh)) for _, variables in functions]
         size, channels = self.image_format
-        plain = functions[0][0]  # the same function for all members
-
-        def both(variables: Any, images: Any) -> Any:
-            assert kind.mirror is not None
-            mirrored = kind.mirror(plain(variables, images[:, :, ::-1]))
-            return jax.tree.map(mean_of_two, plain(variables, images), mirrored)
-
+        function = functions[0][0]  # the same for all members
+        if flip and kind.mirror:
+            function = with_mirror(function, kind.mirror)
         self._program, self.batch_size = fitted(
-            both if flip else plain, self._variables[0], (*size, channels), mesh, batch_size, "--batch_size"
+            function, self._variables[0], (*size, channels), mesh, batch_size, "--batch_size"
         )
 
     def ask(self, images: "list[np.ndarray]") -> list[Any]:

@@ -103,11 +103,31 @@ def test_a_segmenter_is_trained_resumed_scored_and_opened_again(masked, tmp_path
     other = write(tmp_path / "other", 6, dataset="other", patient="a stranger")
     assert evaluated(tmp_path, other, tmp_path / "both")["context"]["members"][0]["models"] == 2
     assert set(predictions.read(tmp_path / "both", MaskPredictions).fold) == {"all"}
-    with pytest.raises(InputError, match="was trained for class 1, class 2, but the data has disc, square; if they"):
+    with pytest.raises(InputError, match="was trained for class 1, class 2, but the data has disc, square$"):
         evaluated(tmp_path, masked, tmp_path / "renamed", classes=("disc", "square"))
     again = small(masked)
     again.init = str(tmp_path / "members" / "fold-1")
     assert "head" in build.loadable(model, build.prepare(again, str(tmp_path / "again")).description)["params"]
+
+
+def test_a_run_is_tested_again_as_it_was_tested(tmp_path):
+    data = write(tmp_path / "data", without=(2, 5))
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"mask_colours": named("disc", "square")}))
+    config = small(data)
+    config.unmasked, config.evaluate.flip, config.split.kind = "background", True, "single"
+    assert finetune(config, str(tmp_path / "run"))
+    own = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]["dice"]["value"]
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"mask_colours": named("disc", "square")[::-1]}))
+    assert evaluated(tmp_path / "run", data, tmp_path / "a")["metrics"]["dice"]["value"] == pytest.approx(own)
+    other = write(tmp_path / "other", numbers=(2, 1), without=(2, 5))
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps({"mask_colours": named("square", "disc")}))
+    swapped = evaluated(tmp_path / "run", other, tmp_path / "b")
+    assert swapped["metrics"]["dice"]["value"] == pytest.approx(own)
+    assert swapped["task"]["classes"] == ["disc", "square"]
+
+
+def named(*names):
+    return [{"class": number, "name": name} for number, name in enumerate(names, 1)]
 
 
 @pytest.mark.parametrize(("arch", "least"), [("", 0.6), ("unet", 0.35)])  # after so few steps

@@ -28,7 +28,7 @@ from usfmae_jax.models.layers import without_lora
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.tasks import Task
 from usfmae_jax.training import checkpoints, checks, hardware, writers
-from usfmae_jax.training.forward import PIECE, apply_batches, fitting_batch, mean_of_two
+from usfmae_jax.training.forward import PIECE, apply_batches, fitting_batch, with_mirror
 from usfmae_jax.training.mesh import (
     batch_sharding,
     damage_of_all,
@@ -189,12 +189,7 @@ class Trainer:
         mean, std = (tuple(run.preprocessing[name]) for name in ("mean", "std"))
 
         def predict(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-            model = nnx.merge(graph, *variables.values())
-            said = run.task.predict(model, normalize_images(images, mean, std))
-            if not config.evaluate.flip:
-                return said
-            mirrored = run.task.mirror(run.task.predict(model, normalize_images(images[:, :, ::-1], mean, std)))
-            return jax.tree.map(mean_of_two, said, mirrored)
+            return run.task.predict(nnx.merge(graph, *variables.values()), normalize_images(images, mean, std))
 
         def part(params: Any) -> Any:
             return pick(params, trained)
@@ -211,7 +206,7 @@ class Trainer:
         self._start = state_maker(make_model, optimizer, self.mesh, part)
         self._abstract = state | {"best": best(state)}
         self._copy_best = jax.jit(lambda state: jax.tree.map(jnp.copy, best(state)))
-        self._predict = predict
+        self._predict = with_mirror(predict, run.task.mirror) if config.evaluate.flip else predict
 
     def train(
         self, member: Member, preemption: Preemption, line: int = 0

@@ -26,7 +26,6 @@ LEAST = {
     "bootstrap": 1,
     "examples": 0,
     "step": 0,
-    "min_pixels": 1,
     "data.threads": 1,
     "linear.epochs": 1,
     "linear.batch_size": 1,
@@ -34,6 +33,7 @@ LEAST = {
     "attentive.batch_size": 1,
     "attentive.patience": 1,
 }
+_MASKS = {"unmasked": "drop", "mask_classes": "masks"}
 #: Config fields without a meaning for a fine-tuned model, with their defaults.
 PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0, "refit": True}
 
@@ -128,8 +128,15 @@ def untrained(size: str, seed: int) -> Model:
     return Model({"encoder": jax.device_get(params)}, description, pixels, [])
 
 
-def masked(config: ml_collections.ConfigDict) -> tuple[Table, segmentation.Segmentation]:
+def masked(
+    config: ml_collections.ConfigDict, unmasked: str = "drop", mask_classes: str = ""
+) -> tuple[Table, segmentation.Segmentation]:
     """The frames with masks, and their segmentation task.
+
+    Args:
+      config: of the evaluation.
+      unmasked: treatment of frames without a mask, see `segmentation.select`.
+      mask_classes: "masks" or "label"; "" = `config.mask_classes`.
 
     Raises:
       InputError: there are none, or they cannot be used.
@@ -138,45 +145,36 @@ def masked(config: ml_collections.ConfigDict) -> tuple[Table, segmentation.Segme
     if config.mask_classes not in ("masks", "label"):
         raise InputError(f"config.mask_classes={config.mask_classes!r} must be 'masks' or 'label'")
     table = checks.read_frames(config.data.path, config.data.split)
-    how = {"by_label": config.mask_classes == "label"}
-    return segmentation.of_table(table, checks.names(config.classes), "drop", config.data.threads, **how)
+    how = {"by_label": (mask_classes or config.mask_classes) == "label"}
+    return segmentation.of_table(table, checks.names(config.classes), unmasked, config.data.threads, **how)
 
 
-def measured(
-    config: ml_collections.ConfigDict, scale: Mapping[str, Any] | None = None
-) -> tuple[Table, regression.Regression]:
+def measured(config: ml_collections.ConfigDict) -> tuple[Table, regression.Regression]:
     """The frames with a number in a table, and their regression task.
 
-    Args:
-      config: of the evaluation.
-      scale: of a fine-tuned model, see `interop.model.Model`; then `config.of_frame` is not used.
-
     Raises:
-      InputError: there are none, they cannot be used, or they have another unit than the model.
+      InputError: there are none, or they cannot be used.
     """
-    table, found = _read_targets(config, "numbers")
-    table, task = regression.of_table(table, found, scale["of_frame"][0] if scale else config.of_frame)
-    if scale and task.unit != scale["unit"][0]:
-        units = (scale["unit"][0] or "no unit", task.unit or "no unit")
-        raise InputError(f"the model gives {units[0]}, but the column of config.targets is in {units[1]}")
-    return table, task
+    table, found = _read_targets(config, checks.names([config.target]))
+    return regression.of_table(table, found, config.of_frame)
 
 
-def _read_targets(config: ml_collections.ConfigDict, what: str, names: Sequence[str] = ()) -> tuple[Table, Targets]:
-    """The frames, and columns of `config.targets`: `config.target`, or else `names`."""
+def _read_targets(
+    config: ml_collections.ConfigDict, names: Sequence[str], labels: bool = False
+) -> tuple[Table, Targets]:
+    """The frames, and the columns of `config.targets` with these names, or all suitable ones."""
     _refuse_class_fields(config, "classes")
     if not config.targets:
-        raise InputError(f"the table of {what} is missing: --config.targets=FILE.csv")
+        raise InputError(f"the table of {'labels' if labels else 'numbers'} is missing: --config.targets=FILE.csv")
     table = checks.read_frames(config.data.path, config.data.split)
-    names = [config.target] if config.target else names
-    return table, read_targets(config.targets, table, checks.names(names), labels=what == "labels")
+    return table, read_targets(config.targets, table, names, labels=labels)
 
 
 def _refuse_class_fields(config: ml_collections.ConfigDict, *more: str) -> None:
     """Raises InputError if a field is set that only classification of whole frames uses."""
     for name in ("positive", "corruptions", *more):
         if config[name]:
-            raise InputError(f"config.{name} is for classes of whole frames")
+            raise InputError(f"config.{name} is for classes of whole frames; --config=evaluate:folder leaves it unset")
 
 
 def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.Classification]:
@@ -194,28 +192,50 @@ def labelled(config: ml_collections.ConfigDict) -> tuple[Table, classification.C
     return table, classification.Classification(table.label_names, positive=config.positive)
 
 
-def of_model(config: ml_collections.ConfigDict, model: Model) -> tuple[Table, Task]:
-    """The frames that can test a fine-tuned model, and its task on them.
+def of_model(config: ml_collections.ConfigDict, model: Model) -> tuple[Table, Task, bool]:
+    """The frames that can test a fine-tuned model, its task on them, and whether mirror images are predicted too.
+
+    What is annotated, and how the model is tested, is as in the run that trained it, which is in its lineage.
 
     Raises:
       InputError: there are none, they cannot be used, or the model's task is unknown.
     """
-    name, outputs = model.description.get("task", "classification"), output_names(model.description)
+    about, outputs = model.description, output_names(model.description)
+    trained = checks.flat((model.lineage[-1].get("config") if model.lineage else None) or {})
+    flip = trained.get("evaluate.flip") is True
+    name = about.get("task") or ("classification" if model.kind == "classifier" else "")
     if name == "classification":
-        return labelled(config)
-    if name == "segmentation":
-        return masked(config)
-    if name == "instances":
-        table, masks = masked(config)
-        return table, instances.Instances(masks, 0, min_pixels=config.min_pixels)
+        return *labelled(config), flip
+    if name in ("segmentation", "instances"):
+        how = {key: str(trained.get(key, default)) for key, default in _MASKS.items()}
+        table, task = masked(config, **how)
+        if set(task.outputs) == set(outputs) and not task.classes.by_label:
+            task = task.ordered(outputs)
+        if name == "segmentation":
+            return table, task, flip
+        return table, instances.Instances(task, 0, min_pixels=int(trained.get("min_pixels", 10))), False
     if name == "regression":
-        table, task = measured(config, model.description["scale"])
-        return table, dataclasses.replace(task, name=outputs[0])  # the column may have another name
+        return *_measured_again(config, about["scale"], outputs[0]), flip
     if name == "multilabel":
-        table, found = known(*_read_targets(config, "labels", outputs))
-        about: dict[str, Any] = {"fingerprint": found.fingerprint, "notes": found.notes}
-        return table, multilabel.MultiLabel(found.names, found.values, **about)
-    raise InputError(f"config.checkpoint={config.checkpoint} is a model for {name!r}, a task that is not known here")
+        table, found = known(*_read_targets(config, checks.names([config.target]) or outputs, labels=True))
+        own: dict[str, Any] = {"fingerprint": found.fingerprint, "notes": found.notes}
+        return table, multilabel.MultiLabel(found.names, found.values, **own), flip
+    what = repr(name[:40]) if name else "a task that it does not name"
+    raise InputError(f"config.checkpoint={config.checkpoint} is a model for {what}, which cannot be tested here")
+
+
+def _measured_again(
+    config: ml_collections.ConfigDict, scale: Mapping[str, Any], name: str
+) -> tuple[Table, regression.Regression]:
+    """The frames with a number in a table, and the regression task of a model of the quantity `name`."""
+    table, found = _read_targets(config, checks.names([config.target]) or (name,))
+    if len(found.units) == 1 and found.units[0] != scale["unit"][0]:
+        units = (scale["unit"][0] or "no unit", found.units[0] or "no unit")
+        raise InputError(f"the model gives {units[0]}, but the column of config.targets is in {units[1]}")
+    table, task = regression.of_table(table, found, scale["of_frame"][0])
+    other = f"the column {task.name!r} of config.targets is compared with the model's {name!r}"
+    notes = (*task.notes, *([other] if task.name != name else []))
+    return table, dataclasses.replace(task, name=name, notes=notes)
 
 
 def refuse_labels_seen(model: Model | None, table: Table) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,11 +18,11 @@ from usfmae_jax.data.table import Table
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import comparison
-from usfmae_jax.evaluation.predictions import Predictions, identify
+from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions, identify
 from usfmae_jax.interop.model import Model, members, open_model, output_names
 from usfmae_jax.probing.inspect import Outcome, Tested, parted
 from usfmae_jax.tasks import Arrays, Task
-from usfmae_jax.training.forward import PATIENCE, PIECE, apply_batches, features_of, model_function
+from usfmae_jax.training.forward import PATIENCE, PIECE, apply_batches, features_of, model_function, with_mirror
 from usfmae_jax.training.inspect import foremost
 from usfmae_jax.training.mesh import one_device
 
@@ -33,7 +34,7 @@ class Trained:
     Attributes:
       model: a model of kind 'classifier' or 'model'.
       fold, seed, fraction: identify the member of its run.
-      seen: (dataset, video, frame) of its training and validation frames, and (dataset, patient) of their patients.
+      seen: (dataset, video, frame) of its training and validation frames, and of their patients what `_patient` gives.
       chosen: (dataset, video, frame) of its validation frames only.
       held_out: (dataset, video, frame) of its test frames.
       copied: those test frames that are marked in `Predictions.copied`.
@@ -56,6 +57,11 @@ def open_trained(path: str) -> list[Trained]:
       InputError: there is no fine-tuned model, or the members have different models.
     """
     found = []
+    for folder in members(path):
+        if not epath.Path(folder, "predictions.csv").exists():
+            raise InputError(
+                f"{folder} is not finished; finish the run with the command that began it, or name one of its members"
+            )
     for folder in members(path) or [path]:
         model = open_model(folder)
         if model.kind not in ("classifier", "model"):
@@ -88,15 +94,22 @@ def _trained(folder: str, model: Model) -> Trained:
     table = root.parent.parent / "splits" / "splits.csv"
     seen: set[tuple[str, ...]] = set()
     parts: dict[str, set[tuple[str, ...]]] = {"train": set(), "validation": set(), "test": set()}
-    if fold and table.exists():
-        for row in cells.read_dicts(io.StringIO(table.read_text(), newline="")):
+    try:
+        for row in cells.read_dicts(io.StringIO(table.read_text(), newline="")) if fold and table.exists() else ():
             if row["fold"] == fold:
                 frame = (row["dataset"], row["video"], row["frame"])
                 parts[row["part"]].add(frame)
                 if row["part"] != "test":
-                    seen |= {frame, (row["dataset"], row["patient"])} if row["patient"] else {frame}
+                    seen |= {frame, _patient(row["dataset"], row["patient"], row["video"])}
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{table} is damaged: it should have the rows that the run wrote ({error})") from error
     named = (seen, parts["validation"], parts["test"], copied)
     return Trained(model, fold, seed, fraction, *map(frozenset, named))
+
+
+def _patient(dataset: str, patient: str, video: str) -> tuple[str, ...]:
+    """Identifies a patient; a clip of an unknown one counts as its own."""
+    return (dataset, patient) if patient else (dataset, "", video, "")
 
 
 def test(
@@ -106,6 +119,7 @@ def test(
     mesh: Mesh,
     asked_for: Callable[[], tuple[list[Fold], str] | None],
     *,
+    flip: bool,
     batch_size: int,
     threads: int,
     dtype: Any,
@@ -121,6 +135,7 @@ def test(
       mesh: devices.
       asked_for: returns the folds that the config names, of which only the test parts are tested, and a phrase; or
         None.
+      flip: average the predictions for each frame and its mirror image.
       batch_size: images per call.
       threads: decoding threads.
       dtype: compute dtype.
@@ -131,24 +146,28 @@ def test(
     model = trained[0].model
     named = output_names(model.description)
     if [name.casefold() for name in named] != [name.casefold() for name in task.outputs]:
+        unnamed = len(named) == len(task.outputs) and all(
+            re.fullmatch(r"foreground|class \d+", o) for o in task.outputs
+        )
+        advice = f"; if these are the same, name them: --config.classes={','.join(named)}" if unnamed else ""
         raise InputError(
-            f"the model was trained for {', '.join(named)}, but the data has {', '.join(task.outputs)}; if they mean "
-            f"the same, name those of the data with --config.classes={','.join(named)}"
+            f"the model was trained for {', '.join(named)}, but the data has {', '.join(task.outputs)}{advice}"
         )
     allowed, note, warnings = _allowed(trained, table, asked_for)
     names = _frame_names(table)
     size, channels = model.image_format
     how: dict[str, Any] = {"size": size, "channels": channels, "batch_size": batch_size, "threads": threads}
     function, _ = model_function(model, task.predict, dtype=dtype)
+    function = with_mirror(function, task.mirror) if flip else function
     variables = [(one.model.params, one.model.stats) for one in trained]
 
-    def predict(panel: Sequence[int], batches: Iterable[np.ndarray], total: int, over: Mesh = mesh) -> Arrays:
+    def predict(panel: Sequence[int], batches: Iterable[np.ndarray], total: int, on: Mesh = mesh) -> Arrays:
         """The joint prediction of some members for images."""
         batches = batches if len(panel) == 1 else list(batches)  # decoded once for all members
-        said, form = [], {"batch_size": batch_size, "total": total}
+        said, form = [], {"batch_size": batch_size if on is mesh else total, "total": total}
         for number in panel:
             desc = f"member {number + 1}/{len(trained)}"
-            said.append(apply_batches(over, function, variables[number], iter(batches), **form, desc=desc))
+            said.append(apply_batches(on, function, variables[number], iter(batches), **form, desc=desc))
         return task.together(said, [trained[number].model.description for number in panel])
 
     def tested_rows(panel: Sequence[int], rows: np.ndarray) -> Arrays:
@@ -169,7 +188,8 @@ def test(
         chosen = np.flatnonzero([name in first.chosen for name in names]) if alone else np.zeros(0, int)
         copied = [row for row in rows.tolist() if any(names[row] in trained[number].copied for number in panel)]
         said = record(panel, ids, rows, copied)
-        validation = record(panel, ids, chosen) if len(chosen) else None
+        # Only classification reports on validation frames.
+        validation = record(panel, ids, chosen) if len(chosen) and task.predictions is ClassPredictions else None
         tested.append(Tested(*ids, rows, said, validation, {"models": len(panel)}))
         panels.append(panel)
     best = foremost(tested)
@@ -186,11 +206,11 @@ def test(
         # On one device, since only one process writes the report.
         return task.look(lambda images: predict(panel, [images], len(images), one_device()), trained[panel[0]].model)
 
-    rows = tested[0].rows
+    rows, shown = tested[best[0]].rows, panels[best[0]][0]
     features, _ = model_function(model, features_of, dtype=dtype)
     form: dict[str, Any] = {"batch_size": batch_size, "total": len(rows), "desc": "features"}
-    mapped = apply_batches(mesh, features, variables[panels[0][0]], decode(table, rows, **how), **form)
-    space = "features of the fine-tuned model" + (f", fold {tested[0].fold}" if len(best) > 1 else "")
+    mapped = apply_batches(mesh, features, variables[shown], decode(table, rows, **how), **form)
+    space = "features of the fine-tuned model" + (f", fold {trained[shown].fold}" if len(trained) > 1 else "")
     return Outcome(
         tested=tested,
         split=note,
@@ -209,15 +229,19 @@ def _allowed(
     known = all(member.seen for member in trained)
     learnt = [stage for stage in trained[0].model.lineage if stage.get("job") == "finetune"]
     among = provenance.seen_in(learnt, [frames.shards])
+    before = provenance.seen_in(learnt[:-1], [frames.shards])
     chosen = asked_for()
-    if among and not known and not chosen:
+    if among and not known and (not chosen or len(chosen[0]) > 1):
+        which = f", of the one fold that is its own (there are {len(chosen[0])})" if chosen else ""
         raise InputError(
             f"the model was fine-tuned on frames of {', '.join(among)}, and which ones is not known without its "
-            "run's splits/splits.csv; give the run's workdir, or name the test frames with --config.split.path=FILE"
+            f"run's splits/splits.csv; give the run's workdir, or name the test frames{which} with "
+            "--config.split.path=FILE"
         )
     names = _frame_names(frames)
-    patients = list(zip(frames.dataset.tolist(), frames.patient.tolist(), strict=True))
-    allowed = np.ones((len(trained), len(frames)), bool)
+    ids = (frames.dataset.tolist(), frames.patient.tolist(), frames.video.tolist())
+    patients = [_patient(*one) for one in zip(*ids, strict=True)]
+    allowed: np.ndarray = np.ones((len(trained), len(frames)), bool)
     held_out = np.zeros_like(allowed)
     for number, member in enumerate(trained):
         if member.seen:
@@ -225,21 +249,32 @@ def _allowed(
                 n not in member.seen and p not in member.seen for n, p in zip(names, patients, strict=True)
             ]
             held_out[number] = [n in member.held_out for n in names] & allowed[number]
-    allowed = np.where(held_out.any(axis=0), held_out, allowed)
-    note = "the run's own test parts" if held_out.any() else "all frames, none of whose patients was learnt from"
-    unnamed = int((allowed.any(axis=0) & ~held_out.any(axis=0)).sum())
-    note += f", and {unnamed} frames that it neither learnt from nor tested" if held_out.any() and unnamed else ""
+    note = "all frames, none of whose patients was learnt from"
+    named = np.ones(len(frames), bool)
+    beside = np.zeros(len(frames), bool)
+    if held_out.any():
+        # Frames in no part of the run's split were left out of it as copies, or are new: only its own tests count.
+        beside = np.asarray(allowed.any(axis=0) & ~held_out.any(axis=0))
+        allowed, note = held_out, "the run's own test parts"
     if chosen:
         folds, note = chosen
-        tested = np.unique(np.concatenate([fold.test for fold in folds]))
-        allowed &= np.isin(np.arange(len(frames)), tested)
-    left_out = int((~allowed.any(axis=0)).sum())
-    if left_out == len(frames):
+        named[:] = False
+        named[np.concatenate([fold.test for fold in folds])] = True
+    gone = named & ~allowed.any(axis=0)
+    allowed &= named
+    if not allowed.any():
         raise InputError("the models have learnt from every patient of this data: nothing is left to test them on")
-    warnings: tuple[str, ...] = ()
-    if left_out and not chosen:
-        warnings = (f"{left_out} frames of patients that the models learnt from are left out",)
-    return allowed, note, warnings
+    warnings = [
+        f"an earlier stage of these weights was fine-tuned on labels of {name}, of which frames may be tested"
+        for name in before
+    ]
+    if (gone & beside).any():
+        count = int((gone & beside).sum())
+        warnings.append(f"{count} frames that are in no part of the run's split, such as copies, are left out")
+    if (gone & ~beside).any():
+        count = int((gone & ~beside).sum())
+        warnings.append(f"{count} frames of patients that the models learnt from are left out")
+    return allowed, note, tuple(warnings)
 
 
 def _panels(trained: Sequence[Trained], allowed: np.ndarray) -> Iterator[tuple[list[int], np.ndarray]]:

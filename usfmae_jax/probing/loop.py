@@ -59,10 +59,11 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         build.check_finetuned(config)
         trained = finetuned.open_trained(config.checkpoint)
         model: Model | None = trained[0].model
-        table, task = build.of_model(config, trained[0].model)
+        table, task, flip = build.of_model(config, trained[0].model)
         strata = task.strata(table)
         workdir = checks.make_workdir(workdir)
-        how = {"batch_size": config.batch_size, "threads": config.data.threads, "dtype": jnp.dtype(config.dtype)}
+        how: dict[str, Any] = {"batch_size": config.batch_size, "threads": config.data.threads}
+        how |= {"dtype": jnp.dtype(config.dtype), "flip": flip}
         outcome = finetuned.test(trained, table, task, mesh, lambda: build.asked_for(config, table, strata), **how)
     else:
         model = build.encoder(config)
@@ -278,6 +279,7 @@ def report(
         "warnings": warnings,
         "excluded": outcome.excluded,
         "features": outcome.features,
+        **({"targets_fingerprint": task.fingerprint} if task.fingerprint else {}),
         "members": [{"fold": t.fold, "seed": t.seed, "fraction": t.fraction, **t.settings} for t in tested],
         "command": command,
     }
@@ -315,6 +317,6 @@ def title(protocol: str, model: Model | None, datasets: list[str]) -> str:
     if model is None:
         return f"{HEADS[protocol]} on raw pixels of {on}"
     if protocol == "finetuned":
-        kinds = {"resnet50": "ResNet-50", "unet": "U-Net", "vit": "ViT"}
+        kinds = {"resnet50": "ResNet", "unet": "U-Net", "vit": "ViT"}
         return f"Fine-tuned {kinds[model.description['model']]} on {on}"
     return f"{HEADS[protocol]} on {'a frozen' if model.lineage else 'an untrained'} encoder, {on}"

@@ -101,10 +101,11 @@ class Task(Protocol):
         """
         if len(predicted) == 1:
             return predicted[0]
-        return {
-            name: np.asarray(np.mean([one[name] for one in predicted], axis=0, dtype=np.float32))
-            for name in predicted[0]
-        }
+        sums = {name: value.astype(np.float32) for name, value in predicted[0].items()}
+        for one in predicted[1:]:
+            for name, value in one.items():
+                sums[name] += value
+        return {name: value / np.float32(len(predicted)) for name, value in sums.items()}
 
     def measure(self, table: Table, rows: np.ndarray, predicted: Arrays) -> Arrays:
         """Reduces predictions `[n, ...]` of some rows to what is kept, where they are too large to keep."""

@@ -82,6 +82,17 @@ class Segmentation(Task):
         """Names of the classes, without the background."""
         return self.classes.names
 
+    def ordered(self, names: Sequence[str]) -> "Segmentation":
+        """The task with the same classes in another order."""
+        if tuple(names) == self.outputs:
+            return self
+        places = [self.outputs.index(name) for name in names]
+        codes = self.classes.codes.copy()
+        for number, place in enumerate(places, 1):
+            codes[self.classes.codes == place + 1] = number
+        classes = dataclasses.replace(self.classes, names=tuple(names), codes=codes)
+        return dataclasses.replace(self, classes=classes, present=self.present[:, places])
+
     def strata(self, table: Table) -> Strata:
         """The rarest class of each frame; classes with too few patients are merged into the most common stratum."""
         patients = np.array([len(np.unique(table.patient_key[there])) for there in self.present.T])

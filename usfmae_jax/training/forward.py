@@ -220,6 +220,21 @@ def mean_of_two(one: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.round(mean).astype(one.dtype) if jnp.issubdtype(one.dtype, jnp.integer) else mean.astype(one.dtype)
 
 
+def with_mirror(function: Forward, mirror: Callable[[Any], Any]) -> Forward:
+    """A function that averages the predictions for images `[B, H, W, C]` and for their mirror images.
+
+    Args:
+      function: `(variables, images)` -> predictions by name.
+      mirror: maps predictions for mirror images back to the original ones.
+    """
+
+    def both(variables: Any, images: jax.Array) -> Any:
+        mirrored = mirror(function(variables, images[:, :, ::-1]))
+        return jax.tree.map(mean_of_two, function(variables, images), mirrored)
+
+    return both
+
+
 def features_of(network: Any, images: jax.Array) -> jax.Array:
     """The input of a network's head, float32 `[B, D]`; for `model_function`."""
     return network.features(images)
