@@ -4,10 +4,10 @@ r"""Test an encoder (with a probe on its features) or a fine-tuned model on labe
     python -m usfmae_jax.evaluate --config=evaluate:folder --config.checkpoint=DIR \
         --config.data.path=data/mine --config.protocol=knn --workdir=runs/mine-knn
 
-Writes results.json, results.md, predictions.csv, report.html and splits/splits.csv to the workdir. Features are
-computed once and kept for the other protocols. For BUS-BRA's 1,875 frames and the tiny encoder, two CPU cores shared
-with other work took 10 to 20 s for the features, 5 s for logistic regression on all five folds, 10 s for the linear
-probe and 45 seconds per fold for the attentive one.
+Writes results.json, results.md, predictions.csv, report.html and, for probes, splits/splits.csv to the workdir.
+Features are computed once and kept for the other protocols. For BUS-BRA's 1,875 frames and the tiny encoder, two CPU
+cores shared with other work took 10 to 20 s for the features, 5 s for logistic regression on all five folds, 10 s for
+the linear probe and 45 seconds per fold for the attentive one.
 
 Variants
   :folder   any labelled shards, --config.data.path=DIR

@@ -103,7 +103,7 @@ def test_a_segmenter_is_trained_resumed_scored_and_opened_again(masked, tmp_path
     other = write(tmp_path / "other", 6, dataset="other", patient="a stranger")
     assert evaluated(tmp_path, other, tmp_path / "both")["context"]["members"][0]["models"] == 2
     assert set(predictions.read(tmp_path / "both", MaskPredictions).fold) == {"all"}
-    with pytest.raises(InputError, match="was trained for class 1, class 2, but the data has disc, square$"):
+    with pytest.raises(InputError, match="was trained for class 1, class 2, but the data has disc, square"):
         evaluated(tmp_path, masked, tmp_path / "renamed", classes=("disc", "square"))
     again = small(masked)
     again.init = str(tmp_path / "members" / "fold-1")
