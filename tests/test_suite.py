@@ -60,7 +60,7 @@ def test_every_encoder_is_tested_on_everything_and_nothing_twice(config, tmp_pat
     assert again["rows"] == found["rows"]
 
 
-def test_what_has_changed_under_the_same_name_is_evaluated(config, data, tmp_path, monkeypatch):
+def test_what_has_changed_under_the_same_name_is_tested_again(config, data, tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
     encoder = f"{tmp_path}/x/enc"
     config.suite.update(checkpoints=(encoder,), masks="")

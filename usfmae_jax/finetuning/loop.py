@@ -28,7 +28,7 @@ from usfmae_jax.models.layers import without_lora
 from usfmae_jax.models.patches import normalize_images
 from usfmae_jax.tasks import Task
 from usfmae_jax.training import checkpoints, checks, hardware, writers
-from usfmae_jax.training.forward import PIECE, apply_batches, fitting_batch, with_mirror
+from usfmae_jax.training.forward import apply_batches, fitting_batch, in_pieces, with_mirror
 from usfmae_jax.training.mesh import (
     batch_sharding,
     damage_of_all,
@@ -347,15 +347,16 @@ class Trainer:
           masks: writer of predicted masks; None = masks are not written.
         """
         how = {"batch_size": self.config.evaluate.batch_size, "desc": member.name}
-        task, found = self.run.task.fitted(self.run.table, member.fold.train), []
-        for start in range(0, len(rows), PIECE):
-            piece = rows[start : start + PIECE]
+        task = self.run.task.fitted(self.run.table, member.fold.train)
+
+        def work(piece: np.ndarray) -> dict[str, np.ndarray]:
             images = self._whole_images(piece)
             predicted = apply_batches(self.mesh, self._predict, variables, images, total=len(piece), **how)
             if masks:
                 masks.add(piece, predicted)
-            found.append(task.measure(self.run.table, piece, predicted))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+            return task.measure(self.run.table, piece, predicted)
+
+        return in_pieces(rows, work)
 
     def batches(self, member: Member) -> Any:
         """This process's endless batches of a member; see `data.pipeline.training_batches`."""

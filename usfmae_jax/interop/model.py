@@ -88,9 +88,15 @@ class Model:
         return "mae" if "decoder" in self.description else "encoder"
 
     @property
+    def task(self) -> str:
+        """The task of a model with a head; "" if it is not stated, and for models without a head."""
+        stated = self.description.get("task", "") if _has_head(self.description) else ""
+        return stated or ("classification" if self.kind == "classifier" else "")
+
+    @property
     def segments(self) -> bool:
         """Whether the model predicts the class of each pixel, see `Segmenter` and `UNet`."""
-        return self.kind == "model" and self.description.get("task") == "segmentation"
+        return self.kind == "model" and self.task == "segmentation"
 
     @functools.cached_property
     def fingerprint(self) -> str:

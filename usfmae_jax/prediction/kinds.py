@@ -161,8 +161,7 @@ def kind_of(model: Model, path: str) -> tuple[str, Kind]:
             f"--checkpoint={path} holds an encoder without a head: python -m usfmae_jax.finetune teaches it to predict"
             ", python -m usfmae_jax.embed writes its features"
         )
-    name = model.description.get("task") or ("classification" if model.kind == "classifier" else "")
-    if name not in KINDS:
-        what = repr(name[:40]) if name else "a task that it does not name"
+    if model.task not in KINDS:
+        what = repr(model.task[:40]) if model.task else "a task that it does not name"
         raise InputError(f"--checkpoint={path} is a model for {what}; predicted are {', '.join(KINDS)}")
-    return name, KINDS[name]
+    return model.task, KINDS[model.task]

@@ -1,6 +1,7 @@
 """Builds the parts of an evaluation from its config; invalid settings are refused before anything is computed."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ LEAST = {
     "attentive.batch_size": 1,
     "attentive.patience": 1,
 }
+#: Settings of a run by which its masks are read, with their defaults.
 _MASKS = {"unmasked": "drop", "mask_classes": "masks"}
 #: Config fields without a meaning for a fine-tuned model, with their defaults.
 PROBES_ONLY = {"seeds": (0,), "fractions": (1.0,), "split.only": (), "pool": "mean", "step": 0, "refit": True}
@@ -198,29 +200,43 @@ def of_model(config: ml_collections.ConfigDict, model: Model) -> tuple[Table, Ta
     What is annotated, and how the model is tested, is as in the run that trained it, which is in its lineage.
 
     Raises:
-      InputError: there are none, they cannot be used, or the model's task is unknown.
+      InputError: there are none, they cannot be used, they have other classes, or the model's task is unknown.
     """
-    about, outputs = model.description, output_names(model.description)
-    trained = checks.flat((model.lineage[-1].get("config") if model.lineage else None) or {})
-    flip = trained.get("evaluate.flip") is True
-    name = about.get("task") or ("classification" if model.kind == "classifier" else "")
-    if name == "classification":
-        return *labelled(config), flip
-    if name in ("segmentation", "instances"):
+    settings = model.lineage[-1].get("config") if model.lineage else None
+    trained = checks.flat(settings) if isinstance(settings, dict) else {}
+    table, task = _again(config, model, trained)
+    named = output_names(model.description)
+    if [name.casefold() for name in named] != [name.casefold() for name in task.outputs]:
+        unnamed = all(re.fullmatch(r"foreground|class \d+", name) for name in task.outputs)
+        same = unnamed and len(named) == len(task.outputs)
+        advice = f"; if these are the same, name them: --config.classes={','.join(named)}" if same else ""
+        raise InputError(
+            f"the model was trained for {', '.join(named)}, but the data has {', '.join(task.outputs)}{advice}"
+        )
+    # What queries find on a mirror image has another order.
+    return table, task, trained.get("evaluate.flip") is True and model.task != "instances"
+
+
+def _again(config: ml_collections.ConfigDict, model: Model, trained: Mapping[str, Any]) -> tuple[Table, Task]:
+    """See `of_model`; `trained` has the settings of the run that trained the model."""
+    outputs = output_names(model.description)
+    if model.task == "classification":
+        return labelled(config)
+    if model.task in ("segmentation", "instances"):
         how = {key: str(trained.get(key, default)) for key, default in _MASKS.items()}
-        table, task = masked(config, **how)
-        if set(task.outputs) == set(outputs) and not task.classes.by_label:
-            task = task.ordered(outputs)
-        if name == "segmentation":
-            return table, task, flip
-        return table, instances.Instances(task, 0, min_pixels=int(trained.get("min_pixels", 10))), False
-    if name == "regression":
-        return *_measured_again(config, about["scale"], outputs[0]), flip
-    if name == "multilabel":
+        table, masks = masked(config, **how)
+        if set(masks.outputs) == set(outputs) and not masks.classes.by_label:
+            masks = masks.ordered(outputs)
+        least = trained.get("min_pixels")
+        least = {"min_pixels": least} if isinstance(least, int) else {}
+        return table, masks if model.task == "segmentation" else instances.Instances(masks, 0, **least)
+    if model.task == "regression":
+        return _measured_again(config, model.description["scale"], outputs[0])
+    if model.task == "multilabel":
         table, found = known(*_read_targets(config, checks.names([config.target]) or outputs, labels=True))
         own: dict[str, Any] = {"fingerprint": found.fingerprint, "notes": found.notes}
-        return table, multilabel.MultiLabel(found.names, found.values, **own), flip
-    what = repr(name[:40]) if name else "a task that it does not name"
+        return table, multilabel.MultiLabel(found.names, found.values, **own)
+    what = repr(model.task[:40]) if model.task else "a task that it does not name"
     raise InputError(f"config.checkpoint={config.checkpoint} is a model for {what}, which cannot be tested here")
 
 

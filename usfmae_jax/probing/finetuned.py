@@ -2,15 +2,12 @@
 
 import dataclasses
 import io
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from usfmae_jax.data import cells, provenance
 from usfmae_jax.data.splits import Fold
@@ -19,10 +16,10 @@ from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import comparison
 from usfmae_jax.evaluation.predictions import ClassPredictions, Predictions, identify
-from usfmae_jax.interop.model import Model, members, open_model, output_names
+from usfmae_jax.interop.model import Model, members, open_model
 from usfmae_jax.probing.inspect import Outcome, Tested, parted
 from usfmae_jax.tasks import Arrays, Task
-from usfmae_jax.training.forward import PATIENCE, PIECE, apply_batches, features_of, model_function, with_mirror
+from usfmae_jax.training.forward import apply_batches, features_of, in_pieces, model_function, with_mirror
 from usfmae_jax.training.inspect import foremost
 from usfmae_jax.training.mesh import one_device
 
@@ -117,7 +114,7 @@ def test(
     table: Table,
     task: Task,
     mesh: Mesh,
-    asked_for: Callable[[], tuple[list[Fold], str] | None],
+    asked_for: tuple[list[Fold], str] | None,
     *,
     flip: bool,
     batch_size: int,
@@ -133,26 +130,16 @@ def test(
       table: the frames.
       task: the models' task, on this table.
       mesh: devices.
-      asked_for: returns the folds that the config names, of which only the test parts are tested, and a phrase; or
-        None.
+      asked_for: the folds that the config names, of which only the test parts are tested, and a phrase; or None.
       flip: average the predictions for each frame and its mirror image.
       batch_size: images per call.
       threads: decoding threads.
       dtype: compute dtype.
 
     Raises:
-      InputError: the models have other outputs, or their training data is not known and may include these frames.
+      InputError: the training data of the models is not known and may include these frames, or includes all of them.
     """
     model = trained[0].model
-    named = output_names(model.description)
-    if [name.casefold() for name in named] != [name.casefold() for name in task.outputs]:
-        unnamed = len(named) == len(task.outputs) and all(
-            re.fullmatch(r"foreground|class \d+", o) for o in task.outputs
-        )
-        advice = f"; if these are the same, name them: --config.classes={','.join(named)}" if unnamed else ""
-        raise InputError(
-            f"the model was trained for {', '.join(named)}, but the data has {', '.join(task.outputs)}{advice}"
-        )
     allowed, note, warnings = _allowed(trained, table, asked_for)
     names = _frame_names(table)
     size, channels = model.image_format
@@ -172,11 +159,11 @@ def test(
 
     def tested_rows(panel: Sequence[int], rows: np.ndarray) -> Arrays:
         """What the task keeps of the predictions for rows of the table."""
-        found = []
-        for start in tqdm(range(0, len(rows), PIECE), "test", unit="piece", delay=PATIENCE, leave=False):
-            piece = rows[start : start + PIECE]
-            found.append(task.measure(table, piece, predict(panel, decode(table, piece, **how), len(piece))))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+        def work(piece: np.ndarray) -> Arrays:
+            return task.measure(table, piece, predict(panel, decode(table, piece, **how), len(piece)))
+
+        return in_pieces(rows, work, "test")
 
     def record(panel: Sequence[int], ids: tuple[str, int, float], rows: np.ndarray, copied: Any = ()) -> Predictions:
         return task.record(identify(table, rows, *ids, copied), table, rows, tested_rows(panel, rows))
@@ -223,14 +210,13 @@ def test(
 
 
 def _allowed(
-    trained: Sequence[Trained], frames: Table, asked_for: Callable[[], tuple[list[Fold], str] | None]
+    trained: Sequence[Trained], frames: Table, chosen: tuple[list[Fold], str] | None
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """Which member may predict which frame, bool `[M, N]`; where the split comes from; warnings."""
     known = all(member.seen for member in trained)
     learnt = [stage for stage in trained[0].model.lineage if stage.get("job") == "finetune"]
     among = provenance.seen_in(learnt, [frames.shards])
     before = provenance.seen_in(learnt[:-1], [frames.shards])
-    chosen = asked_for()
     if among and not known and (not chosen or len(chosen[0]) > 1):
         which = f", of the one fold that is its own (there are {len(chosen[0])})" if chosen else ""
         raise InputError(

@@ -60,11 +60,11 @@ def evaluate(config: ml_collections.ConfigDict, workdir: str, command: str = "")
         trained = finetuned.open_trained(config.checkpoint)
         model: Model | None = trained[0].model
         table, task, flip = build.of_model(config, trained[0].model)
-        strata = task.strata(table)
+        asked_for = build.asked_for(config, table, task.strata(table))
         workdir = checks.make_workdir(workdir)
         how: dict[str, Any] = {"batch_size": config.batch_size, "threads": config.data.threads}
         how |= {"dtype": jnp.dtype(config.dtype), "flip": flip}
-        outcome = finetuned.test(trained, table, task, mesh, lambda: build.asked_for(config, table, strata), **how)
+        outcome = finetuned.test(trained, table, task, mesh, asked_for, **how)
     else:
         model = build.encoder(config)
         readers: dict[str, Any] = {"segmentation": build.masked, "regression": build.measured}

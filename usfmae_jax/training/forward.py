@@ -20,8 +20,7 @@ from usfmae_jax.training.mesh import batch_sharding, global_batch, replicated
 
 #: Seconds after which a pass shows a progress bar.
 PATIENCE = 2.0
-#: Number of frames predicted before a task reduces their predictions, which may be too large to keep for all frames.
-PIECE = 1024
+_PIECE = 1024
 
 Forward = Callable[[Any, jax.Array], Any]
 
@@ -140,6 +139,19 @@ def apply_batches(
     if not found:
         raise ValueError("no images")
     return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+
+def in_pieces(rows: np.ndarray, work: Callable[[np.ndarray], Any], desc: str = "") -> Any:
+    """Concatenates `work(piece)` over pieces of rows, for what takes too much memory for all rows together.
+
+    Args:
+      rows: `[N]`.
+      work: returns a dict of arrays, with the rows along the first axis.
+      desc: label of the progress bar; "" = there is none.
+    """
+    starts = range(0, len(rows), _PIECE)
+    bar = tqdm(starts, desc, unit="piece", delay=PATIENCE, leave=False, disable=not desc)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *[work(rows[start : start + _PIECE]) for start in bar])
 
 
 def _lies_on(mesh: Mesh, leaf: Any) -> bool:
