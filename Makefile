@@ -39,7 +39,7 @@ install: $(VENV)/.prep  ## create .venv with what runs need, DICOM and video rea
 install-dev: $(VENV)/.dev  ## ... and with what the tests need
 
 # PyTorch stays outside the locks: which build of a version pip finds, for the CPU or for CUDA, depends on the machine.
-install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, MONAI, for their comparisons
+install-interop: $(VENV)/.dev  ## ... and with PyTorch for the CPU, timm, transformers, ONNX, MONAI, W&B and MLflow, for their tests
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --no-deps torchvision  # its operators are not needed
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements-interop.lock
@@ -103,7 +103,8 @@ LOCK := UV_CUSTOM_COMPILE_COMMAND="make lock" $(TOOLS)/bin/uv pip compile --quie
 
 lock: $(TOOLS)/bin/uv  ## renew requirements*.lock: the newest versions that the ranges admit, for Python 3.11 and 3.12
 	$(LOCK) requirements-dev.txt --output-file=requirements.lock
-	{ sed '/^-r/d; /^torch/d' requirements-interop.txt; echo "monai>=1.5,<2"; } | $(LOCK) - --constraints=requirements.lock \
+	{ sed '/^-r/d; /^torch/d' requirements-interop.txt requirements-tracking.txt; echo "monai>=1.5,<2"; } | \
+		$(LOCK) - --constraints=requirements.lock \
 		--overrides=<(echo "torch; python_version < '3'") --no-emit-package=torchvision --output-file=requirements-interop.lock
 	$(LOCK) requirements-docs.txt --constraints=requirements.lock --output-file=requirements-docs.lock
 

@@ -25,8 +25,8 @@ def required(name: str) -> list[Requirement]:
 @pytest.mark.parametrize("version", ["3.11.7", "3.12.1"])
 def test_what_the_requirement_files_name_is_locked_within_its_range(version):
     locked = licences.locked(version)
-    files = ("requirements-dev.txt", "requirements-interop.txt", "requirements-docs.txt")
-    for requirement in (one for file in files for one in required(file)):
+    names = ("dev", "interop", "tracking", "docs")
+    for requirement in (one for name in names for one in required(f"requirements-{name}.txt")):
         if requirement.name != "torch":  # outside the locks
             name = re.sub("[-_.]+", "-", requirement.name).lower()
             assert name in locked, f"{name} is not locked: make lock"
