@@ -167,8 +167,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line; raises InputError if it is not valid."""
     usage = as_started("python -m data_prep.build --dataset=NAME --input=DIR --output=DIR [options]")
     parser = Parser("data_prep.build", __doc__ or "", usage=usage, allow_abbrev=False, add_help=False)
-    parser.add_argument("-h", "--help", nargs=0, action=_Help, help="show a screen of it and exit")
-    parser.add_argument("--help_all", action="help", help="show this message and exit")
+    parser.add_argument("-h", "--help", nargs=0, action=_Help, help="show this on one screen and exit")
+    parser.add_argument("--help_all", action="help", help="show this with what each option does and exit")
     _add_sources(parser.add_argument_group("what to build"))
     _add_reading(parser.add_argument_group("how files are read"))
     _add_cleaning(parser.add_argument_group("what is left out"))
@@ -181,56 +181,58 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _add_sources(group: Any) -> None:
     add = group.add_argument
-    about = "show all datasets, or those of a word, such as breast: licence, access, and how far each was verified"
+    about = "show all datasets, or those that match WORD (such as breast): licence, access, how far each was verified"
     add("--list", nargs="?", const="", metavar="WORD", help=about)
-    add("--dataset", help="a name from --list, several separated by commas, or a .toml file of your own")
-    add("--input", default="", help="the folder with the files")
-    add("--output", help="where the datasets are, for example data")
-    add("--name", help="of the dataset; default: the catalogue's, for folder and the like that of the input folder")
-    add("--download", action="store_true", help="first fetch into --input what can be had without an account")
-    add("--labels", default="", help="folder: 'parent' for the name of each file's folder, or a CSV file, see above")
-    add("--anatomy", default="", help="goes into every record, for example breast; default: the catalogue's")
-    add("--include", default="", help="glob of files, for example '**/*.png'; several separated by semicolons")
+    add("--dataset", help="a name from --list (separate several with commas), or your own .toml file")
+    add("--input", default="", help="folder with the source files")
+    add("--output", help="folder that the dataset is written into, for example data")
+    add("--name", help="name of the dataset; default: the catalogue's, or that of the input folder for your own files")
+    add("--download", action="store_true", help="first download what needs no account into --input")
+    add("--labels", default="", help="your own files: a table, see above, or 'parent': each file's folder is its label")
+    add("--anatomy", default="", help="stored in every record, for example breast; default: the catalogue's")
+    add("--include", default="", help="glob of files to take, for example '**/*.png'; separate several with semicolons")
     add(
         "--pattern",
         default="",
-        help="regular expression over the path, such as '(?P<patient>[^/]+)/'; groups: patient, video, frame, cls",
+        help="regular expression for paths, such as '(?P<patient>[^/]+)/'; groups: patient, video, frame, cls",
     )
     add(
         "--masks",
         default="auto",
         choices=("auto", "required", "off"),
-        help="auto: a mask that cannot be used costs its frame nothing, and files of --dataset=folder that are called "
-        "as masks of images beside them are (x_mask.png, masks/x.png); required: a frame whose mask cannot be used is "
-        "left out; off: none, and every file is a frame; default: auto",
+        help="auto: a frame whose mask cannot be used is kept without it, and with --dataset=folder files are masks if "
+        "their names say so (x_mask.png or masks/x.png beside x.png); required: a frame whose mask cannot be used is "
+        "left out; off: no masks, and every file is a frame; default: auto",
     )
-    add("--mask_colours", default="", help="classes of masks in colours: NAME=#RRGGBB, several with commas between")
-    add("--optional", default="", help="parts of a dataset that are off by default; --dataset=NAME alone names them")
-    add("--patients", type=_at_least(1), help=f"phantom: default: {PHANTOM['patients']}")
-    add("--frames", type=_at_least(1), help=f"phantom: per patient, default: {PHANTOM['frames']}")
-    add("--seed", type=_at_least(0), help=f"phantom: default: {PHANTOM['seed']}")
+    add("--mask_colours", default="", help="classes of coloured masks: NAME=#RRGGBB; separate several with commas")
+    add("--optional", default="", help="parts of a dataset that are off by default; --dataset=NAME alone lists them")
+    add("--patients", type=_at_least(1), help=f"phantom: number of patients; default: {PHANTOM['patients']}")
+    add("--frames", type=_at_least(1), help=f"phantom: frames per patient; default: {PHANTOM['frames']}")
+    add("--seed", type=_at_least(0), help=f"phantom: random seed; default: {PHANTOM['seed']}")
     add(
         "--lesions",
         choices=("one", "several"),
-        help="phantom: several: none to three of three classes a patient, which masks tell apart; default: one",
+        help="phantom: several gives each patient zero to three lesions of three classes, with a mask; default: one",
     )
 
 
 def _add_reading(group: Any) -> None:
     add = group.add_argument
     add("--stride", type=_at_least(1), help="every n-th frame of a clip or slice of a volume; default: the catalogue's")
-    add("--max_frames", type=_at_least(0), help="of a file, evenly spread; 0 takes all; default: the catalogue's")
-    add("--axis", type=int, choices=(0, 1, 2), help="of (z, y, x) that arrays are sliced along; default: told")
-    add("--flip", choices=("none", "vertical", "horizontal", "both"), help="slices of volumes")
+    add(
+        "--max_frames", type=_at_least(0), help="most frames per file, evenly spread; 0 = all; default: the catalogue's"
+    )
+    add("--axis", type=int, choices=(0, 1, 2), help="axis of (z, y, x) that arrays are sliced along; default: detected")
+    add("--flip", choices=("none", "vertical", "horizontal", "both"), help="flip the slices of volumes")
     add("--key", help="name of the array in HDF5, MATLAB and npz files")
-    add("--time_limit", type=_at_least(1), default=60, help="seconds for a frame; default: %(default)s")
-    add("--workers", type=_at_least(1), default=os.cpu_count() or 1, help="processes; default: all cores")
-    add("--runner", default="local", choices=("local", "beam"), help="default: %(default)s")
+    add("--time_limit", type=_at_least(1), default=60, help="maximum number of seconds per frame; default: %(default)s")
+    add("--workers", type=_at_least(1), default=os.cpu_count() or 1, help="number of processes; default: one per core")
+    add("--runner", default="local", choices=("local", "beam"), help="what runs the workers; default: %(default)s")
     add(
         "--beam_pipeline_options",
         default="",
-        help="of Apache Beam, for example runner=FlinkRunner,flink_master=HOST:PORT; its workers must reach --input "
-        "and --output under the same names",
+        help="options for Apache Beam, for example runner=FlinkRunner,flink_master=HOST:PORT; its workers must see "
+        "--input and --output under the same paths",
     )
 
 
@@ -239,33 +241,46 @@ def _add_cleaning(group: Any) -> None:
     add(
         "--clean",
         **on_off,
-        help="crop to the imaged sector, blank what is outside, remove burnt-in annotations; default: off for "
-        "benchmarks and with --labels, but on for private data; else on",
+        help="crop to the imaged sector, blank what is outside, and remove burnt-in annotations; default: off for "
+        "benchmarks and with --labels unless the data are private, otherwise on",
     )
-    add("--thin", **on_off, help="drop near-identical neighbours in clips; default: off for benchmarks and labels")
-    add("--deduplicate", **on_off, help="drop frames that are there already; default: likewise")
-    add("--exclude", default="", help="list of frames to leave out, as python -m data_prep.audit writes it")
     add(
-        "--whole_frames", action="store_true", help="private: take frames without a sector, such as cropped ones, whole"
+        "--thin",
+        **on_off,
+        help="drop near-identical neighbours in clips; default: off for benchmarks and with --labels",
+    )
+    add("--deduplicate", **on_off, help="drop copies and near copies of other frames; default: likewise")
+    add("--exclude", default="", help="list of frames to leave out, written by python -m data_prep.audit")
+    add(
+        "--whole_frames",
+        action="store_true",
+        help="private: keep frames without a visible sector, such as cropped ones",
     )
     add("--private", action="store_true", help="write ids and paths as salted hashes only")
-    add("--salt", default="", help="file with the secret of the hashes; default: ~/.config/usfmae_jax/salt")
-    add("--linkage", default="", help="private: file for the table from hashes back to ids, added to if it is there")
+    add("--salt", default="", help="file with the secret for the hashes; default: ~/.config/usfmae_jax/salt")
+    add("--linkage", default="", help="private: file for a table that maps hashes to ids; an existing one is extended")
 
 
 def _add_storage(group: Any) -> None:
     add = group.add_argument
-    add("--format", default="array_record", choices=("array_record", "tfrecord"), help="default: %(default)s")
+    add(
+        "--format",
+        default="array_record",
+        choices=("array_record", "tfrecord"),
+        help="of the shards; default: %(default)s",
+    )
     add(
         "--encoding",
         default="jpeg",
         choices=("jpeg", "png", "raw"),
-        help="of the images; default: jpeg, which takes 60%% of the space of png, decodes more than twice as fast and "
-        "changes grey levels by less than one on average; png and raw (uncompressed BMP) are exact",
+        help="encoding of the images; default: jpeg, which takes 60%% of the space of png, decodes more than twice as "
+        "fast and changes grey levels by less than one on average; png and raw (uncompressed BMP) are lossless",
     )
-    add("--quality", type=_at_least(1, 100), help="of JPEG; default: 95")
-    add("--image_size", type=_at_least(0), default=256, help="of the short side; 0 keeps, default: %(default)s")
-    add("--overwrite", action="store_true", help="replace what is there")
+    add("--quality", type=_at_least(1, 100), help="JPEG quality; default: 95")
+    add(
+        "--image_size", type=_at_least(0), default=256, help="short side in pixels; 0 = unchanged; default: %(default)s"
+    )
+    add("--overwrite", action="store_true", help="replace an existing dataset")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -273,7 +288,7 @@ def _check(args: argparse.Namespace) -> None:
     if not args.dataset:
         raise InputError("--dataset is missing; --list shows what there is, --dataset=folder takes any folder of files")
     if not args.output:
-        raise InputError("--output is missing, where the datasets are, for example --output=data")
+        raise InputError("--output is missing: the folder to write into, for example --output=data")
     if "://" in args.output:
         raise InputError(f"--output={args.output} is not local: build into a folder and copy it")
     if args.encoding != "jpeg" and args.quality:

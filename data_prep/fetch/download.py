@@ -24,6 +24,7 @@ from data_prep import locks
 from data_prep.fetch import archives
 from data_prep.find.files import Rejected
 from usfmae_jax.errors import InputError
+from usfmae_jax.files import parse
 
 _WAITS = (1, 2, 4, 8, 16, 32, 60)  # seconds before each retry, starting over whenever data arrive
 _LONGEST_WAIT = 300  # seconds; if a server asks for more, the download stops
@@ -281,7 +282,7 @@ def _parts(target: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = parse(path.read_bytes())
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

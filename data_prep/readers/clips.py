@@ -14,7 +14,7 @@ from data_prep.readers.base import UNKNOWN_SPACING, Frame, Options, UnreadableEr
 MAX_PIXELS = 50_000_000  # of one frame
 
 #: For `Frame.warnings`, for any kind of file.
-WRONG_COUNT = "the header says another number of frames than there are, or none; those that are there were taken"
+WRONG_COUNT = "the number of frames in the header is wrong or missing; all existing frames were taken"
 
 # Colour carries meaning (Doppler, elastography) if in more than this share of the pixels the channels differ by more
 # than this share of the range. Tinted B-mode stays below 45 / 255, and calipers and logos below 1 pixel in 1000.

@@ -15,6 +15,7 @@ from data_prep.find.files import Rejected
 from usfmae_jax import __version__
 from usfmae_jax.data import cells
 from usfmae_jax.errors import InputError
+from usfmae_jax.files import parse
 
 if TYPE_CHECKING:  # finding that nothing is to be done must not wait for OpenCV and grain
     from data_prep.plan import Plan
@@ -173,9 +174,9 @@ def check_same(target: pathlib.Path, arguments: dict[str, Any], fingerprint: str
     """Raises InputError unless `target` completely holds what these arguments and files would build."""
     remedy = "add --overwrite, or choose another --name"
     try:
-        manifest = json.loads((target / MANIFEST).read_text())
+        manifest = parse((target / MANIFEST).read_bytes())
         before, files_before, written = manifest["arguments"], manifest["input"]["fingerprint"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{target} was not built by this tool; {remedy}") from error
     if before != arguments:
         raise InputError(f"{target} was built {', '.join(_differences(before, arguments))}; {remedy}")

@@ -19,6 +19,7 @@ import numpy as np
 
 from usfmae_jax.data import cells, records
 from usfmae_jax.errors import DamagedRecord, InputError
+from usfmae_jax.files import parse
 from usfmae_jax.reporting import charts, pages
 from usfmae_jax.reporting.pages import part, ranked
 
@@ -285,8 +286,8 @@ def _source(one: Mapping[str, Any]) -> list[Any]:
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = parse((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no manifest.json that can be read: build the dataset again") from error
     if not isinstance(manifest, dict):
         raise InputError(f"{folder / 'manifest.json'} is not a manifest: build the dataset again")

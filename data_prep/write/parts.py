@@ -24,6 +24,7 @@ from data_prep.find.files import Rejected
 from data_prep.readers import UnreadableError
 from usfmae_jax.data.records import encode_record
 from usfmae_jax.errors import InputError
+from usfmae_jax.files import parse
 
 _MOST = 64  # sources in a part; with few sources, there are about 64 parts, or parts of one source
 
@@ -253,7 +254,7 @@ def _write_index(path: pathlib.Path, index: Index, salt: bytes) -> None:
 def read_index(folder: str | os.PathLike[str], number: int, salt: bytes = b"") -> Index:
     """Reads the index of a finished part, written with this salt; raises ValueError if it is damaged."""
     data = _paths(folder, number)[1].read_bytes()
-    content = json.loads(identity.unseal(salt, data) if salt else data)
+    content = parse(identity.unseal(salt, data) if salt else data)
     checksum = content.pop("checksum", None)  # parts of earlier versions have none, and fewer fields
     if checksum is not None and checksum != _checksum(content):
         raise ValueError("its checksum is wrong")
@@ -303,7 +304,7 @@ def finished(parts: Sequence[Part], folder: str | os.PathLike[str], salt: bytes 
     """Maps the numbers of complete parts to their indices, in order; damaged parts are left out, to be made again."""
     found = {}
     for part in parts:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             index = read_index(folder, part.number, salt)
             with _paths(folder, part.number)[0].open("rb") as file:
                 size, whole = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
