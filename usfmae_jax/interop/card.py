@@ -78,10 +78,10 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
     description, has_head = model.description, model.kind in ("classifier", "model")
     outputs = "class_token, mean_patch, patch_grid"
     if has_head:
-        chances = model.kind == "classifier" or description.get("task") == "multilabel"
+        chances = model.kind == "classifier" or model.task == "multilabel"
         outputs = "probabilities" if chances else "outputs"
         outputs = "classes [B, H, W] and probabilities [B, H, W, 1 + C] of the pixels" if model.segments else outputs
-        if description.get("task") == "instances":
+        if model.task == "instances":
             outputs = "of each query probabilities [B, Q, C] of the classes and masks [B, Q, H, W] of the pixels"
     named_outputs, units = description.get("outputs", []), description.get("scale", {}).get("unit", [])
     if units and description["scale"]["of_frame"][0]:
@@ -110,7 +110,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         about=description.get("encoder") or description["unet"],
         network=description["model"],
         segments=model.segments,
-        queries=description["head"]["queries"] if description.get("task") == "instances" else 0,
+        queries=description["head"]["queries"] if model.task == "instances" else 0,
         pool=description.get("pool"),
         classes=description.get("classes", []),
         named_outputs=named_outputs,

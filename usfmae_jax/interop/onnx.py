@@ -125,7 +125,7 @@ def _outputs(graph: _Graph, model: Model, pixels: str) -> dict[str, list[int]]:
     """Adds the model's outputs, from normalised images; their names, and shapes without the batch axis."""
     if model.description["model"] == "unet":
         return _masks(graph, model, _unet(graph, model, pixels))
-    if model.description.get("task") == "instances":
+    if model.task == "instances":
         return _instances(graph, model, pixels)
     last = _tokens(graph, model, pixels)
     if model.kind == "encoder":
@@ -231,7 +231,7 @@ def _head(graph: _Graph, model: Model, tokens: str) -> dict[str, list[int]]:
     else:
         x = graph.norm(tokens, p["encoder.norm.scale"], p["encoder.norm.bias"], "norm")
         x = graph.reshape(graph.add("Slice", [x, "first", "second", "axis"], "class_token"), [-1, width], "pooled")
-    if model.description.get("task") == "multilabel":
+    if model.task == "multilabel":
         graph.add("Sigmoid", [graph.linear(x, p["head.kernel"], p["head.bias"], "logits")], "probabilities")
         return {"probabilities": [len(model.description["outputs"])]}
     if scale := model.description.get("scale"):

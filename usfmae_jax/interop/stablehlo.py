@@ -45,12 +45,12 @@ def inference(model: Model) -> Callable[[jax.Array, Any], dict[str, jax.Array]]:
         if model.segments:
             shares = jax.nn.softmax(network(x))
             return {"classes": shares.argmax(axis=-1).astype(jnp.uint8), "probabilities": shares}
-        if model.description.get("task") == "instances":
+        if model.task == "instances":
             said = network(x)
             masks = jax.nn.sigmoid(said["masks"])
             wide = jax.image.resize(masks, (*masks.shape[:2], *x.shape[1:3]), "linear")
             return {"probabilities": jax.nn.softmax(said["classes"])[..., 1:], "masks": wide}
-        if model.description.get("task") == "multilabel":
+        if model.task == "multilabel":
             return {"probabilities": jax.nn.sigmoid(network(x))}
         if scale := model.description.get("scale"):
             mean_of, deviation = (jnp.asarray(scale[name], jnp.float32) for name in ("mean", "deviation"))
