@@ -146,6 +146,8 @@ def _stage(stage: dict[str, Any]) -> str:
     parts += [" of the teacher"] * (stage.get("role") == "teacher")
     config = stage.get("config") or {}
     recipe = {
+        "objective": config.get("objective"),
+        "optimizer": "Muon" if config.get("optimizer", {}).get("muon") else None,
         "mask ratio": config.get("mask", {}).get("ratio"),
         "batch": config.get("train", {}).get("batch_size"),
         "learning rate per 256": config.get("optimizer", {}).get("learning_rate"),
