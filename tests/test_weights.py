@@ -1,5 +1,6 @@
 """Weights by name: found by every door without a path, and what comes along is small and says where it is from."""
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -110,6 +111,8 @@ def test_what_comes_along_is_small_and_says_where_it_is_from():
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= LIMIT
     model, card = open_model(str(SHIPPED)), (SHIPPED / "README.md").read_text()
     assert model.kind == "encoder"
+    digest = hashlib.sha256((SHIPPED / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (SHIPPED.parent / "README.md").read_text()
     assert model.lineage == json.loads((SHIPPED / "lineage.json").read_text())["stages"]
     named = {data["dataset"] for stage in model.lineage for data in stage["data"]}
     assert named == {"aul", "hc", "ccaui", "timtrack_muscle", "usgra_nerve", "phantom"}
