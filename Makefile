@@ -9,7 +9,8 @@ TOOLS := .venv-tools
 TARGETS := .venv-targets
 DEMO := data/demo
 # The tests of a file share what it makes once, so they stay in one process; files begin in the order of conftest.py.
-PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder
+# A process that dies ends the run, which would otherwise wait for its tests forever.
+PARALLEL := -n 2 --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: help install install-dev install-interop demo-data pretrain test test-all test-floors faults bench test-targets lint \
 	format lock audit licences docs clean

@@ -2,15 +2,19 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tiny models take longer to compile than to run: without LLVM's optimisation that takes a third of the time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+# On a machine that stands still for a moment, XLA would end the process after 40 seconds.
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+import jax  # noqa: E402
 import ml_collections  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -46,3 +50,15 @@ def config(shards: str) -> ml_collections.ConfigDict:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _mappings() -> Iterator[None]:
+    """Keeps a process that runs many files below the 65,530 memory mappings that Linux gives it, beyond which it dies.
+
+    Every compiled function takes some; all files together would take more than all.
+    """
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
