@@ -2,20 +2,22 @@
 
     python -m usfmae_jax.main --config=pretrain --config.data.path='data/openus46/*'
 
-Hardware: any GPU or TPU with 40 GB (each doubling of config.train.accumulate halves the activations). 360,000 frames x
+Hardware: 3.5 GiB on each of 8 TPU v5e, 4.2 on each of 8 A100 or H100, 41 on one H200 (from the compilers, see
+docs/scale.md); each doubling of config.train.accumulate halves the activations, which are most of it. 360,000 frames x
 100 epochs are 2.1e18 FLOP: about 2 hours on one H200 at 30% of its bf16 peak (calculated: neither time nor outcome has
 been measured yet). From random weights, give it more epochs (400 to 800, as MAE took on ImageNet).
 
 Variants
-  :paper   the settings published with USF-MAE, including their faults; the same arithmetic per image
+  :paper   the settings published with USF-MAE, including their faults; the same arithmetic per image; 4 GiB
   :demo    simulated frames (`make pretrain`); two CPU cores: 3 to 6 minutes, loss 0.85, probe AUROC 0.54 -> 0.77
   :tiny    a small model for small data; two CPU cores: 25 to 35 minutes. On 2,081 real frames: loss 0.78,
            AUROC for malignancy in BUS-BRA by logistic regression 0.62 -> 0.76 (measured 2026-11-24)
-  :small   ViT-S/16    22 M parameters, 0.2 times the arithmetic of B
-  :large   ViT-L/16   303 M parameters, 2.1 times
-  :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices
-  :gigantic   ViT-G/14   1.84 billion parameters, 13 times; splits them likewise
-  :cross   ViT-B/16 with a decoder that cross-attends to the visible patches only: 0.6 times
+  :small   ViT-S/16    22 M parameters, 0.2 times the arithmetic of B; 1.4 GiB on each of 8 v5e
+  :large   ViT-L/16   303 M parameters, 2.1 times; 6.1 GiB on each of 16 v5e, 9.6 on each of 8 H100
+  :huge    ViT-H/14   630 M parameters, 5.0 times; splits its parameters over 8 devices; 3.1 GiB on each of 16 v5e,
+           6.5 on each of 8 H100
+  :gigantic   ViT-G/14   1.84 billion parameters, 13 times; splits them likewise; 6.0 GiB on each of 16 v5e
+  :cross   ViT-B/16 with a decoder that cross-attends to the visible patches only: 0.6 times; 3.1 GiB on each of 8 v5e
   :tiny_cross   :tiny with such a decoder
   :tiny_latent  :tiny, predicting features of its own running average (or of --config.latent.teacher=DIR), not pixels
   :shipped   the included weights (usfmae_jax/weights/README.md): CrossMAE with Muon; two CPU cores: 1.5 to 2 hours

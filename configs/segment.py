@@ -7,7 +7,8 @@
 Everything in `configs/finetune.py` applies here too: folds, seeds, label fractions, resuming, the files in the workdir.
 The metrics are Dice, IoU, boundary F1 and HD95 of each class, averaged by patient, with intervals; report.html shows
 the best, median and worst outlines. The baselines to beat: without --config.init the same model starts from random
-weights, and --config.model.arch=unet is a small U-Net.
+weights, and --config.model.arch=unet is a small U-Net. ViT-B at 224 pixels with batch 32 takes 2.2 GiB of each of four
+TPU v5e (from the compiler, see docs/scale.md).
 
 Variants
   :folder  any shards with masks (data_prep.build of images with masks beside them); 5 folds by patient

@@ -1,6 +1,7 @@
 """Meshes, sharding rules, and when a process knows that it is one of several."""
 
 import ctypes
+import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -27,6 +28,41 @@ def test_mesh_lays_out_all_devices(data, fsdp, shape):
 def test_a_layout_that_does_not_fit_the_devices_is_refused(data, fsdp):
     with pytest.raises(InputError, match="does not lay out 8 devices"):
         meshes.make_mesh(data, fsdp)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chip:
+    """Stands in for a chip of a TPU."""
+
+    id: int
+    coords: tuple[int, ...]
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v6 lite"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def _tpu(x, y, z=1, slices=1):
+    cells = [(index, place) for index in range(slices) for place in np.ndindex(x, y, z)]
+    return [_Chip(number, place, index) for number, (index, place) in enumerate(cells)]
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (16, 16, 16)])
+def test_parameters_are_split_over_neighbours_even_if_an_axis_of_the_tpu_must_be_split_for_it(sizes):
+    mesh = meshes.make_mesh(-1, 8, _tpu(*sizes))
+    assert mesh.devices.shape == (np.prod(sizes) // 8, 8)
+    for row in mesh.devices:
+        spans = np.ptp([device.coords for device in row], axis=0)
+        assert np.prod(spans + 1) == 8  # a box of chips
+
+
+def test_the_fsdp_axis_stays_within_a_slice():
+    mesh = meshes.make_mesh(-1, 8, _tpu(4, 4, slices=2))
+    assert mesh.devices.shape == (4, 8)
+    assert all(len({device.slice_index for device in row}) == 1 for row in mesh.devices)
+    with pytest.raises(InputError, match="data=1 must be a multiple of the 2 slices"):
+        meshes.make_mesh(-1, 32, _tpu(4, 4, slices=2))
 
 
 def test_large_arrays_are_split_along_the_first_axis_that_can_be_and_of_stacked_blocks_each_by_itself():

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import clusters, distributed  # the key-value store shared by processes has no public API
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -111,15 +112,19 @@ def _is_tpu_pod() -> bool:
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Lays devices out as `(data, fsdp)`; one of the two may be -1, "the rest".
 
+    The fsdp axis, which sends most, never leaves a slice of a TPU: several slices are several parts of the data axis.
+
     Args:
       data: size of the data axis.
       fsdp: size of the fsdp axis.
       devices: None = all available ones.
 
     Raises:
-      InputError: the product is not the number of devices.
+      InputError: the product is not the number of devices, or the fsdp axis would cross slices.
     """
-    count = jax.device_count() if devices is None else len(devices)
+    devices = jax.devices() if devices is None else devices
+    # GPUs have slices too, their machines, but are laid out in their order, whatever the sizes of the axes.
+    count, slices = len(devices), len({getattr(d, "slice_index", 0) for d in devices if d.platform == "tpu"} or {0})
     shape = np.asarray([data, fsdp])
     if (shape == -1).sum() == 1 and (shape != 0).all():
         shape[shape == -1] = count // -shape.prod()
@@ -128,8 +133,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = Non
             f"config.mesh data={data}, fsdp={fsdp} does not lay out {count} devices; "
             "their product must be that number (-1 = the rest)"
         )
-    axes = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh(tuple(shape.tolist()), ("data", "fsdp"), axis_types=axes, devices=devices)
+    if shape[0] % slices:
+        raise InputError(
+            f"config.mesh data={shape[0]} must be a multiple of the {slices} slices; choose a smaller config.mesh.fsdp"
+        )
+    # jax.make_mesh refuses an fsdp axis of 8 in a cube of 16 x 16 x 16, whose axes would have to be split for it.
+    inside = (shape // (slices, 1)).tolist()
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1), devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
