@@ -83,7 +83,7 @@ $(TARGETS)/.done: requirements-tpu.txt
 		nvidia-cuda-runtime
 	@touch $@
 
-test-targets: $(TARGETS)/.done demo-data  ## compile every config for the TPUs and GPUs it names, none of which is needed; an hour
+test-targets: $(TARGETS)/.done demo-data  ## compile every config for the TPUs and GPUs it names, none of which is needed; 1.5 hours
 	$(TARGETS)/bin/python -m benchmarks.scale
 
 lint: $(VENV)/.dev  ## check style and types

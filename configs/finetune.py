@@ -11,8 +11,7 @@ and tested on. The weights with the best validation score are the ones that are 
 may be added to a finished run.
 
 Without --config.init the same model starts from random weights: the baseline to beat. Settings are meant for 500 to
-2,000 images and a small model on a CPU; they were tuned on no dataset. ViT-B at 224 pixels with batch 32 takes 10 GiB
-of an H100, or 1.9 of each of four TPU v5e (from the compilers, see docs/scale.md).
+2,000 images and a small model on a CPU; they were tuned on no dataset. ViT-B: 10 GiB of an H100.
 
 `config.task` is what is learnt: "classification", the class that the shards' label names; "regression", a number for
 each frame; "multilabel", any subset of several labels; "segmentation", see --config=segment. The numbers for regression

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -89,16 +90,45 @@ def test_mistakes_are_one_sentence(call, says, tmp_path, monkeypatch):
     ],
 )
 def test_a_keyword_takes_the_values_that_the_command_line_takes(config, fields, flag):
-    chosen, _ = api.configured(config, fields, "")
+    chosen, _ = api.configured(config.partition(":")[0], config, fields, "")
     typed = cli.parse(["door", f"--config={config}", flag], "", f"configs/{config.partition(':')[0]}.py").config
     assert chosen.to_dict() == typed.to_dict() != cli.load_config(config).to_dict()
 
 
 def test_the_config_that_is_given_stays_as_it_is(tmp_path):
     config = tiny_config("")
-    chosen, workdir = api.configured(config, {"train": {"steps": 7}}, "")
+    chosen, workdir = api.configured("pretrain", config, {"train": {"steps": 7}}, "")
     assert (chosen.train.steps, workdir) == (7, "runs/run-base")
     assert config.train.steps != 7
+
+
+@pytest.mark.parametrize(
+    ("function", "config", "says"),
+    [
+        (api.finetune, "pretrain:tiny", "is for python -m usfmae_jax.main; here try --config=finetune"),
+        (api.pretrain, "finetune:folder", "is for python -m usfmae_jax.finetune; here try --config=pretrain"),
+        (api.evaluate, "segment:folder", "is for python -m usfmae_jax.finetune; here try --config=evaluate"),
+        (api.finetune, "suite", "is for python -m usfmae_jax.evaluate; here try --config=finetune"),
+    ],
+)
+def test_a_config_of_another_function_is_refused(function, config, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        function(config)
+
+
+def test_a_field_is_not_none():
+    with pytest.raises(InputError, match=r"config.init=None: leave the field out"):
+        api.pretrain("pretrain:tiny", init=None)
+
+
+def test_paths_may_be_path_objects(shards, tmp_path):
+    chosen, workdir = api.configured(
+        "pretrain", pathlib.Path("pretrain"), {"data": {"path": tmp_path}}, tmp_path / "run"
+    )
+    assert (chosen.data.path, workdir) == (str(tmp_path), str(tmp_path / "run"))
+    with pytest.raises(InputError, match="is no folder; give the workdir"):
+        api.embed(tmp_path / "none", tmp_path, tmp_path / "features.npz")
+    assert len(list(api.read_dataset(pathlib.Path(shards)))) == 48
 
 
 def test_frames_can_be_read_back_as_they_were_built(tmp_path, monkeypatch):

@@ -64,8 +64,10 @@ def test_every_door_that_takes_a_checkpoint_takes_the_name(shards, tmp_path):
 
 def test_a_folder_of_that_name_comes_first(shipped):
     assert load_encoder(NAME).architecture["width"] == 32
-    pathlib.Path(NAME).mkdir()
-    with pytest.raises(InputError, match="usfmae-tiny holds neither an encoder"):
+    pathlib.Path(NAME, "checkpoints").mkdir(parents=True)  # as the workdir of a run that starts from the weights
+    assert load_encoder(NAME).architecture["width"] == 32
+    pathlib.Path(NAME, "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"usfmae-tiny (holds neither an encoder|is not an encoder directory)"):
         load_encoder(NAME)
 
 

@@ -28,12 +28,13 @@ from usfmae_jax import cli
 from usfmae_jax.errors import InputError, check_guard
 from usfmae_jax.loading import load_encoder as load_encoder
 
+Path: TypeAlias = str | os.PathLike[str]
 #: A config itself, or a value for `--config`: NAME[:variant] or FILE.py[:variant].
-Config: TypeAlias = ml_collections.ConfigDict | str
+Config: TypeAlias = ml_collections.ConfigDict | Path
 _Result = TypeVar("_Result")
 
 
-def pretrain(config: Config = "pretrain:tiny", *, workdir: str = "", **fields: Any) -> str:
+def pretrain(config: Config = "pretrain:tiny", *, workdir: Path = "", **fields: Any) -> str:
     """Pretrains an encoder, as `python -m usfmae_jax.main` does.
 
     Args:
@@ -50,12 +51,12 @@ def pretrain(config: Config = "pretrain:tiny", *, workdir: str = "", **fields: A
     """
     from usfmae_jax.pretraining import loop
 
-    chosen, workdir = configured(config, fields, workdir)
+    chosen, workdir = configured("pretrain", config, fields, workdir)
     _train(workdir, lambda: loop.pretrain(chosen, workdir))
     return workdir
 
 
-def finetune(config: Config = "finetune:folder", *, workdir: str = "", **fields: Any) -> dict[str, Any]:
+def finetune(config: Config = "finetune:folder", *, workdir: Path = "", **fields: Any) -> dict[str, Any]:
     """Fine-tunes a model on a task and tests it, as `python -m usfmae_jax.finetune` does.
 
     Args:
@@ -72,12 +73,12 @@ def finetune(config: Config = "finetune:folder", *, workdir: str = "", **fields:
     """
     from usfmae_jax.finetuning import loop
 
-    chosen, workdir = configured(config, fields, workdir)
+    chosen, workdir = configured("finetune", config, fields, workdir)
     _train(workdir, lambda: loop.finetune(chosen, workdir))
     return json.loads(pathlib.Path(workdir, "results.json").read_text(encoding="utf-8"))
 
 
-def evaluate(config: Config = "evaluate:folder", *, workdir: str = "", **fields: Any) -> dict[str, Any]:
+def evaluate(config: Config = "evaluate:folder", *, workdir: Path = "", **fields: Any) -> dict[str, Any]:
     """Tests an encoder with a probe, or a fine-tuned model, as `python -m usfmae_jax.evaluate` does.
 
     Args:
@@ -93,12 +94,12 @@ def evaluate(config: Config = "evaluate:folder", *, workdir: str = "", **fields:
     """
     from usfmae_jax.probing import loop, suite
 
-    chosen, workdir = configured(config, fields, workdir)
+    chosen, workdir = configured("evaluate", config, fields, workdir)
     run = suite.run if chosen.protocol == "suite" else loop.evaluate
     return _alone(workdir, lambda: run(chosen, workdir))
 
 
-def predict(checkpoint: str, data: str | Sequence[str], output: str, **options: Any) -> list[dict[str, str]]:
+def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **options: Any) -> list[dict[str, str]]:
     """Predicts on files, folders or shards, as `python -m usfmae_jax.predict` does.
 
     Args:
@@ -117,12 +118,13 @@ def predict(checkpoint: str, data: str | Sequence[str], output: str, **options: 
     from usfmae_jax.data import cells
 
     with _ready():
-        door.predict(checkpoint, [data] if isinstance(data, str) else list(data), output, **options)
+        some = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+        door.predict(os.fspath(checkpoint), [os.fspath(one) for one in some], os.fspath(output), **options)
     with open(os.path.join(output, "predictions.csv"), encoding="utf-8", newline="") as lines:
         return [dict(row) for row in cells.read_dicts(lines)]
 
 
-def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **options: Any) -> dict[str, np.ndarray]:
+def embed(checkpoint: Path, data: Path, output: Path = "", pool: str = "mean", **options: Any) -> dict[str, np.ndarray]:
     """Computes features, as `python -m usfmae_jax.embed` does.
 
     Args:
@@ -140,6 +142,7 @@ def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **op
     """
     from usfmae_jax import embed as door
 
+    checkpoint, data, output = os.fspath(checkpoint), os.fspath(data), os.fspath(output)
     if output and not output.endswith(".npz"):
         raise InputError(f"output={output!r} must end in .npz")
     if pool not in door.POOLS:
@@ -151,7 +154,7 @@ def embed(checkpoint: str, data: str, output: str = "", pool: str = "mean", **op
             return dict(found)
 
 
-def export(checkpoint: str, output: str, format: str = "safetensors") -> str:
+def export(checkpoint: Path, output: Path, format: str = "safetensors") -> str:
     """Exports weights and verifies them, as `python -m usfmae_jax.export` does.
 
     Args:
@@ -170,11 +173,11 @@ def export(checkpoint: str, output: str, format: str = "safetensors") -> str:
     if format not in door.FORMATS:
         raise InputError(f"format={format!r} must be one of {', '.join(door.FORMATS)}")
     with _ready():
-        door.export(checkpoint, output, form=format)
-    return output
+        door.export(os.fspath(checkpoint), os.fspath(output), form=format)
+    return os.fspath(output)
 
 
-def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dict[str, np.ndarray]:
+def reconstruct(run: Path, images: Sequence[np.ndarray], *, seed: int = 0) -> dict[str, np.ndarray]:
     """Reconstructs masked images with a masked autoencoder.
 
     Args:
@@ -198,6 +201,7 @@ def reconstruct(run: str, images: Sequence[np.ndarray], *, seed: int = 0) -> dic
     from usfmae_jax.loading import Encoder
     from usfmae_jax.pretraining import build
 
+    run = os.fspath(run)
     model = open_model(run, whole=True)
     if model.kind != "mae":
         raise InputError(f"{run} has no decoder, which reconstructions need; give the workdir of a pretraining run")
@@ -243,7 +247,7 @@ def build_dataset(dataset: str, input: str = "", output: str = "data", **options
     return str(door.build_one(door.parse(words)).parent)
 
 
-def read_dataset(data: str, split: str = "", *, colour: bool = False) -> Iterator[dict[str, Any]]:
+def read_dataset(data: Path, split: str = "", *, colour: bool = False) -> Iterator[dict[str, Any]]:
     """Yields the frames of shards, one at a time.
 
     Args:
@@ -261,7 +265,7 @@ def read_dataset(data: str, split: str = "", *, colour: bool = False) -> Iterato
     """
     from usfmae_jax.data import records, table
 
-    frames = table.read_table(data, split)
+    frames = table.read_table(os.fspath(data), split)
     for row in range(len(frames)):
         record = table.read_row(frames, row)
         image = records.decode_image(record["image"], 3 if colour else 1)
@@ -273,18 +277,23 @@ def read_dataset(data: str, split: str = "", *, colour: bool = False) -> Iterato
         }
 
 
-def configured(config: Config, fields: Mapping[str, Any], workdir: str) -> tuple[ml_collections.ConfigDict, str]:
+def configured(
+    door: str, config: Config, fields: Mapping[str, Any], workdir: Path
+) -> tuple[ml_collections.ConfigDict, str]:
     """Returns the config with the given fields set, and the workdir.
 
     Raises:
-      InputError: there is no such config, variant or field, or a value has the wrong type.
+      InputError: there is no such config, variant or field, a value has the wrong type, or the config is for another
+        function than the one called `door`.
     """
     if isinstance(config, ml_collections.ConfigDict):
         name, chosen = "run", config.copy_and_resolve_references()
     else:
-        name, chosen = config, cli.load_config(config)
+        name = os.fspath(config)
+        chosen = cli.load_config(name)
+    cli.check_door(chosen, name, door)
     cli.override(chosen, fields, name)
-    return chosen, workdir or cli.default_workdir(name)
+    return chosen, os.fspath(workdir) or cli.default_workdir(name)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
     value = first.config.rstrip(":")
     file, *variant = value.split(":", 1)
     config = load_config(value)
-    _check_door(config, value, default_config)
+    check_door(config, value, pathlib.PurePath(default_config).stem)
     fields = _fields(config)
     for one in argv[1:]:
         bare = one.partition("=")[0].lstrip("-")
@@ -193,9 +193,8 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
     return values
 
 
-def _check_door(config: ml_collections.ConfigDict, value: str, default_config: str) -> None:
-    """Raises InputError if a config is for another command than the one whose own config is `default_config`."""
-    own = pathlib.PurePath(default_config).stem
+def check_door(config: ml_collections.ConfigDict, value: str, own: str) -> None:
+    """Raises InputError if a config, called `value`, is for another command than the one whose own is called `own`."""
     if own in _DOORS and _DOORS[own][1] not in config:
         doors = [module for module, field in _DOORS.values() if field in config]
         other = f"is for python -m usfmae_jax.{doors[0]}" if doors else f"has no config.{_DOORS[own][1]}"
@@ -308,6 +307,9 @@ def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name:
     known = _fields(config)
     for field, value in _flat(fields).items():
         _check_field(field, known, name)
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        if value is None:
+            raise InputError(f"config.{field}=None: leave the field out, or give it a value like {known[field]!r}")
         try:
             if isinstance(value, str):
                 value = _listed(f"{field}={value}", known).partition("=")[2]

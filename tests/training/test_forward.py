@@ -1,11 +1,14 @@
 """Features over many images are those of each image alone, whatever the batches, and are computed once."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from tests.faults import processes
 from usfmae_jax.data import table as labelled
 from usfmae_jax.interop.model import Model, open_model, preprocessing, save_model
 from usfmae_jax.models.vit import ViT
@@ -135,3 +138,23 @@ def test_a_function_is_compiled_once_for_several_passes():
         apply_batches(mesh, double, {}, batches(images, 8), batch_size=8, total=16)
     assert len(traced) == 1
     assert jax.device_count() == mesh.size
+
+
+_INTERLEAVED = """
+import sys
+import jax, numpy as np
+from usfmae_jax.training.forward import apply_batches
+address, count, number = sys.argv[1:]
+coordinator, processes, process_id = (text.partition("=")[2] for text in (address, count, number))
+jax.distributed.initialize(coordinator, int(processes), int(process_id))
+devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(4, 1)
+mesh = jax.sharding.Mesh(devices, ("data", "fsdp"))
+images = np.arange(16, dtype=np.uint8).reshape(16, 1, 1, 1)
+found = apply_batches(mesh, lambda _, x: x, {}, iter([images[:8], images[8:13]]), batch_size=8, total=13)
+print(found.ravel().tolist())
+"""
+
+
+def test_results_keep_their_order_where_the_devices_of_a_process_are_not_neighbours_in_the_mesh(tmp_path):
+    job = processes.finish([sys.executable, "-c", _INTERLEAVED], 2, tmp_path, devices=2)
+    assert [job.printed(number).splitlines()[-1] for number in range(2)] == [str(list(range(13)))] * 2

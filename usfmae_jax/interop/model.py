@@ -233,10 +233,14 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
     Raises:
       InputError: nothing there, or it cannot be read.
     """
-    path = find(path)
-    root = epath.Path(path)
-    root = root if "://" in path else root.expanduser().resolve()
-    if not path or not root.is_dir():
+    path = find(os.fspath(path))
+    try:
+        root = epath.Path(path)
+        root = root if "://" in path else root.expanduser().resolve()
+        there = bool(path) and root.is_dir()
+    except (KeyError, ValueError, ImportError) as error:  # a kind of address that is unknown or needs a package
+        raise InputError(f"checkpoint {path!r} cannot be opened: {error}") from error
+    if not there:
         raise InputError(
             f"checkpoint {path!r} is no folder; give the workdir of a run, one of its checkpoints, or a directory "
             "with an encoder or a classifier"

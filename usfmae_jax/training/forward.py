@@ -16,7 +16,7 @@ from tqdm import tqdm
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import Model, build, model_graph
 from usfmae_jax.models.patches import normalize_images
-from usfmae_jax.training.mesh import batch_sharding, global_batch, replicated
+from usfmae_jax.training.mesh import batch_sharding, replicated
 
 #: Seconds after which a pass shows a progress bar.
 PATIENCE = 2.0
@@ -115,9 +115,7 @@ def apply_batches(
     run = _compiled(function, mesh)
     if not all(_lies_on(mesh, leaf) for leaf in jax.tree.leaves(variables)):
         variables = jax.device_put(variables, replicated(mesh))
-    processes = sorted({device.process_index for device in mesh.devices.flat})
-    rows = batch_size // len(processes)
-    first = processes.index(jax.process_index()) * rows
+    sharding = batch_sharding(mesh)
     found: list[Any] = []
     pending: list[tuple[Any, int]] = []
 
@@ -132,7 +130,10 @@ def apply_batches(
             if count < batch_size:
                 padding = np.zeros((batch_size - count, *images.shape[1:]), images.dtype)
                 images = np.concatenate([images, padding])
-            pending.append((run(variables, global_batch(mesh, images[first : first + rows])), count))
+            # By place in the batch, not by process: on a TPU the mesh follows the wiring of the chips, and the devices
+            # of a process need not be consecutive in it.
+            there = jax.make_array_from_callback(images.shape, sharding, images.__getitem__)
+            pending.append((run(variables, there), count))
             collect(1)  # the previous batch, while the devices compute this one
             bar.update(count)
         collect(0)

@@ -26,14 +26,16 @@ def names() -> list[str]:
 def find(path: str) -> str:
     """The folder of named weights; any other path to a checkpoint is returned unchanged.
 
-    A file or folder of that name in the current directory takes precedence.
+    A file, or a folder with a model, of that name in the current directory takes precedence. Any other folder does not:
+    it may be the workdir of the very run that starts from these weights.
 
     Raises:
       InputError: the name is that of weights that are not included, or is close to a known name.
     """
-    if os.path.exists(path):
+    included = path in names()
+    if os.path.isfile(path) or (os.path.isdir(path) and not (included and _is_empty_of_models(path))):
         return path
-    if path in names():
+    if included:
         return str(FOLDER / path)
     if path in ELSEWHERE:
         raise InputError(
@@ -42,5 +44,9 @@ def find(path: str) -> str:
         )
     near = difflib.get_close_matches(path.lower(), [*names(), *ELSEWHERE], n=1)
     if near and not {"/", "."}.intersection(path):  # for a path, the caller gives a better message
-        raise InputError(f"{path!r} is no folder, nor the name of weights that are included; nearest is {near[0]}")
+        raise InputError(f"{path!r} is neither a folder nor the name of included weights; nearest is {near[0]}")
     return path
+
+
+def _is_empty_of_models(folder: str) -> bool:
+    return not any(files for name in ("*.safetensors", "*/*.safetensors") for files in pathlib.Path(folder).glob(name))
