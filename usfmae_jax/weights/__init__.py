@@ -33,7 +33,7 @@ def find(path: str) -> str:
       InputError: the name is that of weights that are not included, or is close to a known name.
     """
     included = path in names()
-    if os.path.isfile(path) or (os.path.isdir(path) and not (included and _is_empty_of_models(path))):
+    if os.path.isfile(path) or (os.path.isdir(path) and (not included or _holds_model(path))):
         return path
     if included:
         return str(FOLDER / path)
@@ -48,5 +48,5 @@ def find(path: str) -> str:
     return path
 
 
-def _is_empty_of_models(folder: str) -> bool:
-    return not any(files for name in ("*.safetensors", "*/*.safetensors") for files in pathlib.Path(folder).glob(name))
+def _holds_model(folder: str) -> bool:
+    return any(next(pathlib.Path(folder).glob(name), None) for name in ("*.safetensors", "*/*.safetensors"))
