@@ -158,7 +158,7 @@ def test_what_was_pretrained_on_is_said(settings, shards, tmp_path):
     save_model(str(tmp_path / "e"), Model({"encoder": params}, VIT, PREPROCESSING, lineage))
     settings.checkpoint = str(tmp_path / "e")
     (warning,) = evaluate(settings, str(tmp_path / "out"))["context"]["warnings"]
-    assert "pretrained on frames of made" in warning
+    assert "pretrained, without labels, on made" in warning
 
 
 def write_run(workdir, splits_from, folds, params_of):

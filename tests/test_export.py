@@ -187,9 +187,6 @@ def test_weights_carry_where_they_come_from_and_a_continued_run_appends_to_it(co
     assert (data["dataset"], data["frames"], data["licence"]) == ("made", 48, "")
     assert str(tmp_path) not in (tmp_path / "second" / "encoder" / "lineage.json").read_text()
     sources = [records.open_shards(shards)]
-    assert provenance.seen_in(second, sources) == {"made": ["pretrain"]}
-    assert provenance.seen_in([], sources) == {}
-    assert provenance.seen_in([{"data": [{}, {"dataset": "made"}]}], sources) == {"made": ["unknown"]}
     manifest = pathlib.Path(sources[0].paths[0]).parent / "manifest.json"
     before = manifest.read_bytes() if manifest.exists() else None
     for content in ('{"licence": [1], "citation": 2}', "[" * 100_000):  # a stranger's: no lineage could be read again

@@ -67,6 +67,19 @@ def _count(rows: Iterable[Row], sizes: Mapping[str, int], label_names: Sequence[
     }
 
 
+def _hash_splits(rows: Iterable[Row]) -> dict[str, str]:
+    """By split, a sample of its frames, by which a lineage tells what weights have seen.
+
+    Private builds have none: it goes wherever weights go, and tells those who hold a picture that it was learnt from.
+    """
+    from usfmae_jax.data import provenance  # which imports OpenCV
+
+    by_split: dict[str, list[str]] = collections.defaultdict(list)
+    for row in rows:
+        by_split[row.split].append(row.sha256)
+    return {split: provenance.hash_frames(hashes) for split, hashes in by_split.items()}
+
+
 def write_rejected(path: pathlib.Path, rejected: Sequence[Rejected]) -> None:
     """Writes a table of files and reasons, unless it would be empty."""
     if not rejected:
@@ -129,6 +142,7 @@ def write_manifest(
         "cleaned": _sorted(sum((index.cleaned for index in gathered.indices), collections.Counter())),
         "technical": {name: _sorted(values) for name, values in sorted(technical.items())},
         "expected": dict(entry.expected),
+        "frame_hashes": {} if plan.salt else _hash_splits(gathered.kept),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")

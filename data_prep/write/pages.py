@@ -9,7 +9,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,7 +31,6 @@ _BLACK = 5  # of 255: highest grey level that counts as black
 _COUNTED = ("frames", "patients", "unknown_patients", "videos")  # of each split
 _OWN = "yours to know"  # the catalogue's licence of a user's own files
 _COLOUR = "colour", "class", "name"  # of masks
-_SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 
 
 def write_page(folder: pathlib.Path) -> pathlib.Path:
@@ -153,8 +151,8 @@ def _measure(shards: records.Shards) -> _Look:
         look.blacks.append(100 * float((pixels <= _BLACK).mean()))
         look.anatomies[record["anatomy"] or "not stated"] += 1
         look.masks += bool(record["mask"])
-        split = _SPLIT.search(os.path.basename(shards.locate(index)[0]))
-        look.groups.setdefault((split[1] if split else "", record["label"]), []).append(index)
+        split = records.split_name(shards.locate(index)[0])
+        look.groups.setdefault((split, record["label"]), []).append(index)
     return look
 
 

@@ -424,6 +424,12 @@ def dataset_name(shard: str) -> str:
     return name[: match.start()] if match else name
 
 
+def split_name(shard: str) -> str:
+    """The TFDS split of a shard, from its name; "" if that has none."""
+    match = _SHARD.search(os.path.basename(shard))
+    return (match["split"] or "") if match else ""
+
+
 def _expand(path: str) -> list[str]:
     """All files that `path` names: itself, matches of its wildcards, and files below folders."""
     if not path:

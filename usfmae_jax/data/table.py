@@ -6,7 +6,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,10 +17,9 @@ from tqdm import tqdm
 from usfmae_jax.data import augment
 from usfmae_jax.data.pipeline import decode_ahead, open_sources
 from usfmae_jax.data.provenance import read_manifest
-from usfmae_jax.data.records import Record, Shards, dataset_name, decode_image, decode_record
+from usfmae_jax.data.records import Record, Shards, dataset_name, decode_image, decode_record, split_name
 from usfmae_jax.errors import DamagedRecord, InputError
 
-_SPLIT = re.compile(r"-([^-./]+)\.(?:array_record|tfrecord)")
 _TEXTS = ("dataset", "patient", "video", "frame", "source", "sha256")
 _COLUMNS = ("index", "label", "digest", "split", *_TEXTS)
 MAX_CLASSES = 100_000
@@ -146,9 +144,8 @@ def read_table(paths: str, split: str = "") -> Table:
         except DamagedRecord:
             continue
         path, _ = shards.locate(number)
-        match = _SPLIT.search(path.rpartition("/")[2])
         record["dataset"] = record["dataset"] or dataset_name(path)
-        record["split"] = match[1] if match else ""
+        record["split"] = split_name(path)
         for name, values in texts.items():
             values.append(record[name])
         index.append(number)

@@ -16,7 +16,7 @@ from flax import nnx
 from usfmae_jax import __version__
 from usfmae_jax.data import splits
 from usfmae_jax.data.duplicates import cached_near_duplicates, rule_out
-from usfmae_jax.data.provenance import describe_data, seen_in
+from usfmae_jax.data.provenance import describe_data, warn_of_seen
 from usfmae_jax.data.splits import Fold
 from usfmae_jax.data.table import Table
 from usfmae_jax.errors import InputError
@@ -161,11 +161,6 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     settings |= {"targets_fingerprint": task.fingerprint} if task.fingerprint else {}
     before = init.lineage if init else []
     stage = {"job": "finetune", "code": f"usfmae_jax {__version__}", "config": settings}
-    seen = [
-        f"the starting weights have seen {dataset}, whose frames are tested here ({', '.join(jobs)}): "
-        "the results are no measure of new data"
-        for dataset, jobs in seen_in(before, [table.shards]).items()
-    ]
     return Run(
         workdir=checks.make_workdir(workdir),
         task=task,
@@ -180,8 +175,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         init=init,
         title=title(config, description, sorted(set(table.dataset.tolist()))),
         settings=settings,
-        lineage=[*before, stage | {"data": describe_data([table.shards])}],
-        warnings=[*seen, *cautions(table), *task.notes],
+        lineage=[*before, stage | {"data": describe_data([table.shards], hashes=True)}],
+        warnings=[*warn_of_seen(before, table), *cautions(table), *task.notes],
     )
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from usfmae_jax import files
-from usfmae_jax.data.provenance import describe_data
+from usfmae_jax.data.provenance import describe_data, without_hashes
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions, tables
@@ -186,7 +186,7 @@ def finish(run: Run, command: str, resamples: int, batch_size: int) -> None:
                 "fingerprint": init.fingerprint if init else "",
                 "kind": init.kind if init else "random",
             },
-            "lineage": run.lineage,
+            "lineage": without_hashes(run.lineage),
             "data": describe_data([table.shards]),
             "fingerprint": table.fingerprint,
             "warnings": run.warnings,

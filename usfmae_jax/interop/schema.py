@@ -339,6 +339,6 @@ _STAGE: dict[str, Check] = {
     "data": _list(lambda value: isinstance(value, Mapping)),
 }
 _DATA: dict[str, Check] = {
-    **dict.fromkeys(("dataset", "licence", "citation"), _text),
+    **dict.fromkeys(("dataset", "licence", "citation", "frame_hashes"), _text),
     "frames": lambda value: value is None or _whole(0, 1 << 62)(value),
 }

@@ -204,7 +204,7 @@ def describe(
 def stage(settings: dict[str, Any], total_steps: int, sources: list[Shards]) -> dict[str, Any]:
     """What this run adds to the lineage of its weights."""
     code = f"usfmae_jax {__version__}"
-    data = describe_data(sources)
+    data = describe_data(sources, hashes=True)
     return {"job": "pretrain", "code": code, "step": total_steps, "config": settings, "data": data}
 
 

@@ -257,7 +257,7 @@ def _measured_again(
 def refuse_labels_seen(model: Model | None, table: Table) -> None:
     """Raises InputError if the model may have been trained on labels of the frames that would test it."""
     tested = model is not None and model.kind in ("classifier", "model")
-    for dataset, jobs in provenance.seen_in(model.lineage if model else [], [table.shards]).items():
+    for dataset, jobs in provenance.seen_in(model.lineage if model else [], table).items():
         if "finetune" in jobs:
             raise InputError(
                 f"these weights were fine-tuned on labels of {dataset}: a probe of them on it is no test; use "

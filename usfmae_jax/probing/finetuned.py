@@ -215,14 +215,21 @@ def _allowed(
     """Which member may predict which frame, bool `[M, N]`; where the split comes from; warnings."""
     known = all(member.seen for member in trained)
     learnt = [stage for stage in trained[0].model.lineage if stage.get("job") == "finetune"]
-    among = provenance.seen_in(learnt, [frames.shards])
-    before = provenance.seen_in(learnt[:-1], [frames.shards])
+    among = provenance.seen_in(learnt, frames)
+    before = provenance.seen_in(learnt[:-1], frames)
     if among and not known and (not chosen or len(chosen[0]) > 1):
         which = f", of the one fold that is its own (there are {len(chosen[0])})" if chosen else ""
         raise InputError(
             f"the model was fine-tuned on frames of {', '.join(among)}, and which ones is not known without its "
             f"run's splits/splits.csv; give the run's workdir, or name the test frames{which} with "
             "--config.split.path=FILE"
+        )
+    own = {data.get("dataset") for stage in learnt for data in stage.get("data", ())}
+    renamed = [name for name, jobs in among.items() if name not in own and any(jobs.values())]
+    if renamed and not chosen:
+        raise InputError(
+            f"the model was fine-tuned on frames of {', '.join(renamed)} under another name, and which ones is not "
+            "known; give the data of its run, or name the test frames with --config.split.path=FILE"
         )
     names = _frame_names(frames)
     ids = (frames.dataset.tolist(), frames.patient.tolist(), frames.video.tolist())

@@ -262,9 +262,7 @@ def report(
     lineage = model.lineage if model else []
     datasets = sorted(set(table.dataset.tolist()))
     warnings = [*outcome.warnings]
-    for dataset, jobs in provenance.seen_in(lineage, [table.shards]).items():
-        if "pretrain" in jobs:
-            warnings.append(f"the encoder was pretrained on frames of {dataset}, without labels: no held-out result")
+    warnings += provenance.warn_of_seen([one for one in lineage if one.get("job") == "pretrain"], table)
     warnings += inspect.cautions(table)
     context = {
         "config": settings,
@@ -273,7 +271,7 @@ def report(
             "fingerprint": model.fingerprint if model else "",
             "kind": model.kind if model else "pixels",
         },
-        "lineage": lineage,
+        "lineage": provenance.without_hashes(lineage),
         "data": provenance.describe_data([table.shards]),
         "fingerprint": table.fingerprint,
         "warnings": warnings,
