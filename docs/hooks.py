@@ -97,7 +97,13 @@ def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
 
 def _datasets(entries: list[Entry]) -> str:
     rows: list[tuple[object, ...]] = [
-        (f"[{entry.name}]({entry.name}.md)", entry.title, entry.anatomy or "any", entry.licence, entry.verified)
+        (
+            f"[{entry.name}]({entry.name}.md)",
+            entry.title,
+            entry.anatomy or "any",
+            entry.licence or "that of your files",
+            entry.verified,
+        )
         for entry in sorted(entries, key=lambda entry: (entry.generic, not entry.anatomy, entry.anatomy, entry.name))
     ]
     return f"""# Datasets
@@ -150,7 +156,8 @@ def sheet(entry: Entry) -> str:
             for one in entry.downloads
         ]
         parts += ["## Files", _table(("file", "bytes", "checksum"), rows)]
-    return "\n\n".join([*parts, "## Cite", entry.citation]) + "\n"
+    parts += ["## Cite", entry.citation] if entry.citation else []
+    return "\n\n".join(parts) + "\n"
 
 
 def config_page(name: str) -> str:

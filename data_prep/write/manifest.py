@@ -259,7 +259,7 @@ def print_summary(
             print(f"\nClasses in masks: {named}")
     for title, key in (("Passed over", "passed_over"), ("Dropped frames", "dropped"), ("Not taken over", "removed")):
         if manifest[key]:
-            print(f"\n{title}: " + ", ".join(f"{number:,} {kind}" for kind, number in manifest[key].items()))
+            print(f"\n{title}: " + ", ".join(f"{kind} ({number:,})" for kind, number in manifest[key].items()))
     for warning in dict.fromkeys([*warnings, *manifest["warnings"]]):
         print(f"\nWarning: {warning}")
     _print_files(target / "unmasked.csv", "Kept without a mask", sum(manifest["unmasked"].values()))

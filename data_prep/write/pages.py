@@ -29,7 +29,6 @@ _SHEET = 60  # frames shown
 _THUMBNAIL = 176  # pixels, long side
 _BLACK = 5  # of 255: highest grey level that counts as black
 _COUNTED = ("frames", "patients", "unknown_patients", "videos")  # of each split
-_OWN = "yours to know"  # the catalogue's licence of a user's own files
 _COLOUR = "colour", "class", "name"  # of masks
 
 
@@ -57,7 +56,8 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         [name, value if isinstance(value, str) else json.dumps(value, sort_keys=True)]
         for name, value in sorted((manifest.get("arguments") or {}).items())
     ]
-    own, problems = manifest.get("licence") == _OWN, manifest.get("problems") or ()
+    own = manifest.get("licence") == ""  # the catalogue's of a user's own files
+    problems = manifest.get("problems") or ()
     labelled = bool((manifest.get("arguments") or {}).get("labels"))
     measured, sampled = f"{len(look.means):,} frames", look.records > len(look.means)
     pages.write(

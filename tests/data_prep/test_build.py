@@ -73,7 +73,7 @@ def test_the_page_of_ones_own_folder_has_a_tip_where_no_labels_were_given_and_no
         pages.append((tmp_path / "out/my_images_2/1.0.0/report.html").read_text())
     assert ["Tip: --labels=parent or" in page for page in pages] == [True, False]
     for page in pages:
-        for word in ("Known problems", "yours to know", "Licence", "1 frames"):
+        for word in ("Known problems", "Licence", "Recipe checked", "1 frames"):
             assert word not in page
 
 
@@ -85,7 +85,7 @@ def test_parent_folders_are_labels(tree, tmp_path, capsys):
     assert names == ["a", "b", "deep"]
     assert [record["label"] for record in found] == [0, 0, 2, 1, 1, 1, -1]
     printed = capsys.readouterr().out
-    assert "1 hidden files and folders, 1 other files" in printed
+    assert "hidden files and folders (1), other files (1)" in printed
     assert "finetune --config=finetune:folder --config.data.path=" in printed
     assert "segment:folder" not in printed  # there are no masks
 
@@ -109,7 +109,7 @@ def test_a_labels_file_gives_everything_and_leaves_out_the_rest(tree, tmp_path, 
     }
     printed = capsys.readouterr().out
     assert "Unknown patients: 1." in printed
-    assert "2 images not in the labels file" in printed
+    assert "images not in the labels file (2)" in printed
     assert "--config.data.path='" + str(tmp_path / "out/my_images_2") in printed
 
 
