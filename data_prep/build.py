@@ -3,7 +3,7 @@
     python -m data_prep.build --list[=breast]
     python -m data_prep.build --dataset=folder --input=DIR --output=data --name=mine
     python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=parent
-    python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=labels.csv
+    python -m data_prep.build --dataset=folder --input=DIR --output=data --labels=DIR/labels.csv
     python -m data_prep.build --dataset=bus_bra --input=DIR --output=data [--download]
     python -m data_prep.build --dataset=aul,hc,pocus --input=DIR --output=data --exclude=leaks.csv
     python -m data_prep.build --dataset=dicom --input=EXPORT --output=data --name=clinic

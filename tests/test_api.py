@@ -71,6 +71,10 @@ def test_from_a_dataset_to_predictions(tmp_path, monkeypatch):
         (lambda: api.build_dataset("fantom"), "fantom"),
         (lambda: api.build_dataset("folder", input="nothing"), "is not a folder"),
         (lambda: api.build_dataset("phantom", patient=3), "nearest is --patients"),
+        (lambda: api.embed("usfmae-tiny", "data", batchsize=3), "no argument 'batchsize'; did you mean batch_size?"),
+        (lambda: api.embed("usfmae-tiny", "data", batch_size="3"), "batch_size='3' must be of type int"),
+        (lambda: api.predict("run", "data", "out", colour=1), "no argument 'colour'; known are overlays, flip, stride"),
+        (lambda: api.predict("run", [], "out"), "data names no file"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(call, says, tmp_path, monkeypatch):

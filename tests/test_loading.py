@@ -70,3 +70,20 @@ def test_other_images_are_refused(encoder, images):
 def test_a_folder_without_an_encoder_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds neither an encoder or a classifier nor a finished checkpoint"):
         load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(40, 48), (40, 48, 1), (40, 48, 3)])
+def test_one_image_is_no_batch(encoder, shape):
+    with pytest.raises(InputError, match="is one image; put it into a list"):
+        encoder(np.zeros(shape, np.uint8))
+    assert len(encoder([np.zeros(shape, np.uint8)]).class_token) == 1
+
+
+@pytest.mark.parametrize("size", [0, -1, "8", True, 2.0])
+def test_a_batch_size_is_a_whole_number(encoder, size):
+    with pytest.raises(InputError, match="must be a whole number of 1 or more"):
+        encoder(np.zeros((1, 40, 48), np.uint8), batch_size=size)
+
+
+def test_it_says_what_it_is(encoder):
+    assert repr(encoder).startswith("Encoder: a ViT of width ")

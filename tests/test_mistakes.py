@@ -29,6 +29,7 @@ def home(tmp_path_factory):
     for number in range(8):
         cv2.imwrite(str(home / f"pictures/{'ab'[number % 2]}/{number}.png"), frame(number, number % 2))
     (home / "text/note.png").write_text("no picture")
+    (home / "text/table.csv").write_text("file\nnote.png\n")
     (home / "notes.txt").write_text("notes")
     (home / "labels.csv").write_text("image,class\na/0.png,benign\n")
     (home / "gone.csv").write_text("file,label\nc/9.png,benign\n")

@@ -76,9 +76,13 @@ def test_a_folder_of_that_name_comes_first(shipped):
     [
         ("usfmae-base", r"download the checkpoint .* https://github\.com/Yusufii9/USF-MAE .* --output=usfmae-base"),
         ("mae-base", r"mae_pretrain_vit_base_full\.pth .*python -m usfmae_jax\.convert --input=FILE --output=mae-base"),
-        ("usfmae_tiny", "nearest is usfmae-tiny"),
-        ("usfmae-bse", "nearest is usfmae-base"),
-        ("runs/usfmae-tiny", "'runs/usfmae-tiny' is no folder; give the workdir of a run"),
+        ("usfmae_tiny", "usfmae-tiny is included; usfmae-base and mae-base say where to get them"),
+        ("tiny", "usfmae-tiny is included"),
+        ("usfmae-bse", "usfmae-tiny is included; usfmae-base and mae-base"),
+        (
+            "runs/usfmae-tiny",
+            "'runs/usfmae-tiny' is no folder; the name usfmae-tiny alone stands for the included weights",
+        ),
         ("quite other", "'quite other' is no folder; give the workdir of a run"),
         ("mae_base.pth", r"'mae_base\.pth' is no folder; give the workdir of a run"),
     ],
@@ -91,6 +95,12 @@ def test_other_names_say_what_to_do(name, says, shards):
             api.pretrain(tiny_config(shards), init=name, workdir="run")
         with pytest.raises(InputError, match=says):
             open_source(name)
+
+
+def test_an_installation_without_the_file_says_so(shipped):
+    (shipped / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="usfmae-tiny is missing from the installed usfmae_jax: install the package"):
+        load_encoder(NAME)
 
 
 def test_a_file_that_is_not_there_is_no_misspelt_name():

@@ -12,6 +12,8 @@ resumes an interrupted one. Bad input raises `errors.InputError` with the messag
 """
 
 import contextlib
+import difflib
+import inspect
 import json
 import os
 import pathlib
@@ -117,8 +119,11 @@ def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **optio
     from usfmae_jax import predict as door
     from usfmae_jax.data import cells
 
+    _check_options(door.predict, options)
+    some = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    if not some:
+        raise InputError("data names no file: give a path, or a list of them")
     with _ready():
-        some = [data] if isinstance(data, (str, os.PathLike)) else list(data)
         door.predict(os.fspath(checkpoint), [os.fspath(one) for one in some], os.fspath(output), **options)
     with open(os.path.join(output, "predictions.csv"), encoding="utf-8", newline="") as lines:
         return [dict(row) for row in cells.read_dicts(lines)]
@@ -147,6 +152,7 @@ def embed(checkpoint: Path, data: Path, output: Path = "", pool: str = "mean", *
         raise InputError(f"output={output!r} must end in .npz")
     if pool not in door.POOLS:
         raise InputError(f"pool={pool!r} must be 'mean', 'cls' or 'patches'")
+    _check_options(door.embed, options)
     with _ready(), tempfile.TemporaryDirectory() as folder:
         path = output or os.path.join(folder, "features.npz")
         door.embed(checkpoint, data, path, pool, **options)
@@ -294,6 +300,19 @@ def configured(
     cli.check_door(chosen, name, door)
     cli.override(chosen, fields, name)
     return chosen, os.fspath(workdir) or cli.default_workdir(name)
+
+
+def _check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Raises InputError unless `options` are keyword arguments of `function`, of the types of their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
+    for name, value in options.items():
+        if name not in known:
+            near = (difflib.get_close_matches(name, known, n=1) or [""])[0]
+            said = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
+            raise InputError(f"there is no argument {name!r}; {said}")
+        if type(value) is not type(known[name]):
+            raise InputError(f"{name}={value!r} must be of type {type(known[name]).__name__}")
 
 
 @contextlib.contextmanager

@@ -52,6 +52,14 @@ class Encoder:
         self._mesh, self._apply = one_device(), apply
         self._params = jax.device_put(model.params["encoder"], replicated(self._mesh))
 
+    def __repr__(self) -> str:
+        about, (height, width) = self.architecture, self.preprocessing["image_size"]
+        count = sum(leaf.size for leaf in jax.tree.leaves(self._params))
+        return (
+            f"Encoder: a ViT of width {about['width']} and depth {about['depth']} for {height}x{width} images, patches "
+            f"of {about['patch_size']}; {count / 1e6:.1f} M parameters"
+        )
+
     def __call__(
         self, images: np.ndarray | Sequence[np.ndarray], *, resized: bool = True, batch_size: int = 64
     ) -> Features:
@@ -65,8 +73,10 @@ class Encoder:
           batch_size: images per call; the last batch is padded, so that only one shape is compiled.
 
         Raises:
-          InputError: images of another shape or dtype.
+          InputError: images of another shape or dtype, or no batch size.
         """
+        if type(batch_size) is not int or batch_size < 1:
+            raise InputError(f"batch_size={batch_size!r} must be a whole number of 1 or more")
         prepared = self.batch(images, resized)
         batch_size = min(batch_size, len(prepared))
         batches = (prepared[start : start + batch_size] for start in range(0, len(prepared), batch_size))
@@ -106,6 +116,9 @@ class Encoder:
         Raises:
           InputError: there are none, or they are of different sizes, or of another shape or dtype.
         """
+        shape: tuple[int, ...] = getattr(images, "shape", ())
+        if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3)):
+            raise InputError(f"an array of shape {shape} is one image; put it into a list: [image]")
         prepared = [self.prepared(image, resized) for image in images]
         if not prepared:
             raise InputError("there are no images; give uint8 [B, H, W, C]")

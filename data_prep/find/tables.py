@@ -263,7 +263,7 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
     Raises:
       InputError: the table does not fit the files, or puts a patient into two splits.
     """
-    rows, unused = _label_rows(labels)
+    rows, unused = _label_rows(root, labels)
     names = label_names((row["label"] for row in rows), f"in {labels}")
     numbers = {name: number for number, name in enumerate(names)}
     items: dict[str, Item] = {}
@@ -305,9 +305,9 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
             problems[column if masks == "auto" else "file"].append(Rejected(source, reason))
     all_masks = missing["mask"] if masks == "required" or not any(item.masks for item in items.values()) else []
     if gone := missing["file"] + all_masks:
-        raise InputError(
-            f"--labels={labels} names {len(gone)} files that are not below --input={root}, first {gone[0]!r}"
-        )
+        count = "a file that is" if len(gone) == 1 else f"{len(gone):,} files that are"
+        first = gone[0] if len(gone) == 1 else f"first {gone[0]}"
+        raise InputError(f"--labels={labels} names {count} not below --input={root}: {printable(first)}")
     rejected = {one.source for one in problems["file"]}
     kept = [item for item in items.values() if item.source not in rejected]
     check_splits(kept, "give all frames of a patient the same split")
@@ -316,11 +316,13 @@ def read_labels(root: pathlib.Path, labels: str, masks: str) -> tuple[Collection
     return Collection(kept, names, problems["file"], unmasked=unmasked, warnings=warnings), stats
 
 
-def _label_rows(labels: str) -> tuple[list[Row], list[str]]:
+def _label_rows(root: pathlib.Path, labels: str) -> tuple[list[Row], list[str]]:
     """The rows of a user's own table, with `COLUMNS` as keys, and the names of its other columns."""
     path = pathlib.Path(labels)
     if not path.is_file():
-        raise InputError(f"--labels={labels} is neither 'parent' nor a file")
+        inside = root / labels
+        found = f", but {inside} is one: --labels={inside}" if inside.is_file() else f"; has {root} one? Give its path"
+        raise InputError(f"--labels={labels} is neither 'parent' nor a file, as seen from the current folder{found}")
     try:
         rows = read_table(path, kind=path.suffix.lower() if path.suffix.lower() in _EXCEL else ".csv")
     except MissingLibraryError as error:
@@ -328,7 +330,9 @@ def _label_rows(labels: str) -> tuple[list[Row], list[str]]:
     if not rows:
         raise InputError(f"--labels={labels} lists no files")
     if "file" not in rows[0]:
-        raise InputError(f"--labels={labels} has no column 'file', only {list(rows[0])}; it may have {list(COLUMNS)}")
+        raise InputError(
+            f"--labels={labels} has no column 'file', only {_few([*rows[0]])}; it may have {', '.join(COLUMNS)}"
+        )
     unused = _unused(labels, rows)
     rows = [{name: row.get(name, "") for name in COLUMNS} for row in rows]
     return [row | {"label": one_line(row["label"])} for row in rows], unused

@@ -164,9 +164,9 @@ def _check_usable(rejected: list[Rejected], total: int, salt: bytes) -> None:
     if 2 * len(useless) > total:
         first = useless[0]
         name = identity.pseudonym(salt, "frame", first.source) if salt else first.source  # logs are passed on, too
+        which = "the only file" if total == 1 else f"more than half of the {total:,} files"
         raise UnusableInputError(
-            f"more than half of the {total} files cannot be used, for example {name!r} ({first.reason}); "
-            "is --input the right folder?"
+            f"{which} cannot be used, for example {name!r} ({first.reason}); is --input the right folder?"
         )
 
 

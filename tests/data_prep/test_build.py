@@ -166,9 +166,9 @@ def test_integer_labels_are_in_the_order_of_their_values(tree, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([["image", "label"], ["a/1.png", "x"]], "has no column 'file', only ['image', 'label']"),
-        ([["file"], ["a/1.png"], ["gone.png"]], "names 1 files that are not below --input"),
-        ([["file", "mask"], ["a/1.png", "gone.png"]], "first 'gone.png'"),
+        ([["image", "label"], ["a/1.png", "x"]], "has no column 'file', only image, label"),
+        ([["file"], ["a/1.png"], ["gone.png"]], "names a file that is not below --input"),
+        ([["file", "mask"], ["a/1.png", "gone.png"]], "not below --input="),
         ([["file"], ["a/1.png"], ["a/../a/1.png"]], "lists 'a/1.png' more than once"),
         ([["file"], ["../l.csv"]], "'../l.csv' is not a path below --input"),
         ([["file"], ["/etc/passwd"]], "'/etc/passwd' is not a path below --input"),

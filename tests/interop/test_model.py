@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 import yaml
 from flax import nnx
 from orbax.checkpoint import v1 as orbax
@@ -227,6 +227,32 @@ def test_a_damaged_directory_is_refused_in_one_sentence(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="is not a classifier directory"):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda value: np.where(value == value.max(), np.nan, value), "values that are not finite numbers"),
+        (lambda value: np.where(value == value.max(), np.inf, value), "values that are not finite numbers"),
+        (lambda value: value.astype(np.int32), "values of type int32, where parameters are floating-point"),
+    ],
+)
+def test_values_that_are_no_parameters_are_refused(tmp_path, change, says):
+    save_model(str(tmp_path), _made(VIT))
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = next(name for name in tensors if name.endswith("kernel"))
+    safetensors.numpy.save_file(tensors | {name: change(tensors[name])}, file)
+    with pytest.raises(InputError, match=f"cannot be used: {name} holds {says}"):
+        open_model(str(tmp_path))
+
+
+def test_parameters_of_half_precision_are_read_as_float32(tmp_path):
+    save_model(str(tmp_path), _made(VIT))
+    file = tmp_path / "model.safetensors"
+    halves = {name: one.astype(np.float16) for name, one in safetensors.numpy.load_file(file).items()}
+    safetensors.numpy.save_file(halves, file)
+    assert {str(leaf.dtype) for leaf in flatten(open_model(str(tmp_path)).params).values()} == {"float32"}
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_sentence(run, tmp_path):

@@ -385,9 +385,11 @@ def _from_directory(directory: str) -> Model:
         schema.check_description(about)
         schema.check_preprocessing(pixels, about)
         schema.check_shapes(_described(about, _shapes(about)), _described(about, flat))
+        schema.check_values(flat)
         lineage = read_lineage(directory)
     except InputError as error:
         raise InputError(f"{directory} cannot be used: {error}") from error
+    flat = {name: np.asarray(value, np.float32) for name, value in flat.items()}
     stats = {name.removeprefix(_STATS): flat.pop(name) for name in list(flat) if name.startswith(_STATS)}
     return Model(unflatten(flat), about, pixels, lineage, unflatten(stats))
 
@@ -412,12 +414,13 @@ def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Mo
     params, _, step = load_parameters(
         os.fspath(directory), step, lambda said, stored: found.update(_checked_about(said, stored))
     )
+    params = jax.tree.map(lambda value: np.asarray(value, np.float32), params)
     try:
+        schema.check_values(flatten(params))
         lineage = read_lineage(os.fspath(directory.parent))
     except InputError as error:
         raise InputError(f"checkpoint {step} in {directory} cannot be used: {error}") from error
     lineage[-1:] = [stage | {"step": step} for stage in lineage[-1:]]
-    params = jax.tree.map(lambda value: np.asarray(value, np.float32), params)
     model = Model(params, found["description"], found["preprocessing"], lineage)
     return model if whole else model.encoder()
 

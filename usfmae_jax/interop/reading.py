@@ -100,11 +100,7 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     model = _take_tables(found, model, options, account)
     found, description = _check(found, model.description, options, account)
     params = names.to_ours(found | head)
-    for name, value in params.items():
-        with np.errstate(invalid="ignore"):  # detects inf and NaN by the sum, without another array of this size
-            finite = np.isfinite(value.sum(dtype=np.float64))
-        if not finite:
-            raise InputError(f"{name} holds values that are not finite numbers: the training that made it diverged")
+    schema.check_values(params)
     model = Model(unflatten(params), description, model.preprocessing, _lineage(source))
     if options.channels and options.channels != description["encoder"]["channels"]:
         model = _change_channels(model, options.channels)

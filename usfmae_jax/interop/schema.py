@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from usfmae_jax import files
@@ -199,6 +201,20 @@ def check_shapes(
         raise InputError(f"{holder} holds {more[0][:80]!r}, which {where} knows nothing of")
 
 
+def check_values(tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises InputError unless all values of `tensors` are finite floating-point numbers."""
+    for name, value in tensors.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise InputError(f"{name} holds values of type {value.dtype}, where parameters are floating-point numbers")
+        with np.errstate(invalid="ignore"):  # detects inf and NaN by the sum, without another array of this size
+            finite = np.isfinite(value.sum(dtype=np.float64))
+        if not finite:
+            raise InputError(
+                f"{name} holds values that are not finite numbers: the training that made it diverged, or the file is "
+                "damaged"
+            )
+
+
 def _fields(
     value: Any, where: str, needed: Mapping[str, Check], allowed: Mapping[str, Check], closed: bool = True
 ) -> None:
@@ -339,6 +355,7 @@ _STAGE: dict[str, Check] = {
     "data": _list(lambda value: isinstance(value, Mapping)),
 }
 _DATA: dict[str, Check] = {
-    **dict.fromkeys(("dataset", "licence", "citation", "frame_hashes"), _text),
+    **dict.fromkeys(("dataset", "licence", "citation"), _text),
+    "frame_hashes": lambda value: isinstance(value, str),  # whose length has no meaning for memory
     "frames": lambda value: value is None or _whole(0, 1 << 62)(value),
 }
