@@ -1,4 +1,4 @@
-"""The pages of the site that are made of the sources when it is built; mkdocs calls `on_files`."""
+"""The pages of the site that are made of the sources when it is built; mkdocs calls the functions named on_..."""
 
 import ast
 import importlib
@@ -24,6 +24,12 @@ WHOLE = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/RESULTS.md": "results.md",
 }
+#: The page of each file or folder of the repository that has one elsewhere; links name the file, which always exists.
+PAGES = (
+    WHOLE
+    | {f"configs/{name}.py": f"configs/{name}.md" for name in CONFIGS}
+    | {"data_prep/catalog": "datasets/index.md"}
+)
 #: What is documented from its docstrings: module, names (() = all of its functions), heading.
 REFERENCE = (
     ("usfmae_jax.api", (), "Functions"),
@@ -45,9 +51,18 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Makes links of the pages in docs/ lead to pages."""
+    written = ROOT / "docs" / page.file.src_uri
+    return linked(markdown, "docs") if written.exists() else markdown
+
+
 def pages() -> dict[str, str]:
     """Every generated page, Markdown by its path below docs/."""
-    made = {page: _whole(source) for source, page in WHOLE.items()}
+    made = {
+        page: linked((ROOT / source).read_text(encoding="utf-8"), str(pathlib.PurePosixPath(source).parent))
+        for source, page in WHOLE.items()
+    }
     entries = [catalog.load(name) for name in catalog.names()]
     made["datasets/index.md"] = _datasets(entries)
     made |= {f"datasets/{entry.name}.md": sheet(entry) for entry in entries}
@@ -57,22 +72,21 @@ def pages() -> dict[str, str]:
     return made
 
 
-def _whole(source: str) -> str:
-    """A file whose links lead to pages; those to other files of the repository become plain names."""
-    folder = (ROOT / source).parent
+def linked(text: str, folder: str) -> str:
+    """A file of `folder` whose links lead to pages; those to other files of the repository become plain names."""
 
     def page(match: re.Match) -> str:
         mark, text, link = match.groups()
         path, _, anchor = link.partition("#")
         if ":" in link or not path:
             return match[0]
-        target = (folder / path).resolve().relative_to(ROOT).as_posix()
-        if target.startswith("docs/") or target in WHOLE:
-            target = WHOLE.get(target, target.removeprefix("docs/"))
+        target = (ROOT / folder / path).resolve().relative_to(ROOT).as_posix()
+        if target.startswith("docs/") or target in PAGES:
+            target = PAGES.get(target, target.removeprefix("docs/"))
             return f"{mark}[{text}]({target}{'#' * bool(anchor)}{anchor})"
         return f"`{text}`"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", page, (ROOT / source).read_text(encoding="utf-8"))
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", page, text)
 
 
 def notebook(path: pathlib.Path) -> str:
