@@ -104,8 +104,9 @@ def seen_in(lineage: Sequence[dict[str, Any]], frames: "Table") -> dict[str, dic
 
     Returns:
       dataset -> job, oldest first -> number of the dataset's frames that it trained on, under whatever name; estimated
-      if there are more than 2,048. It is 0 if it trained on other frames of a dataset of that name only, and None if on
-      frames that are not known of a dataset of that name.
+      if there are more than 2,048. It is 0 if a dataset of that name was trained on that has none of these frames,
+      at least not with the same pixels (a compressed or cropped copy has others: `data_prep.audit` finds those), and
+      None if it is not known which frames of it.
     """
     learnt = [(stage.get("job", "unknown"), data) for stage in lineage for data in stage.get("data", ())]
     seen: dict[str, dict[str, int | None]] = {}
@@ -141,8 +142,8 @@ def warn_of_seen(lineage: Sequence[dict[str, Any]], frames: "Table") -> list[str
                 found.append(f"the weights were {did} on {dataset}, which is tested here: no held-out result")
             else:
                 found.append(
-                    f"the weights were {did} on other frames of {dataset}, none of those tested here: held out, but "
-                    "from a source that they know"
+                    f"the weights were {did} on frames of {dataset}, none of them pixel by pixel one that is tested "
+                    "here: held out only if patients and copies were kept apart"
                 )
     return found
 
