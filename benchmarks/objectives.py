@@ -8,7 +8,8 @@ r"""Compares objectives and settings of pretraining for equal training time: sma
 Trains each setting with each seed for as many steps as fit into the given CPU minutes of one core, which equal the
 wall-clock time of an otherwise idle core. The speed is measured in a short run first. Then probes the features on
 frames that were not trained on, and on the phantoms' test split. The output file gets a line for each finished part;
-the same command resumes from there.
+the same command resumes from there. With `--attentive`, runs that were finished without that probe get it, as long as
+their folders in `--work` exist.
 """
 
 import argparse
@@ -141,15 +142,24 @@ class Runner:
             found["cpu_minutes"] = (usage.ru_utime + usage.ru_stime) / 60
             shutil.rmtree(workdir / "checkpoints")
             checkpoint = str(workdir / "encoder")
-        protocols = ["logistic", "knn"] + ["attentive"] * self.args.attentive
-        asked = [(self.args.probe, protocol) for protocol in protocols] + [(self.args.phantoms, "logistic")]
+        asked = [(self.args.probe, "logistic"), (self.args.probe, "knn"), (self.args.phantoms, "logistic")]
+        if self.args.attentive and checkpoint != "pixels":
+            asked.append((self.args.probe, "attentive"))
         return found | {
             "probes": {
                 f"{pathlib.Path(data).name} {protocol}": self.probe(core, checkpoint, data, protocol, workdir, log)
                 for data, protocol in asked
-                if data and (protocol != "attentive" or checkpoint != "pixels")
+                if data
             }
         }
+
+    def late(self, setting: str, seed: int, core: int, steps: int) -> dict[str, Any]:
+        """The attentive probe of a run that was finished without it."""
+        workdir, log = self.args.work / f"{setting}-{seed}", self.args.work / f"{setting}-{seed}.log"
+        name, checkpoint = f"{pathlib.Path(self.args.probe).name} attentive", self.args.table[setting]
+        checkpoint = checkpoint if isinstance(checkpoint, str) else str(workdir / "encoder")
+        found = self.probe(core, checkpoint, self.args.probe, "attentive", workdir, log)
+        return {"steps": steps, "probes": {name: found}}
 
     def probe(
         self, core: int, checkpoint: str, data: str, protocol: str, workdir: pathlib.Path, log: pathlib.Path
@@ -173,11 +183,12 @@ class Runner:
         workdir.mkdir(parents=True)
         return workdir, self.args.work / f"{name}.log"
 
-    def part(self, setting: str, seed: int | None, steps: int = 0) -> dict[str, Any]:
+    def part(self, setting: str, seed: int | None, steps: int = 0, late: bool = False) -> dict[str, Any]:
         """Runs one part of the comparison on a free core; appends its line to the output file."""
         core, start = self.cores.get(), time.monotonic()
         try:
-            found = self.measure(setting, core) if seed is None else self.train(setting, seed, core, steps)
+            run = self.late if late else self.train
+            found = self.measure(setting, core) if seed is None else run(setting, seed, core, steps)
         finally:
             self.cores.put(core)
         line = {"setting": setting, "seed": seed, "variant": self.args.variant, "minutes": self.args.minutes} | found
@@ -211,8 +222,9 @@ def compare(args: argparse.Namespace) -> int:
     steps = {line["setting"]: line["steps"] for line in lines if line.get("trial")}
     done = {(line["setting"], line["seed"]) for line in lines}
 
-    def do(parts: list[tuple[str, int | None]]) -> None:
-        futures = {pool.submit(runner.part, *part, steps.get(part[0], 0)): part for part in parts if part not in done}
+    def do(parts: Sequence[tuple[str, int | None]], late: bool = False) -> None:
+        missing = [part for part in parts if late or part not in done]
+        futures = {pool.submit(runner.part, *part, steps.get(part[0], 0), late): part for part in missing}
         took: list[float] = []
         for number, future in enumerate(concurrent.futures.as_completed(futures), start=1):
             name, seed = futures[future]
@@ -236,11 +248,29 @@ def compare(args: argparse.Namespace) -> int:
             do([(name, None) for name in trained])
             once = [(name, args.seeds[0]) for name in args.settings if name not in trained]
             do(once + [(name, seed) for seed in args.seeds for name in trained if name in steps])
+            do(_without_attentive(args) if args.attentive else [], late=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             runner.stop()
             raise
     return len(failed)
+
+
+def _without_attentive(args: argparse.Namespace) -> list[tuple[str, int | None]]:
+    """The finished runs that have no attentive probe and can have one, seed by seed."""
+    probed: dict[tuple[int, str], set[str]] = {}
+    for line in _lines(args.output):
+        if not line.get("trial") and line["setting"] in args.settings and line["seed"] in args.seeds:
+            probed.setdefault((line["seed"], line["setting"]), set()).update(line["probes"])
+
+    def usable(seed: int, name: str) -> bool:
+        checkpoint = args.table[name]
+        return (
+            checkpoint != "pixels" if isinstance(checkpoint, str) else (args.work / f"{name}-{seed}/encoder").exists()
+        )
+
+    missing = sorted(part for part, found in probed.items() if not any(one.endswith(" attentive") for one in found))
+    return [(name, seed) for seed, name in missing if usable(seed, name)]
 
 
 def summary(lines: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
@@ -252,7 +282,9 @@ def summary(lines: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> st
     runs: dict[str, dict[int, Mapping[str, Any]]] = {}
     for line in lines:
         if not line.get("trial") and (not names or line["setting"] in names):
-            runs.setdefault(line["setting"], {})[line["seed"]] = line
+            seeds = runs.setdefault(line["setting"], {})
+            before = seeds.get(line["seed"], line)["probes"]
+            seeds[line["seed"]] = {**line, "probes": {**before, **line["probes"]}}
     probes = list(
         dict.fromkeys(probe for seeds in runs.values() for line in seeds.values() for probe in line["probes"])
     )

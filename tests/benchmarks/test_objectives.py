@@ -85,5 +85,11 @@ def test_it_trains_probes_and_passes_over_what_is_there(tmp_path, capsys):
     assert objectives.compare(objectives.arguments([*asked, "--settings=small"])) == 0
     assert len(output.read_text().splitlines()) == 2
     assert not capsys.readouterr().err
+    for _ in range(2):  # the probe that is asked for later; once
+        assert objectives.compare(objectives.arguments([*asked, "--settings=small", "--attentive"])) == 0
+    *_, late = lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert (len(lines), late["seed"], set(late["probes"])) == (3, 0, {"phantom attentive"})
+    assert "| small | 1 |" in objectives.summary(lines)
+    assert "phantom attentive, AUROC" in objectives.summary(lines)
     with pytest.raises(SystemExit):
         objectives.arguments([*asked, "--minutes=1"])
