@@ -2,22 +2,30 @@
 
 import collections
 import csv
+import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from configs.evaluate import VARIANTS, get_config
+from tests.data import tables
 from usfmae_jax import evaluate as door
+from usfmae_jax.data import provenance
 from usfmae_jax.data.corruptions import CORRUPTIONS
+from usfmae_jax.data.splits import Fold
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
 from usfmae_jax.interop.model import Model, build, open_model, save_model
 from usfmae_jax.models.vit import ViT
+from usfmae_jax.probing import build as build_probe
+from usfmae_jax.probing import finetuned
 from usfmae_jax.probing.loop import evaluate
 
 ARCHITECTURE = {
@@ -158,7 +166,7 @@ def test_what_was_pretrained_on_is_said(settings, shards, tmp_path):
     save_model(str(tmp_path / "e"), Model({"encoder": params}, VIT, PREPROCESSING, lineage))
     settings.checkpoint = str(tmp_path / "e")
     (warning,) = evaluate(settings, str(tmp_path / "out"))["context"]["warnings"]
-    assert "pretrained, without labels, on made" in warning
+    assert "pretrained, without labels, on frames of made" in warning
 
 
 def write_run(workdir, splits_from, folds, params_of):
@@ -250,7 +258,60 @@ def test_labels_that_an_earlier_stage_learnt_are_told(probed, settings, tmp_path
         save_model(str(member / "classifier"), Model(model.params, model.description, model.preprocessing, stages))
     settings.checkpoint = str(tmp_path / "run")
     (warning,) = evaluate(settings, str(tmp_path / "out"))["context"]["warnings"]
-    assert "an earlier stage of these weights was fine-tuned on labels of made" in warning
+    assert "the weights were fine-tuned, with labels, on frames of made that are tested here" in warning
+
+
+def _renamed(dataset="again", count=8):
+    """Frames whose ids say nothing, and their hashes."""
+    frames = tables.table([f"p{i}" for i in range(count)], [0] * count, dataset=[dataset] * count)
+    hashes = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(count)]
+    return dataclasses.replace(frames, sha256=np.array(hashes)), hashes
+
+
+def _member(hashes, fold, seen=(), held_out=()):
+    data = [{"dataset": "made"} | ({"frame_hashes": provenance.hash_frames(hashes)} if hashes else {})]
+    model = types.SimpleNamespace(lineage=[{"job": "finetune", "data": data}])
+    return finetuned.Trained(model, fold, 0, 1.0, *map(frozenset, (seen, (), held_out, ())))
+
+
+def test_frames_that_a_member_has_learnt_under_another_name_are_left_to_the_others():
+    frames, hashes = _renamed()
+    trained = [_member(hashes[:4], "1", {("made", "x")}), _member(hashes[4:], "2", {("made", "y")})]
+    for chosen in (None, ([Fold("1", *map(np.array, ([], [], [0, 1]))), Fold("2", *map(np.array, ([], [], [5])))], "")):
+        allowed, _, _ = finetuned._allowed(trained, frames, chosen)
+        tested = [0, 1, 5] if chosen else range(8)
+        assert [np.flatnonzero(one).tolist() for one in allowed] == [
+            [row for row in tested if row >= 4],
+            [row for row in tested if row < 4],
+        ]
+    with pytest.raises(InputError, match="learnt from every patient of this data"):
+        finetuned._allowed([_member(hashes, "1", {("made", "x")})], frames, None)
+
+
+def test_a_copy_that_the_run_itself_tested_stays():
+    frames, hashes = _renamed("made")
+    own = {("made", f"f{i}", f"f{i}") for i in (6, 7)}
+    allowed, note, _ = finetuned._allowed([_member(hashes[:7], "1", {("made", "x")}, own)], frames, None)
+    assert np.flatnonzero(allowed[0]).tolist() == [6, 7]
+    assert note == "the run's own test parts"
+
+
+def test_a_model_alone_is_tested_where_its_hashes_say_that_it_has_not_learnt():
+    frames, hashes = _renamed("made")
+    with pytest.raises(InputError, match="was fine-tuned on frames of made, and which ones is not known"):
+        finetuned._allowed([_member(hashes[:1], "")], frames, None)
+    with pytest.raises(InputError, match="was fine-tuned on frames of made, and which ones is not known"):
+        finetuned._allowed([_member((), "")], frames, None)
+    other = [hashlib.sha256(f"other {i}".encode()).hexdigest() for i in range(3)]
+    assert finetuned._allowed([_member(other, "")], frames, None)[0].all()
+
+
+def test_a_probe_is_refused_where_labels_were_learnt_and_nowhere_else():
+    frames, hashes = _renamed()
+    model = types.SimpleNamespace(lineage=_member(hashes[:3], "").model.lineage, kind="classifier")
+    with pytest.raises(InputError, match="fine-tuned, with labels, on 3 of the 8 frames of again: a probe of them"):
+        build_probe.refuse_labels_seen(model, frames)
+    build_probe.refuse_labels_seen(model, dataclasses.replace(frames, sha256=np.array([*hashes[3:], *hashes[3:6]])))
 
 
 @pytest.mark.parametrize(

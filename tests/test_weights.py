@@ -76,9 +76,9 @@ def test_a_folder_of_that_name_comes_first(shipped):
     [
         ("usfmae-base", r"download the checkpoint .* https://github\.com/Yusufii9/USF-MAE .* --output=usfmae-base"),
         ("mae-base", r"mae_pretrain_vit_base_full\.pth .*python -m usfmae_jax\.convert --input=FILE --output=mae-base"),
-        ("usfmae_tiny", "usfmae-tiny is included; usfmae-base and mae-base say where to get them"),
-        ("tiny", "usfmae-tiny is included"),
-        ("usfmae-bse", "usfmae-tiny is included; usfmae-base and mae-base"),
+        ("usfmae_tiny", "included is usfmae-tiny; for usfmae-base or mae-base, that name says where"),
+        ("tiny", "included is usfmae-tiny"),
+        ("usfmae-bse", "included is usfmae-tiny; for usfmae-base or mae-base"),
         (
             "runs/usfmae-tiny",
             "'runs/usfmae-tiny' is no folder; the name usfmae-tiny alone stands for the included weights",

@@ -119,8 +119,8 @@ def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **optio
     from usfmae_jax import predict as door
     from usfmae_jax.data import cells
 
-    _check_options(door.predict, options)
-    some = [data] if isinstance(data, (str, os.PathLike)) else list(data)
+    options = _checked_options(door.predict, options)
+    some = [data] if isinstance(data, (str, os.PathLike)) else list(data or ())
     if not some:
         raise InputError("data names no file: give a path, or a list of them")
     with _ready():
@@ -152,7 +152,7 @@ def embed(checkpoint: Path, data: Path, output: Path = "", pool: str = "mean", *
         raise InputError(f"output={output!r} must end in .npz")
     if pool not in door.POOLS:
         raise InputError(f"pool={pool!r} must be 'mean', 'cls' or 'patches'")
-    _check_options(door.embed, options)
+    options = _checked_options(door.embed, options)
     with _ready(), tempfile.TemporaryDirectory() as folder:
         path = output or os.path.join(folder, "features.npz")
         door.embed(checkpoint, data, path, pool, **options)
@@ -248,6 +248,8 @@ def build_dataset(dataset: str, input: str = "", output: str = "data", **options
     from data_prep import build as door
 
     given = {"dataset": dataset, "input": input, "output": output} | options
+    if missing := [name for name, value in given.items() if value is None]:
+        raise InputError(f"{missing[0]}=None: leave it out instead")
     said = {name: value for name, value in given.items() if value is not False and value != ""}
     words = [f"--{name}" if value is True else f"--{name}={value}" for name, value in said.items()]
     return str(door.build_one(door.parse(words)).parent)
@@ -302,8 +304,9 @@ def configured(
     return chosen, os.fspath(workdir) or cli.default_workdir(name)
 
 
-def _check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Raises InputError unless `options` are keyword arguments of `function`, of the types of their defaults."""
+def _checked_options(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options; raises InputError unless they are keywords of `function`, with values of their defaults' types."""
+    found = {}
     parameters = inspect.signature(function).parameters.values()
     known = {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY}
     for name, value in options.items():
@@ -311,8 +314,10 @@ def _check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> 
             near = (difflib.get_close_matches(name, known, n=1) or [""])[0]
             said = f"did you mean {near}?" if near else f"known are {', '.join(known)}"
             raise InputError(f"there is no argument {name!r}; {said}")
-        if type(value) is not type(known[name]):
+        found[name] = value.item() if isinstance(value, np.generic) else value
+        if type(found[name]) is not type(known[name]):
             raise InputError(f"{name}={value!r} must be of type {type(known[name]).__name__}")
+    return found
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """`load_encoder`: an encoder directory as a function of images."""
 
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -75,10 +76,10 @@ class Encoder:
         Raises:
           InputError: images of another shape or dtype, or no batch size.
         """
-        if type(batch_size) is not int or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
             raise InputError(f"batch_size={batch_size!r} must be a whole number of 1 or more")
         prepared = self.batch(images, resized)
-        batch_size = min(batch_size, len(prepared))
+        batch_size = min(int(batch_size), len(prepared))
         batches = (prepared[start : start + batch_size] for start in range(0, len(prepared), batch_size))
         how: dict[str, Any] = {"batch_size": batch_size, "total": len(prepared), "desc": "features"}
         return Features(*apply_batches(self._mesh, self._apply, self._params, batches, **how))
@@ -117,8 +118,10 @@ class Encoder:
           InputError: there are none, or they are of different sizes, or of another shape or dtype.
         """
         shape: tuple[int, ...] = getattr(images, "shape", ())
-        if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3)):
+        if len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)):
             raise InputError(f"an array of shape {shape} is one image; put it into a list: [image]")
+        if not np.iterable(images):
+            raise InputError(f"images must be uint8 [B, H, W, C] or a list, not {type(images).__name__}")
         prepared = [self.prepared(image, resized) for image in images]
         if not prepared:
             raise InputError("there are no images; give uint8 [B, H, W, C]")

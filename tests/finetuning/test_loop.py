@@ -326,9 +326,9 @@ def test_it_starts_from_an_encoder_and_warns_when_that_has_seen_the_test_data(co
     config.split.only = ("2",)
     config.train.steps = 3
     assert finetune(config, str(tmp_path / "run"))
-    assert "warning: the weights were pretrained, without labels, on made" in capfd.readouterr().err
+    assert "warning: the weights were pretrained, without labels, on frames of made" in capfd.readouterr().err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert any("pretrained, without labels, on made" in text for text in results["context"]["warnings"])
+    assert any("pretrained, without labels, on frames of made" in text for text in results["context"]["warnings"])
     assert [stage["job"] for stage in results["context"]["lineage"]] == ["pretrain", "finetune"]
     model = open_model(str(tmp_path / "run" / "members" / "fold-2" / "classifier"))
     assert model.preprocessing["mean"] == [0.3]

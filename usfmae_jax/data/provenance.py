@@ -5,13 +5,14 @@ import collections
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from usfmae_jax import files
 from usfmae_jax.data.records import Shards, dataset_name, split_name
+from usfmae_jax.errors import visible
 
 if TYPE_CHECKING:  # which reads manifests through this module
     from usfmae_jax.data.table import Table
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # which reads manifests through this module
 _SHA256 = re.compile("[0-9a-f]{64}")
 _BITS = 48
 _LARGEST = (1 << _BITS) - 1
-_KEPT = 2048  # hashes of a sample, of 8 letters each: 750 KB of JSON for 46 large datasets
+_KEPT = 16_384  # hashes of a sample, of 8 letters each: 130 KB of JSON
 _DID = {"pretrain": "pretrained, without labels,", "finetune": "fine-tuned, with labels,"}
 
 
@@ -36,16 +37,17 @@ def describe_data(sources: Sequence[Shards], hashes: bool = False) -> list[dict[
       `frame_hashes` (see `hash_frames`) if the manifests have those of all the frames.
     """
     shards: dict[str, list[list[Any]]] = collections.defaultdict(list)
-    parts: dict[str, dict[tuple[str, str], None]] = collections.defaultdict(dict)  # (folder, split), in order
+    parts: dict[str, collections.Counter[tuple[str, str]]] = collections.defaultdict(collections.Counter)
     for source in sources:
         for path, (name, count) in zip(source.paths, source.contents(), strict=True):
             shards[dataset_name(path)].append([name, count])
-            parts[dataset_name(path)][os.fspath(epath.Path(path).parent), split_name(path)] = None
+            parts[dataset_name(path)][os.fspath(epath.Path(path).parent), split_name(path)] += count
     found = []
     for dataset in sorted(shards):
         manifests = {folder: read_manifest(folder) for folder, _ in parts[dataset]}
         manifest = next(iter(manifests.values()))
-        sample = _union([_hashes_of(manifests[folder], split) for folder, split in parts[dataset]]) if hashes else ""
+        samples = [_hashes_of(manifests[folder], split, n) for (folder, split), n in parts[dataset].items()]
+        sample = _union(samples) if hashes else ""
         found.append(
             {
                 "dataset": dataset,
@@ -71,7 +73,7 @@ def read_manifest(folder: epath.Path | str) -> dict[str, Any]:
 def hash_frames(sha256: Iterable[str]) -> str:
     """A sample of the frames of a dataset by which they are recognised in another one, as a text for JSON.
 
-    It holds the smallest of the hashes, cut to 48 bits: all of up to 2,048 frames, and of more the same ones in every
+    It holds the smallest of the hashes, cut to 48 bits: all of up to 16,384 frames, and of more the same ones in every
     dataset that has them (a bottom-k sketch; Cohen and Kaplan, PODC 2007), so that its size has a limit. Two
     different frames have the same 48 bits by chance once in 10^14 pairs.
 
@@ -83,7 +85,7 @@ def hash_frames(sha256: Iterable[str]) -> str:
       "" if a hash is not known.
     """
     hashes = _shorten(sha256)
-    return "" if hashes is None else _encode(hashes, _LARGEST)
+    return "" if hashes is None else _encode(np.unique(hashes), _LARGEST)
 
 
 def without_hashes(lineage: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,72 +97,93 @@ def without_hashes(lineage: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [stage | ({"data": [*map(cut, stage["data"])]} if "data" in stage else {}) for stage in lineage]
 
 
-def seen_in(lineage: Sequence[dict[str, Any]], frames: "Table") -> dict[str, dict[str, int | None]]:
-    """Which datasets of `frames` the stages of a lineage are known to have trained on, and on how many frames.
+class Seen(NamedTuple):
+    """What a job is known to have trained on of a dataset.
+
+    Attributes:
+      rows: int `[M]`, rows of the table with the pixels of a frame that it trained on, under whatever name.
+      certain: whether no other row has; False if hashes are missing, or are a sample only.
+    """
+
+    rows: np.ndarray
+    certain: bool
+
+
+def seen_in(lineage: Sequence[dict[str, Any]], frames: "Table") -> dict[str, dict[str, Seen]]:
+    """Which datasets of `frames` the stages of a lineage are known to have trained on: by their frames, or by name.
+
+    A compressed or cropped copy has other pixels: `data_prep.audit` finds those.
 
     Args:
       lineage: stages, from `interop.model.read_lineage`.
       frames: the frames to test on.
 
     Returns:
-      dataset -> job, oldest first -> number of the dataset's frames that it trained on, under whatever name; estimated
-      if there are more than 2,048. It is 0 if a dataset of that name was trained on that has none of these frames,
-      at least not with the same pixels (a compressed or cropped copy has others: `data_prep.audit` finds those), and
-      None if it is not known which frames of it.
+      dataset -> job, oldest first -> what it trained on, if that has a row of the dataset or its name.
     """
-    learnt = [(stage.get("job", "unknown"), data) for stage in lineage for data in stage.get("data", ())]
-    seen: dict[str, dict[str, int | None]] = {}
+    jobs: dict[str, list[dict[str, Any]]] = {}
+    for stage in lineage:
+        jobs.setdefault(stage.get("job", "unknown"), []).extend(stage.get("data", ()))
+    samples = {job: [(data, _decode(data.get("frame_hashes"))) for data in datas] for job, datas in jobs.items()}
+    found: dict[str, dict[str, Seen]] = {}
     for dataset in np.unique(frames.dataset).tolist():
-        ours = frames.sha256[frames.dataset == dataset].tolist()
-        hashes = _shorten(ours)
-        found: dict[str, int | None] = {}
-        for job, data in learnt:
-            theirs = _decode(data.get("frame_hashes"))
-            count = None if hashes is None or theirs is None else _shared(hashes, theirs, len(ours))
-            if count or data.get("dataset") == dataset:
-                before = found.get(job, 0)
-                if before is None or count is None:
-                    found[job] = before or count or None
-                else:
-                    found[job] = min(before + count, len(ours))
-        if found:
-            seen[dataset] = found
-    return seen
+        rows = np.flatnonzero(frames.dataset == dataset)
+        ours = _shorten(frames.sha256[rows].tolist())
+        for job, datas in samples.items():
+            hit, named, certain = np.zeros(len(rows), bool), False, True
+            for data, theirs in datas:
+                same = data.get("dataset") == dataset
+                named |= same
+                if ours is None or theirs is None:
+                    certain &= not same
+                    continue
+                known = np.isin(ours, theirs[:-1])
+                certain &= bool((ours <= theirs[-1]).all() or not (same or known.any()))
+                hit |= known
+            if named or hit.any():
+                found.setdefault(dataset, {})[job] = Seen(rows[hit], certain)
+    return found
+
+
+def say(dataset: str, job: str, seen: Seen, frames: "Table") -> str:
+    """What a job has seen of a dataset, as the end of a sentence: "pretrained, without labels, on ..."."""
+    count, total = len(seen.rows), int(np.count_nonzero(frames.dataset == dataset))
+    which = f"{'' if seen.certain else 'at least '}{count:,} of the {total:,} frames"
+    which = f"all {total:,} frames" if count == total else which if count else "frames"
+    rest = "" if count or not seen.certain else ", none of them pixel by pixel one that is tested here"
+    return f"{_DID.get(job, f'trained ({visible(job)[:40]})')} on {which} of {dataset}{rest}"
 
 
 def warn_of_seen(lineage: Sequence[dict[str, Any]], frames: "Table") -> list[str]:
-    """A sentence for each dataset of `frames`, and each job of a lineage that has trained on it; see `seen_in`."""
+    """A sentence for each dataset of the tested `frames`, and each job of a lineage that has trained on it."""
     found = []
     for dataset, jobs in seen_in(lineage, frames).items():
-        total = int(np.count_nonzero(frames.dataset == dataset))
-        for job, count in jobs.items():
-            did = _DID.get(job, f"trained ({job})")
-            if count:
-                of = f"{count:,} of the {total:,} frames" if count < total else f"all {total:,} frames"
-                found.append(f"the weights were {did} on {of} of {dataset} that are tested here: no held-out result")
-            elif count is None:
-                found.append(f"the weights were {did} on {dataset}, which is tested here: no held-out result")
+        for job, seen in jobs.items():
+            if len(seen.rows) or not seen.certain:
+                verdict = " that are tested here: no held-out result"
             else:
-                found.append(
-                    f"the weights were {did} on frames of {dataset}, none of them pixel by pixel one that is tested "
-                    "here: held out only if patients and copies were kept apart"
-                )
+                verdict = ": held out only if patients and copies were kept apart"
+            found.append(f"the weights were {say(dataset, job, seen, frames)}{verdict}")
+    return found
+
+
+def restrict(data: Sequence[dict[str, Any]], frames: "Table") -> list[dict[str, Any]]:
+    """A description of data with hashes, of which only `frames` were trained on: the hashes are those of these."""
+    found = []
+    for one in data:
+        rows, rest = frames.dataset == one.get("dataset"), {k: v for k, v in one.items() if k != "frame_hashes"}
+        # Without such a row, the names in shards and records may differ.
+        sample = hash_frames(frames.sha256[rows].tolist()) if "frame_hashes" in one and rows.any() else ""
+        found.append(rest | ({"frame_hashes": sample} if sample else {}))
     return found
 
 
 def _shorten(sha256: Iterable[str]) -> np.ndarray | None:
-    """The first 48 bits of each hash, sorted, without repeats: uint64 `[N]`; None if one is no SHA-256."""
+    """The first 48 bits of each hash: uint64 `[N]`; None if one is no SHA-256."""
     hashes = list(sha256)
     if not all(map(_SHA256.fullmatch, hashes)):
         return None
-    return np.unique(np.array([int(one[: _BITS // 4], 16) for one in hashes], np.uint64))
-
-
-def _shared(ours: np.ndarray, theirs: np.ndarray, total: int) -> int:
-    """How many of `total` frames with the hashes `ours` are in a sample; at least 1 if any is."""
-    comparable = ours[ours <= theirs[-1]]
-    hits = int(np.isin(comparable, theirs[:-1]).sum())
-    return max(round(total * hits / len(comparable)), 1) if hits else 0
+    return np.array([int(one[: _BITS // 4], 16) for one in hashes], np.uint64)
 
 
 def _union(samples: Sequence[str]) -> str:
@@ -189,10 +212,12 @@ def _decode(sample: Any) -> np.ndarray | None:
     return numbers if len(numbers) else None
 
 
-def _hashes_of(manifest: dict[str, Any], split: str) -> str:
-    """The sample of frames of a split in a manifest, which may not be ours; "" if there is none."""
-    found = manifest.get("frame_hashes")
-    return _text(found.get(split)) if isinstance(found, dict) else ""
+def _hashes_of(manifest: dict[str, Any], split: str, count: int) -> str:
+    """The sample of a split's frames in a manifest, which may not be ours; "" if there is none for all `count`."""
+    found, splits = manifest.get("frame_hashes"), manifest.get("splits")
+    about = splits.get(split) if isinstance(splits, dict) else None
+    whole = isinstance(about, dict) and about.get("frames") == count
+    return _text(found.get(split)) if whole and isinstance(found, dict) else ""
 
 
 def _text(value: Any) -> str:

@@ -161,6 +161,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
     settings |= {"targets_fingerprint": task.fingerprint} if task.fingerprint else {}
     before = init.lineage if init else []
     stage = {"job": "finetune", "code": f"usfmae_jax {__version__}", "config": settings}
+    tested = np.concatenate([fold.test for fold in folds])
     return Run(
         workdir=checks.make_workdir(workdir),
         task=task,
@@ -176,7 +177,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str) -> Run:
         title=title(config, description, sorted(set(table.dataset.tolist()))),
         settings=settings,
         lineage=[*before, stage | {"data": describe_data([table.shards], hashes=True)}],
-        warnings=[*warn_of_seen(before, table), *cautions(table), *task.notes],
+        warnings=[*warn_of_seen(before, table.take(np.unique(tested))), *cautions(table), *task.notes],
     )
 
 

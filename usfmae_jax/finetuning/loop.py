@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from usfmae_jax.data import augment, pipeline
 from usfmae_jax.data.pipeline import LoadView, Rows
+from usfmae_jax.data.provenance import restrict
 from usfmae_jax.data.table import Table
 from usfmae_jax.data.table import images as decode
 from usfmae_jax.evaluation.predictions import Predictions, identify
@@ -318,7 +319,9 @@ class Trainer:
             return
         directory, task = epath.Path(run.folder(member)), run.task.fitted(run.table, fold.train)
         params, stats = (jax.device_get(best.get(name, {})) for name in ("params", "stats"))
-        lineage = [*run.lineage[:-1], run.lineage[-1] | {"member": member.name, "step": step}]
+        learnt = run.table.take(np.concatenate([fold.train, fold.validation]))
+        stage = run.lineage[-1] | {"member": member.name, "step": step}
+        lineage = [*run.lineage[:-1], stage | {"data": restrict(stage["data"], learnt)}]
         described = task.describe(run.description)
         model = Model(without_lora(params), described, run.preprocessing, lineage, stats)
         save_model(str(directory / model.kind), model)

@@ -373,6 +373,10 @@ def _from_directory(directory: str) -> Model:
         flat = safetensors.numpy.load((root / "model.safetensors").read_bytes())
     except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(f"{directory} is not {what} directory: {error}") from error
+    except KeyError as error:  # NumPy has no such type
+        raise InputError(
+            f"{directory}/model.safetensors holds numbers of type {error.args[0]}, which only usfmae_jax.convert reads"
+        ) from error
     if not isinstance(about, dict):
         raise InputError(f"{directory} is not {what} directory: architecture.json is no object")
     if about.pop("format", None) != FORMAT:
@@ -385,11 +389,10 @@ def _from_directory(directory: str) -> Model:
         schema.check_description(about)
         schema.check_preprocessing(pixels, about)
         schema.check_shapes(_described(about, _shapes(about)), _described(about, flat))
-        schema.check_values(flat)
+        flat = schema.as_float32(flat)
         lineage = read_lineage(directory)
     except InputError as error:
         raise InputError(f"{directory} cannot be used: {error}") from error
-    flat = {name: np.asarray(value, np.float32) for name, value in flat.items()}
     stats = {name.removeprefix(_STATS): flat.pop(name) for name in list(flat) if name.startswith(_STATS)}
     return Model(unflatten(flat), about, pixels, lineage, unflatten(stats))
 
@@ -414,9 +417,8 @@ def _from_checkpoint(directory: epath.Path, step: int | None, whole: bool) -> Mo
     params, _, step = load_parameters(
         os.fspath(directory), step, lambda said, stored: found.update(_checked_about(said, stored))
     )
-    params = jax.tree.map(lambda value: np.asarray(value, np.float32), params)
     try:
-        schema.check_values(flatten(params))
+        params = unflatten(schema.as_float32({name: np.asarray(one) for name, one in flatten(params).items()}))
         lineage = read_lineage(os.fspath(directory.parent))
     except InputError as error:
         raise InputError(f"checkpoint {step} in {directory} cannot be used: {error}") from error

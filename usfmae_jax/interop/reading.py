@@ -100,7 +100,7 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     model = _take_tables(found, model, options, account)
     found, description = _check(found, model.description, options, account)
     params = names.to_ours(found | head)
-    schema.check_values(params)
+    params = schema.as_float32(params)
     model = Model(unflatten(params), description, model.preprocessing, _lineage(source))
     if options.channels and options.channels != description["encoder"]["channels"]:
         model = _change_channels(model, options.channels)

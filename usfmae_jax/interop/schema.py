@@ -201,18 +201,22 @@ def check_shapes(
         raise InputError(f"{holder} holds {more[0][:80]!r}, which {where} knows nothing of")
 
 
-def check_values(tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises InputError unless all values of `tensors` are finite floating-point numbers."""
+def as_float32(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors in float32; raises InputError unless all values are finite floating-point numbers there."""
+    found = {}
     for name, value in tensors.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise InputError(f"{name} holds values of type {value.dtype}, where parameters are floating-point numbers")
-        with np.errstate(invalid="ignore"):  # detects inf and NaN by the sum, without another array of this size
-            finite = np.isfinite(value.sum(dtype=np.float64))
+        with np.errstate(invalid="ignore", over="ignore"):
+            found[name] = np.asarray(value, np.float32)
+            # Detects inf and NaN by the sum, without another array of this size.
+            finite = np.isfinite(found[name].sum(dtype=np.float64))
         if not finite:
             raise InputError(
                 f"{name} holds values that are not finite numbers: the training that made it diverged, or the file is "
                 "damaged"
             )
+    return found
 
 
 def _fields(

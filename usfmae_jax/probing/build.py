@@ -258,10 +258,11 @@ def refuse_labels_seen(model: Model | None, table: Table) -> None:
     """Raises InputError if the model may have been trained on labels of the frames that would test it."""
     tested = model is not None and model.kind in ("classifier", "model")
     for dataset, jobs in provenance.seen_in(model.lineage if model else [], table).items():
-        if "finetune" in jobs:
+        seen = jobs.get("finetune")
+        if seen and (len(seen.rows) or not seen.certain):
             raise InputError(
-                f"these weights were fine-tuned on labels of {dataset}: a probe of them on it is no test; use "
-                f"{'--config.protocol=finetuned, ' * tested}weights from before, or other data"
+                f"these weights were {provenance.say(dataset, 'finetune', seen, table)}: a probe of them on it is no "
+                f"test; use {'--config.protocol=finetuned, ' * tested}weights from before, or other data"
             )
 
 

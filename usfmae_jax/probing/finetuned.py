@@ -214,22 +214,17 @@ def _allowed(
 ) -> tuple[np.ndarray, str, tuple[str, ...]]:
     """Which member may predict which frame, bool `[M, N]`; where the split comes from; warnings."""
     known = all(member.seen for member in trained)
-    learnt = [stage for stage in trained[0].model.lineage if stage.get("job") == "finetune"]
-    among = provenance.seen_in(learnt, frames)
-    before = provenance.seen_in(learnt[:-1], frames)
+    learnt = [[stage for stage in member.model.lineage if stage.get("job") == "finetune"] for member in trained]
+    pixels = [
+        {name: jobs["finetune"] for name, jobs in provenance.seen_in(stages, frames).items()} for stages in learnt
+    ]
+    among = sorted({name for found in pixels for name, seen in found.items() if len(seen.rows) or not seen.certain})
     if among and not known and (not chosen or len(chosen[0]) > 1):
         which = f", of the one fold that is its own (there are {len(chosen[0])})" if chosen else ""
         raise InputError(
             f"the model was fine-tuned on frames of {', '.join(among)}, and which ones is not known without its "
             f"run's splits/splits.csv; give the run's workdir, or name the test frames{which} with "
             "--config.split.path=FILE"
-        )
-    own = {data.get("dataset") for stage in learnt for data in stage.get("data", ())}
-    renamed = [name for name, jobs in among.items() if name not in own and any(jobs.values())]
-    if renamed and not chosen:
-        raise InputError(
-            f"the model was fine-tuned on frames of {', '.join(renamed)} under another name, and which ones is not "
-            "known; give the data of its run, or name the test frames with --config.split.path=FILE"
         )
     names = _frame_names(frames)
     ids = (frames.dataset.tolist(), frames.patient.tolist(), frames.video.tolist())
@@ -242,7 +237,16 @@ def _allowed(
                 n not in member.seen and p not in member.seen for n, p in zip(names, patients, strict=True)
             ]
             held_out[number] = [n in member.held_out for n in names] & allowed[number]
-    note = "all frames, none of whose patients was learnt from"
+        for seen in pixels[number].values():
+            # What the run itself has tested may be a copy of what it has learnt from, and is marked as one.
+            other = [row for row in seen.rows.tolist() if names[row] not in member.held_out]
+            allowed[number, other] = False
+            if known and not seen.certain and not chosen and any(names[row] not in member.seen for row in other):
+                raise InputError(
+                    "the model was fine-tuned on some of these frames under other names, and others may not be "
+                    "recognised; give the data of its run, or name the test frames with --config.split.path=FILE"
+                )
+    note = "all frames but those with the pixels, the name or the patient of one that was learnt from"
     named = np.ones(len(frames), bool)
     beside = np.zeros(len(frames), bool)
     if held_out.any():
@@ -257,10 +261,7 @@ def _allowed(
     allowed &= named
     if not allowed.any():
         raise InputError("the models have learnt from every patient of this data: nothing is left to test them on")
-    warnings = [
-        f"an earlier stage of these weights was fine-tuned on labels of {name}, of which frames may be tested"
-        for name in before
-    ]
+    warnings = []
     if (gone & beside).any():
         count = int((gone & beside).sum())
         warnings.append(f"{count} frames that are in no part of the run's split, such as copies, are left out")

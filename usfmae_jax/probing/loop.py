@@ -262,7 +262,9 @@ def report(
     lineage = model.lineage if model else []
     datasets = sorted(set(table.dataset.tolist()))
     warnings = [*outcome.warnings]
-    warnings += provenance.warn_of_seen([one for one in lineage if one.get("job") == "pretrain"], table)
+    rows = np.unique(np.concatenate([one.rows for one in tested]))
+    # What a fine-tuned model has learnt from is not tested: that it has seen the rest of the dataset is no warning.
+    warnings += provenance.warn_of_seen(lineage[:-1] if protocol == "finetuned" else lineage, table.take(rows))
     warnings += inspect.cautions(table)
     context = {
         "config": settings,

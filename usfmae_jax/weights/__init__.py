@@ -30,6 +30,7 @@ def find(path: str) -> str:
       InputError: the name is that of weights that are not included or that the installation lacks, or is close to a
         known name.
     """
+    path = os.fspath(path)
     included = path in INCLUDED
     if os.path.isfile(path) or (os.path.isdir(path) and (not included or _holds_model(path))):
         return path
@@ -48,10 +49,10 @@ def find(path: str) -> str:
             raise InputError(f"{path!r} is no folder; the name {last} alone stands for the included weights")
         return path
     word = path.lower()
-    if (word and any(word in name for name in known)) or difflib.get_close_matches(word, known, n=1):
+    if any(word in name.split("-") for name in known) or difflib.get_close_matches(word, known, n=1):
         raise InputError(
-            f"{path!r} is neither a folder nor the name of weights: {', '.join(INCLUDED)} is included; "
-            f"{' and '.join(ELSEWHERE)} say where to get them"
+            f"{path!r} is neither a folder nor the name of weights: included is {', '.join(INCLUDED)}; for "
+            f"{' or '.join(ELSEWHERE)}, that name says where to get the file"
         )
     return path
 
