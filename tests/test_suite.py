@@ -13,6 +13,7 @@ from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.interop.model import save_model
 from usfmae_jax.probing import build, suite
+from usfmae_jax.reporting import suite as reporting
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +151,13 @@ def test_a_dataset_on_which_a_test_is_not_possible_is_named(config, tmp_path, da
     assert "no such masks" in (tmp_path / "run" / "report.html").read_text()
     for name in ("suite.json", "suite.md", "report.html"):
         assert "somebody" not in (tmp_path / "run" / name).read_text()
+
+
+def test_a_warning_names_the_encoders_that_it_is_about():
+    assert suite._warnings({"a": ["few patients", "seen", "seen"], "b": ["few patients"]}) == [
+        "few patients",
+        "a: seen",
+    ]
+    row = {"warnings": ["few patients", "a: seen"]}
+    written = reporting.text({"columns": ["a", "b"], "rows": [row | {"kind": "none"}], "left_out": []})
+    assert written == "## Please note\n\n- few patients\n- a: seen"

@@ -239,8 +239,17 @@ def _row(
         **counts,
         "metrics": metrics,
         "differences": differences,
-        "warnings": sorted({one for run in results.values() for one in run["context"]["warnings"]}),
+        "warnings": _warnings({column: run["context"]["warnings"] for column, run in results.items()}),
     }
+
+
+def _warnings(said: dict[str, list[str]]) -> list[str]:
+    """The warnings of all encoders, each with the encoders that it is about, if these are not all."""
+    about: dict[str, list[str]] = {}
+    for column, warnings in said.items():
+        for warning in dict.fromkeys(warnings):
+            about.setdefault(warning, []).append(column)
+    return [one if len(which) == len(said) else f"{', '.join(which)}: {one}" for one, which in about.items()]
 
 
 def _means(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, dict[str, float | None]]:

@@ -39,14 +39,13 @@ def write(workdir: str, found: Mapping[str, Any]) -> None:
         if len(rows) > 1:
             lines.append(["Mean", *(tables.number(found["means"][kind][column]) for column in columns)])
         tests[_KINDS[kind]] = pages.table(["Dataset", *map(_head, columns)], lines, stack=True, most=len(lines))
-    warnings = sorted({warning for row in found["rows"] for warning in row["warnings"]})
     pages.write(
         root / "report.html",
         "suite.html",
         title=f"{tables.counted(len(columns), 'encoder')} on {tables.counted(len(found['rows']), 'test')}",
         says=verdict(found),
         tests=tests,
-        warnings=warnings,
+        warnings=_warnings(found),
         left_out=[[one["dataset"], _KINDS[one["kind"]], one["why"]] for one in found["left_out"]],
         command=found["command"],
     )
@@ -96,7 +95,13 @@ def text(found: Mapping[str, Any]) -> str:
     if found["left_out"]:
         lines = [[one["dataset"], _KINDS[one["kind"]], one["why"]] for one in found["left_out"]]
         parts.append("## Left out\n\n" + tables.markdown(["Dataset", "What", "Why"], lines))
+    if warnings := _warnings(found):
+        parts.append("## Please note\n\n" + "\n".join(f"- {warning}" for warning in warnings))
     return "\n\n".join(parts)
+
+
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(warning for row in found["rows"] for warning in row["warnings"]))
 
 
 def _by_kind(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
