@@ -65,6 +65,7 @@ def test_from_a_dataset_to_predictions(tmp_path, monkeypatch):
         (lambda: api.pretrain(train={"steps": "many"}), r"config\.train\.steps='many': a whole number is wanted"),
         (lambda: api.pretrain(train={"ema": "no"}), r"config\.train\.ema='no': a number is wanted"),
         (lambda: api.pretrain(model={"remat": True}), r"config\.model\.remat=True: a text is wanted"),
+        (lambda: api.pretrain(train={"steps": True}), r"config\.train\.steps=True: a number is wanted"),
         (lambda: api.finetune(data=3), r"config\.data is no field"),
         (lambda: api.evaluate(checkpoint=""), r"config\.checkpoint is missing"),
         (lambda: api.embed("nothing", "data", "x.csv"), r"must end in \.npz"),
@@ -89,6 +90,8 @@ def test_mistakes_are_one_sentence(call, says, tmp_path, monkeypatch):
     [
         ("pretrain:tiny", {"model": {"image_size": 64}}, "--config.model.image_size=64"),
         ("pretrain:tiny", {"model": {"image_size": "64,96"}}, "--config.model.image_size=64,96"),
+        ("pretrain:tiny", {"train": {"steps": np.int64(7)}}, "--config.train.steps=7"),
+        ("pretrain:tiny", {"optimizer": {"learning_rate": np.float64(0.5)}}, "--config.optimizer.learning_rate=0.5"),
         ("finetune", {"split": {"only": 1}}, "--config.split.only=1"),
         ("finetune", {"split": {"only": "a,b"}}, "--config.split.only=a,b"),
     ],

@@ -308,6 +308,9 @@ def override(config: ml_collections.ConfigDict, fields: Mapping[str, Any], name:
     for field, value in _flat(fields).items():
         _check_field(field, known, name)
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        value = value.item() if getattr(value, "shape", None) == () else value  # a number of NumPy
+        if isinstance(value, bool) and type(known[field]) in (int, float):
+            raise InputError(f"config.{field}={value}: a number is wanted")
         if value is None:
             raise InputError(f"config.{field}=None: leave the field out, or give it a value like {known[field]!r}")
         try:
