@@ -264,10 +264,9 @@ def _without_attentive(args: argparse.Namespace) -> list[tuple[str, int | None]]
             probed.setdefault((line["seed"], line["setting"]), set()).update(line["probes"])
 
     def usable(seed: int, name: str) -> bool:
-        checkpoint = args.table[name]
-        return (
-            checkpoint != "pixels" if isinstance(checkpoint, str) else (args.work / f"{name}-{seed}/encoder").exists()
-        )
+        if isinstance(args.table[name], str):
+            return args.table[name] != "pixels"
+        return (args.work / f"{name}-{seed}/encoder").exists()
 
     missing = sorted(part for part, found in probed.items() if not any(one.endswith(" attentive") for one in found))
     return [(name, seed) for seed, name in missing if usable(seed, name)]

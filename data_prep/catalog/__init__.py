@@ -121,10 +121,8 @@ def listing(word: str = "") -> str:
         raise InputError(f"--list={word}: no dataset has that in its name, title, anatomy or licence; --list shows all")
     lines = [f"{'':>2}  {'name':<26}{'anatomy':<23}{'licence':<39}{'access':<9}{'verified':<16}"]
     for entry in entries:
-        licence, anatomy = (
-            textwrap.shorten(entry.licence or "that of your files", 38, placeholder=" ..."),
-            entry.anatomy or "any",
-        )
+        anatomy, licence = entry.anatomy or "any", entry.licence or "that of your files"
+        licence = textwrap.shorten(licence, 38, placeholder=" ...")
         lines.append(
             f"{entry.number or '':>2}  {entry.name:<26}{anatomy:<23}{licence:<39}{entry.access:<9}{entry.verified:<16}"
         )

@@ -44,7 +44,7 @@ def describe_data(sources: Sequence[Shards], hashes: bool = False) -> list[dict[
             parts[dataset_name(path)][os.fspath(epath.Path(path).parent), split_name(path)] += count
     found = []
     for dataset in sorted(shards):
-        manifests = {folder: read_manifest(folder) for folder, _ in parts[dataset]}
+        manifests = {folder: read_manifest(folder) for folder in dict.fromkeys(folder for folder, _ in parts[dataset])}
         manifest = next(iter(manifests.values()))
         samples = [_hashes_of(manifests[folder], split, n) for (folder, split), n in parts[dataset].items()]
         sample = _union(samples) if hashes else ""
@@ -108,6 +108,11 @@ class Seen(NamedTuple):
     rows: np.ndarray
     certain: bool
 
+    @property
+    def possible(self) -> bool:
+        """Whether it has trained on a row, as far as is known."""
+        return bool(len(self.rows)) or not self.certain
+
 
 def seen_in(lineage: Sequence[dict[str, Any]], frames: "Table") -> dict[str, dict[str, Seen]]:
     """Which datasets of `frames` the stages of a lineage are known to have trained on: by their frames, or by name.
@@ -150,7 +155,7 @@ def say(dataset: str, job: str, seen: Seen, frames: "Table") -> str:
     count, total = len(seen.rows), int(np.count_nonzero(frames.dataset == dataset))
     which = f"{'' if seen.certain else 'at least '}{count:,} of the {total:,} frames"
     which = f"all {total:,} frames" if count == total else which if count else "frames"
-    rest = "" if count or not seen.certain else ", none of them pixel by pixel one that is tested here"
+    rest = "" if seen.possible else ", none of them pixel by pixel one that is tested here"
     return f"{_DID.get(job, f'trained ({visible(job)[:40]})')} on {which} of {dataset}{rest}"
 
 
@@ -159,7 +164,7 @@ def warn_of_seen(lineage: Sequence[dict[str, Any]], frames: "Table") -> list[str
     found = []
     for dataset, jobs in seen_in(lineage, frames).items():
         for job, seen in jobs.items():
-            if len(seen.rows) or not seen.certain:
+            if seen.possible:
                 verdict = " that are tested here: no held-out result"
             else:
                 verdict = ": held out only if patients and copies were kept apart"

@@ -259,7 +259,7 @@ def refuse_labels_seen(model: Model | None, table: Table) -> None:
     tested = model is not None and model.kind in ("classifier", "model")
     for dataset, jobs in provenance.seen_in(model.lineage if model else [], table).items():
         seen = jobs.get("finetune")
-        if seen and (len(seen.rows) or not seen.certain):
+        if seen and seen.possible:
             raise InputError(
                 f"these weights were {provenance.say(dataset, 'finetune', seen, table)}: a probe of them on it is no "
                 f"test; use {'--config.protocol=finetuned, ' * tested}weights from before, or other data"

@@ -218,7 +218,7 @@ def _allowed(
     pixels = [
         {name: jobs["finetune"] for name, jobs in provenance.seen_in(stages, frames).items()} for stages in learnt
     ]
-    among = sorted({name for found in pixels for name, seen in found.items() if len(seen.rows) or not seen.certain})
+    among = sorted({name for found in pixels for name, seen in found.items() if seen.possible})
     if among and not known and (not chosen or len(chosen[0]) > 1):
         which = f", of the one fold that is its own (there are {len(chosen[0])})" if chosen else ""
         raise InputError(
