@@ -21,13 +21,12 @@ from data_prep.readers import DEFAULTS, SUFFIXES, Frame, Options, UnreadableErro
 from data_prep.readers.base import open_file
 from data_prep.readers.kinds import HEAD_BYTES
 from usfmae_jax.data.records import to_uint8
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, some
 
 KEPT = "the frames before the damage are taken"  # ends the reason if some frames of a file were read
 
 _LIMIT = 60.0  # seconds for a frame
 _MOST = 8 << 30  # bytes of the frames of one file
-_NAMED = 5  # skipped files, at most
 _NEEDED = {"dicom": "pydicom", "video": "av"}
 
 
@@ -105,10 +104,9 @@ def find(given: Sequence[str], outside: str) -> tuple[list[Found], list[tuple[st
 
 
 def _passed_over(names: list[str]) -> str:
-    shown = ", ".join(names[:_NAMED]) + ", ..." * (len(names) > _NAMED)
     if len(names) > 1:
-        return f"{len(names):,} files are passed over, since they are no images: {shown}"
-    return f"1 file is passed over, since it is no image: {shown}" if names else ""
+        return f"{len(names):,} files are passed over, since they are no images: {some(names)}"
+    return f"1 file is passed over, since it is no image: {names[0]}" if names else ""
 
 
 def _stamp(size: int, changed: int) -> str:

@@ -18,11 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, leave, visible_output
+from usfmae_jax.errors import DONE, DamagedRecord, InputError, Parser, answer, leave, some, visible_output
 
 #: Image files that are read from a folder.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-_NAMED = 5  # how many of the skipped files are named
 #: The features of an image: the mean of its patch tokens, its class token, or all patch tokens.
 POOLS = ("mean", "cls", "patches")
 #: Columns beside `features`, in order.
@@ -163,8 +162,7 @@ def _file_items(data: str, split: str) -> _Items:
         raise InputError(f"--split={split} is for shards, and --data={data} holds picture files; leave it out")
     if others:
         count = "1 file is" if len(others) == 1 else f"{len(others)} files are"
-        names = ", ".join(path.relative_to(root).as_posix() for path in others[:_NAMED])
-        names += ", ..." if len(others) > _NAMED else ""
+        names = some([path.relative_to(root).as_posix() for path in others])
         print(f"warning: {count} no PNG, JPEG, BMP or TIFF and passed over: {names}", file=sys.stderr)
 
     def name(number: int) -> str:

@@ -10,7 +10,7 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 #: Exit codes: done; failed; bad input or config; preempted, to be restarted; stopped for good by Ctrl-C.
@@ -212,6 +212,11 @@ def visible(text: str, one_line: bool = False) -> str:
     """Text with invisible characters as codes of four hex digits; with `one_line`, line ends and tabs too."""
     shown = _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     return shown.replace("\n", "\\u000a").replace("\t", "\\u0009") if one_line else shown
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first names, and how many there are more: "a, b, c and 4 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 @contextlib.contextmanager

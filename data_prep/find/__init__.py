@@ -32,7 +32,7 @@ from data_prep.find.files import (
     searching,
     spacing_of,
 )
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, some
 
 #: Default templates, for layouts without one: the first whose groups all occur in the pattern.
 _DEFAULTS = {
@@ -341,7 +341,7 @@ def _items(
     ]
     odd = sorted({values[item.path]["label"] for item in found if item.label < 0} - {"", "-1"})
     if odd:
-        warnings.append(f"labels that are none of {', '.join(names)} are left out: {', '.join(map(repr, odd[:5]))}")
+        warnings.append(f"labels that are none of {', '.join(names)} are left out: {some(list(map(repr, odd)))}")
     return _unique_frames(found, warnings)
 
 

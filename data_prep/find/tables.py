@@ -40,7 +40,7 @@ from data_prep.find.files import (
     spacing_of,
     stated,
 )
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, some
 
 COLUMNS = ("file", "label", "patient", "video", "split", "mask", "spacing")  # of a user's own table
 MAX_BYTES = 64 << 20
@@ -355,8 +355,7 @@ def _unused(labels: str, rows: list[Row]) -> list[str]:
 
 
 def _few(names: Sequence[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:_NAMED])
-    return f"{shown} and {len(names) - _NAMED} more" if len(names) > _NAMED else shown
+    return some([*map(printable, names)], _NAMED)
 
 
 def _spacing(labels: str, row: Row) -> tuple[float, float]:

@@ -22,7 +22,7 @@ import safetensors
 from etils import epath
 
 from usfmae_jax import files
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, some
 from usfmae_jax.interop import schema
 from usfmae_jax.weights import find
 
@@ -88,7 +88,7 @@ def check_output(output: str, written: Sequence[str]) -> None:
         raise InputError(f"--output={output} is a file; name a new folder")
     others = sorted(set(os.listdir(output)) - set(written)) if os.path.isdir(output) else []
     if others:
-        raise InputError(f"--output={output} holds something else ({', '.join(others[:3])}); name a new folder")
+        raise InputError(f"--output={output} holds something else ({some(others)}); name a new folder")
 
 
 def open_source(path: str, *, averaged: bool = False) -> Source:

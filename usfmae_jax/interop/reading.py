@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from usfmae_jax import files
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, some
 from usfmae_jax.interop import names, schema
 from usfmae_jax.interop.files import Source, Tensors, from_array
 from usfmae_jax.interop.model import Model, preprocessing, unflatten
@@ -85,8 +85,8 @@ def read_model(source: Source, options: Options) -> tuple[Model, Account]:
     """
     origin = names.recognise(set(source.tensors))
     if origin is None:
-        some = ", ".join(list(source.tensors)[:3]) or "nothing"
-        raise InputError(f"{source.files[0]} holds no ViT encoder: no class token and blocks, but {some} ...")
+        held = some(list(source.tensors)) or "nothing"
+        raise InputError(f"{source.files[0]} holds no ViT encoder: no class token and blocks, but {held}")
     account = Account(_LABELS[origin])
     if origin == "usfmae_jax":
         found = _from_own(source)
@@ -289,7 +289,7 @@ def _take_table(found: Tensors, name: str, model: Model, account: Account) -> Mo
         known = names.expected_shapes(about, model.description.get("decoder"))
         if others := sorted(found.keys() - known - {*names.TABLES}):  # such as extra tokens with rows in the table
             raise InputError(
-                f"the file holds {_some(others)}, which mean nothing here, and {name} is {table.shape}: not a class "
+                f"the file holds {some(others)}, which mean nothing here, and {name} is {table.shape}: not a class "
                 "token and a square of patches"
             )
         raise InputError(f"{name} is {table.shape}: not a class token and a square of patches; give --image_size")
@@ -336,10 +336,10 @@ def _check(
     account.unknown += sorted(found.keys() - expected.keys())
     needed = [n for n in account.missing if n not in of_decoder and not n.endswith("bias") and "norm" not in n]
     if needed:
-        raise InputError(f"the file lacks {_some(needed)}: there is no whole encoder in it")
+        raise InputError(f"the file lacks {some(needed)}: there is no whole encoder in it")
     if (account.missing or account.unknown) and not options.allow_partial:
-        what = [f"lacks {_some(account.missing)}"] if account.missing else []
-        what += [f"holds {_some(account.unknown)}, which mean nothing here"] if account.unknown else []
+        what = [f"lacks {some(account.missing)}"] if account.missing else []
+        what += [f"holds {some(account.unknown)}, which mean nothing here"] if account.unknown else []
         raise InputError(f"the file {' and '.join(what)}; --allow_partial goes on without")
     if decoder and of_decoder & set(account.missing):
         account.notes.append("the decoder is not whole and is left out")
@@ -350,10 +350,6 @@ def _check(
     if "decoder" in description:
         account.used["decoder"] = len(found.keys() & of_decoder)
     return {name: (filled | found)[name] for name in expected}, description
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 def _compare(found: Tensors, expected: dict[str, tuple[int, ...]]) -> None:

@@ -22,7 +22,7 @@ from etils import epath
 
 from usfmae_jax import files
 from usfmae_jax.data import cells
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, some
 from usfmae_jax.reporting.masks import Coco, put, safe_path, write_png
 from usfmae_jax.reporting.segmentation import outlined
 
@@ -193,7 +193,7 @@ def check(path: str, about: Mapping[str, Any]) -> None:
         except (OSError, ValueError, KeyError, TypeError):
             others = sorted(there)
     if others:
-        raise InputError(f"--output={path} holds something else ({', '.join(others[:3])}); name a new folder")
+        raise InputError(f"--output={path} holds something else ({some(others)}); name a new folder")
 
 
 def _read_finished(path: pathlib.Path) -> dict[str, Source]:

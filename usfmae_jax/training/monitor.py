@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from usfmae_jax import files
 from usfmae_jax.data.records import Shards
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, some
 from usfmae_jax.reporting import progress
 from usfmae_jax.training.mesh import rows_of_all
 from usfmae_jax.training.writers import Writer
@@ -84,8 +84,7 @@ def naming_records(dataset: Any, sources: Sequence[Shards], workdir: str) -> Ite
         found = [f"{os.path.basename(path)},{number}" for path, number in places]
         if jax.process_index() == 0:
             files.write(epath.Path(workdir, "diverged.csv"), "\n".join(["shard,record", *found]) + "\n")
-        some = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-        said = f"{error}, whose batch is in diverged.csv (shard,record: {some})"
+        said = f"{error}, whose batch is in diverged.csv (shard,record: {some(found)})"
         raise DivergedError(said, error.step) from error
 
 
