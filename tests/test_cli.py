@@ -9,13 +9,23 @@ import sys
 import pytest
 
 from usfmae_jax import cli
-from usfmae_jax.errors import SCRIPTS, InputError
+from usfmae_jax.errors import SCRIPTS, InputError, Parser
 
 CONFIG = "--config=configs/pretrain.py"
 
 
 def _parse(*argv):
     return cli.parse(["main", *argv], "doc", "configs/pretrain.py")
+
+
+def test_a_tilde_is_the_home_folder_as_shells_leave_it_behind_an_equals_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    values = _parse(f"{CONFIG}:tiny", "--workdir=~/runs", "--config.data.path=~/a,~/b~,c/~d")
+    assert (values.workdir, values.config.data.path) == ("/home/me/runs", "/home/me/a,/home/me/b~,c/~d")
+    parser = Parser("data_prep.build", "")
+    parser.add_argument("--input")
+    assert parser.parse_args(["--input=~"]).input == "/home/me"
+    assert parser.parse_args(["--input=~other/x"]).input == "~other/x"
 
 
 def test_overrides_reach_the_config():

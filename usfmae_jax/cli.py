@@ -32,6 +32,7 @@ from usfmae_jax.errors import (
     InputError,
     answer,
     as_started,
+    at_home,
     leave,
     visible_output,
 )
@@ -155,7 +156,7 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
     first = flags.FlagValues()
     first.set_gnu_getopt()  # parses flags even after arguments that it does not know
     flags.DEFINE_string("config", None, "FILE.py[:variant]", flag_values=first)
-    argv = _read(first, argv, known_only=True)
+    argv = _read(first, at_home(argv), known_only=True)
     if not {"-h", "-help", "--help", "--helpfull", "--helpshort"}.isdisjoint(argv[1:]):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` is not an error
         print(_help(doc, first.config or default_config, fields=first.config is not None, trains=trains))

@@ -84,6 +84,12 @@ def as_started(text: str) -> str:
     return text
 
 
+def at_home(argv: Sequence[str]) -> list[str]:
+    """Arguments in which "~" is the home folder: a shell replaces it in `--input ~/x`, but not in `--input=~/x`."""
+    home = os.path.expanduser("~")
+    return [re.sub(r"(?<=[=,])~(?=[/,]|$)", lambda _: home, one) if one.startswith("-") else one for one in argv]
+
+
 class Parser(argparse.ArgumentParser):
     """The options of a command; an error is one sentence, which names the option nearest to an unknown one."""
 
@@ -95,7 +101,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See argparse."""
-        self._given = [str(one).partition("=")[0] for one in (sys.argv[1:] if args is None else args)]
+        args = at_home(sys.argv[1:] if args is None else args)
+        self._given = [one.partition("=")[0] for one in args]
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
