@@ -12,6 +12,7 @@ from flax import nnx
 from tests.helpers import tiny_config
 from usfmae_jax.pretraining import build
 from usfmae_jax.training import optimizers
+from usfmae_jax.training.mesh import make_mesh, state_sharding
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +125,40 @@ def test_muon_makes_every_matrix_of_a_stack_orthogonal_by_itself(params):
     first, _ = _first(optimizer, *alone)
     one, other = (tree["encoder"]["blocks"]["stack"]["attn"]["qkv"]["kernel"][0] for tree in (updates, first))
     np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_muon_has_the_numbers_of_optax(rng):
+    dimensions = optax.contrib.MuonDimensionNumbers(-2, -1)
+    plain = optax.contrib.scale_by_muon(weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: dimensions, tree))
+    ours = optimizers._muon()
+    params = {"up": {"kernel": jnp.zeros((3, 16, 64))}, "down": {"kernel": jnp.zeros((3, 64, 16))}}
+    state, other = ours.init(params), plain.init(params)
+    for _ in range(3):
+        gradients = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), params)
+        updates, state = ours.update(gradients, state)
+        expected, other = plain.update(gradients, other)
+        expected = jax.tree.map(lambda leaf: 0.2 * 64**0.5 * leaf, expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), updates, expected)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
+def test_devices_share_the_matrices_of_muon_and_gather_none_that_is_split(data, fsdp, rng):
+    mesh, optimizer = make_mesh(data, fsdp), optimizers._muon()
+    gradients = {"stack": {"qkv": {"kernel": jnp.asarray(rng.normal(size=(12, 64, 384)), jnp.float32)}}}
+    state = optimizer.init(gradients)
+    expected, _ = jax.jit(optimizer.update)(gradients, state)
+    sharded = state_sharding(mesh, (gradients, state))
+
+    def update(gradients, state):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return optimizer.update(gradients, state)
+
+    compiled = jax.jit(update, in_shardings=sharded, out_shardings=sharded).lower(gradients, state).compile()
+    updates, _ = compiled(*jax.device_put((gradients, state), sharded))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), updates, expected)
+    assert tuple(sharded[0]["stack"]["qkv"]["kernel"].spec) == ((None, "fsdp") if fsdp > 1 else ())
+    text = compiled.as_text()
+    assert ("all-to-all(" in text, "all-gather(" in text) == (fsdp > 1, fsdp == 1)
+    # Queries, keys and values of the blocks of one device, of 12, padded to a multiple of them.
+    share = -(-12 // (fsdp if fsdp > 1 else data)) * 3
+    assert f"f32[{share},64,64]" in text

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 
 def warmup_cosine(
@@ -114,31 +115,73 @@ def in_blocks(params: Any) -> Any:
 _SIDE_BY_SIDE = {"qkv": 3, "key_value": 2}
 
 
+#: Muon's decay of the momentum, and the coefficients of its five steps of Newton and Schulz.
+_MOMENTUM, _QUINTIC = 0.95, (3.4445, -4.7750, 2.0315)
+
+
 def _muon() -> optax.GradientTransformation:
-    """Muon (Jordan et al. 2024) for stacked matrices: momentum, orthogonalised matrix by matrix.
+    """Muon (Jordan et al. 2024) for stacked matrices: Nesterov momentum, orthogonalised matrix by matrix.
 
     Each block's matrix is treated separately, and so are queries, keys and values. Updates are scaled to the magnitude
-    of Adam's (Liu et al. 2025, arXiv 2502.16982), so that learning rates and weight decay need not change.
+    of Adam's (Liu et al. 2025, arXiv 2502.16982), so that learning rates and weight decay need not change. The numbers
+    are those of `optax.contrib.scale_by_muon`, which gathers split matrices at each of its steps and has every device
+    orthogonalise all of them; here each device takes some.
     """
 
-    def apart(path: tuple, leaf: Any) -> Any:
+    def apart(path: tuple, leaf: jax.Array) -> jax.Array:
         parts = _SIDE_BY_SIDE.get(path[-2].key, 1)
         return leaf.reshape(*leaf.shape[:-1], parts, leaf.shape[-1] // parts)
 
-    def matrices(tree: Any) -> Any:  # [depth, I, parts, O]: depth and parts enumerate separate matrices
-        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-3, -1), tree)
-
-    inner = optax.contrib.scale_by_muon(weight_dimension_numbers=matrices)
-
     def init(params: Any) -> Any:
-        return inner.init(jax.tree.map_with_path(apart, params))
+        momentum = jax.tree.map_with_path(lambda path, leaf: jnp.zeros_like(apart(path, leaf)), params)
+        return optax.contrib.MuonState(jnp.zeros((), jnp.int32), momentum, jnp.asarray(_QUINTIC))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        found, state = inner.update(jax.tree.map_with_path(apart, updates), state)
-        scaled = jax.tree.map(lambda leaf: 0.2 * math.sqrt(max(leaf.shape[-3], leaf.shape[-1])) * leaf, found)
-        return jax.tree.map(lambda new, old: new.reshape(old.shape), scaled, updates), state
+        gradients = jax.tree.map_with_path(apart, updates)
+        count = optax.safe_increment(state.count)
+        momentum = optax.tree.update_moment(gradients, state.mu, _MOMENTUM, 1)
+        ahead = jax.tree.map(
+            lambda old, new: _MOMENTUM * old + (1 - _MOMENTUM) * new,
+            optax.tree.bias_correction(momentum, _MOMENTUM, optax.safe_increment(count)),
+            optax.tree.bias_correction(gradients, _MOMENTUM, count),
+        )
+        found = jax.tree.map(lambda leaf, old: _orthogonal(leaf).reshape(old.shape), ahead, updates)
+        return found, state._replace(count=count, mu=momentum)
 
     return optax.GradientTransformation(init, update)
+
+
+def _orthogonal(stack: jax.Array) -> jax.Array:
+    """Every matrix `[I, O]` of a stack `[depth, I, parts, O]` with singular values near 0.2 max(I, O)^(1/2).
+
+    Five steps of a quintic Newton-Schulz iteration (Jordan et al. 2024).
+    """
+    depth, inputs, _, outputs = stack.shape
+    shared = _share(stack.swapaxes(1, 2))
+    matrices = shared.reshape(-1, inputs, outputs)
+    x = matrices if inputs <= outputs else matrices.mT
+    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8)
+    a, b, c = _QUINTIC
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + (c * square) @ square) @ x
+    x = x if inputs <= outputs else x.mT
+    return _share(0.2 * math.sqrt(max(inputs, outputs)) * x.reshape(shared.shape)).swapaxes(1, 2)[:depth]
+
+
+def _share(x: jax.Array) -> jax.Array:
+    """Splits `[depth, ...]` by its first axis over devices of the mesh in use, padded with zeros to a multiple of them.
+
+    They are those of `fsdp`, which then exchange parts of matrices instead of gathering whole ones, or else those of
+    `data`; none if they are more than twice the depth, since padding costs more than it saves.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {name: size for name, size in mesh.shape.items() if 1 < size <= 2 * len(x)}
+    name = next((name for name in ("fsdp", "data") if name in sizes), None)
+    if name is None:
+        return x
+    x = jnp.pad(x, [(0, -len(x) % sizes[name])] + [(0, 0)] * (x.ndim - 1))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(name))
 
 
 def _last_blocks(params: Any, count: int) -> Any:

@@ -100,7 +100,8 @@ def make_update(
             (((total, count), gradients), stats), _ = jax.lax.scan(add, (zero, stats), micro)
         # The count does not depend on the parameters: dividing at the end gives the gradient of the mean.
         gradients = jax.tree.map(lambda g: g / count, gradients)
-        updates, opt_state = optimizer.update(gradients, state["opt_state"], part)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for Muon, see `optimizers`
+            updates, opt_state = optimizer.update(gradients, state["opt_state"], part)
         rate = learning_rate(state["step"], total_steps)
         part = optax.apply_updates(part, jax.tree.map(lambda u: u * rate, updates))
         metrics = {"loss": total / count, "learning_rate": rate, "grad_norm": optax.tree.norm(gradients)}
