@@ -54,6 +54,9 @@ def test_from_a_dataset_to_predictions(tmp_path, monkeypatch):
     rows = api.predict("runs/taught", data, "out", batch_size=8)
     assert len(rows) == 24
     assert {"file", "frame", "predicted"} <= set(rows[0])
+    assert {name: type(value) for name, value in rows[0].items()} == {
+        name: {"file": str, "predicted": str, "frame": int}.get(name, float) for name in rows[0]
+    }
 
 
 @pytest.mark.parametrize(

@@ -107,14 +107,19 @@ def test_the_same_evaluation_gives_the_same_bytes(probed, settings, tmp_path):
     assert (tmp_path / "predictions.csv").read_bytes() == (probed / "predictions.csv").read_bytes()
 
 
-def test_the_split_that_one_run_leaves_is_the_split_of_another(probed, settings, tmp_path):
+def test_the_split_that_one_run_leaves_is_the_split_of_another(probed, settings, tmp_path, capsys):
     settings.split.path = str(probed / "splits" / "splits.csv")
     settings.checkpoint = "pixels"
     evaluate(settings, str(tmp_path / "b"))
     both = [predictions.read(run, predictions.ClassPredictions) for run in (probed, tmp_path / "b")]
     folds = [dict(zip(found.frame_key, found.fold, strict=True)) for found in both]
     assert folds[0] == folds[1]
+    told = json.loads((tmp_path / "b" / "results.json").read_text()) | {"warnings": ["it has seen them"]}
+    (tmp_path / "b" / "results.json").write_text(json.dumps(told))
     assert door.compare([str(probed), str(tmp_path / "b"), f"--output={tmp_path / 'c.json'}"]) == 0
+    shown = capsys.readouterr()
+    assert f" {probed.name} - b " in shown.out
+    assert f"warning on {tmp_path / 'b'}: it has seen them" in shown.err
     assert json.loads((tmp_path / "c.json").read_text())["frames"] == 48
 
 

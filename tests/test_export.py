@@ -37,7 +37,7 @@ def test_the_export_of_a_checkpoint_is_the_encoder_of_that_step(config, tmp_path
 
 def test_what_is_no_run_is_refused(config, tmp_path, capsys):
     assert export.main([f"--checkpoint={tmp_path}"]) == 2
-    assert "holds neither an encoder or a classifier nor a finished checkpoint" in capsys.readouterr().err
+    assert "holds no encoder, no classifier and no finished checkpoint" in capsys.readouterr().err
     config.train.steps = 1
     pretrain(config, str(tmp_path / "run"))
     assert export.main([f"--checkpoint={tmp_path / 'run'}", "--step=7"]) == 2

@@ -68,7 +68,7 @@ def test_other_images_are_refused(encoder, images):
 
 
 def test_a_folder_without_an_encoder_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds neither an encoder or a classifier nor a finished checkpoint"):
+    with pytest.raises(InputError, match="holds no encoder, no classifier and no finished checkpoint"):
         load_encoder(tmp_path)
 
 

@@ -67,7 +67,7 @@ def test_a_folder_of_that_name_comes_first(shipped):
     pathlib.Path(NAME, "checkpoints").mkdir(parents=True)  # as the workdir of a run that starts from the weights
     assert load_encoder(NAME).architecture["width"] == 32
     pathlib.Path(NAME, "model.safetensors").touch()
-    with pytest.raises(InputError, match=r"usfmae-tiny (holds neither an encoder|is not an encoder directory)"):
+    with pytest.raises(InputError, match=r"usfmae-tiny (holds no encoder|is not an encoder directory)"):
         load_encoder(NAME)
 
 

@@ -101,7 +101,7 @@ def evaluate(config: Config = "evaluate:folder", *, workdir: Path = "", **fields
     return _alone(workdir, lambda: run(chosen, workdir))
 
 
-def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **options: Any) -> list[dict[str, str]]:
+def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **options: Any) -> list[dict[str, Any]]:
     """Predicts on files, folders or shards, as `python -m usfmae_jax.predict` does.
 
     Args:
@@ -111,7 +111,7 @@ def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **optio
       **options: keyword arguments of `usfmae_jax.predict.predict`.
 
     Returns:
-      the rows of predictions.csv, ready for `pandas.DataFrame`.
+      the rows of predictions.csv, with numbers as numbers and None for an empty one, ready for `pandas.DataFrame`.
 
     Raises:
       InputError: an argument is invalid.
@@ -126,7 +126,14 @@ def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **optio
     with _ready():
         door.predict(os.fspath(checkpoint), [os.fspath(one) for one in some], os.fspath(output), **options)
     with open(os.path.join(output, "predictions.csv"), encoding="utf-8", newline="") as lines:
-        return [dict(row) for row in cells.read_dicts(lines)]
+        rows: list[dict[str, Any]] = [dict(row) for row in cells.read_dicts(lines)]
+    names = rows[0].keys() - {"file", "predicted"} if rows else set()  # a file or a class may be called 7
+    for name in names:
+        number = int if name == "frame" else float
+        with contextlib.suppress(ValueError):  # a column of words
+            for row, value in zip(rows, [number(row[name]) if row[name] else None for row in rows], strict=True):
+                row[name] = value
+    return rows
 
 
 def embed(checkpoint: Path, data: Path, output: Path = "", pool: str = "mean", **options: Any) -> dict[str, np.ndarray]:

@@ -172,9 +172,10 @@ def parse(argv: Sequence[str], doc: str, default_config: str, trains: bool = Fal
     check_door(config, value, pathlib.PurePath(default_config).stem)
     fields = _fields(config)
     for one in argv[1:]:
-        bare = one.partition("=")[0].lstrip("-")
-        if one.startswith("-") and bare in fields:
-            raise InputError(f"{one.partition('=')[0]} is no option; fields of the config begin with --config.{bare}")
+        option = one.partition("=")[0]
+        field = next((name for name in (option.lstrip("-"), f"{option.lstrip('-')}.path") if name in fields), "")
+        if one.startswith("-") and field:
+            raise InputError(f"{option} is no option, but --config.{field} is")
     for name in [found[1] for found in map(re.compile(r"--?(?:no)?config\.([^=]*)").match, argv[1:]) if found]:
         _check_field(name, fields, value)  # ml_collections would raise a KeyError with the whole config
     # ml_collections needs the path of a file, and needs it before the overrides

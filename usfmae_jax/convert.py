@@ -6,7 +6,7 @@
 
 The format is detected automatically. The output is an encoder directory (encoder/), and for a fine-tuned model a
 classifier directory (classifier/), else a checkpoint for --config.init of pretraining, with the decoder if there is
-one. No code in the file is executed. PyTorch files need PyTorch: pip install 'usfmae_jax[interop]'.
+one. No code in the file is executed. PyTorch files need PyTorch: pip install '.[interop]' in the folder of usfmae_jax.
 """
 
 import argparse

@@ -157,7 +157,10 @@ def _file_items(data: str, split: str) -> _Items:
         if path.is_file() and not path.name.startswith("."):
             (paths if path.suffix.lower() in SUFFIXES else others).append(path)
     if not paths:
-        raise InputError(f"--data={data} holds neither shards nor PNG, JPEG, BMP or TIFF files")
+        raise InputError(
+            f"--data={data} holds neither shards nor PNG, JPEG, BMP or TIFF files; of other kinds, make shards: python "
+            f"-m data_prep.build --dataset=folder --input={data} --output=data"
+        )
     if split:
         raise InputError(f"--split={split} is for shards, and --data={data} holds picture files; leave it out")
     if others:

@@ -62,10 +62,15 @@ def compare(argv: Sequence[str]) -> int:
         if args.resamples < 1:
             raise InputError(f"--resamples={args.resamples} must be 1 or more")
         a, b = comparison.read(args.a), comparison.read(args.b)
-        task = _task(args.a)
+        of_a, of_b = _results(args.a), _results(args.b)
+        task = of_a.get("task") or {}
         positive, unit = args.positive or str(task.get("positive") or ""), str(task.get("unit") or "")
         found = comparison.compare(a, b, positive, args.resamples, unit=unit)
-        print(comparison.table(found))
+        names = [pathlib.PurePath(run).name for run in (args.a, args.b)]
+        print(comparison.table(found, *(names if len({*names}) == 2 else (args.a, args.b))))
+        for run, of in ((args.a, of_a), (args.b, of_b)):
+            for warning in of.get("warnings", []):
+                print(f"warning on {run}: {warning}", file=sys.stderr)
         if args.output:
             _write(args.output, json.dumps(found, indent=2) + "\n")
         return DONE
@@ -73,15 +78,17 @@ def compare(argv: Sequence[str]) -> int:
     return answer(act)
 
 
-def _task(workdir: str) -> dict[str, Any]:
-    """What a run recorded about its task: the positive class, or the unit of the target; {} if nothing."""
+def _results(workdir: str) -> dict[str, Any]:
+    """What a run recorded about its task and the warnings on it; {} if nothing."""
     folder = pathlib.Path(workdir)
     try:
-        folder = folder.parent if folder.is_file() else folder
-        task = files.parse((folder / "results.json").read_bytes())["task"]
-        return task if isinstance(task, dict) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = files.parse(((folder.parent if folder.is_file() else folder) / "results.json").read_bytes())
+        task, warnings = found["task"], found.get("warnings", [])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+    if not isinstance(task, dict) or not isinstance(warnings, list):
+        return {}
+    return {"task": task, "warnings": [str(one) for one in warnings]}
 
 
 def _write(path: str, text: str) -> None:

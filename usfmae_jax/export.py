@@ -14,7 +14,7 @@
 
 Written with the weights: preprocessing, lineage, a model card, and export.json with the largest difference between the
 outputs of model and export on the same images. timm, hf, mae and onnx are compared if their packages are installed:
-pip install 'usfmae_jax[interop]'.
+pip install '.[interop]' in the folder of usfmae_jax.
 """
 
 import contextlib

@@ -31,7 +31,7 @@ def test_without_pytorch_one_sentence_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "weights.pth").write_bytes(b"anything")
     assert convert.main([f"--input={tmp_path / 'weights.pth'}", f"--output={tmp_path / 'out'}"]) == 2
-    assert "needs PyTorch: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
+    assert "needs PyTorch: pip install '.[interop]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["bare pickle", "other pickle", "torch.save", "among tensors", "old format"])

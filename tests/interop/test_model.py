@@ -206,7 +206,7 @@ def test_the_fingerprint_tells_values_names_and_statistics_apart():
 def test_what_holds_no_weights_is_refused(tmp_path):
     with pytest.raises(InputError, match="is no folder"):
         open_model(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="holds neither an encoder or a classifier nor a finished checkpoint"):
+    with pytest.raises(InputError, match="holds no encoder, no classifier and no finished checkpoint"):
         open_model(str(tmp_path))
     (tmp_path / "architecture.json").write_text("{")
     with pytest.raises(InputError, match="is not an encoder directory"):

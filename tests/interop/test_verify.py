@@ -56,13 +56,13 @@ def test_onnx_without_its_package_is_refused_in_a_sentence(weights, tmp_path, mo
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     assert onnx.OPSET == 17
     assert export.main([f"--checkpoint={weights}", "--format=onnx", f"--output={tmp_path / 'out'}"]) == 2
-    assert "needs the package onnx: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
+    assert "needs the package onnx: pip install '.[interop]'" in capsys.readouterr().err
 
 
 def test_stablehlo_without_its_package_is_refused_in_a_sentence(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stablehlo.importlib.util, "find_spec", lambda name: None)
     assert export.main([f"--checkpoint={weights}", "--format=stablehlo", f"--output={tmp_path / 'out'}"]) == 2
-    assert "needs the package flatbuffers: pip install 'usfmae_jax[interop]'" in capsys.readouterr().err
+    assert "needs the package flatbuffers: pip install '.[interop]'" in capsys.readouterr().err
 
 
 def test_a_head_for_another_task_gives_its_outputs_as_they_are(tmp_path, capsys):

@@ -192,6 +192,13 @@ def test_the_verdict_on_more_classes_names_the_best_and_the_worst():
     assert re.match(r"It recognises [abc] best .* and [abc] least", second)
 
 
+@pytest.mark.parametrize("classes", [("benign", "malignant"), ("a", "b", "c")])
+def test_the_verdict_says_that_every_frame_is_called_the_same(classes):
+    same = predict(classes)
+    same.probabilities[:] = np.eye(len(classes))[1]
+    assert verdict(results.summarise(same, resamples=20))[-1].startswith(f"It calls every frame {classes[1]}, and has")
+
+
 def test_points_of_an_embedding_are_few_repeatable_and_part_groups(monkeypatch):
     monkeypatch.setattr(classification, "MOST_POINTS", 60)
     features = np.random.default_rng(0).normal(size=(100, 8))

@@ -158,7 +158,7 @@ def test_devices_share_the_matrices_of_muon_and_gather_none_that_is_split(data, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), updates, expected)
     assert tuple(sharded[0]["stack"]["qkv"]["kernel"].spec) == ((None, "fsdp") if fsdp > 1 else ())
     text = compiled.as_text()
-    assert ("all-to-all(" in text, "all-gather(" in text) == (fsdp > 1, fsdp == 1)
+    assert ("all-to-all(" in text, text.count("all-gather(")) == (fsdp > 1, fsdp == 1)  # not the momentum too
     # Queries, keys and values of the blocks of one device, of 12, padded to a multiple of them.
     share = -(-12 // (fsdp if fsdp > 1 else data)) * 3
     assert f"f32[{share},64,64]" in text

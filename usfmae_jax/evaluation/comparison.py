@@ -237,7 +237,7 @@ def table(comparison: dict[str, Any], a: str = "A", b: str = "B") -> str:
         lines += [
             "",
             f"McNemar ({test['test']}): {a} alone is right on {test['only_a_right']:,} frames, {b} alone on "
-            f"{test['only_b_right']:,}; p = {tables.p_value(test['p'])}.",
+            f"{test['only_b_right']:,}; p {'' if test['p'] < 0.001 else '= '}{tables.p_value(test['p'])}.",
         ]
         if comparison["frames"] > comparison["patients"]:
             lines[-1] += " It takes frames of one patient for independent; the intervals above, over patients, do not."

@@ -115,7 +115,8 @@ def heading(results: Mapping[str, Any], names: Mapping[str, str], lead: str) -> 
         what += f", the mean of {counts['seeds']} seeds"
     value = f"{names[lead]} {number(one['value'])}"
     if one["ci95"]:
-        value += f", 95% interval over patients {one['ci95'][0]:.3f} to {one['ci95'][1]:.3f}"
+        over = "frames" if counts.get("patients_known") == 0 else "patients"
+        value += f", 95% interval over {over} {one['ci95'][0]:.3f} to {one['ci95'][1]:.3f}"
     positive = f"; positive: {task['positive']}" if task.get("positive") else ""
     split = f" Split: {task['split']}." if task.get("split") else ""
     return f"{what}; {value}{positive}.{split}"

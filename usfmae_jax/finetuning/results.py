@@ -137,6 +137,13 @@ def describe(run: Run, mesh: Mesh, batch_size: int, unfinished: int, at_a_time: 
     """Prints what is about to run."""
     table, steps = run.table, [member.total_steps for member in run.members]
     summary = run.task.summary(table)
+    train = run.settings["train"]
+    short = min(round(train["epochs"] * len(member.fold.train) / batch_size) for member in run.members)
+    each = f"{f'{min(steps)} to {max(steps)}' if min(steps) < max(steps) else min(steps)} steps of {batch_size} each"
+    if not train["steps"] and short < min(steps):
+        each += f" (config.train.min_steps; {train['epochs']:g} epochs would be {short})"
+    if at_a_time > 1:
+        each += f", {at_a_time} members at a time"
     say(
         f"{describe_mesh(mesh)}\n"
         f"data: {len(table)} frames of {tables.counted(len(np.unique(table.patient_key)), 'patient')}"
@@ -144,8 +151,7 @@ def describe(run: Run, mesh: Mesh, batch_size: int, unfinished: int, at_a_time: 
         + (f"; {table.left_out} without a label are left out" if table.left_out else "")
         + f"\nsplit: {run.split}\n"
         f"model: {run.title}\n"
-        f"members: {len(run.members)}, of which {unfinished} are to be trained, {min(steps)} to {max(steps)} steps of "
-        f"{batch_size} each{f', {at_a_time} members at a time' if at_a_time > 1 else ''}\n"
+        f"members: {len(run.members)}, of which {unfinished} are to be trained, {each}\n"
         f"workdir: {run.workdir}"
     )
     for warning in run.warnings:

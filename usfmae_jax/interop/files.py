@@ -199,7 +199,8 @@ def open_torch(path: str, *, averaged: bool = False) -> tuple[Tensors, str]:
         import torch
     except ImportError as error:
         raise InputError(
-            f"reading {path} needs PyTorch: pip install 'usfmae_jax[interop]', or convert it to safetensors elsewhere"
+            f"reading {path} needs PyTorch: pip install '.[interop]' in the folder of usfmae_jax, or convert it to "
+            "safetensors elsewhere"
         ) from error
 
     def tensor(value: Any) -> Tensor:

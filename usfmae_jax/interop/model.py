@@ -265,9 +265,12 @@ def open_model(path: str, step: int | None = None, *, whole: bool = False) -> Mo
         return _from_checkpoint(root.parent, int(root.name), whole)
     if any((root / name).exists() for name in ("results.json", "suite.json")):
         raise InputError(
-            f"{path} is an evaluation, which keeps no model; give a fine-tuning run, or the encoder that it tested"
+            f"{path} is an evaluation, which keeps no model; give a fine-tuning run (one with --config.mode=frozen is "
+            "a probe that is kept), or the encoder that it tested"
         )
-    raise InputError(f"{path} holds neither an encoder or a classifier nor a finished checkpoint")
+    if (root / "config.json").exists():
+        raise InputError(f"{path} is a run without a finished model; the command that began it goes on with it")
+    raise InputError(f"{path} holds no encoder, no classifier and no finished checkpoint")
 
 
 def is_pretraining(path: str) -> bool:

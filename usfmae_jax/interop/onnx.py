@@ -38,7 +38,9 @@ def write_onnx(model: Model, directory: str) -> None:
     try:
         import onnx
     except ImportError as error:
-        raise InputError("--format=onnx needs the package onnx: pip install 'usfmae_jax[interop]'") from error
+        raise InputError(
+            "--format=onnx needs the package onnx: pip install '.[interop]' in the folder of usfmae_jax"
+        ) from error
     graph = _Graph(model.description.get("encoder", {}).get("norm_eps", NORM_EPS))
     pixels = _pixels(graph, model)
     outputs = _outputs(graph, model, pixels)

@@ -79,7 +79,9 @@ def write_stablehlo(model: Model, directory: str) -> None:
       InputError: the package flatbuffers, which jax.export needs to store programs, is missing.
     """
     if not importlib.util.find_spec("flatbuffers"):
-        raise InputError("--format=stablehlo needs the package flatbuffers: pip install 'usfmae_jax[interop]'")
+        raise InputError(
+            "--format=stablehlo needs the package flatbuffers: pip install '.[interop]' in the folder of usfmae_jax"
+        )
     apply, size, channels = inference(model), model.preprocessing["image_size"], model.preprocessing["channels"]
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)

@@ -92,7 +92,7 @@ def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tup
             importlib.import_module(_IMPORTED.get(name, name))
     except ImportError as error:
         raise UnavailableError(
-            f"{error.name or packages[0]} is not installed: pip install 'usfmae_jax[interop]'"
+            f"{error.name or packages[0]} is not installed: pip install '.[interop]' in the folder of usfmae_jax"
         ) from error
     except Exception as error:  # incompatible packages can raise anything
         raise UnavailableError(f"{' or '.join(packages)} cannot be imported: {str(error).splitlines()[0]}") from error

@@ -76,7 +76,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not config.checkpoint:
         raise InputError(
             "config.checkpoint is missing: the workdir of a run, one of its checkpoints, an encoder or classifier "
-            "directory; or 'pixels' or 'random', the raw pixels and the untrained encoder that it has to beat"
+            "directory; 'usfmae-tiny', which is included; or 'pixels' or 'random', which it has to beat: the raw "
+            "pixels and an untrained encoder"
         )
 
 

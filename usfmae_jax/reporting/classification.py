@@ -179,7 +179,7 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
         if recalls := {name: one["recall"]["value"] for name, one in (results.get("per_class") or {}).items()}:
             best, worst = max(recalls, key=recalls.__getitem__), min(recalls, key=recalls.__getitem__)
             frames = f"({recalls[best]:.0%} of these frames) and {worst} least ({recalls[worst]:.0%})"
-            found.append(f"It recognises {best} best {frames}.")
+            found.append(_always(results, classes) or f"It recognises {best} best {frames}.")
         return found
     yes, names = classes.index(positive), (positive, _other(classes, positive))
     shown, other = (f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}" for name in names)
@@ -196,7 +196,14 @@ def verdict(results: Mapping[str, Any]) -> list[str]:
             f"({right / all_yes:.0%}) and calls {wrong:,.0f} of {all_no:,.0f} {names[1]} frames {positive} by mistake "
             f"({wrong / all_no:.0%})."
         )
-    return found
+    return [*found, *filter(None, [_always(results, classes)])]
+
+
+def _always(results: Mapping[str, Any], classes: Sequence[str]) -> str:
+    """A sentence if the model calls every frame the same; else ""."""
+    called = np.atleast_2d(results.get("confusion") or [])
+    names = [name for name, number in zip(classes, called.sum(axis=0), strict=False) if number]
+    return f"It calls every frame {names[0]}, and has not learnt to tell the classes apart." if len(names) == 1 else ""
 
 
 def doubt(results: Mapping[str, Any]) -> str:

@@ -157,6 +157,9 @@ def _orthogonal(stack: jax.Array) -> jax.Array:
     Five steps of a quintic Newton-Schulz iteration (Jordan et al. 2024).
     """
     depth, inputs, _, outputs = stack.shape
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and mesh.shape["fsdp"] == 1:  # or else the momentum too would be computed in parts, and gathered
+        stack = jax.lax.with_sharding_constraint(stack, PartitionSpec())
     shared = _share(stack.swapaxes(1, 2))
     matrices = shared.reshape(-1, inputs, outputs)
     x = matrices if inputs <= outputs else matrices.mT

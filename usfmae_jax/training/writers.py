@@ -66,7 +66,7 @@ def check(log: Mapping[str, Any], workdir: str) -> None:
             except ImportError as error:
                 raise InputError(
                     f"config.log.{name} needs a package that is not installed ({error.name or package}); install it "
-                    "with pip install 'usfmae_jax[tracking]', or pip install -r requirements-tracking.txt in a checkout"
+                    "with pip install '.[tracking]' in the folder of usfmae_jax"
                 ) from error
 
 
