@@ -123,6 +123,15 @@ def test_files_of_any_kind_are_classified_and_what_cannot_be_read_is_named(class
     ]
 
 
+def test_a_model_of_cleaned_frames_is_told_that_files_are_not(classifier, files, tmp_path, capsys):
+    shutil.copytree(classifier, tmp_path / "model")
+    for cleaned in (False, True):
+        stages = [{"job": "finetune", "data": [{"dataset": "a"} | ({"cleaned": True} if cleaned else {})]}]
+        (tmp_path / "model" / "lineage.json").write_text(json.dumps({"stages": stages}))
+        assert run(tmp_path / "model", files / "two.bmp", tmp_path / f"out-{cleaned}") == 0
+        assert ("from which text and graphics were removed" in capsys.readouterr().err) == cleaned
+
+
 def test_masks_have_the_size_of_their_frames_and_areas_count_them(segmenter, files, tmp_path):
     assert run(segmenter, files, tmp_path / "out") == 0
     rows = rows_of(tmp_path / "out" / "predictions.csv")

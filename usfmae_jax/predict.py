@@ -117,7 +117,16 @@ def predict(
         "code": f"usfmae_jax {__version__}",
     }
     writing.check(output, about)
-    found = _shards(data) or _files(data, output, workers, stride, max_frames)
+    found = _shards(data)
+    if found is None:
+        found = _files(data, output, workers, stride, max_frames)
+        learnt = [one for stage in models[0].lineage[-1:] for one in stage.get("data", ())]
+        if any(one.get("cleaned") for one in learnt):
+            print(
+                "warning: the model was trained on frames from which text and graphics were removed, and files are "
+                "predicted as they are; python -m data_prep.build --clean=on makes shards of them for --data",
+                file=sys.stderr,
+            )
     run = _Ensemble(models, kind, make_mesh(), batch_size, flip)
     with contextlib.ExitStack() as stack:
         try:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -65,6 +66,18 @@ def test_frames_are_recognised_under_another_name_with_labels_and_cleaned(built)
     (sentence,) = provenance.warn_of_seen(lineage, read_table(str(built / "other")))
     assert "pretrained, without labels, on 4 of the 8 frames of other that are tested here" in sentence
     assert told([*lineage, *lineage, stage(built / "second")], read_table(str(built / "other"))) == seen["other"]
+
+
+def test_a_lineage_says_whether_marks_were_removed(built, tmp_path):
+    shutil.copytree(built / "first", tmp_path / "first")
+    assert "cleaned" not in stage(tmp_path / "first")["data"][0]
+    path = tmp_path / "first/1.0.0/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cleaned": {"text": 120}}))
+    found = stage(tmp_path / "first")
+    schema.check_lineage([found])
+    assert found["data"][0]["cleaned"] is True
+    restricted = provenance.restrict(found["data"], read_table(str(built / "first")))
+    assert restricted[0]["cleaned"] is True
 
 
 def test_private_builds_do_not_tell_which_pictures_weights_have_seen(built):

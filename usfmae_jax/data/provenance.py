@@ -29,12 +29,13 @@ def describe_data(sources: Sequence[Shards], hashes: bool = False) -> list[dict[
 
     Args:
       sources: the shards.
-      hashes: also say by what their frames are recognised, for a lineage.
+      hashes: also say what concerns the frames, for a lineage.
 
     Returns:
       for each dataset: `dataset`, `frames`, `shards` (pairs of file name and record count), and `licence` and
       `citation` from the `manifest.json` that a build writes beside its shards; "" if there is none; and
-      `frame_hashes` (see `hash_frames`) if the manifests have those of all the frames.
+      `frame_hashes` (see `hash_frames`) if the manifests have those of all the frames, `cleaned` if marks were removed
+      from some.
     """
     shards: dict[str, list[list[Any]]] = collections.defaultdict(list)
     parts: dict[str, collections.Counter[tuple[str, str]]] = collections.defaultdict(collections.Counter)
@@ -57,6 +58,7 @@ def describe_data(sources: Sequence[Shards], hashes: bool = False) -> list[dict[
                 "shards": shards[dataset],
             }
             | ({"frame_hashes": sample} if sample else {})
+            | ({"cleaned": True} if hashes and any(one.get("cleaned") for one in manifests.values()) else {})
         )
     return found
 
