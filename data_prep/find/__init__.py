@@ -89,6 +89,8 @@ def collect(
     if listed or (plain and not (include or pattern)):
         scan = scan_folder(root, lambda path: path.lower().endswith(tuple(SUFFIXES)) or _can_be_read(root / path))
         if listed:
+            if pathlib.Path(labels).resolve().is_relative_to(root):  # it is not passed over
+                scan.left_out.subtract(["other files"])
             return dataclasses.replace(_listed(root, labels, scan, masks), options=Options())
         if not scan.files:
             endings = ", ".join(sorted(SUFFIXES))
@@ -126,6 +128,13 @@ def collect(
     if entry.generic and masks != "off":
         warnings += _mask_folders(known)
     patients = {item.patient for item in found}
+    if entry.generic and not labels:
+        warnings += [
+            f"{name} is in the folder and is not read; --labels=DIR/{name}, where DIR is that of --input, takes labels "
+            "and patients from it"
+            for name in ("labels.csv", "labels.xlsx")
+            if (root / name).is_file()
+        ]
     if pattern and len(found) > len(patients) == 1 and patients != {""}:
         warnings.append(f"--pattern gives all {len(found):,} files one patient, {printable(*patients)!r}: is it right?")
     return Collection(

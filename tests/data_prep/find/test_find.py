@@ -165,6 +165,19 @@ def test_in_a_plain_folder_content_decides_where_the_suffix_says_nothing(tmp_pat
     assert found.left_out == {"other files": 3}
 
 
+def test_a_table_of_labels_in_the_folder_is_named_until_it_is_read(tmp_path):
+    _write(tmp_path, "a.png", "notes.txt")
+    (tmp_path / "labels.csv").write_text("file,label\na.png,b\n")
+    found = collect(catalog.load("folder"), tmp_path)
+    assert found.left_out == {"other files": 2}
+    assert found.warnings == [
+        "labels.csv is in the folder and is not read; --labels=DIR/labels.csv, where DIR is that of --input, takes "
+        "labels and patients from it"
+    ]
+    found = collect(catalog.load("folder"), tmp_path, labels=str(tmp_path / "labels.csv"))
+    assert (found.left_out, found.warnings) == ({"other files": 1}, [])
+
+
 def test_a_pattern_that_names_nothing_is_refused(tmp_path):
     _write(tmp_path, "p2/1.png")
     with pytest.raises(InputError, match="names nothing"):
