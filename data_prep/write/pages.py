@@ -71,7 +71,7 @@ def write_page(folder: pathlib.Path) -> pathlib.Path:
         warnings=_warnings(manifest, look),
         problems=() if own else problems,
         tips=problems if own and not labelled else (),
-        split_heads=["Split", "Frames", "Patients", "Patients not known", "Clips", *["Masks"] * masked, "MB"],
+        split_heads=["Split", "Frames", "Patients", "Patients not known", "Clips or stills", *["Masks"] * masked, "MB"],
         splits=[
             [name, *(one.get(key, 0) for key in counted), round(one.get("bytes", 0) / 1e6, 1)]
             for name, one in splits.items()

@@ -134,7 +134,10 @@ def test_the_numbers_are_those_of_the_manifest(dataset):
 def test_labels_are_counted_by_split(dataset):
     text = words(pages.write_page(dataset))
     assert "Label train test all (none) 1 0 1 benign 3 2 5 malignant 1 0 1 Frames by anatomy" in text
-    assert "Split Frames Patients Patients not known Clips MB train 5 1,101 1,301 4 2.5 test 2 11 7 2 0.0" in text
+    assert (
+        "Split Frames Patients Patients not known Clips or stills MB train 5 1,101 1,301 4 2.5 test 2 11 7 2 0.0"
+        in text
+    )
     assert "Anatomy Frames breast 7" in text
 
 
