@@ -131,7 +131,7 @@ def get_config(variant: str = "folder") -> ml_collections.ConfigDict:
         every=1.0,  # epochs between evaluations
         patience=0,  # a member stops after this many evaluations without improvement; 0 = off
     )
-    # Members trained in parallel on a CPU: 0 = one per core if the model is small; 1 = one after another.
+    # Members trained in parallel on a CPU: 0 = as many as end soonest if the model is small; 1 = one after another.
     config.parallel = 0
     config.mesh = dict(
         data=-1,  # devices that the batch is split over; -1 = all remaining devices
