@@ -81,7 +81,8 @@ def test_files_that_are_no_weights_get_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     with pytest.raises(
-        InputError, match=r"needs PyTorch: pip install 'usfmae_jax\[interop\]', or convert it to safetensors"
+        InputError,
+        match=r"needs PyTorch: pip install '.\[interop\]' in the folder of usfmae_jax, or convert it to safetensors",
     ):
         read_resnet(str(tmp_path / "weights.pth"))
 

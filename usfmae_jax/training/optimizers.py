@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from usfmae_jax.models.layers import split_axis
+
 
 def warmup_cosine(
     step: jax.Array, total_steps: jax.Array, *, learning_rate: float, floor: float, warmup: float
@@ -156,9 +158,10 @@ def _orthogonal(stack: jax.Array) -> jax.Array:
 
     Five steps of a quintic Newton-Schulz iteration (Jordan et al. 2024).
     """
-    depth, inputs, _, outputs = stack.shape
+    depth, inputs, parts, outputs = stack.shape
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and mesh.shape["fsdp"] == 1:  # or else the momentum too would be computed in parts, and gathered
+    split = mesh.shape.get("fsdp", 1)
+    if mesh.size > 1 and split == 1:  # or else the momentum too would be computed in parts, and gathered
         stack = jax.lax.with_sharding_constraint(stack, PartitionSpec())
     shared = _share(stack.swapaxes(1, 2))
     matrices = shared.reshape(-1, inputs, outputs)
@@ -169,7 +172,10 @@ def _orthogonal(stack: jax.Array) -> jax.Array:
         square = x @ x.mT
         x = a * x + (b * square + (c * square) @ square) @ x
     x = x if inputs <= outputs else x.mT
-    return _share(0.2 * math.sqrt(max(inputs, outputs)) * x.reshape(shared.shape)).swapaxes(1, 2)[:depth]
+    x = _share(0.2 * math.sqrt(max(inputs, outputs)) * x.reshape(shared.shape))
+    if split_axis((inputs, parts * outputs), split) == 0:  # as the parameters are split, or some compilers gather
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(None, None, "fsdp"))
+    return x.swapaxes(1, 2)[:depth]
 
 
 def _share(x: jax.Array) -> jax.Array:
