@@ -235,7 +235,7 @@ def tiny_latent(config: ml_collections.ConfigDict) -> None:
 
 def shipped(config: ml_collections.ConfigDict) -> None:
     """The included weights, `usfmae-tiny`: CrossMAE (`:tiny_cross`) on real and simulated frames."""
-    tiny_cross(config)  # with Muon, the best of benchmarks/RESULTS.md for equal time
+    tiny_cross(config)  # with Muon, the best at 64 pixels for equal time, see benchmarks/RESULTS.md
     config.optimizer.muon = True
     config.data.path = "data/shipped/*"
     config.train.steps = 10000
