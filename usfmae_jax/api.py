@@ -127,13 +127,7 @@ def predict(checkpoint: Path, data: Path | Sequence[Path], output: Path, **optio
         door.predict(os.fspath(checkpoint), [os.fspath(one) for one in some], os.fspath(output), **options)
     with open(os.path.join(output, "predictions.csv"), encoding="utf-8", newline="") as lines:
         rows: list[dict[str, Any]] = [dict(row) for row in cells.read_dicts(lines)]
-    names = rows[0].keys() - {"file", "predicted"} if rows else set()  # a file or a class may be called 7
-    for name in names:
-        number = int if name == "frame" else float
-        with contextlib.suppress(ValueError):  # a column of words
-            for row, value in zip(rows, [number(row[name]) if row[name] else None for row in rows], strict=True):
-                row[name] = value
-    return rows
+    return _with_numbers(rows)
 
 
 def embed(checkpoint: Path, data: Path, output: Path = "", pool: str = "mean", **options: Any) -> dict[str, np.ndarray]:
@@ -309,6 +303,16 @@ def configured(
     cli.check_door(chosen, name, door)
     cli.override(chosen, fields, name)
     return chosen, os.fspath(workdir) or cli.default_workdir(name)
+
+
+def _with_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of text with the numbers of whole columns as numbers, and None where such a column is empty."""
+    for name in rows[0].keys() - {"file", "predicted"} if rows else ():  # a file or a class may be called 7
+        number = int if name == "frame" else float
+        with contextlib.suppress(ValueError):  # a column of words
+            for row, value in zip(rows, [number(row[name]) if row[name] else None for row in rows], strict=True):
+                row[name] = value
+    return rows
 
 
 def _checked_options(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,12 +129,7 @@ def collect(
         warnings += _mask_folders(known)
     patients = {item.patient for item in found}
     if entry.generic and not labels:
-        warnings += [
-            f"{name} is in the folder and is not read; --labels=DIR/{name}, where DIR is that of --input, takes labels "
-            "and patients from it"
-            for name in ("labels.csv", "labels.xlsx")
-            if (root / name).is_file()
-        ]
+        warnings += _unread(root)
     if pattern and len(found) > len(patients) == 1 and patients != {""}:
         warnings.append(f"--pattern gives all {len(found):,} files one patient, {printable(*patients)!r}: is it right?")
     return Collection(
@@ -174,6 +169,16 @@ def _beside(files: Iterable[str], paths: Iterable[str]) -> dict[str, tuple[str, 
     can_be = tuple(IMAGES | VOLUMES)
     found = find_masks(path for path in files if path.lower().endswith(can_be))
     return {path: found[path] for path in paths if path in found}
+
+
+def _unread(root: pathlib.Path) -> list[str]:
+    """A warning for each table in the folder whose name says that it holds labels."""
+    return [
+        f"{name} is in the folder and is not read; --labels=DIR/{name}, where DIR is that of --input, takes labels and "
+        "patients from it"
+        for name in ("labels.csv", "labels.xlsx")
+        if (root / name).is_file()
+    ]
 
 
 def _mask_folders(frames: Iterable[str]) -> list[str]:

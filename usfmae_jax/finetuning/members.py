@@ -61,6 +61,11 @@ def plan_members(
     return tuple(members)
 
 
+def steps_in(epochs: float, images: int, batch_size: int) -> int:
+    """The number of updates that `epochs` passes over the images take."""
+    return round(epochs * images / batch_size)
+
+
 def count_steps(
     images: int, *, batch_size: int, epochs: float, steps: int, min_steps: int, every: float
 ) -> tuple[int, tuple[int, ...]]:
@@ -77,7 +82,7 @@ def count_steps(
     Raises:
       InputError: there would be no update.
     """
-    total = steps or max(round(epochs * images / batch_size), min_steps)
+    total = steps or max(steps_in(epochs, images, batch_size), min_steps)
     if total < 1:
         raise InputError(
             f"the run has {total} steps: config.train.epochs={epochs:g} of {images} images is less than one "

@@ -19,7 +19,7 @@ from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions, tables
 from usfmae_jax.evaluation.predictions import Predictions
 from usfmae_jax.finetuning.build import Run, check_resumable
-from usfmae_jax.finetuning.members import Member, write_splits
+from usfmae_jax.finetuning.members import Member, steps_in, write_splits
 from usfmae_jax.interop.model import Model, open_model, write_lineage
 from usfmae_jax.reporting.masks import Coco, safe_path, write_png
 from usfmae_jax.training import inspect
@@ -138,7 +138,7 @@ def describe(run: Run, mesh: Mesh, batch_size: int, unfinished: int, at_a_time: 
     table, steps = run.table, [member.total_steps for member in run.members]
     summary = run.task.summary(table)
     train = run.settings["train"]
-    short = min(round(train["epochs"] * len(member.fold.train) / batch_size) for member in run.members)
+    short = min(steps_in(train["epochs"], len(member.fold.train), batch_size) for member in run.members)
     each = f"{f'{min(steps)} to {max(steps)}' if min(steps) < max(steps) else min(steps)} steps of {batch_size} each"
     if not train["steps"] and short < min(steps):
         each += f" (config.train.min_steps; {train['epochs']:g} epochs would be {short})"

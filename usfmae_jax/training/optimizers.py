@@ -163,8 +163,12 @@ def _orthogonal(stack: jax.Array) -> jax.Array:
     split = mesh.shape.get("fsdp", 1)
     if mesh.size > 1 and split == 1:  # or else the momentum too would be computed in parts, and gathered
         stack = jax.lax.with_sharding_constraint(stack, PartitionSpec())
-    shared = _share(stack.swapaxes(1, 2))
-    matrices = shared.reshape(-1, inputs, outputs)
+    name = _sharing(mesh, depth)
+    stack = stack.swapaxes(1, 2)
+    if name:
+        stack = jnp.pad(stack, [(0, -depth % mesh.shape[name]), (0, 0), (0, 0), (0, 0)])
+        stack = jax.lax.with_sharding_constraint(stack, PartitionSpec(name))
+    matrices = stack.reshape(-1, inputs, outputs)
     x = matrices if inputs <= outputs else matrices.mT
     x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8)
     a, b, c = _QUINTIC
@@ -172,25 +176,21 @@ def _orthogonal(stack: jax.Array) -> jax.Array:
         square = x @ x.mT
         x = a * x + (b * square + (c * square) @ square) @ x
     x = x if inputs <= outputs else x.mT
-    x = _share(0.2 * math.sqrt(max(inputs, outputs)) * x.reshape(shared.shape))
+    x = 0.2 * math.sqrt(max(inputs, outputs)) * x.reshape(stack.shape)
+    if name:
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(name))
     if split_axis((inputs, parts * outputs), split) == 0:  # as the parameters are split, or some compilers gather
         x = jax.lax.with_sharding_constraint(x, PartitionSpec(None, None, "fsdp"))
     return x.swapaxes(1, 2)[:depth]
 
 
-def _share(x: jax.Array) -> jax.Array:
-    """Splits `[depth, ...]` by its first axis over devices of the mesh in use, padded with zeros to a multiple of them.
+def _sharing(mesh: Any, depth: int) -> str:
+    """The mesh axis whose devices share the matrices of `depth` blocks, padded to a multiple of them; "" if none.
 
-    They are those of `fsdp`, which then exchange parts of matrices instead of gathering whole ones, or else those of
-    `data`; none if they are more than twice the depth, since padding costs more than it saves.
+    That of `fsdp`, whose devices then exchange parts of matrices instead of gathering whole ones, or else of `data`;
+    none of more devices than twice the depth, since padding then costs more than it saves.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {name: size for name, size in mesh.shape.items() if 1 < size <= 2 * len(x)}
-    name = next((name for name in ("fsdp", "data") if name in sizes), None)
-    if name is None:
-        return x
-    x = jnp.pad(x, [(0, -len(x) % sizes[name])] + [(0, 0)] * (x.ndim - 1))
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(name))
+    return next((name for name in ("fsdp", "data") if 1 < mesh.shape.get(name, 1) <= 2 * depth), "")
 
 
 def _last_blocks(params: Any, count: int) -> Any:
