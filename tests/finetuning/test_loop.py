@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -15,12 +16,13 @@ from usfmae_jax.data.table import images as table_images
 from usfmae_jax.data.table import read_table
 from usfmae_jax.errors import InputError
 from usfmae_jax.evaluation import predictions
-from usfmae_jax.finetuning import build
+from usfmae_jax.finetuning import build, results
 from usfmae_jax.finetuning import loop as supervised
 from usfmae_jax.finetuning.loop import better, finetune
 from usfmae_jax.interop.model import Model, flatten, open_model, save_model
 from usfmae_jax.tasks.classification import Classification, probabilities
 from usfmae_jax.training.forward import model_function
+from usfmae_jax.training.mesh import one_device
 from usfmae_jax.training.monitor import DivergedError
 
 Trainer = supervised.Trainer
@@ -157,6 +159,23 @@ def test_a_killed_run_starts_at_its_last_checkpoint(undisturbed, config, tmp_pat
             finetune(config, str(tmp_path))
     assert finetune(config, str(tmp_path))
     assert _left(tmp_path) == _left(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"epochs": 2.0, "steps": 0}, "200 steps of 32 each (config.train.min_steps; 2 epochs would be 6)\n"),
+        ({"epochs": 90.0, "steps": 0}, "200 steps of 32 each\n"),
+        ({"epochs": 2.0, "steps": 200}, "200 steps of 32 each\n"),
+    ],
+)
+def test_what_min_steps_makes_of_the_epochs_is_said(train, said, config, tmp_path, capfd):
+    run = build.prepare(config, str(tmp_path))
+    member = dataclasses.replace(run.members[0], total_steps=200)
+    member = dataclasses.replace(member, fold=dataclasses.replace(member.fold, train=np.arange(100)))
+    run = dataclasses.replace(run, members=(member,), settings=run.settings | {"train": train})
+    results.describe(run, one_device(), 32, 1, 1)
+    assert said in capfd.readouterr().err
 
 
 def test_a_finished_run_takes_more_seeds_fractions_and_folds(config, tmp_path, capfd):
