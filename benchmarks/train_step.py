@@ -31,6 +31,7 @@ import numpy as np
 
 from benchmarks import alternate
 from configs.pretrain import get_config
+from usfmae_jax import cli
 
 _PEER = "transformers"
 _MODELS = ("base", "ti128", "tiny")
@@ -40,46 +41,44 @@ _ABLATIONS = (
     "attention differentiated automatically",
     "no GELU at all",
 )
-_LARGE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
-_AS_IT_IS = "glibc as it is"
+_AS_IT_IS, _HUGE = "glibc as it is", "huge pages, as commands have them"
 
 
 def sides(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The sides by name: `who`, and optionally `cross`, `compiled`, `dtype`, `without`, `keep` and `environment`."""
+    """The sides by name: `who`, and optionally `cross`, `compiled`, `dtype`, `without` and `environment`."""
     if args.allocators:
-        found: dict[str, dict[str, Any]] = {
-            _AS_IT_IS: {},
-            "as the project sets it": {"keep": True},
-            "large thresholds": {"environment": _LARGE},
-        }
-        found |= {name: {"environment": {"LD_PRELOAD": path}} for name, path in allocators(args.libraries).items()}
-        return {name: {"who": alternate.OURS, "keep": False} | more for name, more in found.items()}
+        ways: dict[str, dict[str, str]] = {_AS_IT_IS: {}, _HUGE: cli.huge_pages()} | allocators(args.libraries)
+        return {name: {"who": alternate.OURS, "environment": environment} for name, environment in ways.items()}
     if args.ablate:
-        found = {alternate.OURS: {}} | {what: {"without": what} for what in _ABLATIONS}
-        return {name: {"who": alternate.OURS} | more for name, more in found.items()}
+        found: dict[str, dict[str, Any]] = {alternate.OURS: {}} | {what: {"without": what} for what in _ABLATIONS}
+        same = {"who": alternate.OURS, "environment": cli.huge_pages()}
+        return {name: same | more for name, more in found.items()}
     all_sides: dict[str, dict[str, Any]] = {}
     for dtype in args.dtypes.split(","):
-        kinds = {
+        kinds: dict[str, dict[str, Any]] = {
             alternate.OURS: {},
             f"{alternate.OURS}, cross decoder": {"cross": True},
             _PEER: {},
+            f"{_PEER}, huge pages": {"environment": cli.huge_pages()},
             f"{_PEER}, compiled": {"compiled": True},
         }
         for name, more in kinds.items():
             if not (args.quick and more.get("compiled")):  # compiling takes minutes
                 full = name if dtype == "float32" else f"{name}, {dtype}"
-                all_sides[full] = {"who": name.partition(",")[0], "dtype": dtype} | more
+                who = name.partition(",")[0]
+                environment = cli.huge_pages() if who == alternate.OURS else {}  # as the command has it
+                all_sides[full] = {"who": who, "dtype": dtype, "environment": environment} | more
     return all_sides
 
 
-def allocators(folder: str) -> dict[str, str]:
-    """Allocator libraries to preload, by name, found on this machine in the usual places or in `folder`."""
+def allocators(folder: str) -> dict[str, dict[str, str]]:
+    """By name, the environment that preloads an allocator found on this machine, in the usual places or in `folder`."""
     found = {}
     for name, pattern in (("tcmalloc", "libtcmalloc*.so*"), ("jemalloc", "libjemalloc*.so*")):
         places = [folder] if folder else ["/usr/lib", "/usr/lib/*", "/usr/local/lib", "/usr/lib64", "/opt/*/lib"]
         paths = [path for place in places for path in sorted(glob.glob(f"{place}/{pattern}"), key=len)]
         if paths:
-            found[name] = paths[0]
+            found[name] = {"LD_PRELOAD": paths[0], "MALLOC_CONF": "thp:always"}  # the latter is jemalloc's
         else:
             alternate.tell(f"{name}: not on this machine; --libraries=DIR names a folder that has {pattern}")
     return found
@@ -128,13 +127,10 @@ def ours(args: argparse.Namespace, side: dict[str, Any]) -> tuple[alternate.Resu
 
 def own_step(args: argparse.Namespace, side: dict[str, Any]) -> tuple[Callable[[], None], Any, alternate.Result]:
     """A function that trains for one step, the compiled program, and what there is to report on it."""
-    from usfmae_jax.training import mesh as meshes
-
-    if side.get("keep", True):
-        meshes.keep_memory()
     import jax
 
     from usfmae_jax.pretraining import build
+    from usfmae_jax.training import mesh as meshes
     from usfmae_jax.training.state import init_state
     from usfmae_jax.training.update import compile_update
 

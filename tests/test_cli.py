@@ -1,6 +1,7 @@
 """The command line: quick help, and errors that name the nearest right thing."""
 
 import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -233,3 +234,88 @@ def test_devices_that_are_not_there_are_asked_for_in_vain_in_one_sentence(door):
     assert done.returncode == 2
     assert "error: JAX_PLATFORMS=cuda asks for devices that JAX does not find here" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def huge_pages_when_asked_for(monkeypatch, tmp_path):
+    """A system with glibc 2.35 that gives huge pages to those who ask."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.35", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "_HUGE_PAGES", tmp_path / "enabled")
+    cli._HUGE_PAGES.write_text("always [madvise] never\n")
+
+
+def test_huge_pages_are_asked_for_where_that_helps(huge_pages_when_asked_for, monkeypatch):
+    asking = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    assert cli.huge_pages() == asking
+    for libc, expected in (("glibc 2.34", {}), (None, {}), ("glibc 2.100", asking), ("glibc 3.0", asking)):
+        monkeypatch.setattr(os, "confstr", lambda name, libc=libc: libc)
+        assert cli.huge_pages() == expected
+    for enabled in ("[always] madvise never", "always madvise [never]"):
+        cli._HUGE_PAGES.write_text(enabled)
+        assert cli.huge_pages() == {}
+    cli._HUGE_PAGES.unlink()
+    assert cli.huge_pages() == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [(importlib.util, "find_spec", lambda name: name == "libtpu" or None), (sys, "platform", "darwin")],
+)
+def test_huge_pages_are_not_asked_for_on_accelerators_and_other_systems(
+    huge_pages_when_asked_for, monkeypatch, module, name, value
+):
+    monkeypatch.setattr(module, name, value)
+    assert cli.huge_pages() == {}
+
+
+def test_settings_of_glibc_that_are_there_already_stay(huge_pages_when_asked_for, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    assert cli.huge_pages() == {}
+
+
+@pytest.mark.parametrize(
+    ("started", "typed", "again"),
+    [
+        (["python3", "-W", "error", "-m", "usfmae_jax.main", "--x=1"], ["/a/main.py", "--x=1"], True),
+        (["python3", "/b/usfmae-predict", "--x", "1"], ["/b/usfmae-predict", "--x", "1"], True),
+        (["python3", "-m", "pytest", "usfmae_jax.main"], ["/c/pytest/__main__.py", "usfmae_jax.main"], False),
+        (["python3", "mine.py", "usfmae_jax.main"], ["mine.py", "usfmae_jax.main"], False),
+        (["python3"], [""], False),
+        (["python3", "-c", "code"], ["-c"], False),
+    ],
+)
+def test_only_commands_start_again_and_as_they_were_typed(
+    huge_pages_when_asked_for, monkeypatch, started, typed, again
+):
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    monkeypatch.setattr(sys, "orig_argv", started)
+    monkeypatch.setattr(sys, "argv", typed)
+    cli.in_huge_pages()
+    assert [call[:2] for call in calls] == ([(sys.executable, [sys.executable, *started[1:]])] if again else [])
+    assert all(call[2] == {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} for call in calls)
+
+
+def test_a_command_runs_in_huge_pages_and_starts_again_once(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(  # every start of Python runs it
+        "import os\nwith open(os.environ['STARTS'], 'a') as file:\n"
+        "    print(os.getpid(), os.environ.get('GLIBC_TUNABLES', ''), file=file)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "STARTS": str(tmp_path / "starts")}
+    command = [
+        sys.executable,
+        "-m",
+        "usfmae_jax.main",
+        CONFIG,
+        f"--workdir={tmp_path}/run",
+        "--config.data.path=absent",
+    ]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, "no shards match" in ended.stderr) == (2, True), ended.stderr
+    (process, *before), *after = (line.split() for line in (tmp_path / "starts").read_text().splitlines())
+    asked = cli.huge_pages().get("GLIBC_TUNABLES")  # this machine may not need it
+    assert (before, after) == ([], [[process, asked]] if asked else [])

@@ -333,13 +333,11 @@ def _checked_options(function: Callable[..., Any], options: Mapping[str, Any]) -
 
 @contextlib.contextmanager
 def _ready() -> Iterator[None]:
-    """Does what every command does first: sets up memory, and grain's flags, without which it starts no processes."""
-    from usfmae_jax.training import mesh
-
+    """Does what every command does first: grain's flags, without which it starts no processes, and their memory."""
     check_guard()
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
-    mesh.keep_memory()
+    os.environ.update(cli.huge_pages())  # for processes that train members; this one has started
     yield
 
 

@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` and a mistyped flag answer at once.
 
 import ast
 import difflib
+import importlib.util
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ from usfmae_jax.errors import (
     DONE,
     FAILED,
     PREEMPTED,
+    SCRIPTS,
     InputError,
     answer,
     as_started,
@@ -37,6 +39,7 @@ from usfmae_jax.errors import (
     visible_output,
 )
 
+_HUGE_PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 #: By config name: the module of the command that the config is for, and a field that only its configs have.
 _DOORS = {"pretrain": ("main", "objective"), "finetune": ("finetune", "mode"), "evaluate": ("evaluate", "protocol")}
 
@@ -56,6 +59,7 @@ def run(
 
     def act() -> int:
         parsed = parse(sys.argv, doc, default_config, trains)
+        in_huge_pages()
         try:
             return action(parsed.config, parsed.workdir or default_workdir(parsed["config"].config_filename), parsed)
         except KeyboardInterrupt:  # before or after the loop, or a second time within it
@@ -256,13 +260,48 @@ def command(module: str) -> str:
     return shlex.join(words)
 
 
+def huge_pages() -> dict[str, str]:
+    """Environment variables for a process that trains on a CPU: glibc then asks for huge pages for large blocks.
+
+    XLA allocates hundreds of megabytes at every step and frees them again. The system hands out their pages anew each
+    time, and they are 2 MB instead of 4 kB if it was asked for huge ones; that also spares the processor most of its
+    look-ups of addresses. A training step takes a tenth to a quarter less time, and no more memory.
+
+    Returns:
+      {} if there is nothing to set: on other systems than Linux with glibc 2.35; if the system gives huge pages to all
+      or to none; with accelerators; and if `GLIBC_TUNABLES` is set already.
+    """
+    accelerated = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")))
+    if sys.platform != "linux" or accelerated or "GLIBC_TUNABLES" in os.environ:
+        return {}
+    try:
+        library, asked_for = os.confstr("CS_GNU_LIBC_VERSION") or "", "[madvise]" in _HUGE_PAGES.read_text()
+    except (OSError, ValueError):  # another C library, a system without huge pages
+        return {}
+    if not asked_for or tuple(map(int, re.findall(r"\d+", library)[:2])) < (2, 35):
+        return {}
+    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def in_huge_pages() -> None:
+    """Starts this command anew with `huge_pages`, which glibc reads only when a process starts; does so once.
+
+    Does nothing if this process is not a command of the package but, for instance, runs tests.
+    """
+    added, place = huge_pages(), len(sys.orig_argv) - len(sys.argv)
+    program = sys.orig_argv[place] if place > 0 else ""
+    if added and (program.startswith("usfmae_jax.") or pathlib.PurePath(program).stem in SCRIPTS):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | added)
+
+
 def start(flags: Any) -> None:
     """Joins the processes of a job and, on accelerators, caches compiled programs for the next start."""
     import jax
 
     from usfmae_jax.training import mesh
 
-    mesh.keep_memory()
     mesh.initialize_distributed(flags.coordinator, flags.num_processes, flags.process_id)
     if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         # A preempted job then compiles once, not at every restart. CPU code is specific to one machine: not cached.

@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act() -> int:
         args = parser.parse_args(argv)
+        from usfmae_jax import cli  # only once the options are known to be valid
+
+        cli.in_huge_pages()
         embed(
             args.checkpoint, args.data, args.output, args.pool, split=args.split, batch_size=args.batch_size,
             threads=args.threads,
@@ -97,9 +100,7 @@ def embed(
     from usfmae_jax.interop.model import open_model
     from usfmae_jax.probing.features import extractor, image_format  # only once the flags are known to be valid
     from usfmae_jax.training.forward import fitting_batch
-    from usfmae_jax.training.mesh import keep_memory, make_mesh
-
-    keep_memory()
+    from usfmae_jax.training.mesh import make_mesh
 
     weights = open_model(checkpoint)
     weights.encoder()

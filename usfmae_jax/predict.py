@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act() -> int:
         args = parser.parse_args(argv)
+        from usfmae_jax import cli  # only once the options are known to be valid
+
+        cli.in_huge_pages()
         predict(
             args.checkpoint,
             args.data,
@@ -102,9 +105,8 @@ def predict(
     from usfmae_jax.prediction.kinds import kind_of
     from usfmae_jax.training import lock
     from usfmae_jax.training.checks import public_paths
-    from usfmae_jax.training.mesh import keep_memory, make_mesh
+    from usfmae_jax.training.mesh import make_mesh
 
-    keep_memory()
     models = open_members(checkpoint)
     name, kind = kind_of(models[0], checkpoint)
     if flip and kind.mirror is None:

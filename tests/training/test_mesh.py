@@ -1,11 +1,6 @@
 """Meshes, sharding rules, and when a process knows that it is one of several."""
 
-import ctypes
 import dataclasses
-import importlib.util
-import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -209,24 +204,3 @@ def test_an_error_of_a_connection_says_that_another_process_is_gone():
     assert not meshes.lost_another(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     assert meshes.lost_another(ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"))
     assert not meshes.lost_another(ValueError("Gloo"))
-
-
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_stats"), reason="not glibc")
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="memory is kept on CPUs alone")
-@pytest.mark.parametrize(
-    "imported", ["pretraining.loop", "finetuning.side_by_side", "probing.loop", "prediction.kinds", "api"]
-)
-def test_memory_is_kept_in_one_arena_since_nothing_that_is_imported_has_started_threads(imported, shards):
-    code = f"""
-import ctypes
-import usfmae_jax.{imported}
-from usfmae_jax.training.mesh import keep_memory
-keep_memory()
-import jax.numpy as jnp
-from usfmae_jax.data.records import open_shards
-open_shards({shards!r})[0]
-(jnp.ones((64, 64)) @ jnp.ones((64, 64))).block_until_ready()
-ctypes.CDLL(None).malloc_stats()
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert len(re.findall("^Arena ", ended.stderr, re.MULTILINE)) == 1, ended.stderr

@@ -99,7 +99,6 @@ class ArrayRecordShard:
         size, start = _varint(data, 0)
         if size > self._size:
             raise ValueError(f"{size} bytes are more than the file has")
-        # PyArrow starts a thread, which splits glibc's heap for good, so it must not precede `mesh.keep_memory`.
         import pyarrow
 
         try:

@@ -31,7 +31,6 @@ from usfmae_jax.errors import (
     check_guard,
 )
 from usfmae_jax.finetuning.members import Member
-from usfmae_jax.training.mesh import keep_memory
 from usfmae_jax.training.monitor import DivergedError, Preemption
 
 #: A model with more parameters than this keeps several cores busy on its own, and several of them need much memory.
@@ -142,7 +141,6 @@ def train(action: Action, unfinished: Sequence[Member], processes: int) -> bool:
 def _work(action: Action, members: Sequence[Member], line: int, threads: int, lock: Any, failures: Any) -> None:
     os.setsid()  # Ctrl-C goes to the parent, which passes it on
     os.environ["NPROC"] = str(threads)  # size of XLA's thread pool, which starts with the first array
-    keep_memory()
     flags.FLAGS.mark_as_parsed()  # grain starts no worker processes until then
     tqdm.set_lock(lock)
     threading.Thread(target=_end_with_parent, daemon=True).start()

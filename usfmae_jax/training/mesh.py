@@ -1,12 +1,10 @@
-"""Devices: starting the processes, keeping their memory, laying out the mesh, placing each array.
+"""Devices: starting the processes, laying out the mesh, placing each array.
 
 The mesh has two axes. `data` replicates parameters and splits the batch; `fsdp` splits both. With `fsdp=1` this is
 plain data parallelism, with `data=1` every parameter is split over all devices (ZeRO-3); XLA inserts the collectives.
 """
 
-import ctypes
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -36,25 +34,6 @@ _CONNECTION = re.compile(
     r"[A-Z_]{4,}: .*?((?:Gloo|NCCL|[Hh]eartbeat|[Cc]oordination service|[Cc]onnection (?:reset|closed)).*)"
 )
 _questions, _messages = itertools.count(), itertools.count()  # the former are the same on every process
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory instead of returning it to the system; for JAX on a CPU under Linux.
-
-    XLA frees and reallocates the same hundreds of megabytes at every step. If they are returned, each page is faulted
-    in again, which takes a third of a small model's training step. Must be called before JAX or PyArrow start any
-    threads: a thread that already has its own arena keeps it, and large blocks in such arenas are returned all the
-    same. Memory use stays at its peak.
-    """
-    accelerated = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")))
-    if sys.platform != "linux" or accelerated:
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt:
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
-            mallopt(parameter, value)
 
 
 def initialize_distributed(coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
