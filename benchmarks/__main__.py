@@ -58,8 +58,8 @@ def main() -> None:
     shards = args.output / "data" / ("bus_bra" if raw else "phantom")
     sides = {
         "plain": "ours;ours, bfloat16;transformers;transformers, bfloat16",
-        "full": "ours;transformers;transformers, compiled",
-        "cross": "ours, cross decoder;transformers",
+        "full": "ours;transformers;transformers, huge pages;transformers, compiled",
+        "cross": "ours, cross decoder;transformers;transformers, huge pages",
     }
     known = sides | {"png": f"--png={raw / 'Images'}" if raw else "", "shards": f"--data={shards}"}
     for name in names:

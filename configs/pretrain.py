@@ -244,7 +244,5 @@ def shipped(config: ml_collections.ConfigDict) -> None:
     config.probe.update(data=dict(path="data/shipped/phantom", split="test"), every=1000)
 
 
-VARIANTS = {
-    f.__name__: f
-    for f in (base, paper, demo, tiny, small, large, huge, gigantic, cross, tiny_cross, tiny_latent, shipped)
-}
+_SIZES = (base, paper, demo, tiny, small, large, huge, gigantic)
+VARIANTS = {f.__name__: f for f in (*_SIZES, cross, tiny_cross, tiny_latent, shipped)}

@@ -21,7 +21,7 @@ from data_prep.readers import DEFAULTS, SUFFIXES, Frame, Options, UnreadableErro
 from data_prep.readers.base import open_file
 from data_prep.readers.kinds import HEAD_BYTES
 from usfmae_jax.data.records import to_uint8
-from usfmae_jax.errors import InputError, some
+from usfmae_jax.errors import InputError, install, some
 
 KEPT = "the frames before the damage are taken"  # ends the reason if some frames of a file were read
 
@@ -123,7 +123,7 @@ def check_libraries(files: Sequence[Found]) -> None:
     missing = {kind: name for kind, name in _NEEDED.items() if not importlib.util.find_spec(name)}
     for file in files if missing else ():
         if name := missing.get(_kind(file.path), ""):
-            raise InputError(f"{file.name} needs {name}: pip install -r requirements-prep.txt")
+            raise InputError(f"{file.name} needs {name}: {install('prep')}")
 
 
 def _kind(path: str) -> str:

@@ -78,6 +78,8 @@ def test_names_for_a_tuple_need_no_quotes(value, expected):
         ([f"{CONFIG}:zzz"], "no variant 'zzz'; valid are base, paper, demo, tiny, small, large, huge"),
         ([CONFIG, "--config.optimizer.learning_rat=1"], "nearest are config.optimizer.learning_rate"),
         ([CONFIG, "--config.batch_size=1"], "config.train.batch_size"),
+        ([CONFIG, "--config.split.only=1"], "is no field of configs/pretrain.py (finetune and evaluate have it)"),
+        ([CONFIG, "--config.optimizer.muon=yes"], "config.optimizer.muon=yes: True or False is wanted"),
         ([CONFIG, "--config.train.batch_size=many"], "config.train.batch_size=many: a whole number is wanted"),
         ([CONFIG, "--wrkdir=x"], "--wrkdir is no option; nearest is --workdir"),
         ([CONFIG, "stray"], "'stray' is not understood"),

@@ -211,7 +211,9 @@ def reconstruct(run: Path, images: Sequence[np.ndarray], *, seed: int = 0) -> di
     run = os.fspath(run)
     model = open_model(run, whole=True)
     if model.kind != "mae":
-        raise InputError(f"{run} has no decoder, which reconstructions need; give the workdir of a pretraining run")
+        raise InputError(
+            f"{run} has no decoder, which reconstructions need; give the workdir of a run that predicts pixels"
+        )
     if model.description["decoder"].get("kind") == "latent":
         raise InputError(f"{run} was pretrained to predict features and no pixels; there is nothing to reconstruct")
     place = epath.Path(run).expanduser().resolve()  # the run, its checkpoints folder, or one checkpoint

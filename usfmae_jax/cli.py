@@ -231,12 +231,13 @@ def _read(values: flags.FlagValues, argv: Sequence[str], known_only: bool = Fals
 
 #: Messages of libraries about an option or a value, and the same in words for people who do not write Python.
 _WORDS = (
-    (r"invalid literal for int\(\) with base 10: .*", "a whole number is wanted, such as 1000"),
+    (r"invalid literal for int\(\) with base 10: .*", "a whole number is wanted, in digits"),
     (r"could not convert string to float: .*", "a number is wanted, such as 0.5 or 1e-3"),
     (r"Unknown command line flag '(\S+)'\. Did you mean: (\S+) \?", r"--\1 is no option; nearest is --\2"),
     (r"Unknown command line flag '(\S+)'", r"--\1 is no option; --help shows them"),
+    (r"\('Non-boolean argument to boolean flag', .*\)", "True or False is wanted"),
     (r"Missing value for (\S+)", r"--\1 has no value; type --\1=VALUE"),
-    (r"Could not override .* to type <class 'int'>", "a whole number is wanted, such as 1000"),
+    (r"Could not override .* to type <class 'int'>", "a whole number is wanted, in digits"),
     (r"Could not override .* to type <class 'float'>", "a number is wanted, such as 0.5 or 1e-3"),
     (r"Could not override .* to type <class 'str'>", "a text is wanted, in quotes"),
     (r"Could not override .* to type <class 'bool'>", "True or False is wanted"),
@@ -410,9 +411,11 @@ def _fields(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, An
 
 
 def _check_field(field: str, known: Mapping[str, Any], config: str) -> None:
-    """Raises InputError if a config has no such field, naming the nearest that it has."""
+    """Raises InputError if a config has no such field, naming the nearest that it has, and a config that has this."""
     if field not in known:
-        raise InputError(f"config.{field} is no field of {config}{_nearest(field, known, 'config.')}")
+        having = [name for name in _DOORS if field in _fields(load_config(find_config(name)))]
+        has = f" ({' and '.join(having)} {'have' if having[1:] else 'has'} it)" if having else ""
+        raise InputError(f"config.{field} is no field of {config}{has}{_nearest(field, known, 'config.')}")
 
 
 def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -76,6 +76,11 @@ SCRIPTS = {
 }
 
 
+def install(extra: str) -> str:
+    """What to type to install the packages of an extra, see pyproject.toml."""
+    return f"pip install '.[{extra}]' in the folder of usfmae_jax"
+
+
 def as_started(text: str) -> str:
     """The help of a command; if started as a script, with names of scripts instead of `python -m MODULE`."""
     if pathlib.PurePath(sys.argv[0]).stem in SCRIPTS:

@@ -40,7 +40,7 @@ from data_prep.find.files import (
     spacing_of,
     stated,
 )
-from usfmae_jax.errors import InputError, some
+from usfmae_jax.errors import InputError, install, some
 
 COLUMNS = ("file", "label", "patient", "video", "split", "mask", "spacing")  # of a user's own table
 MAX_BYTES = 64 << 20
@@ -169,7 +169,7 @@ def _xlsx_lines(data: bytes) -> Iterator[list[str]]:
     try:
         import openpyxl
     except ImportError as error:
-        raise MissingLibraryError("XLSX tables need openpyxl: pip install -r requirements-prep.txt") from error
+        raise MissingLibraryError(f"XLSX tables need openpyxl: {install('prep')}") from error
     cells, letters, most = 0, 0, _most_letters(data)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:

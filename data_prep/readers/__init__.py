@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from data_prep.readers.base import UNKNOWN_SPACING, Frame, Options, UnreadableError, known_spacing, open_file
 from data_prep.readers.images import read_mask
 from data_prep.readers.kinds import ARRAYS, DICOM, HEAD_BYTES, IMAGES, VIDEOS, VOLUMES, kind_of
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, install
 
 #: Suffixes that a folder is searched for, in lower case. Not the empty one of DICOM: a licence file is not DICOM.
 SUFFIXES = (IMAGES | VIDEOS | VOLUMES | ARRAYS | DICOM) - {""}
@@ -59,7 +59,7 @@ def read_frames(path: str | os.PathLike[str], options: Options = DEFAULTS) -> It
         if error.name not in _LIBRARIES:
             raise
         needs = f"{_LIBRARIES[error.name]} need {error.name}"
-        raise InputError(f"{needs}: pip install -r requirements-prep.txt") from error
+        raise InputError(f"{needs}: {install('prep')}") from error
     except MemoryError as error:
         raise UnreadableError("needs more memory than there is") from error
     except OSError as error:

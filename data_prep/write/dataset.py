@@ -23,7 +23,7 @@ from data_prep.write.shards import UnusableInputError
 from usfmae_jax import __version__
 from usfmae_jax.data import cells, fingerprints
 from usfmae_jax.data.records import decode_image, decode_record, encode_record
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, install
 
 SPLITS = ("train", "validation", "test")
 _PRELOAD = "data_prep.work"  # what the worker processes run
@@ -155,7 +155,7 @@ def _beam_options(args: argparse.Namespace) -> Any:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as error:
-        raise InputError("--runner=beam needs Apache Beam: pip install -r requirements-beam.txt") from error
+        raise InputError(f"--runner=beam needs Apache Beam: {install('beam')}") from error
     return PipelineOptions([f"--{option}" for option in args.beam_pipeline_options.split(",") if option])
 
 

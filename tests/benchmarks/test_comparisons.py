@@ -63,7 +63,7 @@ def test_the_peer_finds_the_image_in_a_record():
     ("command", "rows"),
     [
         ("train_step", {"ours", "ours, cross decoder", "transformers"}),
-        ("train_step --allocators", {"glibc as it is", "as the project sets it", "large thresholds"}),
+        ("train_step --allocators", {"glibc as it is", "huge pages, as commands have them"}),
         ("input_pipeline", {"ours", "reference loader, PNG", "tuned loader, the same shards"}),
         ("features --data={shards}", {"ours", "PyTorch", "transformers ViTModel"}),
         ("finetune --data={shards}", {"ours", "PyTorch"}),

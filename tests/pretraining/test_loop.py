@@ -167,7 +167,7 @@ def test_of_the_steps_to_trace_those_that_a_start_does_are_and_none_are_told_of(
     assert "traces nothing" not in capsys.readouterr().err  # it was finished
 
 
-@pytest.mark.parametrize("steps", [(2,), (-1, 2), (1.5, 2), (0, 2)])
+@pytest.mark.parametrize("steps", [(2,), (-1, 2), (1.5, 2), (0, 2), (3, 0)])
 def test_a_profile_is_of_a_step_and_a_number_of_steps(config, tmp_path, steps):
     with config.unlocked():
         config.log = {**config.log, "profile": steps}
@@ -202,7 +202,8 @@ def test_pretraining_starts_from_an_encoder(finished, config, tmp_path):
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value)
     config.model.width = 64
-    with pytest.raises(InputError, match=r"is .* there and .* in this config"):
+    config.model.depth = 3
+    with pytest.raises(InputError, match=r"another size: add --config\.model\.width=32 --config\.model\.depth=2$"):
         pretrain(config, str(tmp_path / "third"))
 
 
@@ -229,6 +230,20 @@ BAD = {
     "no steps": ({"train.steps": 0, "train.epochs": 0}, "0 steps"),
     "probe": ({"probe.data.path": "/nonexistent"}, "config.probe.data.path"),
     "init": ({"init": "/nonexistent"}, "is not an encoder directory"),
+    "seed": ({"seed": -1}, "config.seed=-1 must be between 0 and 2147483647"),
+    "rate": ({"optimizer.learning_rate": -1.0}, "config.optimizer.learning_rate=-1 must be at least 0"),
+    "clipping": ({"optimizer.clip_norm": -1.0}, "config.optimizer.clip_norm=-1 must be at least 0"),
+    "warmup": ({"optimizer.warmup": 5.0}, "config.optimizer.warmup=5 must be between 0 and 1"),
+    "skipped": ({"train.skip_nonfinite": -1}, "config.train.skip_nonfinite=-1 must be at least 0"),
+    "pictures": ({"log.pictures_every": -3}, "config.log.pictures_every=-3 must be at least 0"),
+    "steps": ({"train.steps": -5}, "config.train.steps=-5 must be at least 0"),
+    "average": ({"train.ema": 1.0}, "config.train.ema=1 must be 0 or a decay below 1"),
+    "no decoder": ({"model.decoder_depth": 0}, "config.model.decoder_depth=0 must be 1 or more"),
+    "no MLP": ({"model.mlp_ratio": 0.0}, "config.model.mlp_ratio=0 must be larger"),
+    "no deviation": ({"model.std": (0.0,)}, r"config.model.std=\(0.0,\) must be above 0"),
+    "teacher unused": ({"latent.teacher": "usfmae-tiny"}, "add --config.objective=latent, or leave it out"),
+    "share unused": ({"mask.share": 0.1}, "add --config.objective=cross_mae, or leave it out"),
+    "teacher": ({"objective": "latent", "latent.teacher": "EMA"}, "or 'ema', the average of the model itself"),
     "interpolation": ({"augment.interpolation": "sinc"}, "config.augment.interpolation"),
 }
 

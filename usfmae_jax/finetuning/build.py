@@ -50,21 +50,11 @@ RESUMABLE = (
 )
 
 #: Minimum and maximum values of fields.
-RANGES = {
+RANGES = checks.RANGES | {
     "regularization.smoothing": (0, 0.99),
     "regularization.erasing": (0, 1),
     "regularization.mixup": (0, np.inf),
     "regularization.cutmix": (0, np.inf),
-    "optimizer.warmup": (0, 1),
-    "optimizer.layer_decay": (1e-3, 1),
-    "optimizer.learning_rate": (0, np.inf),
-    "optimizer.floor": (0, np.inf),
-    "optimizer.weight_decay": (0, np.inf),
-    "optimizer.b1": (0, 0.9999),
-    "optimizer.b2": (0, 0.999999),
-    "data.max_damaged": (0, 1),
-    "train.epochs": (0, np.inf),
-    "train.steps": (0, np.inf),
     "stop.patience": (0, np.inf),
     "parallel": (0, np.inf),
     "evaluate.bootstrap": (1, np.inf),

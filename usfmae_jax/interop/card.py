@@ -121,6 +121,7 @@ def write_card(model: Model, form: str, directory: str, export: dict[str, Any]) 
         outputs=outputs,
         beside=os.path.exists(os.path.join(directory, "model.safetensors")),  # weights of an exported program
         stages=[_stage(stage) for stage in model.lineage],
+        learnt=_learnt(model.lineage),
         licences=licences(model.lineage),
         citations=citations(model.lineage),
         non_commercial=restricted,
@@ -138,6 +139,13 @@ def _plain(value: Any) -> str:
     """Untrusted text from the lineage on one line, with HTML and Markdown escaped."""
     text = html.escape(visible(" ".join(str(value).split())), quote=False)
     return re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def _learnt(lineage: Lineage) -> str:
+    """How the model was pretrained last, in words; third-party weights are those of masked autoencoders."""
+    configs = [stage.get("config") or {} for stage in lineage if stage.get("job") == "pretrain" and "role" not in stage]
+    objective = _plain(configs[-1].get("objective", "mae") if configs else "mae")
+    return "as a masked autoencoder" if objective.endswith("mae") else f"without labels (objective {objective})"
 
 
 def _stage(stage: dict[str, Any]) -> str:

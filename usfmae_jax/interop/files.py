@@ -22,7 +22,7 @@ import safetensors
 from etils import epath
 
 from usfmae_jax import files
-from usfmae_jax.errors import InputError, some
+from usfmae_jax.errors import InputError, install, some
 from usfmae_jax.interop import schema
 from usfmae_jax.weights import find
 
@@ -199,8 +199,7 @@ def open_torch(path: str, *, averaged: bool = False) -> tuple[Tensors, str]:
         import torch
     except ImportError as error:
         raise InputError(
-            f"reading {path} needs PyTorch: pip install '.[interop]' in the folder of usfmae_jax, or convert it to "
-            "safetensors elsewhere"
+            f"reading {path} needs PyTorch: {install('interop')}, or convert it to safetensors elsewhere"
         ) from error
 
     def tensor(value: Any) -> Tensor:

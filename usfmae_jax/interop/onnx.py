@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, install
 from usfmae_jax.interop import files
 from usfmae_jax.interop.model import Model, flatten
 from usfmae_jax.models.decoders import level_blocks
@@ -38,9 +38,7 @@ def write_onnx(model: Model, directory: str) -> None:
     try:
         import onnx
     except ImportError as error:
-        raise InputError(
-            "--format=onnx needs the package onnx: pip install '.[interop]' in the folder of usfmae_jax"
-        ) from error
+        raise InputError(f"--format=onnx needs the package onnx: {install('interop')}") from error
     graph = _Graph(model.description.get("encoder", {}).get("norm_eps", NORM_EPS))
     pixels = _pixels(graph, model)
     outputs = _outputs(graph, model, pixels)

@@ -13,7 +13,7 @@ import safetensors.numpy
 from flax import nnx
 from jax import export
 
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, install
 from usfmae_jax.interop import files
 from usfmae_jax.interop.model import Model, build, flatten, model_graph, unflatten
 from usfmae_jax.models.patches import normalize_images
@@ -79,9 +79,7 @@ def write_stablehlo(model: Model, directory: str) -> None:
       InputError: the package flatbuffers, which jax.export needs to store programs, is missing.
     """
     if not importlib.util.find_spec("flatbuffers"):
-        raise InputError(
-            "--format=stablehlo needs the package flatbuffers: pip install '.[interop]' in the folder of usfmae_jax"
-        )
+        raise InputError(f"--format=stablehlo needs the package flatbuffers: {install('interop')}")
     apply, size, channels = inference(model), model.preprocessing["image_size"], model.preprocessing["channels"]
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *size, channels), jnp.uint8)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from usfmae_jax.errors import install
 from usfmae_jax.interop.files import open_safetensors, open_torch
 from usfmae_jax.interop.model import Model, build, flatten, model_graph
 from usfmae_jax.interop.stablehlo import inference, run_stablehlo
@@ -91,9 +92,7 @@ def observed(form: str, model: Model, directory: str, images: np.ndarray) -> tup
         for name in packages:
             importlib.import_module(_IMPORTED.get(name, name))
     except ImportError as error:
-        raise UnavailableError(
-            f"{error.name or packages[0]} is not installed: pip install '.[interop]' in the folder of usfmae_jax"
-        ) from error
+        raise UnavailableError(f"{error.name or packages[0]} is not installed: {install('interop')}") from error
     except Exception as error:  # incompatible packages can raise anything
         raise UnavailableError(f"{' or '.join(packages)} cannot be imported: {str(error).splitlines()[0]}") from error
     return run(model, directory, images), versions

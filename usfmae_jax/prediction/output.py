@@ -22,7 +22,7 @@ from etils import epath
 
 from usfmae_jax import files
 from usfmae_jax.data import cells
-from usfmae_jax.errors import InputError, some
+from usfmae_jax.errors import InputError, install, some
 from usfmae_jax.reporting.masks import Coco, put, safe_path, write_png
 from usfmae_jax.reporting.segmentation import outlined
 
@@ -268,9 +268,7 @@ class Film:
         try:
             import av
         except ImportError:
-            self.warnings.add(
-                "films need av (pip install -r requirements-prep.txt); overlays of clips are PNG files now"
-            )
+            self.warnings.add(f"films need av ({install('prep')}); overlays of clips are PNG files now")
             self._partial, self._container = place.with_name(place.name + ".incomplete"), None
             shutil.rmtree(self._partial, ignore_errors=True)
             return

@@ -38,6 +38,10 @@ ABSENT: dict[str, dict[str, Any]] = {
     "optimizer": {"muon": False},
     "train": {"ema": 0.0},
 }
+#: Minimum and maximum values of fields.
+RANGES = checks.RANGES | dict.fromkeys(("log.pictures_every", "probe.every", "probe.limit"), (0, np.inf))
+#: Fields that only one objective uses.
+USED_BY = {"mask.share": "cross_mae", "latent.teacher": "latent", "latent.everywhere": "latent"}
 #: Config fields that a resumed run may change.
 RESUMABLE = (*checkpoints.RESUMABLE, "probe", "latent.teacher")  # its path; its fingerprint is compared
 
@@ -50,6 +54,10 @@ def objective(config: ml_collections.ConfigDict) -> Objective:
     """
     if config.objective not in OBJECTIVES:
         raise InputError(f"config.objective={config.objective!r} must be one of {', '.join(OBJECTIVES)}")
+    for field, name in USED_BY.items():
+        group, _, last = field.partition(".")
+        if config.objective != name and config[group][last] != ABSENT[group][last]:
+            raise InputError(f"config.{field} is for another objective: add --config.objective={name}, or leave it out")
     return OBJECTIVES[config.objective](config)
 
 
@@ -61,7 +69,7 @@ def masked_autoencoding(
     decoder = {name: model[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
     shape = encoder(config)
     _check_heads(model, "decoder_width", "decoder_num_heads")
-    checks.check_least(model, {"decoder_depth": 0}, "model.")
+    checks.check_least(model, {"decoder_depth": 1}, "model.")
     (height, width), patch = shape["image_size"], shape["patch_size"]
     ranges = {"ratio": (0, 1), "block": (1, min(height, width) // patch), "blur": (0, 32)}
     checks.check_ranges(config.mask.to_dict(), ranges, "mask.")
@@ -86,7 +94,6 @@ def cross_masked_autoencoding(config: ml_collections.ConfigDict) -> MaskedAutoen
     """The same with a cross-attention decoder, which predicts `config.mask.share` of the masked patches."""
     if not 0 < config.mask.share <= 1:
         raise InputError(f"config.mask.share={config.mask.share:g} must be more than 0 and at most 1")
-    checks.check_least(config.model, {"decoder_depth": 1}, "model.")
     return masked_autoencoding(config, CrossMaskedAutoencoding, share=config.mask.share)
 
 
@@ -97,7 +104,7 @@ def latent_prediction(config: ml_collections.ConfigDict) -> MaskedAutoencoding:
         try:
             teacher = open_model(path).encoder()
         except InputError as error:
-            raise InputError(f"config.latent.teacher: {error}") from error
+            raise InputError(f"config.latent.teacher: {error}; or 'ema', the average of the model itself") from error
         channels = teacher.description["encoder"]["channels"]
         if config.data.channels not in (1, channels):
             raise InputError(
@@ -133,6 +140,10 @@ def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
         )
     _check_heads(model, "width", "num_heads")
     checks.check_least(model, {"depth": 1, "patch_size": 1}, "model.")
+    if not all(np.isfinite((*model.mean, *model.std))) or min(model.std) <= 0:
+        raise InputError(f"config.model.std={tuple(model.std)} must be above 0, config.model.mean finite")
+    if model.mlp_ratio * min(model.width, model.decoder_width) < 1:
+        raise InputError(f"config.model.mlp_ratio={model.mlp_ratio:g} must be larger, such as 4")
     size = checks.square(model.image_size)
     try:
         check_patches(size, model.patch_size)
@@ -164,6 +175,20 @@ def about(config: ml_collections.ConfigDict, learn: Objective) -> dict[str, Any]
         checks.square(config.model.image_size), config.data.channels, config.model.mean, config.model.std
     )
     return {"kind": config.objective, "description": learn.describe(), "preprocessing": pixels}
+
+
+def check(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Raises InputError for a field of the training itself that is invalid.
+
+    Args:
+      config: of the run.
+      devices: of the mesh.
+    """
+    fields = checks.flat(config.to_dict())
+    checks.check_batch(fields, devices)
+    checks.check_ranges(fields, RANGES)
+    if not 0 <= config.train.ema < 1:
+        raise InputError(f"config.train.ema={config.train.ema:g} must be 0 or a decay below 1, such as 0.999")
 
 
 def open_data(config: ml_collections.ConfigDict) -> tuple[list[Shards], Any]:
@@ -220,8 +245,6 @@ def count_steps(config: ml_collections.ConfigDict, sources: list[Shards]) -> int
       InputError: there would be none.
     """
     train = config.train
-    if not 0 <= train.ema < 1:
-        raise InputError(f"config.train.ema={train.ema:g} must be 0 or a decay below 1, such as 0.999")
     total = train.steps or train.epochs * sum(map(len, sources)) // train.batch_size
     if total < 1:
         raise InputError(
@@ -290,6 +313,10 @@ def with_weights(state: State, directory: str, model: ml_collections.ConfigDict)
     own, about = state["params"], weights.description["encoder"] | weights.preprocessing
     parts = sorted(weights.params, key=lambda part: part != "encoder")  # report problems of the encoder first
     taken = {part: weights.params[part] for part in parts if part in own}
+    names = [f for f in ("patch_size", "width", "depth") if model[f] != about[f]]
+    if names:
+        changed = " ".join(f"--config.model.{name}={about[name]}" for name in names)
+        raise InputError(f"config.init={directory} is a model of another size: add {changed}")
     for part, params in taken.items():
         _check_shapes(params, own[part], directory, part)
     # The shapes do not show the number of heads.

@@ -45,7 +45,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: str) -> bool:
     """
     objective, profile = build.objective(config), Profile(workdir, config.log.profile)
     mesh = make_mesh(**config.mesh)
-    checks.check_batch(checks.flat(config.to_dict()), mesh.size)
+    build.check(config, mesh.size)
     writers.check(config.log.to_dict(), workdir)
     sources, dataset = build.open_data(config)
     total_steps = build.count_steps(config, sources)
@@ -169,7 +169,7 @@ def compile_for(config: ml_collections.ConfigDict, target: str, devices: list[An
         changed.update_from_flattened_dict(settings)
         objective = build.objective(changed)
         mesh = make_mesh(**changed.mesh, devices=devices)
-        checks.check_batch(checks.flat(changed.to_dict()), mesh.size)
+        build.check(changed, mesh.size)
         optimizer, _ = build.make_optimizer(changed)
         state = abstract_state(objective.make, optimizer, mesh, ema=changed.train.ema > 0)
         if objective.teacher:

@@ -24,6 +24,7 @@ from usfmae_jax.training import checks, probes
 PROTOCOLS = ("auto", "logistic", "knn", "linear", "attentive", "segmentation", "regression", "finetuned")
 #: Minimum values of config fields.
 LEAST = {
+    "seed": 0,
     "bootstrap": 1,
     "examples": 0,
     "step": 0,

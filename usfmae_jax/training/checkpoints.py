@@ -223,6 +223,13 @@ def _set_aside(checkpoints: orbax.training.Checkpointer, steps: Sequence[int]) -
     return f"checkpoint {', '.join(map(str, steps))} could not be loaded and was moved to {folder.name}/"
 
 
+#: What is compared by its fingerprint, by the name of that.
+_MEANT = {
+    "init_fingerprint": "the fingerprint of config.init",
+    "teacher_fingerprint": "the fingerprint of config.latent.teacher",
+}
+
+
 def check_resumable(
     stored: Mapping[str, Any], current: Mapping[str, Any], workdir: str, resumable: Sequence[str]
 ) -> None:
@@ -239,7 +246,7 @@ def check_resumable(
     """
     old, new = flat(stored), flat(current)
     differences = [
-        f"{name} is {new.get(name)!r} but was {old.get(name)!r}"
+        f"{_MEANT.get(name, name)} is {new.get(name)!r} but was {old.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name) and not any(name == f or name.startswith(f + ".") for f in resumable)
     ]

@@ -19,6 +19,24 @@ from usfmae_jax.errors import InputError
 Fields = Mapping[str, Any]
 
 
+#: Minimum and maximum values of fields that training with and without labels share.
+RANGES = {
+    "seed": (0, 2**31 - 1),
+    "optimizer.learning_rate": (0, np.inf),
+    "optimizer.floor": (0, np.inf),
+    "optimizer.warmup": (0, 1),
+    "optimizer.weight_decay": (0, np.inf),
+    "optimizer.b1": (0, 0.9999),
+    "optimizer.b2": (0, 0.999999),
+    "optimizer.clip_norm": (0, np.inf),
+    "optimizer.layer_decay": (1e-3, 1),
+    "data.max_damaged": (0, 1),
+    "train.epochs": (0, np.inf),
+    "train.steps": (0, np.inf),
+    "train.skip_nonfinite": (0, np.inf),
+}
+
+
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flattens nested settings to a dict by dotted names."""
     found: dict[str, Any] = {}
@@ -33,7 +51,7 @@ def check_ranges(fields: Fields, ranges: Mapping[str, tuple[float, float]], pref
     for name, (low, high) in ranges.items():
         if not low <= fields[name] <= high:
             bound = "at least {}" if high == np.inf else "between {} and {}"
-            raise InputError(f"config.{prefix}{name}={fields[name]:g} must be {bound.format(low, high)}")
+            raise InputError(f"config.{prefix}{name}={fields[name]:.10g} must be {bound.format(low, high)}")
 
 
 def check_least(fields: Fields, least: Mapping[str, int], prefix: str = "") -> None:

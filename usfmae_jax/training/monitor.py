@@ -297,9 +297,10 @@ class Profile:
 
     def __init__(self, workdir: str, steps: Sequence[int]):
         whole = len(steps) == 2 and all(isinstance(number, int) and number >= 0 for number in steps)
-        if not whole or (steps[1] and not steps[0]):
+        if not whole or bool(steps[0]) != bool(steps[1]):
             raise InputError(
-                f"config.log.profile={tuple(steps)} must be the first step and a number of steps, counted from 1"
+                f"config.log.profile={tuple(steps)} must be the first step and a number of steps, counted from 1, such "
+                "as (10, 3); (0, 0) for none"
             )
         self._workdir, self._steps = workdir, tuple(steps)
         self._first, self._last, self._reached = steps[0], steps[0] + steps[1] - 1, 0

@@ -23,7 +23,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from usfmae_jax import files
 from usfmae_jax.data.records import matches
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, install
 
 #: Packages needed by the optional trackers.
 _PACKAGES = {"wandb": ("wandb",), "mlflow": ("mlflow", "sqlalchemy", "alembic")}
@@ -65,8 +65,8 @@ def check(log: Mapping[str, Any], workdir: str) -> None:
                     importlib.import_module(package)
             except ImportError as error:
                 raise InputError(
-                    f"config.log.{name} needs a package that is not installed ({error.name or package}); install it "
-                    "with pip install '.[tracking]' in the folder of usfmae_jax"
+                    f"config.log.{name} needs a package that is not installed ({error.name or package}): "
+                    f"{install('tracking')}"
                 ) from error
 
 

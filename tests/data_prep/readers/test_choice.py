@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from data_prep import readers
 from data_prep.readers import Options, UnreadableError, clips, kinds, read_frames
 from tests.data_prep.readers import dicoms, samples
-from usfmae_jax.errors import InputError
+from usfmae_jax.errors import InputError, install
 
 EXPECTED = {kinds.IMAGES: "images", kinds.VIDEOS: "video", kinds.VOLUMES: "volumes", kinds.ARRAYS: "arrays"}
 
@@ -124,7 +125,7 @@ def test_a_missing_library_is_one_sentence_that_says_what_to_type(files, tmp_pat
         monkeypatch.setitem(sys.modules, module, None)
     for module in ("video", "hdf5", "dicom", "dicom_pixels"):
         monkeypatch.delitem(sys.modules, f"data_prep.readers.{module}", raising=False)
-    with pytest.raises(InputError, match=f"^{what} need {library}: pip install -r requirements-prep.txt$"):
+    with pytest.raises(InputError, match=rf"^{what} need {library}: {re.escape(install('prep'))}$"):
         list(read_frames(path))
 
 
