@@ -298,7 +298,8 @@ def add_limits(found: alternate.Found) -> None:
         for one in side["rounds"] if gflop else ():
             one["share"] = 100 * one["images"] * gflop / best
         side["about"]["limit"] = best / gflop if gflop else None
-        alternate.tell(f"{name}: at most {side['about']['limit'] or 0:.3g} images/s at {best:.0f} GFLOP/s")
+        limit = f"{best / gflop:.3g} images/s" if gflop else "unknown, since no side with this arithmetic ran"
+        alternate.tell(f"{name}: at {best:.0f} GFLOP/s, its limit is {limit}")
 
 
 def main() -> None:

@@ -266,7 +266,7 @@ def huge_pages() -> dict[str, str]:
 
     XLA allocates hundreds of megabytes at every step and frees them again. The system hands out their pages anew each
     time, and they are 2 MB instead of 4 kB if it was asked for huge ones; that also spares the processor most of its
-    look-ups of addresses. A training step takes a tenth to a quarter less time, and no more memory.
+    look-ups of addresses. Small models train 1.3 times as fast, ViT-B 1.06 times, in no more memory.
 
     Returns:
       {} if there is nothing to set: on other systems than Linux with glibc 2.35; if the system gives huge pages to all
