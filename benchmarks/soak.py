@@ -25,7 +25,7 @@ import psutil
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-WARM_UP = 15  # minutes: freed memory is kept and reused, so that the peak is only reached after some probes
+WARM_UP = 15  # minutes: the peak is only reached after some probes
 _BATCH = 16
 _EVENTS = ("checkpoint.every", "probe.every", "log.pictures_every")
 
