@@ -269,8 +269,8 @@ def huge_pages() -> dict[str, str]:
     look-ups of addresses. Small models train 1.3 times as fast, ViT-B 1.06 times, in no more memory.
 
     Returns:
-      {} if there is nothing to set: on other systems than Linux with glibc 2.35; if the system gives huge pages to all
-      or to none; with accelerators; and if `GLIBC_TUNABLES` is set already.
+      {} if there is nothing to set: on other systems than Linux with glibc 2.35 or later; if all get huge pages or
+      none does; with accelerators; and if `GLIBC_TUNABLES` is set already.
     """
     accelerated = any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin", "libtpu")))
     if sys.platform != "linux" or accelerated or "GLIBC_TUNABLES" in os.environ:
