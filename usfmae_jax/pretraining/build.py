@@ -68,7 +68,7 @@ def masked_autoencoding(
     model = config.model
     decoder = {name: model[name] for name in ("decoder_width", "decoder_depth", "decoder_num_heads")}
     shape = encoder(config)
-    _check_heads(model, "decoder_width", "decoder_num_heads")
+    _check_widths(model, "decoder_width", "decoder_num_heads")
     checks.check_least(model, {"decoder_depth": 1}, "model.")
     (height, width), patch = shape["image_size"], shape["patch_size"]
     ranges = {"ratio": (0, 1), "block": (1, min(height, width) // patch), "blur": (0, 32)}
@@ -138,12 +138,10 @@ def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
         raise InputError(
             f"config.data.channels={config.data.channels} must be 1 or config.model.channels={model.channels}"
         )
-    _check_heads(model, "width", "num_heads")
+    _check_widths(model, "width", "num_heads")
     checks.check_least(model, {"depth": 1, "patch_size": 1}, "model.")
     if not all(np.isfinite((*model.mean, *model.std))) or min(model.std) <= 0:
         raise InputError(f"config.model.std={tuple(model.std)} must be above 0, config.model.mean finite")
-    if model.mlp_ratio * min(model.width, model.decoder_width) < 1:
-        raise InputError(f"config.model.mlp_ratio={model.mlp_ratio:g} must be larger, such as 4")
     size = checks.square(model.image_size)
     try:
         check_patches(size, model.patch_size)
@@ -153,12 +151,14 @@ def encoder(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {"image_size": size} | {name: model[name] for name in names}
 
 
-def _check_heads(model: ml_collections.ConfigDict, width: str, heads: str) -> None:
+def _check_widths(model: ml_collections.ConfigDict, width: str, heads: str) -> None:
     checks.check_least(model, {width: 1, heads: 1}, "model.")
     if model[width] % model[heads] or model[width] % 4:
         raise InputError(
             f"config.model.{width}={model[width]} must be divisible by 4 and by config.model.{heads}={model[heads]}"
         )
+    if model.mlp_ratio * model[width] < 1:
+        raise InputError(f"config.model.mlp_ratio={model.mlp_ratio:g} must be larger, such as 4")
 
 
 def computation(config: ml_collections.ConfigDict) -> dict[str, Any]:
